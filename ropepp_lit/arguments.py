@@ -1,0 +1,40 @@
+"""Command lines of subcommands that are functions: the signature is the command line, the docstring its help."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from ropepp_lit.errors import UsageError
+
+
+class OneLineErrors:
+    """Mixin for parsers: a mistake becomes a UsageError, where the original would print the usage too."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what the command prints in one line."""
+        if not self.exit_on_error:  # type: ignore[attr-defined]
+            super().error(message, ex)  # type: ignore[misc]
+        raise UsageError(message) from ex
+
+
+class _Parser(OneLineErrors, ArgumentParser):
+    pass
+
+
+def call(function: Callable[..., None], arguments: list[str]) -> None:
+    """Parse a command line by a function's signature, and call the function.
+
+    Args:
+        function: Arguments without a default are positional, the others options.
+        arguments: The subcommand's name and its options.
+
+    Raises:
+        UsageError: an argument is missing, unknown or of the wrong type.
+    """
+    parser = _Parser(prog=f"ropepp-lit {arguments[0]}", description=(function.__doc__ or "").split("\n")[0])
+    parser.add_function_arguments(function, as_group=False, as_positional=True)
+    values: dict[str, Any] = parser.parse_args(arguments[1:]).as_dict()
+    function(**values)

@@ -1,0 +1,137 @@
+"""What our checkpoints hold beside Lightning's state, and how they are read.
+
+A checkpoint is Lightning's, plus one entry `ropepp_lit` of plain dicts, lists and strings, so that
+`torch.load(weights_only=True)` reads it:
+
+| key              | value                                                                                |
+|------------------|--------------------------------------------------------------------------------------|
+| `format_version` | 1                                                                                    |
+| `architecture`   | `decoder` (geometry), `positions` and `frequencies` (each `class_path`, `init_args`) |
+| `optimizer`      | class name of the optimizer's settings: `AdamW` or `Muon`                            |
+| `recipe`         | the whole recipe of the run, or None where it was not started by the command         |
+| `tokenizer`      | the tokenizer's JSON, or None                                                        |
+| `bos_token_id`   | what texts begin with, or None                                                       |
+| `eos_token_id`   | what ends a document, or None                                                        |
+| `tokens_seen`    | tokens that all ranks have read since the run began                                  |
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pickle
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ropepp_lit.errors import UsageError
+from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
+
+T = TypeVar("T")
+
+KEY = "ropepp_lit"
+FORMAT_VERSION = 1
+WEIGHTS_PREFIX = "decoder."
+"""What the LightningModule puts before the decoder's parameter names."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint without running anything that it holds; tensors stay on disk until they are used.
+
+    Args:
+        path: A file that `ropepp-lit fit` wrote.
+
+    Raises:
+        UsageError: no such file, or not a checkpoint of ours.
+
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such checkpoint; name a .ckpt file that `ropepp-lit fit` wrote")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise UsageError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+        raise UsageError(f"{path}: not a checkpoint of ropepp-lit (it has no entry {KEY!r})")
+    version = checkpoint[KEY]["format_version"]
+    if version != FORMAT_VERSION:
+        raise UsageError(f"{path}: format_version {version}, and this version of ropepp-lit reads {FORMAT_VERSION}")
+    return checkpoint
+
+
+def decoder_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The decoder's parameters by the decoder's own names."""
+    return {
+        name.removeprefix(WEIGHTS_PREFIX): value
+        for name, value in checkpoint["state_dict"].items()
+        if name.startswith(WEIGHTS_PREFIX)
+    }
+
+
+def load_decoder(checkpoint: dict[str, Any], *, trust: str | None = None) -> Decoder:
+    """Build the decoder that a checkpoint holds, with its weights, on the CPU.
+
+    Args:
+        checkpoint: Of :func:`read_checkpoint`.
+        trust: `module.Class` of a position scheme or frequencies that are not ours and may be imported.
+
+    Raises:
+        UsageError: the checkpoint names a foreign class that is not trusted or cannot be imported.
+
+    """
+    architecture = checkpoint[KEY]["architecture"]
+    weights = decoder_weights(checkpoint)
+    with torch.device("meta"):
+        decoder = Decoder(
+            DecoderConfig(**architecture["decoder"]),
+            instantiate(architecture["positions"], PositionScheme, trust=trust),
+            instantiate(architecture["frequencies"], Frequencies, trust=trust),
+        )
+    decoder.load_state_dict(weights, assign=True)
+    if decoder.config.tie_word_embeddings:
+        decoder.lm_head.weight = decoder.model.embed_tokens.weight
+    return decoder.eval()
+
+
+def describe_architecture(config: DecoderConfig, scheme: PositionScheme, frequencies: Frequencies) -> dict[str, Any]:
+    """The entry `architecture`: plain values from which :func:`load_decoder` builds the same decoder."""
+    return {"decoder": config.to_dict(), "positions": describe(scheme), "frequencies": describe(frequencies)}
+
+
+def describe(instance: object) -> dict[str, Any]:
+    """`class_path` and `init_args` of an object whose attributes bear the names of its arguments."""
+    arguments = [name for name in inspect.signature(type(instance).__init__).parameters if name != "self"]
+    if type(instance).__init__ is object.__init__:
+        arguments = []
+    return {
+        "class_path": f"{type(instance).__module__}.{type(instance).__qualname__}",
+        "init_args": {name: getattr(instance, name) for name in arguments},
+    }
+
+
+def instantiate(description: dict[str, Any], base: type[T], *, trust: str | None = None) -> T:
+    """Make the object that :func:`describe` wrote down.
+
+    Args:
+        description: `class_path` and `init_args`.
+        base: What it must be.
+        trust: `module.Class` that may be imported although it is not ours.
+
+    """
+    class_path = description["class_path"]
+    module, _, name = class_path.rpartition(".")
+    if not module.startswith("ropepp_lit.nn.") and class_path != trust:
+        raise UsageError(
+            f"the checkpoint was made with {class_path}, which is not part of ropepp-lit; "
+            f"if you trust that code and it can be imported here, add: --trust {class_path}"
+        )
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{class_path}: cannot be imported ({error}); run where its file is") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UsageError(f"{class_path} is not a {base.__name__}")
+    return found(**description["init_args"])

@@ -1,0 +1,115 @@
+"""Which tokens are sample k of a run: a pure function of the seed, k and the sizes of the chunks.
+
+A pass over the data permutes the chunks and reads them as one stream of tokens, cut into blocks; blocks are permuted
+within windows of a few chunks, so that a remote set is fetched a few chunks at a time. Nothing is drawn from a
+generator with a state: permutations sort hashes, the same with every version of every library. So the position in the
+data is one integer, whatever the number of ranks, workers and the batch size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+WINDOW_CHUNKS = 8
+"""Chunks in which blocks are shuffled together."""
+
+
+class Span(NamedTuple):
+    """Consecutive tokens of one chunk."""
+
+    chunk: int
+    start: int
+    num_tokens: int
+
+
+class BlockPlan:
+    """Blocks of `context_length` + 1 tokens over chunks, each token predicted once per pass.
+
+    Neighbouring blocks share one token: the last label of one is the first input of the next.
+
+    Args:
+        chunk_tokens: Tokens in each chunk.
+        context_length: Tokens that a model reads at once.
+        seed: Of the permutations; None reads in the order of the chunks, and the last block may be shorter.
+    """
+
+    def __init__(self, chunk_tokens: list[int], *, context_length: int, seed: int | None) -> None:
+        self._chunk_tokens = np.asarray(chunk_tokens, dtype=np.int64)
+        self._context_length, self._seed = context_length, seed
+        self._pass: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._window: tuple[int, int, np.ndarray] | None = None
+        predicted = int(self._chunk_tokens.sum()) - 1
+        self.blocks_per_pass = predicted // context_length if seed is not None else -(-predicted // context_length)
+        """Samples before the data come again."""
+
+    def locate(self, sample: int) -> list[Span]:
+        """The tokens of a sample, in order: `context_length` + 1 of them, fewer at the end of an unshuffled pass.
+
+        Args:
+            sample: k, from 0; beyond one pass the next begins, shuffled anew.
+
+        """
+        epoch, block = divmod(sample, self.blocks_per_pass)
+        order, starts = self._chunk_order(epoch)
+        if self._seed is not None:
+            block = self._shuffle(epoch, block, starts, self._seed)
+        position = block * self._context_length
+        end = min(position + self._context_length + 1, int(starts[-1]))
+        spans = []
+        while position < end:
+            place = int(np.searchsorted(starts, position, side="right")) - 1
+            stop = min(end, int(starts[place + 1]))
+            spans.append(Span(int(order[place]), position - int(starts[place]), stop - position))
+            position = stop
+        return spans
+
+    def _chunk_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The chunks of a pass in order, and where each starts in the pass's stream of tokens (and its end)."""
+        if self._pass is None or self._pass[0] != epoch:
+            count = len(self._chunk_tokens)
+            order = np.arange(count) if self._seed is None else permutation(count, self._seed, epoch)
+            starts = np.concatenate(([0], np.cumsum(self._chunk_tokens[order])))
+            self._pass = epoch, order, starts
+        return self._pass[1], self._pass[2]
+
+    def _shuffle(self, epoch: int, block: int, starts: np.ndarray, seed: int) -> int:
+        """The block that is read in the place of `block`: another of the same window of chunks."""
+        place = int(np.searchsorted(starts, block * self._context_length, side="right")) - 1
+        window = place // WINDOW_CHUNKS
+        first, last = (
+            min(
+                -(-int(starts[min(bound * WINDOW_CHUNKS, len(starts) - 1)]) // self._context_length),
+                self.blocks_per_pass,
+            )
+            for bound in (window, window + 1)
+        )
+        if self._window is None or self._window[:2] != (epoch, window):
+            self._window = epoch, window, permutation(last - first, seed, epoch, window)
+        return first + int(self._window[2][block - first])
+
+
+def permutation(count: int, *key: int) -> np.ndarray:
+    """A permutation of `count` numbers that depends on the key alone: the order of their hashes.
+
+    Args:
+        count: How many numbers.
+        key: Integers, such as the seed and the number of the pass.
+
+    Returns:
+        [count] int64.
+
+    """
+    state = np.zeros(1, dtype=np.uint64)
+    for part in key:
+        state = _splitmix64(state ^ np.uint64(part & 0xFFFFFFFFFFFFFFFF))
+    return np.argsort(_splitmix64(np.arange(count, dtype=np.uint64) + state), kind="stable")
+
+
+def _splitmix64(values: np.ndarray) -> np.ndarray:
+    """A bijective hash of 64-bit integers (Steele, Lea and Flood, 2014)."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

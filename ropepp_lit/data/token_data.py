@@ -1,0 +1,263 @@
+"""The LightningDataModule: token shards as batches, in an order that is a pure function of seed and sample number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ropepp_lit.data.plan import BlockPlan
+from ropepp_lit.data.shards import TOKENIZER, Manifest, TokenShards
+from ropepp_lit.data.sources import find_files
+from ropepp_lit.data.tokenizer import MIN_VOCAB_SIZE
+from ropepp_lit.errors import UsageError
+from ropepp_lit.nn.documents import Documents
+from ropepp_lit.nn.loss import IGNORE_INDEX
+
+
+class Batch(NamedTuple):
+    """What a step reads. B batch, T context length."""
+
+    input_ids: Tensor
+    """[B, T] int64."""
+
+    labels: Tensor
+    """[B, T] int64: the next token at each place; -100 where none counts."""
+
+    documents: Documents | None
+    """Bounds of packed documents; None where rows are plain causal ones."""
+
+
+class TokenData(LightningDataModule):
+    """Text as batches of tokens: prepared once, found again at the next run.
+
+    Args:
+        source: `builtin` (the source code of Python's standard library) or a folder of UTF-8 files, each a document.
+        tokenizer: `bytes`: one token per byte.
+        train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with so many tokens on the training documents.
+        context_length: Tokens in each row.
+        batch_size: Rows in each batch of each device.
+        intra_document_masking: Documents packed in one row don't see each other and their positions restart. Without
+            it rows are plain causal ones, as in the paper.
+        validation_fraction: Share of the documents that is held out for validation, chosen by a hash of their text.
+        seed: Of the order in which blocks are read.
+        num_workers: Processes that read ahead; 0 or 1 is best, as reading costs next to nothing.
+        cache_dir: Where prepared data is kept; empty means `ropepp_lit` in the user's cache folder.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: str = "builtin",
+        tokenizer: str | None = None,
+        train_tokenizer: int | None = None,
+        context_length: int = 512,
+        batch_size: int = 8,
+        intra_document_masking: bool = True,
+        validation_fraction: float = 0.05,
+        seed: int = 0,
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        if (tokenizer is None) == (train_tokenizer is None):
+            raise UsageError(
+                "data.tokenizer: give either data.tokenizer (bytes) or data.train_tokenizer (a vocabulary size)"
+            )
+        if tokenizer not in (None, "bytes"):
+            raise UsageError(
+                f"data.tokenizer: no tokenizer {tokenizer!r}; choose bytes, or train one by data.train_tokenizer"
+            )
+        if train_tokenizer is not None and train_tokenizer < MIN_VOCAB_SIZE:
+            raise UsageError(
+                f"data.train_tokenizer: {train_tokenizer} must be {MIN_VOCAB_SIZE} or more (bytes and special tokens)"
+            )
+        for name, value, least in (
+            ("context_length", context_length, 1),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise UsageError(f"data.{name}: {value} must be {least} or more")
+        if not 0 < validation_fraction < 1:
+            raise UsageError(f"data.validation_fraction: {validation_fraction} must be between 0 and 1")
+        self.source, self.train_tokenizer = source, train_tokenizer
+        self.context_length, self.batch_size = context_length, batch_size
+        self.intra_document_masking, self.validation_fraction = intra_document_masking, validation_fraction
+        self.seed, self.num_workers = seed, num_workers
+        self._cache_dir = Path(cache_dir).expanduser() if cache_dir else None
+        self._folder: Path | None = None
+
+    def check(self) -> None:
+        """Raise what can be known to be wrong before anything is written or started.
+
+        Raises:
+            UsageError: the source is missing or empty.
+
+        """
+        find_files(self.source)
+
+    def prepare_data(self) -> None:
+        """Make the token shards if they are not there (one process per machine)."""
+        self._find()
+
+    def setup(self, stage: str) -> None:
+        """Open the shards."""
+        folder = self._find()
+        self.manifest = Manifest.read(folder)
+        self.tokenizer_json = (folder / TOKENIZER).read_text(encoding="utf-8")
+        self._blocks = {name: _Blocks(folder, self.manifest, name, self) for name in self.manifest.splits}
+
+    def _find(self) -> Path:
+        from ropepp_lit.data.prepare import default_cache_dir, prepare  # litdata takes a second: only when it is needed
+
+        if self._folder is None:
+            self._folder = prepare(
+                self.source,
+                vocab_size=self.train_tokenizer,
+                validation_fraction=self.validation_fraction,
+                cache_dir=self._cache_dir or default_cache_dir(),
+            )
+        return self._folder
+
+    def begin_text(self, ids: list[int]) -> list[int]:
+        """Token ids of a text as the model reads it from its beginning: behind the token that opens a document."""
+        bos = self.manifest.bos_token_id
+        return ids if bos is None else [bos, *ids]
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What the order of samples depends on: where it differs, a position in the data means nothing."""
+        return {"fingerprint": self.manifest.fingerprint, "context_length": self.context_length, "seed": self.seed}
+
+    def bytes_per_token(self, split: str) -> float:
+        """UTF-8 bytes of text per predicted token of a split, for bits per byte."""
+        tokens = self.manifest.splits[split]
+        predicted = tokens.tokens - (tokens.documents if self.intra_document_masking else 1)
+        return tokens.bytes / predicted
+
+    def train_dataloader(self) -> TrainLoader:
+        """Batches of the whole run."""
+        trainer = self._trainer()
+        return TrainLoader(
+            self._blocks["train"],
+            batch_size=self.batch_size,
+            num_batches=trainer.max_steps * trainer.accumulate_grad_batches,
+            num_workers=self.num_workers,
+            identity=self.identity,
+            **self._replica(),
+        )
+
+    def val_dataloader(self) -> DataLoader:
+        """Every held-out token once, in order; ranks get equally many batches, the last ones padded."""
+        blocks, replica = self._blocks["validation"], self._replica()
+        num_batches = -(-blocks.plan.blocks_per_pass // (self.batch_size * replica["num_replicas"]))
+        batches = _Batches(0, num_batches, batch_size=self.batch_size, **replica)
+        return DataLoader(blocks, batch_sampler=batches, num_workers=self.num_workers, collate_fn=blocks.collate)
+
+    def _trainer(self) -> Trainer:
+        assert self.trainer is not None, "a trainer asks for batches"
+        return self.trainer
+
+    def _replica(self) -> dict[str, int]:
+        return self._trainer().distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+
+
+class TrainLoader:
+    """Batches of a whole run, from the sample where it stands.
+
+    Its length is that of the run, so that Lightning neither reads ahead nor begins a second epoch. Its state is the
+    number of samples that all ranks have read together, the same on every rank.
+    """
+
+    def __init__(
+        self,
+        blocks: _Blocks,
+        *,
+        batch_size: int,
+        num_batches: int,
+        num_replicas: int,
+        rank: int,
+        num_workers: int,
+        identity: dict[str, str | int],
+    ) -> None:
+        self._blocks, self._batch_size, self._num_batches = blocks, batch_size, num_batches
+        self._replica = {"num_replicas": num_replicas, "rank": rank}
+        self._num_workers, self._identity = num_workers, identity
+        self.samples = 0
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = _Batches(self.samples, self._num_batches, batch_size=self._batch_size, **self._replica)
+        loader = DataLoader(
+            self._blocks, batch_sampler=batches, num_workers=self._num_workers, collate_fn=self._blocks.collate
+        )
+        for batch in loader:
+            self.samples += self._batch_size * self._replica["num_replicas"]
+            yield batch
+
+    def state_dict(self) -> dict:
+        """The position in the data."""
+        return {"samples": self.samples, "identity": self._identity}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue at the position of a checkpoint; from the start where data, context or seed are others now."""
+        self.samples = state["samples"] if state["identity"] == self._identity else 0
+
+
+class _Batches:
+    """Sample numbers of one rank's batches: the ranks take turns."""
+
+    def __init__(self, first: int, count: int, *, batch_size: int, num_replicas: int, rank: int) -> None:
+        self._first, self._count, self._batch_size = first, count, batch_size
+        self._num_replicas, self._rank = num_replicas, rank
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for index in range(self._count):
+            start = self._first + (index * self._num_replicas + self._rank) * self._batch_size
+            yield list(range(start, start + self._batch_size))
+
+
+class _Blocks(Dataset):
+    """Sample k of a split as [context_length + 1] tokens; -100 where validation has run out of them."""
+
+    def __init__(self, folder: Path, manifest: Manifest, split: str, data: TokenData) -> None:
+        self._shards = TokenShards(folder, manifest, split)
+        self._context_length, self._eos_token_id = data.context_length, manifest.eos_token_id
+        self._intra_document_masking = data.intra_document_masking
+        chunk_tokens = [chunk.tokens for chunk in self._shards.chunks]
+        seed = data.seed if split == "train" else None
+        self.plan = BlockPlan(chunk_tokens, context_length=data.context_length, seed=seed)
+        if self.plan.blocks_per_pass == 0:
+            raise UsageError(
+                f"data.context_length: {data.context_length} is longer than the {sum(chunk_tokens):,} tokens of "
+                f"{split} in {data.source}; give more text or a shorter context"
+            )
+        self._in_order = seed is None
+
+    def __getitem__(self, sample: int) -> Tensor:
+        tokens = torch.full((self._context_length + 1,), IGNORE_INDEX)
+        if not self._in_order or sample < self.plan.blocks_per_pass:
+            read = torch.from_numpy(self._shards.read(self.plan.locate(sample)))
+            tokens[: len(read)] = read
+        return tokens
+
+    def collate(self, samples: list[Tensor]) -> Batch:
+        """A batch of samples: inputs, labels shifted by one, and the bounds of documents."""
+        tokens = torch.stack(samples)
+        input_ids, labels = tokens[:, :-1].clamp(min=0), tokens[:, 1:].clone()
+        if not self._intra_document_masking:
+            return Batch(input_ids, labels, None)
+        # What follows the end of a document is another document, which it cannot foresee.
+        labels[input_ids == self._eos_token_id] = IGNORE_INDEX
+        return Batch(input_ids, labels, Documents.from_eos(input_ids, self._eos_token_id))

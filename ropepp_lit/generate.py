@@ -1,0 +1,70 @@
+"""`ropepp-lit generate`: a checkpoint writes to the terminal."""
+
+from __future__ import annotations
+
+from ropepp_lit.arguments import call
+
+
+def generate(
+    checkpoint: str,
+    *,
+    prompt: str = "",
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    trust: str | None = None,
+) -> None:
+    """Let a checkpoint continue a prompt, streamed to the terminal.
+
+    Args:
+        checkpoint: A .ckpt file that `ropepp-lit fit` wrote.
+        prompt: What the model continues; empty starts a new document.
+        max_new_tokens: Tokens to write at most; writing ends with the document.
+        temperature: Divides the logits; 0 takes the most likely token each time (greedy).
+        top_p: Sample from the smallest set of tokens whose probability reaches this.
+        seed: Of the sampling.
+        trust: `module.Class` of a position scheme of your own that the checkpoint was made with and may be imported.
+    """
+    import torch  # heavy imports wait until the arguments are known to be right
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import DecodeStream
+
+    from ropepp_lit.checkpoint import KEY, load_decoder, read_checkpoint
+    from ropepp_lit.errors import UsageError
+    from ropepp_lit.nn import generation
+
+    generation.check_sampling("", temperature, top_p)
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens: {max_new_tokens} must be 1 or more")
+    contents = read_checkpoint(checkpoint)
+    ours = contents[KEY]
+    if ours["tokenizer"] is None:
+        raise UsageError(f"{checkpoint}: holds no tokenizer, so it cannot read a prompt or write text")
+    tokenizer = Tokenizer.from_str(ours["tokenizer"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    decoder = load_decoder(contents, trust=trust).to(device)
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    if ours["bos_token_id"] is not None:
+        ids = [ours["bos_token_id"], *ids]
+    if not ids:
+        raise UsageError("prompt: it is empty, and the tokenizer has no token that begins a text; give a prompt")
+    print(prompt, end="", flush=True)
+    stream = DecodeStream(ids=ids)
+    for token in generation.generate(
+        decoder,
+        torch.tensor([ids], device=device),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        generator=torch.Generator(device).manual_seed(seed),
+    ):
+        if int(token) == ours["eos_token_id"]:
+            break
+        print(stream.step(tokenizer, int(token)) or "", end="", flush=True)
+    print()
+
+
+def main(arguments: list[str]) -> None:
+    """Run the subcommand."""
+    call(generate, arguments)

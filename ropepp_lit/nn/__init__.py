@@ -1,0 +1,22 @@
+"""Decoders with RoPE and RoPE++ in plain PyTorch: no Lightning, no data, no files."""
+
+from ropepp_lit.nn.config import DecoderConfig
+from ropepp_lit.nn.decoder import Decoder
+from ropepp_lit.nn.documents import Documents
+from ropepp_lit.nn.frequencies import Frequencies, Linear, Llama3, Yarn, YarnByRotations
+from ropepp_lit.nn.positions import HeadLayout, PositionScheme, RoPE, RoPEPP
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "Documents",
+    "Frequencies",
+    "HeadLayout",
+    "Linear",
+    "Llama3",
+    "PositionScheme",
+    "RoPE",
+    "RoPEPP",
+    "Yarn",
+    "YarnByRotations",
+]

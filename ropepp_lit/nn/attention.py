@@ -1,0 +1,170 @@
+"""Attention: projections, scores over documents, and the cache of keys and values.
+
+Shapes: B batch, T tokens, H attention heads (real and imaginary), K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ropepp_lit.nn.config import DecoderConfig
+from ropepp_lit.nn.documents import Documents
+from ropepp_lit.nn.positions import PositionScheme
+
+
+class KVCache:
+    """Keys and values of every layer for a whole generation, allocated once.
+
+    Its size is what the variant promises: `num_key_value_heads` of the head layout, so EH takes half of RoPE's.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        batch_size: int,
+        num_key_value_heads: int,
+        max_tokens: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, batch_size, num_key_value_heads, max_tokens, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.document_ids: Tensor | None = None
+        self.num_tokens = 0
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that fit in each row."""
+        return self.keys.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+    def extend(self, num_tokens: int, document_ids: Tensor | None) -> Tensor | None:
+        """Make room for the next tokens; call once per forward, before the layers.
+
+        Args:
+            num_tokens: T, how many tokens come.
+            document_ids: [B, T] int32, or None where every row is one document.
+
+        Returns:
+            The mask [B, 1, T, tokens so far], true where a query sees a key; None where causality alone decides.
+
+        Raises:
+            ValueError: the cache is full.
+
+        """
+        start, end = self.num_tokens, self.num_tokens + num_tokens
+        if end > self.max_tokens:
+            raise ValueError(f"the KV cache holds {self.max_tokens} tokens, and {end} are needed")
+        self.num_tokens = end
+        if document_ids is not None or self.document_ids is not None:
+            if self.document_ids is None:
+                self.document_ids = self.keys.new_zeros(self.keys.shape[1], self.max_tokens, dtype=torch.int32)
+            self.document_ids[:, start:end] = 0 if document_ids is None else document_ids
+        elif num_tokens == 1 or start == 0:
+            return None
+        slots = torch.arange(end, device=self.keys.device)
+        mask = (slots <= slots[start:, None])[None, None]
+        if self.document_ids is not None:
+            ids = self.document_ids[:, :end]
+            mask = mask & (ids[:, None, start:, None] == ids[:, None, None, :])
+        return mask
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values [B, K, T, D]; returns all so far, [B, K, tokens, D]."""
+        start = self.num_tokens - keys.shape[2]
+        self.keys[layer, :, :, start : self.num_tokens] = keys
+        self.values[layer, :, :, start : self.num_tokens] = values
+        return self.keys[layer, :, :, : self.num_tokens], self.values[layer, :, :, : self.num_tokens]
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention whose head counts and rotation come from the position scheme."""
+
+    def __init__(self, config: DecoderConfig, scheme: PositionScheme, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.rotate = scheme.rotate
+        layout = scheme.head_layout(
+            num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads
+        )
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, layout.num_query_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, layout.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, layout.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(layout.num_attention_heads * self.head_dim, width, bias=config.attention_output_bias)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        tables: tuple[Tensor, ...],
+        *,
+        documents: Documents | None = None,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend causally.
+
+        Args:
+            hidden: [B, T, hidden_size].
+            tables: Of the position scheme.
+            documents: Bounds of packed documents; None means that every row is one.
+            cache: Keys and values so far, already extended by T.
+            mask: With a cache, what :meth:`KVCache.extend` returned.
+
+        Returns:
+            [B, T, hidden_size].
+
+        """
+        queries, keys, values = (
+            projection(hidden).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        queries, keys = self.rotate(queries, keys, tables)
+        if documents is not None and cache is None:
+            return self.o_proj(attend_within_documents(queries, keys, values, documents).flatten(-2))
+        queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+        if cache is not None:
+            keys, values = cache.update(self.layer, keys, values)
+        causal = mask is None and queries.shape[2] == keys.shape[2]
+        output = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, enable_gqa=True)
+        return self.o_proj(output.transpose(1, 2).flatten(-2))
+
+
+def attend_within_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
+    """Causal attention that stays inside each document.
+
+    Args:
+        queries: [B, T, H, D].
+        keys: [B, T, K, D].
+        values: [B, T, K, D].
+        documents: Bounds of the documents.
+
+    Returns:
+        [B, T, H, D].
+
+    """
+    if queries.device.type != "cpu":
+        ids, num_tokens = documents.ids, queries.shape[1]
+        causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=ids.device).tril()
+        mask = causal & (ids[:, None, :, None] == ids[:, None, None, :])
+        queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+        return F.scaled_dot_product_attention(queries, keys, values, mask, enable_gqa=True).transpose(1, 2)
+    # One call per document skips what a mask would only hide.
+    lengths = documents.cu_seqlens.diff().tolist()
+    outputs = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        for q, k, v in zip(
+            *(x.flatten(0, 1).transpose(0, 1)[None].split(lengths, dim=2) for x in (queries, keys, values)), strict=True
+        )
+    ]
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1).unflatten(0, queries.shape[:2])

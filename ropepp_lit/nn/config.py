@@ -1,0 +1,139 @@
+"""The geometry of a decoder, and the paper's sizes by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ropepp_lit.errors import UsageError
+
+# Table "Models" of arXiv 2512.07525; the vocabulary is that of Llama 3's tokenizer.
+SIZES: dict[str, dict[str, int]] = {
+    "376m": {
+        "vocab_size": 128256,
+        "hidden_size": 1024,
+        "intermediate_size": 3584,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+    },
+    "776m": {
+        "vocab_size": 128256,
+        "hidden_size": 1536,
+        "intermediate_size": 5376,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 6,
+        "head_dim": 128,
+    },
+    "1.5b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 7168,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+    },
+}
+
+_FROM_SIZE: Any = None
+
+
+@dataclass(kw_only=True, frozen=True)
+class DecoderConfig:
+    """Geometry of a Llama-like decoder, in the words of the plain RoPE model.
+
+    Head counts are those of the plain model, as in the paper's tables: the position scheme answers how many heads of
+    each kind its variant really has (:class:`~ropepp_lit.nn.positions.HeadLayout`).
+    After construction every field but `size` holds a value.
+
+    Raises:
+        UsageError: a size that does not exist, a field that is missing or not positive, heads that do not divide,
+            an odd head size.
+
+    """
+
+    size: str | None = None
+    """A size of the paper: `376m`, `776m` or `1.5b`. Fields that are given win; those left empty come from it."""
+
+    vocab_size: int = _FROM_SIZE
+    """Rows of the embedding; at least the largest token id + 1."""
+
+    hidden_size: int = _FROM_SIZE
+    """Width of the residual stream."""
+
+    intermediate_size: int = _FROM_SIZE
+    """Width of the SwiGLU layer."""
+
+    num_hidden_layers: int = _FROM_SIZE
+    """Number of decoder blocks."""
+
+    num_attention_heads: int = _FROM_SIZE
+    """Query heads H of the plain RoPE model."""
+
+    num_key_value_heads: int = _FROM_SIZE
+    """Key/value heads K of the plain RoPE model; H must be a multiple of it. Empty means H (no grouping)."""
+
+    head_dim: int = _FROM_SIZE
+    """Size of one head, even. Empty means hidden_size / num_attention_heads."""
+
+    attention_bias: bool = False
+    """Biases on the query, key and value projections."""
+
+    attention_output_bias: bool = False
+    """A bias on the output projection of attention."""
+
+    mlp_bias: bool = False
+    """Biases on the three projections of SwiGLU."""
+
+    tie_word_embeddings: bool = False
+    """Use the embedding as the output layer."""
+
+    rms_norm_eps: float = 1e-5
+    """Added to the mean square inside RMSNorm."""
+
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size.lower() not in SIZES:
+            raise UsageError(f"model.decoder.size: no size {self.size!r}; known sizes are {', '.join(SIZES)}")
+        for name, value in SIZES.get((self.size or "").lower(), {}).items():
+            self._fill(name, value)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) is None:
+                raise UsageError(f"model.decoder.{name} is missing: give it, or name a size ({', '.join(SIZES)})")
+        self._require_positive("hidden_size", "num_attention_heads")
+        self._fill("num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise UsageError(
+                f"model.decoder.hidden_size: {self.hidden_size} is not a multiple of num_attention_heads "
+                f"({self.num_attention_heads}); change one of them or give head_dim"
+            )
+        self._fill("head_dim", self.hidden_size // self.num_attention_heads)
+        self._require_positive(
+            "vocab_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "rms_norm_eps"
+        )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UsageError(
+                f"model.decoder.num_attention_heads: {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise UsageError(f"model.decoder.head_dim: {self.head_dim} is odd; rotary pairs need an even head size")
+
+    def to_dict(self) -> dict[str, int | float | bool]:
+        """Every field but `size`, as plain numbers: the geometry itself."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "size"}
+
+    def _fill(self, name: str, value: int | None) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def _require_positive(self, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise UsageError(f"model.decoder.{name}: {getattr(self, name)} must be above 0")

@@ -1,0 +1,193 @@
+"""The decoder: a Llama-like language model whose attention heads are those of a position scheme.
+
+Choices: pre-norm RMSNorm, SwiGLU, grouped-query attention, no dropout, no biases unless asked for. Parameters bear the
+names of Hugging Face's Llama, so that conversion is configuration and not renaming.
+
+Shapes: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ropepp_lit.errors import UsageError
+from ropepp_lit.nn.attention import Attention, KVCache
+from ropepp_lit.nn.config import DecoderConfig
+from ropepp_lit.nn.documents import Documents
+from ropepp_lit.nn.frequencies import Frequencies
+from ropepp_lit.nn.loss import IGNORE_INDEX, linear_cross_entropy
+from ropepp_lit.nn.positions import PositionScheme
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, T, hidden_size] to the same."""
+        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each on the normalized residual stream."""
+
+    def __init__(self, config: DecoderConfig, scheme: PositionScheme, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, scheme, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        tables: tuple[Tensor, ...],
+        *,
+        documents: Documents | None = None,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, hidden_size] to the same; the other arguments are those of :meth:`Attention.forward`."""
+        hidden = hidden + self.self_attn(
+            self.input_layernorm(hidden), tables, documents=documents, cache=cache, mask=mask
+        )
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks and the last norm: `model.` in Hugging Face's names."""
+
+    def __init__(self, config: DecoderConfig, scheme: PositionScheme) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, scheme, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model with a position scheme.
+
+    Example:
+        >>> config = DecoderConfig(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
+        ...                        num_attention_heads=4, num_key_value_heads=2)
+        >>> decoder = Decoder(config, RoPEPP(variant="ec"), Frequencies(rope_theta=10_000))
+        >>> logits = decoder(torch.zeros(1, 8, dtype=torch.int64))
+
+
+    Args:
+        config: Geometry.
+        scheme: Head layout and rotation.
+        frequencies: Base and scaling of the rotary frequencies.
+
+    Raises:
+        UsageError: the scheme cannot be built with this geometry.
+    """
+
+    def __init__(self, config: DecoderConfig, scheme: PositionScheme, frequencies: Frequencies) -> None:
+        super().__init__()
+        self.config, self.scheme, self.frequencies = config, scheme, frequencies
+        self.head_layout = scheme.head_layout(
+            num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads
+        )
+        self.model = Trunk(config, scheme)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal weights of standard deviation `initializer_range`, zero biases, norms of one (the paper's setting)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(std=self.config.initializer_range)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.RMSNorm):
+                module.weight.fill_(1.0)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        labels: Tensor | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        positions: Tensor | None = None,
+        documents: Documents | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        """Logits, or the loss where labels are given (then logits are never held all at once).
+
+        Args:
+            input_ids: [B, T] integers below `vocab_size`.
+            labels: [B, T] int64: the token that should come *next* at each place (already shifted); -100 is ignored.
+            reduction: Of the loss: over the labels that count.
+            positions: [B, T] integers; empty means those of `documents`, else 0, 1, … behind what the cache holds.
+            documents: Bounds of packed documents that must not see each other; empty means one document per row.
+            cache: Keys and values so far; gets the new ones.
+            logits_to_keep: Compute logits of the last so many tokens only; 0 means all.
+
+        Returns:
+            Logits [B, T or logits_to_keep, vocab_size] of the weights' dtype, or the loss, a scalar of float32
+            (float64 in a float64 model), in nats.
+
+        Raises:
+            UsageError: a token id outside the vocabulary (seen on CPU; on a GPU the kernel asserts).
+            ValueError: the cache is full.
+
+        """
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_ids(input_ids)
+        mask = None
+        if positions is None:
+            start = cache.num_tokens if cache is not None else 0
+            row = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
+            positions = documents.positions if documents is not None else row.expand_as(input_ids)
+        if cache is not None:
+            mask = cache.extend(input_ids.shape[1], documents.ids if documents is not None else None)
+        hidden = self.model.embed_tokens(input_ids)
+        tables = self.scheme.tables(positions, self.frequencies, head_dim=self.config.head_dim, dtype=hidden.dtype)
+        for block in self.model.layers:
+            hidden = block(hidden, tables, documents=documents, cache=cache, mask=mask)
+        hidden = self.model.norm(hidden)
+        if labels is None:
+            return self.lm_head(hidden[:, -logits_to_keep:])
+        loss = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
+        return loss / (labels != IGNORE_INDEX).sum() if reduction == "mean" else loss
+
+    def allocate_cache(self, *, batch_size: int, max_tokens: int) -> KVCache:
+        """An empty cache for `batch_size` rows of up to `max_tokens` tokens, prompt and answer together."""
+        weight = self.model.embed_tokens.weight
+        return KVCache(
+            num_layers=self.config.num_hidden_layers,
+            batch_size=batch_size,
+            num_key_value_heads=self.head_layout.num_key_value_heads,
+            max_tokens=max_tokens,
+            head_dim=self.config.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        low, high = (int(x) for x in input_ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            wrong = low if low < 0 else high
+            raise UsageError(
+                f"input_ids: token id {wrong} is outside the vocabulary of {self.config.vocab_size}; "
+                "the text was tokenized for another model, or model.decoder.vocab_size is too small"
+            )

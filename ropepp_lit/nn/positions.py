@@ -1,0 +1,139 @@
+"""Position schemes: how many heads a variant has, and how queries and keys learn where they stand.
+
+Shapes: B batch, T tokens, H attention heads, K key/value heads, D head size. A head is D/2 complex numbers in the
+half-split layout: pair n is dimensions n and n + D/2.
+
+Names of the public RoPE++ code: `imag1` is `RoPEPP(variant="eh")`, `imag2` is `RoPEPP(variant="ec")`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ropepp_lit.errors import UsageError
+from ropepp_lit.nn.frequencies import Frequencies
+
+
+class HeadLayout(NamedTuple):
+    """How many heads of each kind an attention layer really has."""
+
+    num_query_heads: int
+    """Heads that the query projection makes."""
+
+    num_attention_heads: int
+    """Heads that enter the softmax and the output projection: real and imaginary ones."""
+
+    num_key_value_heads: int
+    """Heads that the key and value projections make and the cache keeps."""
+
+
+class PositionScheme:
+    """What a position scheme answers. Subclass it in a file of your own and name it in a recipe.
+
+    A scheme holds settings only, each as an attribute named as its `__init__` argument, so that a checkpoint can
+    write the scheme down and make it again.
+    """
+
+    def head_layout(self, *, num_attention_heads: int, num_key_value_heads: int) -> HeadLayout:
+        """Head counts for a decoder whose plain RoPE model has these.
+
+        Raises:
+            UsageError: the variant cannot be built with these counts.
+
+        """
+        return HeadLayout(num_attention_heads, num_attention_heads, num_key_value_heads)
+
+    def tables(
+        self, positions: Tensor, frequencies: Frequencies, *, head_dim: int, dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        """Whatever `rotate` needs of the positions; computed once per forward and shared by all layers.
+
+        Args:
+            positions: [B, T], integers; restart at each packed document.
+            frequencies: Base and scaling.
+            head_dim: D.
+            dtype: dtype of the model's activations.
+
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement tables()")
+
+    def rotate(self, queries: Tensor, keys: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Give queries and keys their positions.
+
+        Args:
+            queries: [B, T, num_query_heads, D].
+            keys: [B, T, num_key_value_heads, D].
+            tables: What :meth:`tables` returned.
+
+        Returns:
+            Queries [B, T, num_attention_heads, D] and keys [B, T, num_key_value_heads, D]. The heads that share a
+            key/value head are consecutive.
+
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement rotate()")
+
+
+class RoPE(PositionScheme):
+    """Rotary position embeddings (arXiv 2104.09864): the real part of the complex score."""
+
+    def tables(
+        self, positions: Tensor, frequencies: Frequencies, *, head_dim: int, dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
+        """Cos and sin of position × frequency, each [B, T, 1, D/2] of `dtype`.
+
+        Angles are computed in float32, or float64 for a float64 model: bfloat16 holds no position beyond 256.
+        """
+        precision = torch.float64 if dtype == torch.float64 else torch.float32
+        with torch.autocast(positions.device.type, enabled=False):
+            inverse = frequencies.inverse_frequencies(head_dim, dtype=precision, device=positions.device)
+            angles = (positions.to(precision)[..., None] * inverse).unsqueeze(-2)
+            factor = frequencies.attention_factor
+            return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+    def rotate(self, queries: Tensor, keys: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """A_re = (R_t q)ᵀ (R_s k)."""
+        cos, sin = tables
+        return _turn(queries, cos, sin), _turn(keys, cos, sin)
+
+
+class RoPEPP(RoPE):
+    """RoPE++ (arXiv 2512.07525): the imaginary part of the score as a second group of heads.
+
+    Both groups read the same keys and values. A_im = (R_t R_{-π/2} q)ᵀ (R_s k). Rotations commute, so the imaginary
+    query is the *rotated* real query turned by -90°: a swap of halves and one sign. Real and imaginary heads alternate:
+    re(q_0), im(q_0), re(q_1), im(q_1), …
+
+    Args:
+        variant: `ec` (equal cache) doubles the attention heads and keeps the KV cache; `eh` (equal heads) keeps the
+            attention heads and halves the KV cache.
+    """
+
+    def __init__(self, *, variant: Literal["ec", "eh"] = "ec") -> None:
+        if variant not in ("ec", "eh"):
+            raise UsageError(f"model.positions.variant: no variant {variant!r}; choose ec or eh")
+        self.variant = variant
+
+    def head_layout(self, *, num_attention_heads: int, num_key_value_heads: int) -> HeadLayout:
+        """EC of (H, K) is (H, 2H, K); EH of (H, K) is EC of (H/2, K/2)."""
+        if self.variant == "ec":
+            return HeadLayout(num_attention_heads, 2 * num_attention_heads, num_key_value_heads)
+        for name, value in (("num_attention_heads", num_attention_heads), ("num_key_value_heads", num_key_value_heads)):
+            if value % 2:
+                raise UsageError(f"model.decoder.{name}: RoPE++ EH halves it, so {value} must be even; use variant ec")
+        return HeadLayout(num_attention_heads // 2, num_attention_heads, num_key_value_heads // 2)
+
+    def rotate(self, queries: Tensor, keys: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Real and imaginary queries, head by head, and the rotated keys that both read."""
+        queries, keys = super().rotate(queries, keys, tables)
+        first, second = queries.chunk(2, dim=-1)
+        imaginary = torch.cat((second, -first), dim=-1)
+        return torch.stack((queries, imaginary), dim=-2).flatten(-3, -2), keys
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Multiply the complex numbers of each head by cos + i·sin; x is [B, T, heads, D], cos and sin [B, T, 1, D/2]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,0 +1,225 @@
+"""`ropepp-lit fit` and `ropepp-lit validate`: LightningCLI's, with the toolkit's checks before and a summary after."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from ropepp_lit.arguments import OneLineErrors
+from ropepp_lit.checkpoint import KEY, decoder_weights, describe_architecture, read_checkpoint
+from ropepp_lit.data.token_data import TokenData
+from ropepp_lit.errors import UsageError
+from ropepp_lit.nn import Decoder
+from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
+from ropepp_lit.train.causal_lm import CausalLM
+from ropepp_lit.train.checkpoints import LAST, Checkpoints, folder_of, newest, saved_steps
+
+
+class _Parser(OneLineErrors, LightningArgumentParser):
+    pass
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI whose recipe always rules, and which finds mistakes before anything is written."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        super().__init__(
+            CausalLM,
+            TokenData,
+            args=arguments,
+            save_config_callback=None,  # written here, after the checks
+            seed_everything_default=0,
+            parser_class=_Parser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            trainer_defaults={
+                "callbacks": [Banner(), ProgressBar()],
+                "check_val_every_n_epoch": None,  # a run is counted in steps
+                "enable_model_summary": False,  # the banner says more
+                "inference_mode": False,
+                "use_distributed_sampler": False,  # the data's plan knows the ranks
+                "log_every_n_steps": 10,
+            },
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The two of Lightning's subcommands that training needs."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Callbacks with options of their own."""
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(TextSample, "sample")
+
+    def _parse_ckpt_path(self) -> None:
+        """Not Lightning's: it would replace what the recipe says by what the checkpoint was made with."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """All that a run writes goes into its own folder, TensorBoard's events too."""
+        config = self.config_init[self.subcommand].trainer
+        if config.logger in (None, True):
+            folder = config.default_root_dir or "."
+            kwargs["logger"] = TensorBoardLogger(folder, name="tensorboard", version="")
+        return super().instantiate_trainer(**kwargs)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; Lightning's would warn where a process with arguments of its own calls us."""
+        self.config = parser.parse_args(args)
+
+    def before_fit(self) -> None:
+        """Find every mistake that can be known; then write the recipe into the run's folder."""
+        self._started = time.monotonic()
+        if self.trainer.max_steps < 1:
+            raise UsageError(
+                "trainer.max_steps: give the number of optimizer steps, 1 or more; runs are counted in steps"
+            )
+        self._check()
+        folder = folder_of(self.trainer.default_root_dir)
+        options = self.config_init["fit"]
+        options.weights_only = True
+        if options.ckpt_path == "auto":
+            found = newest(folder)
+            options.ckpt_path = str(found) if found else None
+        self._check_checkpoint(options.ckpt_path)
+        steps = saved_steps(folder)
+        if steps and options.ckpt_path is None:
+            raise UsageError(
+                f"{folder} holds checkpoints of an earlier run (step {max(steps)}); continue it by --ckpt_path auto, "
+                "or choose another --trainer.default_root_dir"
+            )
+        recipe = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))["fit"]
+        recipe = {name: value for name, value in recipe.items() if name not in self._subcommand_method_arguments["fit"]}
+        self.model.recipe = recipe
+        self._write_recipe(recipe)
+
+    def before_validate(self) -> None:
+        """Find every mistake that can be known."""
+        options = self.config_init["validate"]
+        options.weights_only, options.verbose = True, False
+        if options.ckpt_path is None:
+            raise UsageError("ckpt_path is missing: name the checkpoint to validate by --ckpt_path")
+        self._check()
+        self._check_checkpoint(options.ckpt_path)
+
+    def _check(self) -> None:
+        self._skeleton()
+        self.datamodule.check()
+        self.datamodule.prepare_data()
+        self.datamodule.setup("check")
+        tokens, vocab_size = self.datamodule.manifest.vocab_size, self.model.config.vocab_size
+        if tokens > vocab_size:
+            raise UsageError(f"model.decoder.vocab_size: {vocab_size} is below the {tokens} tokens of the tokenizer")
+
+    def _check_checkpoint(self, path: str | None) -> None:
+        """Compare what the checkpoint holds with what the recipe wants; the recipe rules where the shapes allow."""
+        if path is None:
+            return
+        checkpoint = read_checkpoint(path)
+        trained = _flatten(checkpoint[KEY]["architecture"])
+        wanted = _flatten(describe_architecture(self.model.config, self.model.scheme, self.model.frequencies))
+        differences = ", ".join(
+            f"{name} {trained.get(name, 'none')} → {wanted.get(name, 'none')}"
+            for name in trained | wanted
+            if trained.get(name) != wanted.get(name)
+        )
+        shapes = {name: value.shape for name, value in self._skeleton().state_dict().items()}
+        if shapes != {name: value.shape for name, value in decoder_weights(checkpoint).items()}:
+            raise UsageError(f"{path}: its weights do not fit the recipe's model ({differences}); mend the recipe")
+        if differences:
+            rank_zero_print(f"The recipe differs from that of {path} and holds: {differences}")
+        if self.subcommand != "fit":
+            return
+        optimizer = type(self.model.optimizer_config).__name__
+        if checkpoint[KEY]["optimizer"] != optimizer:
+            raise UsageError(
+                f"model.optimizer: {path} holds the state of {checkpoint[KEY]['optimizer']}, "
+                f"which {optimizer} cannot continue; use the same optimizer"
+            )
+        step, max_steps = checkpoint["global_step"], self.trainer.max_steps
+        left = f"{max_steps - step:,} steps are left" if step < max_steps else "raise --trainer.max_steps to go on"
+        rank_zero_print(f"Continuing from {path} at step {step:,} of {max_steps:,}: {left}")
+
+    def _skeleton(self) -> Decoder:
+        """The decoder without memory for its weights."""
+        with torch.device("meta"):
+            return Decoder(self.model.config, self.model.scheme, self.model.frequencies)
+
+    @rank_zero_only
+    def _write_recipe(self, recipe: dict[str, Any]) -> None:
+        folder = Path(self.trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+
+    def after_fit(self) -> None:
+        """Validate the last step unless that is done, and say where things are and what to type next."""
+        validation = self.model.last_validation
+        if validation is None or validation["step"] != self.trainer.global_step:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        self._print_validation()
+        folder = self.trainer.default_root_dir
+        checkpoint, recipe = folder_of(folder) / LAST, Path(folder) / "recipe.yaml"
+        seconds = time.monotonic() - self._started
+        rank_zero_print(
+            f"""
+Step {self.trainer.global_step:,}, {self.model.tokens_seen:,} tokens read, {seconds:.0f} seconds.
+Everything is in {folder}: checkpoints, recipe.yaml, tensorboard.
+
+Next:
+  ropepp-lit generate {checkpoint} --prompt 'def main('
+  ropepp-lit validate --config {recipe} --ckpt_path {checkpoint}
+  ropepp-lit fit --config {recipe} --ckpt_path auto --trainer.max_steps {2 * self.trainer.max_steps}
+  tensorboard --logdir {folder}"""
+        )
+
+    def after_validate(self) -> None:
+        """Show the figures."""
+        self._print_validation()
+
+    def _print_validation(self) -> None:
+        values, held_out = self.model.last_validation, self.datamodule.manifest.splits["validation"]
+        assert values is not None
+        assert held_out.gzip_bytes is not None
+        gzip = 8 * held_out.gzip_bytes / held_out.bytes
+        rank_zero_print(
+            f"""
+Held-out text ({held_out.documents:,} documents, {held_out.bytes:,} bytes) at step {values["step"]:,.0f}:
+  loss {values["val/loss"]:.4f} nats per token, perplexity {values["val/perplexity"]:.2f}
+  bits per byte: {values["val/bits_per_byte"]:.3f} (this model)   {gzip:.3f} (gzip -9)"""
+        )
+
+
+def _flatten(architecture: dict[str, Any]) -> dict[str, Any]:
+    """Settings by the names they have in a recipe."""
+    flat = {f"model.decoder.{name}": value for name, value in architecture["decoder"].items()}
+    for part in ("positions", "frequencies"):
+        flat[f"model.{part}"] = architecture[part]["class_path"].rpartition(".")[2]
+        flat |= {f"model.{part}.{name}": value for name, value in architecture[part]["init_args"].items()}
+    return flat
+
+
+@rank_zero_only
+def rank_zero_print(text: str) -> None:
+    """Print once, not once for each rank."""
+    print(text, flush=True)
+
+
+def main(arguments: list[str]) -> None:
+    """Run `fit` or `validate`.
+
+    Args:
+        arguments: The subcommand and its options.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # reading costs next to nothing
+    RecipeCLI(arguments)
