@@ -135,11 +135,14 @@ class TokenData(LightningDataModule):
         """What the order of samples depends on: where it differs, a position in the data means nothing."""
         return {"fingerprint": self.manifest.fingerprint, "context_length": self.context_length, "seed": self.seed}
 
+    def predicted_tokens(self, split: str) -> int:
+        """Tokens of a split that count as labels: where documents don't see each other, none foresees the next one."""
+        tokens = self.manifest.splits[split]
+        return tokens.tokens - (tokens.documents if self.intra_document_masking else 1)
+
     def bytes_per_token(self, split: str) -> float:
         """UTF-8 bytes of text per predicted token of a split, for bits per byte."""
-        tokens = self.manifest.splits[split]
-        predicted = tokens.tokens - (tokens.documents if self.intra_document_masking else 1)
-        return tokens.bytes / predicted
+        return self.manifest.splits[split].bytes / self.predicted_tokens(split)
 
     def train_dataloader(self) -> TrainLoader:
         """Batches of the whole run."""

@@ -19,6 +19,7 @@ transformers bit for bit where transformers has the scheme.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class Linear(Frequencies):
         return inverse_frequencies / self.factor
 
 
-class _Yarn(Frequencies):
+class _Yarn(Frequencies, ABC):
     """What both YaRNs share (arXiv 2309.00071): a ramp between interpolated and original frequencies, a temperature."""
 
     def __init__(
@@ -120,9 +121,9 @@ class _Yarn(Frequencies):
         keep = self._keep(inverse_frequencies, head_dim)
         return inverse_frequencies / self.factor * (1 - keep) + inverse_frequencies * keep
 
+    @abstractmethod
     def _keep(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
         """Share of the original frequency that each pair keeps, from 1 (fast pairs) to 0 (slow pairs)."""
-        raise NotImplementedError
 
 
 class YarnByRotations(_Yarn):

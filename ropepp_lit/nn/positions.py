@@ -8,6 +8,7 @@ Names of the public RoPE++ code: `imag1` is `RoPEPP(variant="eh")`, `imag2` is `
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ class HeadLayout(NamedTuple):
     """Heads that the key and value projections make and the cache keeps."""
 
 
-class PositionScheme:
+class PositionScheme(ABC):
     """What a position scheme answers. Subclass it in a file of your own and name it in a recipe.
 
     A scheme holds settings only, each as an attribute named as its `__init__` argument, so that a checkpoint can
@@ -46,6 +47,7 @@ class PositionScheme:
         """
         return HeadLayout(num_attention_heads, num_attention_heads, num_key_value_heads)
 
+    @abstractmethod
     def tables(
         self, positions: Tensor, frequencies: Frequencies, *, head_dim: int, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
@@ -58,8 +60,8 @@ class PositionScheme:
             dtype: dtype of the model's activations.
 
         """
-        raise NotImplementedError(f"{type(self).__name__} must implement tables()")
 
+    @abstractmethod
     def rotate(self, queries: Tensor, keys: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Give queries and keys their positions.
 
@@ -73,7 +75,6 @@ class PositionScheme:
             key/value head are consecutive.
 
         """
-        raise NotImplementedError(f"{type(self).__name__} must implement rotate()")
 
 
 class RoPE(PositionScheme):

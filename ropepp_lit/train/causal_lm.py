@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, SumMetric
 
 from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, describe_architecture
 from ropepp_lit.data.token_data import Batch, TokenData
-from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme, RoPEPP
+from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
 from ropepp_lit.nn.loss import IGNORE_INDEX
-from ropepp_lit.train.optimizer import AdamW, OptimizerConfig
-from ropepp_lit.train.schedule import Schedule, WarmupStableDecay
+from ropepp_lit.train.optimizer import OptimizerConfig
+from ropepp_lit.train.schedule import Schedule
 
 _IN_PROGRESS_BAR = {"train/loss", "val/loss", "tokens_per_second", "lr", "gradient_norm"}
 
@@ -26,34 +26,35 @@ class CausalLM(LightningModule):
 
     Args:
         decoder: Geometry, or a size of the paper by name.
-        positions: Position scheme; empty means RoPE++ EC.
-        frequencies: Base and scaling of the rotary frequencies; empty means base 10000.
-        optimizer: Optimizer and its settings; empty means AdamW.
-        schedule: Learning rate by steps; empty means warmup-stable-decay without warm-up.
+        positions: Position scheme.
+        frequencies: Base and scaling of the rotary frequencies.
+        optimizer: Optimizer and its settings.
+        schedule: Learning rate by steps.
     """
 
     def __init__(
         self,
         *,
         decoder: DecoderConfig,
-        positions: PositionScheme | None = None,
-        frequencies: Frequencies | None = None,
-        optimizer: OptimizerConfig | None = None,
-        schedule: Schedule | None = None,
+        positions: PositionScheme,
+        frequencies: Frequencies,
+        optimizer: OptimizerConfig,
+        schedule: Schedule,
     ) -> None:
         super().__init__()
         self.config = decoder
-        self.scheme = positions or RoPEPP()
-        self.frequencies = frequencies or Frequencies()
-        self.optimizer_config = optimizer or AdamW()
-        self.schedule = schedule or WarmupStableDecay()
+        self.scheme = positions
+        self.frequencies = frequencies
+        self.optimizer_config = optimizer
+        self.schedule = schedule
         self.recipe: dict[str, Any] | None = None
         """The run's whole recipe; the command sets it, and checkpoints carry it."""
         self.tokens_seen = 0
         """Tokens that all ranks have read since the run began."""
         self.last_validation: dict[str, float] | None = None
-        """What the newest validation found, and the `step` it was made at."""
-        self.train_loss, self.val_loss = MeanMetric(), MeanMetric()
+        """What the newest validation found, the `step` it was made at, and how many `tokens` it predicted."""
+        self.train_loss, self.val_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
+        self.val_tokens = SumMetric(nan_strategy="disable")
         self._gradient_norm: Tensor | None = None
         self._timer = _Timer()
 
@@ -91,7 +92,7 @@ class CausalLM(LightningModule):
         micro-batches and ranks.
         """
         loss = self._summed_loss(batch)
-        count = (batch.labels != IGNORE_INDEX).sum()
+        count = (batch.labels != IGNORE_INDEX).sum().clamp(min=1)
         self.train_loss.update(loss.detach() / count, weight=count)
         self.tokens_seen += batch.input_ids.numel() * (self.trainer.distributed_sampler_kwargs or {}).get(
             "num_replicas", 1
@@ -103,6 +104,7 @@ class CausalLM(LightningModule):
         count = (batch.labels != IGNORE_INDEX).sum()
         if count:
             self.val_loss.update(self._summed_loss(batch) / count, weight=count)
+            self.val_tokens.update(count)
         else:
             self._summed_loss(batch)  # a padded batch: the other ranks compute, and sharded weights need all of them
 
@@ -143,13 +145,14 @@ class CausalLM(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, perplexity and bits per byte over the whole validation set."""
-        loss = self.val_loss.compute()
+        loss, tokens = self.val_loss.compute(), self.val_tokens.compute()
         self.val_loss.reset()
+        self.val_tokens.reset()
         values = self._metrics("val", loss)
         for name, value in values.items():
             self.log(name, value, prog_bar=name in _IN_PROGRESS_BAR, rank_zero_only=True)
         if not self.trainer.sanity_checking:
-            self.last_validation = {name: float(value) for name, value in values.items()}
+            self.last_validation = {name: float(value) for name, value in values.items()} | {"tokens": float(tokens)}
 
     def on_validation_end(self) -> None:
         """Let the clock of training run on."""

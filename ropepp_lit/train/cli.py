@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import re
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -19,14 +21,31 @@ from ropepp_lit.arguments import OneLineErrors
 from ropepp_lit.checkpoint import KEY, decoder_weights, describe_architecture, read_checkpoint
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn import Decoder
+from ropepp_lit.nn import Decoder, Frequencies, PositionScheme, RoPEPP
 from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import LAST, Checkpoints, folder_of, newest, saved_steps
+from ropepp_lit.train.optimizer import AdamW, OptimizerConfig
+from ropepp_lit.train.schedule import Schedule, WarmupStableDecay
+
+CLASSES = {
+    "model.positions": (PositionScheme, RoPEPP),
+    "model.frequencies": (Frequencies, Frequencies),
+    "model.optimizer": (OptimizerConfig, AdamW),
+    "model.schedule": (Schedule, WarmupStableDecay),
+}
+"""Keys that name a class: what it must be, and the default."""
 
 
 class _Parser(OneLineErrors, LightningArgumentParser):
-    pass
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say which classes there are where a name is none of them."""
+        wrong = re.search(r'"([\w.]+)".*Expected a dot import path string: (\S+)', message, re.DOTALL)
+        if wrong and wrong[1] in CLASSES:
+            base = CLASSES[wrong[1]][0]
+            known = ", ".join(kind.__name__ for kind in _classes(base))
+            message = f"{wrong[1]}: no class {wrong[2]!r}; choose of {known}, or name one of your own as module.Class"
+        super().error(message, ex)
 
 
 class RecipeCLI(LightningCLI):
@@ -49,6 +68,7 @@ class RecipeCLI(LightningCLI):
                 "inference_mode": False,
                 "use_distributed_sampler": False,  # the data's plan knows the ranks
                 "log_every_n_steps": 10,
+                "num_sanity_val_steps": 0,
             },
         )
 
@@ -58,9 +78,10 @@ class RecipeCLI(LightningCLI):
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Callbacks with options of their own."""
+        """Callbacks with options of their own; default classes, so that one setting of theirs can be given alone."""
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(TextSample, "sample")
+        parser.set_defaults({key: {"class_path": default.__name__} for key, (_, default) in CLASSES.items()})
 
     def _parse_ckpt_path(self) -> None:
         """Not Lightning's: it would replace what the recipe says by what the checkpoint was made with."""
@@ -191,12 +212,21 @@ Next:
         assert values is not None
         assert held_out.gzip_bytes is not None
         gzip = 8 * held_out.gzip_bytes / held_out.bytes
+        whole = self.datamodule.predicted_tokens("validation")
         rank_zero_print(
             f"""
-Held-out text ({held_out.documents:,} documents, {held_out.bytes:,} bytes) at step {values["step"]:,.0f}:
+Held-out text ({held_out.documents:,} documents, {held_out.bytes:,} bytes) at step {values["step"]:,.0f}, \
+{values["tokens"]:,.0f} of {whole:,} tokens:
   loss {values["val/loss"]:.4f} nats per token, perplexity {values["val/perplexity"]:.2f}
   bits per byte: {values["val/bits_per_byte"]:.3f} (this model)   {gzip:.3f} (gzip -9)"""
         )
+
+
+def _classes(base: type) -> list[type]:
+    """A class and all that derive from it, so far as they are known and can be made."""
+    children: list[type] = base.__subclasses__()
+    derived = [kind for child in children for kind in _classes(child)]
+    return derived if inspect.isabstract(base) else [base, *derived]
 
 
 def _flatten(architecture: dict[str, Any]) -> dict[str, Any]:
@@ -220,6 +250,10 @@ def main(arguments: list[str]) -> None:
     Args:
         arguments: The subcommand and its options.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # reading costs next to nothing
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # torchmetrics has gathered the ranks already
+    warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")  # its own affair
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
     RecipeCLI(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -10,12 +11,12 @@ from torch import nn
 from ropepp_lit.errors import UsageError
 
 
-class OptimizerConfig:
+class OptimizerConfig(ABC):
     """Settings from which an optimizer is built for a model."""
 
+    @abstractmethod
     def build(self, decoder: nn.Module) -> torch.optim.Optimizer:
         """An optimizer over the decoder's parameters, in groups."""
-        raise NotImplementedError
 
 
 class AdamW(OptimizerConfig):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 from ropepp_lit.errors import UsageError
 
 
-class Schedule:
+class Schedule(ABC):
     """A factor on the peak learning rate for each optimizer step."""
 
     total_steps: int | None
@@ -32,8 +33,9 @@ class Schedule:
             return (step + 1) / (self.warmup_steps + 1)
         return self._after_warmup(step, total_steps)
 
+    @abstractmethod
     def _after_warmup(self, step: int, total_steps: int) -> float:
-        raise NotImplementedError
+        """Factor of the steps that follow the warm-up."""
 
 
 class Constant(Schedule):

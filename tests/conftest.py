@@ -1,0 +1,45 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ropepp_lit.data.prepare import prepare
+
+torch.set_num_threads(2)
+
+COMMAND = Path(sys.executable).parent / "ropepp-lit"
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """A folder of text files."""
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(60):
+        text = " ".join(f"word{(number * step) % 97}" for step in range(1, 40 + number))
+        (folder / f"{number:02}.txt").write_text(f"Text {number}. {text}\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(texts, tmp_path_factory):
+    """Options of `fit` and `validate` for a model of a few thousand parameters on a folder of text."""
+    recipe = Path(__file__).parent / "train" / "tiny.yaml"
+    cache = tmp_path_factory.mktemp("cache")
+    prepare(str(texts), vocab_size=None, validation_fraction=0.2, cache_dir=cache, show_progress=False)
+    return ["--config", str(recipe), "--data.source", str(texts), "--data.cache_dir", str(cache)]
+
+
+@pytest.fixture(scope="session")
+def run():
+    """Runs the installed command in a fresh process and a given folder; returns the finished process."""
+
+    def run(*arguments, cwd, returncode=0):
+        finished = subprocess.run(
+            [COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, timeout=600
+        )
+        assert finished.returncode == returncode, finished.stdout + finished.stderr
+        return finished
+
+    return run

@@ -1,0 +1,133 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ropepp_lit.data.token_data import TokenData
+from ropepp_lit.data.tokenizer import EOS_TOKEN_ID
+from ropepp_lit.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(60):
+        (folder / f"{number}.txt").write_text(f"text {number} " * (5 + number % 11))
+    return folder
+
+
+@pytest.fixture
+def make(source, tmp_path_factory):
+    def make(*, max_steps=10, accumulate=1, replicas=1, rank=0, **settings):
+        defaults = {"tokenizer": "bytes", "context_length": 32, "batch_size": 4, "validation_fraction": 0.2}
+        data = TokenData(source=str(source), cache_dir=str(source.parent / "cache"), **{**defaults, **settings})
+        data.trainer = SimpleNamespace(
+            max_steps=max_steps,
+            accumulate_grad_batches=accumulate,
+            distributed_sampler_kwargs={"num_replicas": replicas, "rank": rank},
+        )
+        data.prepare_data()
+        data.setup("fit")
+        return data
+
+    return make
+
+
+def rows(loader, count):
+    return [batch.input_ids for _, batch in zip(range(count), loader, strict=False)]
+
+
+def test_labels_are_the_next_tokens(make):
+    batch = next(iter(make(intra_document_masking=False).train_dataloader()))
+    assert batch.input_ids.shape == batch.labels.shape == (4, 32)
+    assert torch.equal(batch.input_ids[:, 1:], batch.labels[:, :-1])
+    assert batch.documents is None
+
+
+def test_documents_do_not_foresee_each_other(make):
+    for batch in make(max_steps=20).train_dataloader():
+        ends = batch.input_ids == EOS_TOKEN_ID
+        assert (batch.labels[ends] == -100).all()
+        assert (batch.labels[~ends] >= 0).all()
+        assert (batch.documents.positions[:, 1:][ends[:, :-1]] == 0).all()
+        if ends.any():
+            return
+    pytest.fail("no document ended within 20 batches")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_and_workers_read_the_same_global_order(make, num_workers):
+    alone = torch.stack(rows(make(batch_size=8, num_workers=num_workers).train_dataloader(), 6))
+    loaders = [make(replicas=2, rank=rank, num_workers=num_workers).train_dataloader() for rank in range(2)]
+    together = [torch.stack(rows(loader, 6)) for loader in loaders]
+    assert torch.equal(alone, torch.cat(together, dim=1))
+
+
+def test_two_ranks_continued_by_one(make):
+    whole = torch.cat(rows(make(max_steps=12).train_dataloader(), 12))
+    first = [make(replicas=2, rank=rank).train_dataloader() for rank in range(2)]
+    begun = [rows(loader, 4) for loader in first]
+    states = [loader.state_dict() for loader in first]
+    assert states[0] == states[1]
+    rest = make(batch_size=4).train_dataloader()
+    rest.load_state_dict(states[0])
+    order = [row for pair in zip(*begun, strict=True) for row in pair] + rows(rest, 4)
+    assert torch.equal(torch.cat(order), whole)
+
+
+def test_iterating_twice_does_not_rewind(make):
+    loader = make().train_dataloader()
+    first, second = rows(loader, 3), rows(loader, 3)
+    assert torch.equal(torch.cat(first + second), torch.cat(rows(make().train_dataloader(), 6)))
+
+
+def test_other_data_start_at_the_first_sample(make):
+    state = {**make().train_dataloader().state_dict(), "samples": 40}
+    for changed in ({"context_length": 16}, {"seed": 5}, {"validation_fraction": 0.3}):
+        loader = make(**changed).train_dataloader()
+        loader.load_state_dict(state)
+        assert loader.samples == 0
+    same = make(batch_size=2, num_workers=1).train_dataloader()
+    same.load_state_dict(state)
+    assert same.samples == 40
+
+
+def test_length_is_that_of_the_run(make):
+    assert len(make(max_steps=7, accumulate=3).train_dataloader()) == 21
+
+
+@pytest.mark.parametrize("masking", [True, False])
+def test_validation_predicts_every_token_once(make, masking):
+    for replicas in (1, 2, 3):
+        loaders = [
+            make(replicas=replicas, rank=rank, intra_document_masking=masking).val_dataloader()
+            for rank in range(replicas)
+        ]
+        assert len({len(loader) for loader in loaders}) == 1
+        labels = torch.cat([batch.labels[batch.labels >= 0] for loader in loaders for batch in loader])
+        tokens = make().manifest.splits["validation"]
+        assert len(labels) == tokens.tokens - (tokens.documents if masking else 1)
+        assert make(intra_document_masking=masking).bytes_per_token("validation") == tokens.bytes / len(labels)
+
+
+def test_text_begins_behind_bos(make):
+    assert make().begin_text([7, 8]) == [0, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokenizer": None}, r"data\.tokenizer: give either"),
+        ({"train_tokenizer": 300}, r"data\.tokenizer: give either"),
+        ({"tokenizer": "words"}, r"data\.tokenizer: no tokenizer 'words'"),
+        ({"tokenizer": None, "train_tokenizer": 100}, r"data\.train_tokenizer: 100 must be 258 or more"),
+        ({"context_length": 0}, r"data\.context_length: 0 must be 1 or more"),
+        ({"batch_size": 0}, r"data\.batch_size: 0 must be 1 or more"),
+        ({"num_workers": -1}, r"data\.num_workers: -1 must be 0 or more"),
+        ({"validation_fraction": 1.5}, r"data\.validation_fraction: 1.5 must be between 0 and 1"),
+        ({"context_length": 100_000}, r"data\.context_length: 100000 is longer than the .* tokens of train"),
+    ],
+)
+def test_settings_that_cannot_be(make, settings, message):
+    with pytest.raises(UsageError, match=message):
+        make(**settings)

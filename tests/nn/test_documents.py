@@ -1,0 +1,120 @@
+"""Packed documents against each document alone."""
+
+import pytest
+import torch
+
+from ropepp_lit.nn import Decoder, DecoderConfig, Documents, Frequencies, RoPE, RoPEPP
+from ropepp_lit.nn.attention import attend_within_documents
+from ropepp_lit.nn.generation import generate
+
+CONFIG = DecoderConfig(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,
+)
+EOS = 1
+LENGTHS = [[9, 1, 14, 6], [30], [12, 18]]
+
+
+@pytest.fixture(params=["rope", "eh", "ec"])
+def decoder(request):
+    torch.manual_seed(0)
+    scheme = RoPE() if request.param == "rope" else RoPEPP(variant=request.param)
+    return Decoder(CONFIG, scheme, Frequencies())
+
+
+@pytest.fixture
+def rows():
+    torch.manual_seed(1)
+    return [[torch.randint(2, 64, (length,)) for length in row] for row in LENGTHS]
+
+
+@pytest.fixture
+def packed(rows):
+    input_ids = torch.stack([torch.cat(row) for row in rows])
+    for row, lengths in zip(input_ids, LENGTHS, strict=True):
+        row[torch.tensor(lengths).cumsum(0) - 1] = EOS
+    for row, ids in zip(rows, input_ids, strict=True):
+        row[:] = ids.split([len(document) for document in row])
+    return input_ids
+
+
+def test_bounds_and_positions(packed):
+    documents = Documents.from_eos(packed, EOS)
+    assert documents.cu_seqlens.tolist() == [0, 9, 10, 24, 30, 60, 72, 90]
+    assert documents.ids[0].tolist() == [0] * 9 + [1] + [2] * 14 + [3] * 6
+    assert documents.positions[0].tolist() == [*range(9), 0, *range(14), *range(6)]
+    again = Documents.from_ids(documents.ids)
+    assert all(torch.equal(a, b) for a, b in zip(documents, again, strict=True))
+
+
+def test_logits_equal_each_document_alone(decoder, rows, packed):
+    found = decoder(packed, documents=Documents.from_eos(packed, EOS))
+    expected = torch.stack([torch.cat([decoder(document[None])[0] for document in row]) for row in rows])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(found, decoder(packed), atol=1e-3)
+
+
+def test_loss_and_gradients_equal_each_document_alone(decoder, rows, packed):
+    labels = torch.randint(0, 64, packed.shape)
+    decoder(packed, labels=labels, documents=Documents.from_eos(packed, EOS), reduction="sum").backward()
+    found = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
+    decoder.zero_grad()
+    for row, row_labels in zip(rows, labels, strict=True):
+        for document, targets in zip(row, row_labels.split([len(d) for d in row]), strict=True):
+            decoder(document[None], labels=targets[None], reduction="sum").backward()
+    for name, parameter in decoder.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_cached_generation_equals_the_last_document_alone(decoder, rows, packed):
+    found = torch.stack(
+        list(generate(decoder, packed, max_new_tokens=12, documents=Documents.from_eos(packed, EOS))), 1
+    )
+    for row, tokens in zip(rows, found, strict=True):
+        alone = [int(token) for token in generate(decoder, row[-1][None], max_new_tokens=12)]
+        assert tokens.tolist() == alone
+
+
+def test_cached_logits_equal_uncached_ones(decoder, packed):
+    documents = Documents.from_eos(packed, EOS)
+    cache = decoder.allocate_cache(batch_size=3, max_tokens=30)
+    parts, start = [], 0
+    for size in (11, 1, 18):
+        part = slice(start, start + size)
+        piece = Documents(documents.ids[:, part], documents.cu_seqlens, documents.positions[:, part])
+        parts.append(decoder(packed[:, part], documents=piece, cache=cache))
+        start += size
+    torch.testing.assert_close(torch.cat(parts, 1), decoder(packed, documents=documents), atol=1e-5, rtol=0)
+
+
+def test_left_padding_is_a_document_of_its_own(decoder):
+    prompt = torch.randint(2, 64, (10,))
+    padded = torch.stack([torch.cat([torch.zeros(4, dtype=torch.int64), prompt[4:]]), prompt])
+    ids = torch.tensor([[0] * 4 + [1] * 6, [1] * 10])
+    found = torch.stack(list(generate(decoder, padded, max_new_tokens=8, documents=Documents.from_ids(ids))), 1)
+    for tokens, text in zip(found, (prompt[4:], prompt), strict=True):
+        assert tokens.tolist() == [int(token) for token in generate(decoder, text[None], max_new_tokens=8)]
+
+
+def test_one_call_per_document_equals_a_mask(packed):
+    torch.manual_seed(0)
+    documents = Documents.from_eos(packed, EOS)
+    queries, keys, values = torch.randn(3, 30, 4, 8), torch.randn(3, 30, 2, 8), torch.randn(3, 30, 2, 8)
+    mask = documents.ids[:, None, :, None] == documents.ids[:, None, None, :]
+    mask = mask & torch.ones(30, 30, dtype=torch.bool).tril()
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (queries, keys, values)), mask, enable_gqa=True
+    ).transpose(1, 2)
+    found = attend_within_documents(queries, keys, values, documents)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_full_cache_says_so(decoder):
+    cache = decoder.allocate_cache(batch_size=1, max_tokens=4)
+    with pytest.raises(ValueError, match="holds 4 tokens, and 5 are needed"):
+        decoder(torch.zeros(1, 5, dtype=torch.int64), cache=cache)

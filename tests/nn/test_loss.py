@@ -1,0 +1,79 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ropepp_lit.nn import loss
+from ropepp_lit.nn.loss import linear_cross_entropy
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(loss, "MAX_LOGITS", 7 * 50)  # seven tokens at a time
+
+
+def inputs(dtype=torch.float32, tokens=40, vocab_size=50):
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, 16).to(dtype).requires_grad_()
+    weight = torch.randn(vocab_size, 16).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocab_size, (tokens,))
+    labels[::5] = -100
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.usefixtures("small_chunks")
+def test_equal_to_plain_cross_entropy(dtype, tolerance):
+    hidden, weight, labels = inputs(dtype)
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    expected_gradients = torch.autograd.grad(expected, (hidden, weight))
+    found = linear_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=1e-6)
+    gradients = torch.autograd.grad(found * 3, (hidden, weight))
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, wanted * 3, atol=10 * tolerance, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_float32_accumulation_under_bfloat16():
+    hidden, weight, labels = inputs(torch.bfloat16, tokens=4000)
+    found = linear_cross_entropy(hidden, weight, labels)
+    assert found.dtype == torch.float32
+    expected = F.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="sum")
+    assert abs(found.item() / expected.item() - 1) < 1e-3  # logits are rounded to bfloat16, the sum is not
+    found.backward()
+    exact = torch.autograd.grad(expected, weight)[0].double()
+    # 570 chunks summed in bfloat16 would be off by several percent.
+    assert ((weight.grad.double() - exact).norm() / exact.norm()) < 0.01
+
+
+def test_all_labels_ignored():
+    hidden, weight, labels = inputs()
+    found = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    found.backward()
+    assert found == 0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+def test_without_gradients():
+    hidden, weight, labels = inputs()
+    with torch.no_grad():
+        found = linear_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(found, F.cross_entropy(hidden @ weight.T, labels, reduction="sum").detach())
+
+
+def test_frozen_output_layer():
+    hidden, weight, labels = inputs()
+    linear_cross_entropy(hidden, weight.detach(), labels).backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+def test_under_autocast():
+    hidden, weight, labels = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = linear_cross_entropy(hidden, weight, labels)
+    found.backward()
+    assert (found.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32,) * 3
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    assert abs(found.item() / expected.item() - 1) < 0.02

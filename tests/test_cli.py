@@ -1,0 +1,140 @@
+"""Mistakes of a user: one line that names the key or file, exit code 2, nothing written."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from ropepp_lit.cli import SUBCOMMANDS, main
+
+pytestmark = pytest.mark.end_to_end
+
+
+@pytest.fixture
+def mistake(tiny, tmp_path, monkeypatch, capsys):
+    """Runs `fit` in this process; returns the one line that tells the mistake."""
+
+    def mistake(*options, subcommand="fit", base=tiny):
+        monkeypatch.chdir(tmp_path)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as stop:
+            main([subcommand, *base, *map(str, options)])
+        assert stop.value.code == 2
+        assert sorted(tmp_path.rglob("*")) == before
+        errors = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line]
+        assert len(errors) == 1, errors
+        assert errors[0].startswith("ropepp-lit: error: ")
+        return errors[0]
+
+    return mistake
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--model.decoder.hiden_size", "64"], "hiden_size"),
+        (["--trainer.max_stepps", "64"], "max_stepps"),
+        (["--trainer.max_steps", "many"], "max_steps"),
+        (["--trainer.max_steps", "-1"], "trainer.max_steps: give the number of optimizer steps"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (
+            ["--model.decoder.num_attention_heads", "3"],
+            "model.decoder.hidden_size: 32 is not a multiple of num_attention_heads",
+        ),
+        (["--model.decoder.size", "7b"], "model.decoder.size: no size '7b'"),
+        (["--model.positions.variant", "xy"], "variant"),
+        (["--model.positions", "RoPEPlus"], "RoPEPlus"),
+        (
+            ["--model.positions.variant", "eh", "--model.decoder.num_key_value_heads", "1"],
+            "model.decoder.num_key_value_heads: RoPE++ EH halves it, so 1 must be even",
+        ),
+        (["--model.decoder.vocab_size", "100"], "model.decoder.vocab_size: 100 is below the 258 tokens"),
+        (["--model.optimizer.lr", "0"], "model.optimizer.lr: 0.0 must be above 0"),
+        (["--data.source", "nowhere"], "data.source: nowhere: no such folder"),
+        (["--data.context_length", "1000000"], "data.context_length: 1000000 is longer than"),
+        (["--checkpoints.every_n_steps", "0"], "checkpoints.every_n_steps: 0 must be 1 or more"),
+        (["--sample.top_p", "2"], "sample.top_p: 2.0 must be above 0"),
+        (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt: no such checkpoint"),
+    ],
+)
+def test_mistakes(mistake, options, expected):
+    assert expected in mistake(*options)
+
+
+def test_misspelt_key_in_a_recipe(mistake, tmp_path):
+    (tmp_path / "mine.yaml").write_text("model:\n  positions:\n    class_path: RoPEPP\n    init_args: {varient: eh}\n")
+    assert "varient" in mistake("--config", "mine.yaml")
+
+
+def test_empty_folder(mistake, tmp_path):
+    (tmp_path / "bare").mkdir()
+    assert "data.source: bare: the folder holds no files" in mistake("--data.source", "bare")
+
+
+def test_validate_wants_a_checkpoint(mistake):
+    assert "ckpt_path is missing" in mistake(subcommand="validate")
+
+
+def test_what_is_not_a_checkpoint(mistake, tmp_path):
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    assert "text.ckpt: not a readable checkpoint" in mistake("--ckpt_path", "text.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    assert "foreign.ckpt: not a checkpoint of ropepp-lit" in mistake("--ckpt_path", "foreign.ckpt")
+
+
+def test_checkpoints_that_do_not_fit(mistake, run, tiny, tmp_path):
+    run("fit", *tiny, "--trainer.max_steps", "1", "--trainer.default_root_dir", "run", cwd=tmp_path)
+    path = "run/checkpoints/last.ckpt"
+    other = ["--ckpt_path", path, "--trainer.default_root_dir", "other"]
+    wider = mistake(*other, "--model.decoder.hidden_size", "64")
+    assert f"{path}: its weights do not fit" in wider
+    assert "model.decoder.hidden_size 32 → 64" in wider
+    assert "model.positions.variant ec → eh" in mistake(*other, "--model.positions.variant", "eh")
+    assert "model.positions.variant ec → none" in mistake(*other, "--model.positions", "RoPE")
+    muon = mistake(*other, "--model.optimizer", "Muon")
+    assert f"model.optimizer: {path} holds the state of AdamW, which Muon cannot continue" in muon
+    again = mistake("--trainer.default_root_dir", "run")
+    assert "holds checkpoints of an earlier run (step 1); continue it by --ckpt_path auto" in again
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / path).read_bytes()[:-1000])
+    assert "cut.ckpt: not a readable checkpoint" in mistake("--ckpt_path", "cut.ckpt")
+
+
+def test_generate(mistake, tmp_path):
+    assert "nowhere.ckpt: no such checkpoint" in mistake("nowhere.ckpt", subcommand="generate", base=[])
+    assert "checkpoint" in mistake(subcommand="generate", base=[])
+    assert "tmperature" in mistake("x", "--tmperature", "1", subcommand="generate", base=[])
+    assert "temperature: -1.0 must be 0" in mistake("x", "--temperature", "-1", subcommand="generate", base=[])
+    assert "max_new_tokens: 0 must be 1" in mistake("x", "--max_new_tokens", "0", subcommand="generate", base=[])
+
+
+def test_unknown_subcommand(mistake):
+    assert "no subcommand 'trian'; choose one of fit, validate, generate" in mistake(subcommand="trian")
+
+
+def test_help_and_version(run, tmp_path):
+    start = time.perf_counter()
+    printed = run("--help", cwd=tmp_path).stdout
+    assert time.perf_counter() - start < 2
+    for name in SUBCOMMANDS:
+        assert name in printed
+    start = time.perf_counter()
+    assert "--max_new_tokens" in run("generate", "--help", cwd=tmp_path).stdout
+    assert time.perf_counter() - start < 2
+    for name in ("fit", "validate"):
+        printed = run(name, "--help", cwd=tmp_path).stdout
+        for key in ("--model.decoder.size", "--data.context_length", "--checkpoints.every_n_steps", "--ckpt_path"):
+            assert key in printed, (name, key)
+    assert run("--version", cwd=tmp_path).stdout.startswith("ropepp-lit 0.")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from ropepp_lit.cli import main\n"
+        "try: main(['generate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'lightning', 'tokenizers'} & set(sys.modules)))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines()[-1] == "[]"

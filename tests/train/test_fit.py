@@ -1,0 +1,211 @@
+"""The installed command: what a run writes, and what holds when it goes on."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ropepp_lit.checkpoint import load_decoder, read_checkpoint
+from ropepp_lit.nn import RoPEPP
+from ropepp_lit.nn.generation import generate
+
+pytestmark = pytest.mark.end_to_end
+
+
+@pytest.fixture(scope="module")
+def trained(run, tiny, tmp_path_factory):
+    """A finished run of 8 steps, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = [
+        "--trainer.default_root_dir",
+        "run",
+        "--trainer.val_check_interval",
+        "4",
+        "--checkpoints.every_n_steps",
+        "3",
+    ]
+    finished = run("fit", *tiny, *options, "--trainer.limit_val_batches", "null", cwd=folder)
+    return folder / "run", finished.stdout
+
+
+def test_what_a_run_prints(trained):
+    _, printed = trained
+    for expected in (
+        "RoPE++ EC, base 10000",
+        "4 query projections → 8 attention heads, 2 key/value heads of 8",
+        "128 (2 rows × 1 accumulated × 1 devices)",
+        "--- sample at step 4 ---",
+        "--- sample at step 8 ---",
+        "Step 8, 1,024 tokens read",
+        "ropepp-lit generate run/checkpoints/last.ckpt",
+        "ropepp-lit validate --config run/recipe.yaml --ckpt_path run/checkpoints/last.ckpt",
+    ):
+        assert expected in printed
+    ours, gzip = re.search(r"bits per byte: ([\d.]+) \(this model\)   ([\d.]+) \(gzip -9\)", printed).groups()
+    assert 0 < float(gzip) < 8
+    assert 0 < float(ours) < 8.1
+
+
+def test_gzip_is_that_of_each_document_by_itself(trained, texts, tmp_path):
+    import gzip
+
+    from ropepp_lit.data.prepare import _held_out
+
+    _, printed = trained
+    held_out = [text for text in (path.read_text() for path in texts.iterdir()) if _held_out(text, 0.2)]
+    compressed = 0
+    for number, text in enumerate(held_out):
+        path = tmp_path / str(number)
+        path.write_text(text)
+        compressed += len(subprocess.run(["gzip", "-9", "-c", "-n", path], capture_output=True, check=True).stdout)
+    assert f"{8 * compressed / sum(map(len, held_out)):.3f} (gzip -9)" in printed
+    assert f"({len(held_out)} documents" in printed
+    assert len(gzip.compress(b"")) == 20
+
+
+def test_what_a_run_writes(trained):
+    folder, _ = trained
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"checkpoints", "recipe.yaml", "tensorboard"}
+    # Every third step and the last, of which the newest two are kept.
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "last.ckpt",
+        "step=6.ckpt",
+        "step=8.ckpt",
+    ]
+    assert (folder / "checkpoints" / "last.ckpt").readlink().name == "step=8.ckpt"
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert recipe["model"]["decoder"]["hidden_size"] == 32
+    ours = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["ropepp_lit"]
+    assert ours["recipe"] == recipe
+    assert ours["architecture"]["positions"]["init_args"] == {"variant": "ec"}
+
+
+def test_tensorboard(trained):
+    folder, _ = trained
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    for name in ("train/loss", "train/perplexity", "train/bits_per_byte", "lr", "gradient_norm", "tokens_per_second"):
+        assert [event.step for event in events.Scalars(name)] == list(range(1, 9)), name
+    assert [event.value for event in events.Scalars("tokens_seen")] == [128 * step for step in range(1, 9)]
+    for name in ("val/loss", "val/perplexity", "val/bits_per_byte"):
+        assert [event.step for event in events.Scalars(name)] == [4, 8], name
+    assert [event.step for event in events.Tensors("sample/text_summary")] == [4, 8]
+    loss = events.Scalars("val/loss")[-1].value
+    assert events.Scalars("val/perplexity")[-1].value == pytest.approx(2.718281828**loss, rel=1e-4)
+    assert events.Scalars("train/loss")[-1].value < events.Scalars("train/loss")[0].value
+
+
+def test_validate_repeats_the_figures_of_the_run(trained, run, tmp_path):
+    folder, printed = trained
+    options = ["--config", folder / "recipe.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt"]
+    again = run("validate", *options, cwd=tmp_path).stdout
+    figures = r"loss [\d.]+ nats per token, perplexity [\d.]+\n  bits per byte: [\d.]+ \(this model\)"
+    assert re.search(figures, again)[0] == re.search(figures, printed)[0]
+
+
+def test_generate_streams_the_greedy_text(trained, run, tmp_path):
+    folder, _ = trained
+    path = folder / "checkpoints" / "last.ckpt"
+    options = ["generate", path, "--prompt", "Text 1", "--max_new_tokens", "40", "--temperature", "0"]
+    printed = run(*options, cwd=tmp_path).stdout
+    decoder = load_decoder(read_checkpoint(path))
+    assert isinstance(decoder.scheme, RoPEPP)
+    prompt = [0, *(_byte_token(character) for character in "Text 1")]
+    expected = [int(token) for token in generate(decoder, torch.tensor([prompt]), max_new_tokens=40)]
+    if 1 in expected:
+        expected = expected[: expected.index(1)]
+    from ropepp_lit.data.tokenizer import byte_tokenizer
+
+    assert printed.rstrip("\n") == ("Text 1" + byte_tokenizer().decode(expected)).rstrip("\n")
+    module = [sys.executable, "-m", "ropepp_lit", *map(str, options)]
+    assert subprocess.run(module, cwd=tmp_path, capture_output=True, text=True, check=True).stdout == printed
+    sampled = [run(*options[:-1], "1", "--seed", seed, cwd=tmp_path).stdout for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def _byte_token(character):
+    from ropepp_lit.data.tokenizer import byte_tokenizer
+
+    return byte_tokenizer().encode(character).ids[0]
+
+
+def test_the_last_step_is_saved_and_validated_whatever_the_intervals(run, tiny, tmp_path):
+    options = ["--trainer.max_steps", "4", "--checkpoints.every_n_steps", "3", "--trainer.val_check_interval", "100"]
+    printed = run("fit", *tiny, *options, "--trainer.default_root_dir", "run", cwd=tmp_path).stdout
+    assert (tmp_path / "run/checkpoints/last.ckpt").readlink().name == "step=4.ckpt"
+    assert "at step 4:" in printed
+
+
+def test_the_recipe_rules_when_a_run_goes_on(trained, run, tiny, tmp_path):
+    folder, _ = trained
+    options = [
+        *("--model.optimizer.lr", "0.002", "--model.optimizer.weight_decay", "0.25"),
+        *("--model.schedule", "Constant", "--model.frequencies.rope_theta", "500000"),
+        *("--model.decoder.rms_norm_eps", "1e-4", "--trainer.max_steps", "10"),
+        *("--trainer.default_root_dir", "run", "--ckpt_path", folder / "checkpoints" / "last.ckpt"),
+    ]
+    printed = run("fit", *tiny, *options, cwd=tmp_path).stdout
+    assert "model.frequencies.rope_theta 10000.0 → 500000.0" in printed
+    assert "model.decoder.rms_norm_eps 1e-05 → 0.0001" in printed
+    assert "at step 8 of 10: 2 steps are left" in printed
+    after = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    groups = after["optimizer_states"][0]["param_groups"]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.002, 0.25), (0.002, 0.0)]
+    assert after["lr_schedulers"][0]["base_lrs"] == [0.002, 0.002]
+    assert after["ropepp_lit"]["architecture"]["frequencies"]["init_args"] == {"rope_theta": 500_000.0}
+    assert after["ropepp_lit"]["architecture"]["decoder"]["rms_norm_eps"] == 1e-4
+
+
+def test_other_batch_and_accumulation_when_a_run_goes_on(trained, run, tiny, tmp_path):
+    folder, _ = trained
+    options = ["--data.batch_size", "1", "--trainer.accumulate_grad_batches", "4", "--trainer.max_steps", "11"]
+    options += ["--trainer.default_root_dir", "run", "--ckpt_path", folder / "checkpoints" / "last.ckpt"]
+    run("fit", *tiny, *options, cwd=tmp_path)
+    after = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert after["global_step"] == 11
+    assert after["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["samples"] == 8 * 2 + 3 * 4
+    assert after["ropepp_lit"]["tokens_seen"] == (8 * 2 + 3 * 4) * 64
+
+
+def test_auto_starts_where_nothing_is_and_goes_on_where_something_is(run, tiny, tmp_path):
+    options = ["--ckpt_path", "auto", "--trainer.default_root_dir", "run"]
+    first = run("fit", *tiny, *options, "--trainer.max_steps", "2", cwd=tmp_path).stdout
+    assert "Continuing" not in first
+    second = run("fit", *tiny, *options, "--trainer.max_steps", "4", cwd=tmp_path).stdout
+    assert "Continuing from run/checkpoints/step=2.ckpt at step 2 of 4" in second
+    third = run("fit", *tiny, *options, "--trainer.max_steps", "4", cwd=tmp_path).stdout
+    assert "raise --trainer.max_steps to go on" in third
+
+
+SCHEME = '''
+from ropepp_lit.nn import RoPE
+
+
+class Shifted(RoPE):
+    """Positions counted from an offset."""
+
+    def __init__(self, *, offset: int = 5) -> None:
+        self.offset = offset
+
+    def tables(self, positions, frequencies, *, head_dim, dtype):
+        return super().tables(positions + self.offset, frequencies, head_dim=head_dim, dtype=dtype)
+'''
+
+
+def test_a_scheme_in_a_file_of_the_users_own(run, tiny, tmp_path):
+    (tmp_path / "schemes.py").write_text(SCHEME)
+    recipe = {"model": {"positions": {"class_path": "schemes.Shifted", "init_args": {"offset": 7}}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    options = ["--config", "mine.yaml", "--trainer.max_steps", "2", "--trainer.default_root_dir", "run"]
+    assert "Shifted, base 10000" in run("fit", *tiny, *options, cwd=tmp_path).stdout
+    path = "run/checkpoints/last.ckpt"
+    refused = run("generate", path, cwd=tmp_path, returncode=2)
+    assert "add: --trust schemes.Shifted" in refused.stderr
+    run("generate", path, "--trust", "schemes.Shifted", cwd=tmp_path)
+    missing = run("generate", tmp_path / path, "--trust", "schemes.Shifted", cwd=tmp_path / "run", returncode=2)
+    assert "schemes.Shifted: cannot be imported" in missing.stderr

@@ -1,0 +1,109 @@
+"""Stopping and resuming in a new process against running through, bit for bit."""
+
+import signal
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.end_to_end
+
+CALLBACKS = '''
+import os, zlib
+from lightning.pytorch import Callback
+
+
+class Recorder(Callback):
+    """Appends a checksum of every batch to a file, and kills the process at one of them."""
+
+    def __init__(self, path: str, kill_at: int = -1):
+        self.path, self.kill_at = path, kill_at
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        with open(self.path, "a") as file:
+            file.write(f"{batch_idx} {zlib.crc32(batch.input_ids.numpy().tobytes())}\\n")
+        if batch_idx == self.kill_at:
+            os.kill(os.getpid(), 9)
+'''
+ACCUMULATE = 3
+
+
+@pytest.fixture
+def fit(run, tiny, tmp_path):
+    (tmp_path / "recorder.py").write_text(CALLBACKS)
+
+    def fit(folder, *options, kill_at=-1, returncode=0):
+        options = ["--trainer.accumulate_grad_batches", ACCUMULATE, "--trainer.default_root_dir", folder, *options]
+        recorder = ["--trainer.callbacks", "recorder.Recorder", f"--trainer.callbacks.path={folder}.txt"]
+        recorder.append(f"--trainer.callbacks.kill_at={kill_at}")
+        return run("fit", *tiny, *recorder, *options, cwd=tmp_path, returncode=returncode)
+
+    return fit
+
+
+def assert_same_run(tmp_path, one, other):
+    a, b = (torch.load(tmp_path / run / "checkpoints" / "last.ckpt", weights_only=True) for run in (one, other))
+    assert a["global_step"] == b["global_step"] == 8
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_equal(a[part], b[part], part)
+    positions = [run["loops"]["fit_loop"]["state_dict"]["combined_loader"] for run in (a, b)]
+    assert positions[0][0]["samples"] == 8 * ACCUMULATE * 2
+    assert_equal(*positions, "data")
+    assert a["ropepp_lit"]["tokens_seen"] == b["ropepp_lit"]["tokens_seen"] == 8 * ACCUMULATE * 2 * 64
+
+
+def assert_equal(a, b, where):
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{where}.{index}")
+    else:
+        assert a == b, where
+
+
+def batches(tmp_path, run):
+    return (tmp_path / f"{run}.txt").read_text().splitlines()
+
+
+OPTIMIZERS = {
+    "AdamW": ["--model.optimizer", "AdamW", "--model.optimizer.lr", "0.01"],
+    "Muon": ["--model.optimizer", "Muon", "--model.optimizer.lr", "0.01"],
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_half_and_half_equals_whole(fit, tmp_path, optimizer):
+    fit("whole", *optimizer)
+    length = ["--model.schedule.total_steps", "8"]
+    fit("halves", "--trainer.max_steps", "4", *length, *optimizer)
+    fit("halves", "--ckpt_path", "halves/checkpoints/last.ckpt", *length, *optimizer)
+    assert batches(tmp_path, "halves") == batches(tmp_path, "whole")
+    assert len(batches(tmp_path, "whole")) == 8 * ACCUMULATE
+    assert_same_run(tmp_path, "whole", "halves")
+
+
+def test_killed_within_an_accumulation_window(fit, tmp_path):
+    fit("whole", "--trainer.val_check_interval", "4")
+    # Batch 16 is the second of the three of step 6; step 4 was the last to be saved.
+    fit("killed", "--trainer.val_check_interval", "4", kill_at=16, returncode=-signal.SIGKILL)
+    assert (tmp_path / "killed/checkpoints/last.ckpt").resolve().name == "step=4.ckpt"
+    fit("killed", "--trainer.val_check_interval", "4", "--ckpt_path", "auto")
+    before, after = batches(tmp_path, "killed")[:17], batches(tmp_path, "killed")[17:]
+    assert before == batches(tmp_path, "whole")[:17]
+    assert after == batches(tmp_path, "whole")[12:]
+    assert_same_run(tmp_path, "whole", "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_at", range(1, 24))
+def test_killed_at_any_batch(fit, tmp_path, kill_at):
+    fit("whole")
+    fit("killed", kill_at=kill_at, returncode=-signal.SIGKILL)
+    fit("killed", "--ckpt_path", "auto")
+    assert_same_run(tmp_path, "whole", "killed")

@@ -1,0 +1,48 @@
+import pytest
+
+from ropepp_lit.errors import UsageError
+from ropepp_lit.train.schedule import Constant, Cosine, WarmupStableDecay
+
+
+def factors(schedule, steps, total_steps):
+    return [schedule.factor(step, total_steps) for step in range(steps)]
+
+
+def test_constant():
+    assert factors(Constant(warmup_steps=3), 6, 6) == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+
+
+def test_cosine():
+    found = factors(Cosine(warmup_steps=2, final_factor=0.1), 13, 12)
+    assert found[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert found[7] == pytest.approx(0.55)  # half-way down
+    assert found[12] == pytest.approx(0.1)
+    assert found[2:] == sorted(found[2:], reverse=True)
+
+
+def test_warmup_stable_decay():
+    found = factors(WarmupStableDecay(warmup_steps=1, decay_share=0.4), 11, 10)
+    assert found == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+
+
+def test_all_decay():
+    assert factors(WarmupStableDecay(decay_share=1.0), 5, 4) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+
+
+@pytest.mark.parametrize("schedule", [Cosine(final_factor=0.2), WarmupStableDecay(final_factor=0.2)])
+def test_beyond_the_end_the_final_factor_stays(schedule):
+    assert schedule.factor(1000, 10) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: Constant(warmup_steps=-1), "warmup_steps"),
+        (lambda: Cosine(warmup_steps=5, total_steps=5), "total_steps"),
+        (lambda: Cosine(final_factor=2), "final_factor"),
+        (lambda: WarmupStableDecay(decay_share=-0.1), "decay_share"),
+    ],
+)
+def test_settings_that_cannot_be(make, name):
+    with pytest.raises(UsageError, match=rf"model\.schedule\.{name}"):
+        make()
