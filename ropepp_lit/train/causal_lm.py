@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torchmetrics import MeanMetric, SumMetric
 
 from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, describe_architecture
 from ropepp_lit.data.token_data import Batch, TokenData
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
 from ropepp_lit.nn.loss import IGNORE_INDEX
+from ropepp_lit.train.metrics import TokenLoss
 from ropepp_lit.train.optimizer import OptimizerConfig
 from ropepp_lit.train.schedule import Schedule
 
@@ -53,8 +53,7 @@ class CausalLM(LightningModule):
         """Tokens that all ranks have read since the run began."""
         self.last_validation: dict[str, float] | None = None
         """What the newest validation found, the `step` it was made at, and how many `tokens` it predicted."""
-        self.train_loss, self.val_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
-        self.val_tokens = SumMetric(nan_strategy="disable")
+        self.train_loss, self.val_loss = TokenLoss(), TokenLoss()
         self._gradient_norm: Tensor | None = None
         self._timer = _Timer()
 
@@ -92,8 +91,7 @@ class CausalLM(LightningModule):
         micro-batches and ranks.
         """
         loss = self._summed_loss(batch)
-        count = (batch.labels != IGNORE_INDEX).sum().clamp(min=1)
-        self.train_loss.update(loss.detach() / count, weight=count)
+        self.train_loss.update(loss, (batch.labels != IGNORE_INDEX).sum())
         self.tokens_seen += batch.input_ids.numel() * (self.trainer.distributed_sampler_kwargs or {}).get(
             "num_replicas", 1
         )
@@ -101,12 +99,7 @@ class CausalLM(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect the loss over the labels that count."""
-        count = (batch.labels != IGNORE_INDEX).sum()
-        if count:
-            self.val_loss.update(self._summed_loss(batch) / count, weight=count)
-            self.val_tokens.update(count)
-        else:
-            self._summed_loss(batch)  # a padded batch: the other ranks compute, and sharded weights need all of them
+        self.val_loss.update(self._summed_loss(batch), (batch.labels != IGNORE_INDEX).sum())
 
     def _summed_loss(self, batch: Batch) -> Tensor:
         return self.decoder(batch.input_ids, labels=batch.labels, documents=batch.documents, reduction="sum")
@@ -128,7 +121,7 @@ class CausalLM(LightningModule):
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self._gradient_norm is None or self.global_step % interval:
             return
-        loss = self.train_loss.compute()
+        loss, _ = self.train_loss.compute()
         self.train_loss.reset()
         values = self._metrics("train", loss)
         values["tokens_per_second"] = self._timer.rate(self.tokens_seen)
@@ -145,9 +138,8 @@ class CausalLM(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, perplexity and bits per byte over the whole validation set."""
-        loss, tokens = self.val_loss.compute(), self.val_tokens.compute()
+        loss, tokens = self.val_loss.compute()
         self.val_loss.reset()
-        self.val_tokens.reset()
         values = self._metrics("val", loss)
         for name, value in values.items():
             self.log(name, value, prog_bar=name in _IN_PROGRESS_BAR, rank_zero_only=True)

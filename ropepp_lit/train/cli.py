@@ -62,7 +62,7 @@ class RecipeCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             trainer_defaults={
-                "callbacks": [Banner(), ProgressBar()],
+                "callbacks": [Banner()],
                 "check_val_every_n_epoch": None,  # a run is counted in steps
                 "enable_model_summary": False,  # the banner says more
                 "inference_mode": False,
@@ -89,6 +89,13 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """All that a run writes goes into its own folder, TensorBoard's events too."""
         config = self.config_init[self.subcommand].trainer
+        if config.enable_checkpointing is False:
+            raise UsageError(
+                "trainer.enable_checkpointing: a run always saves its last step; "
+                "for no other checkpoints set checkpoints.every_n_steps above trainer.max_steps"
+            )
+        if config.enable_progress_bar is not False:
+            kwargs["callbacks"] = [*(config.callbacks or []), ProgressBar()]
         if config.logger in (None, True):
             folder = config.default_root_dir or "."
             kwargs["logger"] = TensorBoardLogger(folder, name="tensorboard", version="")
@@ -119,7 +126,7 @@ class RecipeCLI(LightningCLI):
                 f"{folder} holds checkpoints of an earlier run (step {max(steps)}); continue it by --ckpt_path auto, "
                 "or choose another --trainer.default_root_dir"
             )
-        recipe = yaml.safe_load(self.parser.dump(self.config, skip_none=False, format="yaml"))["fit"]
+        recipe = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))["fit"]
         recipe = {name: value for name, value in recipe.items() if name not in self._subcommand_method_arguments["fit"]}
         self.model.recipe = recipe
         self._write_recipe(recipe)

@@ -138,7 +138,7 @@ def test_the_last_step_is_saved_and_validated_whatever_the_intervals(run, tiny, 
     options = ["--trainer.max_steps", "4", "--checkpoints.every_n_steps", "3", "--trainer.val_check_interval", "100"]
     printed = run("fit", *tiny, *options, "--trainer.default_root_dir", "run", cwd=tmp_path).stdout
     assert (tmp_path / "run/checkpoints/last.ckpt").readlink().name == "step=4.ckpt"
-    assert "at step 4:" in printed
+    assert "at step 4, " in printed
 
 
 def test_the_recipe_rules_when_a_run_goes_on(trained, run, tiny, tmp_path):
@@ -209,3 +209,16 @@ def test_a_scheme_in_a_file_of_the_users_own(run, tiny, tmp_path):
     run("generate", path, "--trust", "schemes.Shifted", cwd=tmp_path)
     missing = run("generate", tmp_path / path, "--trust", "schemes.Shifted", cwd=tmp_path / "run", returncode=2)
     assert "schemes.Shifted: cannot be imported" in missing.stderr
+
+
+def test_two_processes_train_as_one(run, tiny, tmp_path):
+    options = ["--trainer.precision", "64-true", "--trainer.max_steps", "3", "--trainer.accumulate_grad_batches", "2"]
+    run("fit", *tiny, *options, "--trainer.default_root_dir", "one", cwd=tmp_path)
+    options += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "1"]
+    printed = run("fit", *tiny, *options, "--trainer.default_root_dir", "two", cwd=tmp_path).stdout
+    assert "256 (1 rows × 2 accumulated × 2 devices)" in printed
+    assert printed.count("positions  RoPE++ EC") == printed.count("Held-out text") == 1
+    one, two = (torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("one", "two"))
+    for name, weight in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], weight, atol=1e-9, rtol=0)
+    assert one["ropepp_lit"]["tokens_seen"] == two["ropepp_lit"]["tokens_seen"]
