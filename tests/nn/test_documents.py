@@ -114,6 +114,19 @@ def test_one_call_per_document_equals_a_mask(packed):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_a_gpu_equals_that_on_the_cpu(packed, dtype):
+    # bfloat16 goes through flash-attn where it is installed, float32 through the mask.
+    torch.manual_seed(0)
+    documents = Documents.from_eos(packed, EOS)
+    heads = [torch.randn(3, 30, heads, 32).to(dtype) for heads in (4, 2, 2)]
+    expected = attend_within_documents(*heads, documents)
+    on_gpu = Documents(*(part.cuda() for part in documents))
+    found = attend_within_documents(*(x.cuda() for x in heads), on_gpu).cpu()
+    torch.testing.assert_close(found, expected, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-2)
+
+
 def test_full_cache_says_so(decoder):
     cache = decoder.allocate_cache(batch_size=1, max_tokens=4)
     with pytest.raises(ValueError, match="holds 4 tokens, and 5 are needed"):
