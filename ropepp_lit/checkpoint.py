@@ -102,10 +102,14 @@ def describe_architecture(config: DecoderConfig, scheme: PositionScheme, frequen
 
 
 def describe(instance: object) -> dict[str, Any]:
-    """`class_path` and `init_args` of an object whose attributes bear the names of its arguments."""
-    arguments = [name for name in inspect.signature(type(instance).__init__).parameters if name != "self"]
-    if type(instance).__init__ is object.__init__:
-        arguments = []
+    """`class_path` and `init_args` of an object whose attributes bear the names of its keyword-only arguments."""
+    arguments: dict[str, None] = {}
+    for kind in type(instance).__mro__[:-1]:
+        if "__init__" in vars(kind):
+            parameters = inspect.signature(vars(kind)["__init__"]).parameters.values()
+            arguments |= {p.name: None for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+            if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+                break  # else the rest goes on to the class it derives from
     return {
         "class_path": f"{type(instance).__module__}.{type(instance).__qualname__}",
         "init_args": {name: getattr(instance, name) for name in arguments},

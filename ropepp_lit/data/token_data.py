@@ -153,12 +153,12 @@ class TokenData(LightningDataModule):
             num_batches=trainer.max_steps * trainer.accumulate_grad_batches,
             num_workers=self.num_workers,
             identity=self.identity,
-            **self._replica(),
+            **replica_of(trainer),
         )
 
     def val_dataloader(self) -> DataLoader:
         """Every held-out token once, in order; ranks get equally many batches, the last ones padded."""
-        blocks, replica = self._blocks["validation"], self._replica()
+        blocks, replica = self._blocks["validation"], replica_of(self._trainer())
         num_batches = -(-blocks.plan.blocks_per_pass // (self.batch_size * replica["num_replicas"]))
         batches = _Batches(0, num_batches, batch_size=self.batch_size, **replica)
         return DataLoader(blocks, batch_sampler=batches, num_workers=self.num_workers, collate_fn=blocks.collate)
@@ -167,8 +167,10 @@ class TokenData(LightningDataModule):
         assert self.trainer is not None, "a trainer asks for batches"
         return self.trainer
 
-    def _replica(self) -> dict[str, int]:
-        return self._trainer().distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+
+def replica_of(trainer: Trainer) -> dict[str, int]:
+    """`num_replicas`, how many ranks read different data, and the `rank` of this process among them."""
+    return trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
 
 
 class TrainLoader:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,17 +90,26 @@ class Linear(Frequencies):
 
 
 class _Yarn(Frequencies, ABC):
-    """What both YaRNs share (arXiv 2309.00071): a ramp between interpolated and original frequencies, a temperature."""
+    """What both YaRNs share (arXiv 2309.00071): a ramp between interpolated and original frequencies, a temperature.
+
+    Args:
+        rope_theta: The base of the rotary frequencies.
+        factor: Longer context / original context.
+        original_max_position_embeddings: Tokens of the context that the model was trained with.
+        beta_fast: Rotations within the original context from which a pair is kept as it is.
+        beta_slow: Rotations up to which a pair is interpolated.
+        attention_factor: Factor on cos and sin; empty means 0.1 ln(factor) + 1.
+    """
 
     def __init__(
         self,
         *,
-        rope_theta: float,
+        rope_theta: float = 10_000.0,
         factor: float,
-        original_max_position_embeddings: int,
-        beta_fast: float,
-        beta_slow: float,
-        attention_factor: float | None,
+        original_max_position_embeddings: int = 4096,
+        beta_fast: float = 32.0,
+        beta_slow: float = 1.0,
+        attention_factor: float | None = None,
     ) -> None:
         super().__init__(rope_theta=rope_theta)
         self.factor = _require_factor(factor)
@@ -127,35 +137,7 @@ class _Yarn(Frequencies, ABC):
 
 
 class YarnByRotations(_Yarn):
-    """YaRN as the public RoPE++ code has it: the ramp is linear in the rotations within the original context.
-
-    Args:
-        rope_theta: The base of the rotary frequencies.
-        factor: Longer context / original context.
-        original_max_position_embeddings: Tokens of the context that the model was trained with.
-        beta_fast: Rotations within the original context from which a pair is kept as it is.
-        beta_slow: Rotations up to which a pair is interpolated.
-        attention_factor: Factor on cos and sin; empty means 0.1 ln(factor) + 1.
-    """
-
-    def __init__(
-        self,
-        *,
-        rope_theta: float = 10_000.0,
-        factor: float,
-        original_max_position_embeddings: int = 4096,
-        beta_fast: float = 32.0,
-        beta_slow: float = 1.0,
-        attention_factor: float | None = None,
-    ) -> None:
-        super().__init__(
-            rope_theta=rope_theta,
-            factor=factor,
-            original_max_position_embeddings=original_max_position_embeddings,
-            beta_fast=beta_fast,
-            beta_slow=beta_slow,
-            attention_factor=attention_factor,
-        )
+    """YaRN as the public RoPE++ code has it: the ramp is linear in the rotations within the original context."""
 
     def _keep(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
         rotations = self.original_max_position_embeddings * inverse_frequencies / (2 * math.pi)
@@ -166,34 +148,12 @@ class Yarn(_Yarn):
     """YaRN as transformers has it: the ramp is linear in the index of the pair, its ends rounded outwards.
 
     Args:
-        rope_theta: The base of the rotary frequencies.
-        factor: Longer context / original context.
-        original_max_position_embeddings: Tokens of the context that the model was trained with.
-        beta_fast: Rotations within the original context from which a pair is kept as it is.
-        beta_slow: Rotations up to which a pair is interpolated.
-        attention_factor: Factor on cos and sin; empty means 0.1 ln(factor) + 1.
         truncate: Round the ramp's ends outwards to whole pairs.
+        kwargs: Those of `YarnByRotations`.
     """
 
-    def __init__(
-        self,
-        *,
-        rope_theta: float = 10_000.0,
-        factor: float,
-        original_max_position_embeddings: int = 4096,
-        beta_fast: float = 32.0,
-        beta_slow: float = 1.0,
-        attention_factor: float | None = None,
-        truncate: bool = True,
-    ) -> None:
-        super().__init__(
-            rope_theta=rope_theta,
-            factor=factor,
-            original_max_position_embeddings=original_max_position_embeddings,
-            beta_fast=beta_fast,
-            beta_slow=beta_slow,
-            attention_factor=attention_factor,
-        )
+    def __init__(self, *, truncate: bool = True, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.truncate = truncate
 
     def _keep(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:

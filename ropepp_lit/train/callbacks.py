@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tokenizers import Tokenizer
 
-from ropepp_lit.data.token_data import TokenData
+from ropepp_lit.data.token_data import TokenData, replica_of
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.generation import check_sampling, generate
 from ropepp_lit.nn.positions import RoPEPP
@@ -35,7 +35,7 @@ def banner(trainer: pl.Trainer, model: CausalLM) -> str:
     if isinstance(model.scheme, RoPEPP):
         variant = f"RoPE++ {model.scheme.variant.upper()}"
     layout = decoder.head_layout
-    replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
+    replicas = replica_of(trainer)["num_replicas"]
     embedding = decoder.config.hidden_size * decoder.config.vocab_size
     lines = [
         ("positions", f"{variant}, {model.frequencies}"),

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, describe_architecture
-from ropepp_lit.data.token_data import Batch, TokenData
+from ropepp_lit.data.token_data import Batch, TokenData, replica_of
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
 from ropepp_lit.nn.loss import IGNORE_INDEX
 from ropepp_lit.train.metrics import TokenLoss
@@ -92,9 +92,7 @@ class CausalLM(LightningModule):
         """
         loss = self._summed_loss(batch)
         self.train_loss.update(loss, (batch.labels != IGNORE_INDEX).sum())
-        self.tokens_seen += batch.input_ids.numel() * (self.trainer.distributed_sampler_kwargs or {}).get(
-            "num_replicas", 1
-        )
+        self.tokens_seen += batch.input_ids.numel() * replica_of(self.trainer)["num_replicas"]
         return loss / batch.labels.numel()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+import shlex
 import time
 import warnings
 from pathlib import Path
@@ -197,6 +198,7 @@ class RecipeCLI(LightningCLI):
         self._print_validation()
         folder = self.trainer.default_root_dir
         checkpoint, recipe = folder_of(folder) / LAST, Path(folder) / "recipe.yaml"
+        prompt = shlex.quote(self.config_init["fit"].sample.prompt)
         seconds = time.monotonic() - self._started
         rank_zero_print(
             f"""
@@ -204,7 +206,7 @@ Step {self.trainer.global_step:,}, {self.model.tokens_seen:,} tokens read, {seco
 Everything is in {folder}: checkpoints, recipe.yaml, tensorboard.
 
 Next:
-  ropepp-lit generate {checkpoint} --prompt 'def main('
+  ropepp-lit generate {checkpoint} --prompt {prompt}
   ropepp-lit validate --config {recipe} --ckpt_path {checkpoint}
   ropepp-lit fit --config {recipe} --ckpt_path auto --trainer.max_steps {2 * self.trainer.max_steps}
   tensorboard --logdir {folder}"""
@@ -216,7 +218,9 @@ Next:
 
     def _print_validation(self) -> None:
         values, held_out = self.model.last_validation, self.datamodule.manifest.splits["validation"]
-        assert values is not None
+        if values is None:
+            rank_zero_print("Not validated, as trainer.limit_val_batches says.")
+            return
         assert held_out.gzip_bytes is not None
         gzip = 8 * held_out.gzip_bytes / held_out.bytes
         whole = self.datamodule.predicted_tokens("validation")

@@ -17,8 +17,8 @@ class Schedule(ABC):
     def __init__(self, *, warmup_steps: int, total_steps: int | None = None) -> None:
         if warmup_steps < 0:
             raise UsageError(f"model.schedule.warmup_steps: {warmup_steps} must be 0 or more")
-        if total_steps is not None and total_steps <= warmup_steps:
-            raise UsageError(f"model.schedule.total_steps: {total_steps} must be above warmup_steps ({warmup_steps})")
+        if total_steps is not None and total_steps < 1:
+            raise UsageError(f"model.schedule.total_steps: {total_steps} must be 1 or more")
         self.warmup_steps, self.total_steps = warmup_steps, total_steps
 
     def factor(self, step: int, total_steps: int) -> float:

@@ -29,6 +29,11 @@ def test_all_decay():
     assert factors(WarmupStableDecay(decay_share=1.0), 5, 4) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
 
 
+@pytest.mark.parametrize("schedule", [Cosine(warmup_steps=9), WarmupStableDecay(warmup_steps=9)])
+def test_a_schedule_shorter_than_its_warmup_is_all_warmup(schedule):
+    assert factors(schedule, 4, 4) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
 @pytest.mark.parametrize("schedule", [Cosine(final_factor=0.2), WarmupStableDecay(final_factor=0.2)])
 def test_beyond_the_end_the_final_factor_stays(schedule):
     assert schedule.factor(1000, 10) == pytest.approx(0.2)
@@ -38,7 +43,7 @@ def test_beyond_the_end_the_final_factor_stays(schedule):
     ("make", "name"),
     [
         (lambda: Constant(warmup_steps=-1), "warmup_steps"),
-        (lambda: Cosine(warmup_steps=5, total_steps=5), "total_steps"),
+        (lambda: Cosine(total_steps=0), "total_steps"),
         (lambda: Cosine(final_factor=2), "final_factor"),
         (lambda: WarmupStableDecay(decay_share=-0.1), "decay_share"),
     ],

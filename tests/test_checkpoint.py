@@ -1,0 +1,40 @@
+import pytest
+
+from ropepp_lit import checkpoint
+from ropepp_lit.errors import UsageError
+from ropepp_lit.nn import Frequencies, Linear, Llama3, PositionScheme, RoPE, RoPEPP, Yarn, YarnByRotations
+
+
+@pytest.mark.parametrize(
+    ("instance", "base"),
+    [
+        (RoPE(), PositionScheme),
+        (RoPEPP(variant="eh"), PositionScheme),
+        (Frequencies(rope_theta=7e5), Frequencies),
+        (Linear(factor=3), Frequencies),
+        (YarnByRotations(rope_theta=2e4, factor=32, beta_fast=20, original_max_position_embeddings=100), Frequencies),
+        (Yarn(factor=4, truncate=False, attention_factor=1.5), Frequencies),
+        (Llama3(factor=32, low_freq_factor=2), Frequencies),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_described_and_made_again(instance, base):
+    description = checkpoint.describe(instance)
+    again = checkpoint.instantiate(description, base)
+    assert type(again) is type(instance)
+    assert vars(again) == vars(instance)
+    assert checkpoint.describe(again) == description
+
+
+@pytest.mark.parametrize("class_path", ["os.system", "ropepp_lit.nn.positions.RoPEPP2", "ropepp_lit.nn.config.SIZES"])
+def test_a_checkpoint_cannot_name_what_it_likes(class_path):
+    with pytest.raises(UsageError):
+        checkpoint.instantiate({"class_path": class_path, "init_args": {}}, PositionScheme)
+
+
+def test_trust_is_for_one_class_of_the_right_kind():
+    description = {"class_path": "os.system", "init_args": {}}
+    with pytest.raises(UsageError, match=r"if you trust that code .* --trust os\.system"):
+        checkpoint.instantiate(description, PositionScheme, trust="os.path")
+    with pytest.raises(UsageError, match=r"os\.system is not a PositionScheme"):
+        checkpoint.instantiate(description, PositionScheme, trust="os.system")
