@@ -45,7 +45,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         UsageError: no such file, or not a checkpoint of ours.
-
     """
     path = Path(path)
     if not path.is_file():
@@ -53,7 +52,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise UsageError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+        raise UsageError(f"{path}: not a readable checkpoint: the file is damaged, or is something else") from error
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise UsageError(f"{path}: not a checkpoint of ropepp-lit (it has no entry {KEY!r})")
     version = checkpoint[KEY]["format_version"]
@@ -80,7 +79,6 @@ def load_decoder(checkpoint: dict[str, Any], *, trust: str | None = None) -> Dec
 
     Raises:
         UsageError: the checkpoint names a foreign class that is not trusted or cannot be imported.
-
     """
     architecture = checkpoint[KEY]["architecture"]
     weights = decoder_weights(checkpoint)
@@ -123,7 +121,6 @@ def instantiate(description: dict[str, Any], base: type[T], *, trust: str | None
         description: `class_path` and `init_args`.
         base: What it must be.
         trust: `module.Class` that may be imported although it is not ours.
-
     """
     class_path = description["class_path"]
     module, _, name = class_path.rpartition(".")

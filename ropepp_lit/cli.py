@@ -22,7 +22,6 @@ def main(arguments: list[str] | None = None) -> None:
 
     Args:
         arguments: Words behind `ropepp-lit`; empty means those of the process.
-
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -49,7 +49,6 @@ class BlockPlan:
 
         Args:
             sample: k, from 0; beyond one pass the next begins, shuffled anew.
-
         """
         epoch, block = divmod(sample, self.blocks_per_pass)
         order, starts = self._chunk_order(epoch)
@@ -99,7 +98,6 @@ def permutation(count: int, *key: int) -> np.ndarray:
 
     Returns:
         [count] int64.
-
     """
     state = np.zeros(1, dtype=np.uint64)
     for part in key:

@@ -46,7 +46,6 @@ def prepare(
 
     Raises:
         UsageError: the source holds no text, or too little to hold documents out.
-
     """
     root, files = find_files(source)
     stats = [(path.relative_to(root).as_posix(), path.stat()) for path in files]

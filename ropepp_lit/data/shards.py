@@ -69,7 +69,6 @@ class Manifest:
 
         Raises:
             UsageError: there is none, or it is not one of ours.
-
         """
         path = folder / MANIFEST
         try:
@@ -128,7 +127,6 @@ class TokenShards:
 
         Raises:
             UsageError: a chunk's content is not what was written.
-
         """
         parts = [self._chunk(span.chunk)[span.start : span.start + span.num_tokens] for span in spans]
         return np.concatenate(parts).astype(np.int64)

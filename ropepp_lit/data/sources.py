@@ -23,7 +23,6 @@ def find_files(source: str) -> tuple[Path, list[Path]]:
 
     Raises:
         UsageError: the folder is missing, is a file, or holds no files.
-
     """
     if source == BUILTIN:
         root = Path(sysconfig.get_path("stdlib"))
@@ -52,7 +51,6 @@ def read_documents(files: list[Path]) -> Iterator[tuple[Path, str | None]]:
 
     Args:
         files: What :func:`find_files` found.
-
     """
     for path in files:
         try:

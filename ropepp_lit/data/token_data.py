@@ -98,7 +98,6 @@ class TokenData(LightningDataModule):
 
         Raises:
             UsageError: the source is missing or empty.
-
         """
         find_files(self.source)
 

@@ -28,7 +28,6 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int, show_progress:
         documents: Texts.
         vocab_size: Tokens in all, at least 258. Fewer come out where the texts are too short for so many merges.
         show_progress: Draw the library's progress bars.
-
     """
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

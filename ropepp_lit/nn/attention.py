@@ -64,7 +64,6 @@ class KVCache:
 
         Raises:
             ValueError: the cache is full.
-
         """
         start, end = self.num_tokens, self.num_tokens + num_tokens
         if end > self.max_tokens:
@@ -128,7 +127,6 @@ class Attention(nn.Module):
 
         Returns:
             [B, T, hidden_size].
-
         """
         queries, keys, values = (
             projection(hidden).unflatten(-1, (-1, self.head_dim))
@@ -159,7 +157,6 @@ def attend_within_documents(queries: Tensor, keys: Tensor, values: Tensor, docum
 
     Returns:
         [B, T, H, D].
-
     """
     if queries.is_cuda and flash_attn_varlen_func is not None and queries.dtype in (torch.float16, torch.bfloat16):
         bounds, longest = documents.cu_seqlens, queries.shape[1]  # an upper bound: to know better costs a wait

@@ -53,7 +53,6 @@ class DecoderConfig:
     Raises:
         UsageError: a size that does not exist, a field that is missing or not positive, heads that do not divide,
             an odd head size.
-
     """
 
     size: str | None = None

@@ -149,7 +149,6 @@ class Decoder(nn.Module):
         Raises:
             UsageError: a token id outside the vocabulary (seen on CPU; on a GPU the kernel asserts).
             ValueError: the cache is full.
-
         """
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_ids(input_ids)

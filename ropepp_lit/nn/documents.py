@@ -30,7 +30,6 @@ class Documents(NamedTuple):
         Args:
             input_ids: [B, T] integers.
             eos_token_id: The token that closes a document.
-
         """
         starts = torch.zeros_like(input_ids, dtype=torch.bool)
         starts[:, 1:] = input_ids[:, :-1] == eos_token_id
@@ -42,7 +41,6 @@ class Documents(NamedTuple):
 
         Args:
             ids: [B, T] integers: equal for the tokens of one document, which must be consecutive.
-
         """
         starts = torch.ones_like(ids, dtype=torch.bool)
         starts[:, 1:] = ids[:, 1:] != ids[:, :-1]

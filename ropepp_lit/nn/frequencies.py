@@ -55,7 +55,6 @@ class Frequencies:
 
         Returns:
             [head_dim / 2] of `dtype`, largest first.
-
         """
         return self._stretch(self._plain(head_dim, dtype=dtype, device=device), head_dim)
 

@@ -32,7 +32,6 @@ def sample(logits: Tensor, *, temperature: float, top_p: float, generator: torch
 
     Returns:
         [B] int64.
-
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -67,7 +66,6 @@ def generate(
 
     Yields:
         [B] int64, the next token of each row.
-
     """
     batch_size, num_tokens = input_ids.shape
     cache = decoder.allocate_cache(batch_size=batch_size, max_tokens=num_tokens + max_new_tokens)

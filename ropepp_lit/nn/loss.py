@@ -27,7 +27,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 
     Returns:
         Scalar, float32 (float64 for float64): nats, summed over the labels that count.
-
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)

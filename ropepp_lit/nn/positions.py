@@ -43,7 +43,6 @@ class PositionScheme(ABC):
 
         Raises:
             UsageError: the variant cannot be built with these counts.
-
         """
         return HeadLayout(num_attention_heads, num_attention_heads, num_key_value_heads)
 
@@ -58,7 +57,6 @@ class PositionScheme(ABC):
             frequencies: Base and scaling.
             head_dim: D.
             dtype: dtype of the model's activations.
-
         """
 
     @abstractmethod
@@ -73,7 +71,6 @@ class PositionScheme(ABC):
         Returns:
             Queries [B, T, num_attention_heads, D] and keys [B, T, num_key_value_heads, D]. The heads that share a
             key/value head are consecutive.
-
         """
 
 

@@ -106,7 +106,6 @@ def split_parameters(
     Args:
         decoder: The model.
         output_layer_is_matrix: Whether an untied `lm_head` counts as a linear layer; tied, it is the embedding.
-
     """
     embeddings = {id(module.weight) for module in decoder.modules() if isinstance(module, nn.Embedding)}
     matrices: list[nn.Parameter] = []

@@ -27,7 +27,6 @@ class Schedule(ABC):
         Args:
             step: Optimizer steps taken so far.
             total_steps: Length of the schedule.
-
         """
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
