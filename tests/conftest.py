@@ -9,8 +9,6 @@ from ropepp_lit.data.prepare import prepare
 
 torch.set_num_threads(2)
 
-COMMAND = Path(sys.executable).parent / "ropepp-lit"
-
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
@@ -32,12 +30,18 @@ def tiny(texts, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def run():
+def command_path():
+    """The installed command of the environment that runs the tests."""
+    return str(Path(sys.executable).parent / "ropepp-lit")
+
+
+@pytest.fixture(scope="session")
+def run(command_path):
     """Runs the installed command in a fresh process and a given folder; returns the finished process."""
 
     def run(*arguments, cwd, returncode=0):
         finished = subprocess.run(
-            [COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, timeout=600
+            [command_path, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, timeout=600
         )
         assert finished.returncode == returncode, finished.stdout + finished.stderr
         return finished

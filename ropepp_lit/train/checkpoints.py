@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_only
 
 from ropepp_lit.errors import UsageError
 
@@ -55,6 +57,14 @@ class Checkpoints(Checkpoint):
         """Save the last step, whatever the interval is."""
         if trainer.global_step != self._saved_step:
             self._save(trainer)
+
+    @rank_zero_only
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Say from where an interrupted run can go on."""
+        if isinstance(exception, KeyboardInterrupt):
+            found = newest(folder_of(trainer.default_root_dir))
+            rest = f"continue from {found} by --ckpt_path auto" if found else "nothing was saved yet"
+            print(f"\nInterrupted at step {trainer.global_step:,}: {rest}.", file=sys.stderr)
 
     def _save(self, trainer: pl.Trainer) -> None:
         step = self._saved_step = trainer.global_step

@@ -1,6 +1,8 @@
 """Stopping and resuming in a new process against running through, bit for bit."""
 
 import signal
+import subprocess
+import time
 
 import pytest
 import torch
@@ -98,6 +100,20 @@ def test_killed_within_an_accumulation_window(fit, tmp_path):
     assert before == batches(tmp_path, "whole")[:17]
     assert after == batches(tmp_path, "whole")[12:]
     assert_same_run(tmp_path, "whole", "killed")
+
+
+def test_interrupted_by_the_user(command_path, tiny, tmp_path):
+    options = ["--trainer.max_steps", "100000", "--trainer.default_root_dir", "run"]
+    command = [command_path, "fit", *tiny, *options]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run/checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert "continue from run/checkpoints/step=" in errors
 
 
 @pytest.mark.slow
