@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import docstring_parser
 from jsonargparse import ArgumentParser
 
 from ropepp_lit.errors import UsageError
@@ -28,7 +30,7 @@ def call(function: Callable[..., None], arguments: list[str]) -> None:
     """Parse a command line by a function's signature, and call the function.
 
     Args:
-        function: Arguments without a default are positional, the others options.
+        function: Arguments without a default are positional, the others options; `*names` takes any number of words.
         arguments: The subcommand's name and its options.
 
     Raises:
@@ -36,5 +38,10 @@ def call(function: Callable[..., None], arguments: list[str]) -> None:
     """
     parser = _Parser(prog=f"ropepp-lit {arguments[0]}", description=(function.__doc__ or "").split("\n")[0])
     parser.add_function_arguments(function, as_group=False, as_positional=True)
+    many = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_POSITIONAL]
+    documented = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
+    for name in many:
+        parser.add_argument(name, nargs="*", type=str, help=documented[name])
     values: dict[str, Any] = parser.parse_args(arguments[1:]).as_dict()
-    function(**values)
+    words = [word for name in many for word in values.pop(name)]
+    function(*words, **values)

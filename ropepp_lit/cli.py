@@ -12,6 +12,7 @@ from ropepp_lit.errors import UsageError
 SUBCOMMANDS = {
     "fit": ("train a model by a recipe", "ropepp_lit.train.cli"),
     "validate": ("measure a checkpoint on held-out text", "ropepp_lit.train.cli"),
+    "prepare": ("turn text into token shards", "ropepp_lit.prepare"),
     "generate": ("let a checkpoint write", "ropepp_lit.generate"),
 }
 """What each subcommand does, and the module whose `main(arguments)` does it; the subcommand is the first argument."""

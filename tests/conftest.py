@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ropepp_lit.data.prepare import prepare
+from ropepp_lit.data.prepare import Settings, prepare_cached
 
 torch.set_num_threads(2)
 
@@ -25,7 +25,8 @@ def tiny(texts, tmp_path_factory):
     """Options of `fit` and `validate` for a model of a few thousand parameters on a folder of text."""
     recipe = Path(__file__).parent / "train" / "tiny.yaml"
     cache = tmp_path_factory.mktemp("cache")
-    prepare(str(texts), vocab_size=None, validation_fraction=0.2, cache_dir=cache, show_progress=False)
+    settings = Settings(tokenizer="bytes", validation_fraction=0.2, on_error="skip")  # those of tiny.yaml
+    prepare_cached(str(texts), settings, cache_dir=cache, show_progress=False)
     return ["--config", str(recipe), "--data.source", str(texts), "--data.cache_dir", str(cache)]
 
 

@@ -52,7 +52,7 @@ def mistake(tiny, tmp_path, monkeypatch, capsys):
         ),
         (["--model.decoder.vocab_size", "100"], "model.decoder.vocab_size: 100 is below the 258 tokens"),
         (["--model.optimizer.lr", "0"], "model.optimizer.lr: 0.0 must be above 0"),
-        (["--data.source", "nowhere"], "data.source: nowhere: no such folder"),
+        (["--data.source", "nowhere"], "data.source: nowhere: no such file or folder"),
         (["--data.context_length", "1000000"], "data.context_length: 1000000 is longer than"),
         (["--checkpoints.every_n_steps", "0"], "checkpoints.every_n_steps: 0 must be 1 or more"),
         (["--sample.top_p", "2"], "sample.top_p: 2.0 must be above 0"),
@@ -70,7 +70,7 @@ def test_misspelt_key_in_a_recipe(mistake, tmp_path):
 
 def test_empty_folder(mistake, tmp_path):
     (tmp_path / "bare").mkdir()
-    assert "data.source: bare: the folder holds no files" in mistake("--data.source", "bare")
+    assert "data.source: bare: holds no files" in mistake("--data.source", "bare")
 
 
 def test_validate_wants_a_checkpoint(mistake):
@@ -110,7 +110,7 @@ def test_generate(mistake, tmp_path):
 
 
 def test_unknown_subcommand(mistake):
-    assert "no subcommand 'trian'; choose one of fit, validate, generate" in mistake(subcommand="trian")
+    assert "no subcommand 'trian'; choose one of fit, validate, prepare, generate" in mistake(subcommand="trian")
 
 
 def test_help_and_version(run, tmp_path):

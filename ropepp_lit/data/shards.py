@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +17,7 @@ from ropepp_lit.data.plan import Span
 from ropepp_lit.errors import UsageError
 
 FORMAT_VERSION = 1
-MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
+MANIFEST, TOKENIZER, INDEX = "manifest.json", "tokenizer.json", "index.json"
 
 
 @dataclass(kw_only=True)
@@ -31,14 +34,46 @@ class Chunk:
 class TokenSet:
     """The chunks of one split, and the totals over its documents."""
 
-    documents: int
-    tokens: int
-    bytes: int
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
     """UTF-8 bytes of the documents' text."""
-    gzip_bytes: int | None
+    gzip_bytes: int = 0
     """Bytes of the documents under `gzip -9`, each by itself; counted for validation."""
-    max_token_id: int
-    chunks: list[Chunk]
+    max_token_id: int = 0
+    lengths: list[list[int]] = field(default_factory=lambda: [[0, 0] for _ in range(40)])
+    """Documents, and their tokens, by length: place n counts documents of 2^n to 2^(n+1) - 1 tokens."""
+    chunks: list[Chunk] = field(default_factory=list)
+
+    def add(self, *, tokens: int, num_bytes: int, gzip_bytes: int, max_token_id: int) -> None:
+        """Count a document."""
+        self.documents += 1
+        self.tokens += tokens
+        self.bytes += num_bytes
+        self.gzip_bytes += gzip_bytes
+        self.max_token_id = max(self.max_token_id, max_token_id)
+        place = self.lengths[tokens.bit_length() - 1]
+        place[0] += 1
+        place[1] += tokens
+
+    @classmethod
+    def sum(cls, parts: Sequence[TokenSet]) -> TokenSet:
+        """The documents of parts together."""
+        total = cls()
+        for part in parts:
+            total.documents += part.documents
+            total.tokens += part.tokens
+            total.bytes += part.bytes
+            total.gzip_bytes += part.gzip_bytes
+            total.max_token_id = max(total.max_token_id, part.max_token_id)
+            total.lengths = [[a + c, b + d] for (a, b), (c, d) in zip(total.lengths, part.lengths, strict=True)]
+            total.chunks += part.chunks
+        return total
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TokenSet:
+        """What `dataclasses.asdict` wrote."""
+        return cls(**{**values, "chunks": [Chunk(**chunk) for chunk in values["chunks"]]})
 
 
 @dataclass(kw_only=True)
@@ -48,20 +83,23 @@ class Manifest:
     format_version: int
     fingerprint: str
     """Names the sources and settings that the shards were made from."""
-    source: str
+    sources: list[str]
+    """As they were given."""
     vocab_size: int
     bos_token_id: int | None
     eos_token_id: int
     dtype: str
     """numpy's name of the tokens' type: uint16 up to 65,536 tokens of vocabulary, else int32."""
-    skipped: int
-    """Files left out because they are empty or not UTF-8."""
+    skipped: dict[str, int]
+    """Documents left out, by reason."""
+    examples: list[str]
+    """The first of those that could not be read, and where they are."""
     splits: dict[str, TokenSet]
-    """By name: `train` and `validation`."""
+    """By name: `train`, and `validation` where documents were held out."""
 
     def write(self, folder: Path) -> None:
-        """Write the manifest into the folder."""
-        (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write the manifest into the folder, where it appears only when it is complete."""
+        write_whole(folder / MANIFEST, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -73,10 +111,7 @@ class Manifest:
         path = folder / MANIFEST
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            splits = {
-                name: TokenSet(**{**split, "chunks": [Chunk(**chunk) for chunk in split["chunks"]]})
-                for name, split in values.pop("splits").items()
-            }
+            splits = {name: TokenSet.from_dict(split) for name, split in values.pop("splits").items()}
             manifest = cls(**values, splits=splits)
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}; the folder holds no finished token shards") from error
@@ -99,13 +134,14 @@ class TokenShards:
         folder: Of the manifest.
         manifest: What it holds.
         split: `train` or `validation`.
+        chunks: Some of the split's chunks; empty means all.
 
     Raises:
         UsageError: a chunk is missing or has another size than the manifest says.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, split: str) -> None:
-        self.folder, self.chunks = folder / split, manifest.splits[split].chunks
+    def __init__(self, folder: Path, manifest: Manifest, split: str, chunks: list[Chunk] | None = None) -> None:
+        self.folder, self.chunks = folder / split, manifest.splits[split].chunks if chunks is None else chunks
         self._dtype = np.dtype(manifest.dtype)
         self._maps: dict[int, np.ndarray] = {}
         for chunk in self.chunks:
@@ -152,6 +188,56 @@ class TokenShards:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_maps": {}}  # a worker process maps the files itself
+
+
+def verify(folder: Path) -> list[str]:
+    """Read all that a folder of token shards holds, and compare it with the manifest.
+
+    Args:
+        folder: Of the manifest.
+
+    Returns:
+        One line for each fault, with the file's name; empty where all is as it was written.
+    """
+    manifest = Manifest.read(folder)
+    faults = []
+    for name, tokens in manifest.splits.items():
+        documents = largest = 0
+        for chunk in tokens.chunks:
+            path = folder / name / chunk.filename
+            try:
+                ids = TokenShards(folder, manifest, name, [chunk]).read([Span(0, 0, chunk.tokens)])
+            except UsageError as error:
+                faults.append(str(error))
+                continue
+            header = np.fromfile(path, dtype=np.uint32, count=1)
+            documents += int((ids == manifest.eos_token_id).sum())
+            largest = max(largest, int(ids.max()))
+            if int(header[0]) != chunk.documents:
+                faults.append(f"{path}: {int(header[0])} documents instead of {chunk.documents}")
+        totals = sum(chunk.documents for chunk in tokens.chunks), sum(chunk.tokens for chunk in tokens.chunks)
+        if not faults and (totals != (tokens.documents, tokens.tokens) or largest != tokens.max_token_id):
+            faults.append(f"{folder / MANIFEST}: the totals of {name} are not those of its chunks")
+        if not faults and documents < tokens.documents:
+            faults.append(f"{folder / name}: {documents} documents are closed, of {tokens.documents}")
+        index = folder / name / INDEX
+        try:
+            listed = [chunk["filename"] for chunk in json.loads(index.read_text())["chunks"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            listed = None
+        if listed != [chunk.filename for chunk in tokens.chunks]:
+            faults.append(f"{index}: missing, garbled, or of other chunks than the manifest's")
+    return faults
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears under its name only when it is complete."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
 
 
 def checksum(path: Path) -> str:

@@ -1,62 +1,181 @@
-"""Where documents come from: the built-in corpus and folders of text."""
+"""Where documents come from: the built-in corpus, text files, JSON lines and parquet, in one order for ever."""
 
 from __future__ import annotations
 
+import glob
+import io
+import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow
+import pyarrow.parquet
 
 from ropepp_lit.errors import UsageError
 
 BUILTIN = "builtin"
 """The name of the corpus that every Python brings: the source code of its standard library."""
 
+JSON_LINES = {".jsonl": None, ".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
+"""Endings of files whose lines are JSON objects, and how they are compressed."""
 
-def find_files(source: str) -> tuple[Path, list[Path]]:
-    """The files of a source, each of which is one document.
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of documents."""
+
+    path: Path
+    name: str
+    """As messages and fingerprints call it: the path as it was found."""
+
+
+class Record(NamedTuple):
+    """A document, or why there is none."""
+
+    text: str | None
+    problem: str | None
+    where: str
+    """The file, and the line or row in it."""
+
+
+class Cursor(NamedTuple):
+    """A place between two documents of the stream."""
+
+    file: int
+    record: int
+
+
+def find_files(sources: Sequence[str], *, key: str) -> list[SourceFile]:
+    """The files of sources, in order: sources as given, files within a source by path.
 
     Args:
-        source: `builtin`, or a folder that is searched to the bottom; hidden files and folders are left out.
-
-    Returns:
-        The folder, and its files sorted by path.
+        sources: Each `builtin`, a file, a folder (searched to the bottom, hidden files and folders left out) or a glob.
+        key: What the user calls them, for messages.
 
     Raises:
-        UsageError: the folder is missing, is a file, or holds no files.
+        UsageError: a source does not exist or holds no files.
     """
+    return [file for source in sources for file in _find(source, key)]
+
+
+def _find(source: str, key: str) -> list[SourceFile]:
     if source == BUILTIN:
         root = Path(sysconfig.get_path("stdlib"))
-        files = [
-            path
-            for path in root.rglob("*.py")
-            if not {"site-packages", "test", "tests", "idle_test"} & set(path.relative_to(root).parts)
-        ]
+        left_out = {"site-packages", "test", "tests", "idle_test"}
+        paths = [path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)]
     else:
         root = Path(source).expanduser()
-        if not root.is_dir():
-            problem = "is not a folder" if root.exists() else "no such folder"
-            raise UsageError(f"data.source: {source}: {problem}; name a folder of text files, or {BUILTIN!r}")
-        files = [
-            path
-            for path in root.rglob("*")
-            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        ]
-    if not files:
-        raise UsageError(f"data.source: {root}: the folder holds no files; put text files there, one per document")
-    return root, sorted(files, key=lambda path: path.relative_to(root).as_posix())
+        if root.is_file():
+            return [SourceFile(root, str(root))]
+        if root.is_dir():
+            paths = [
+                path
+                for path in root.rglob("*")
+                if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
+            ]
+        elif glob.has_magic(source):
+            paths = [path for path in map(Path, glob.glob(str(root), recursive=True)) if path.is_file()]
+        else:
+            raise UsageError(f"{key}: {source}: no such file or folder; name text files or folders, or {BUILTIN!r}")
+    if not paths:
+        raise UsageError(f"{key}: {source}: holds no files; put text, JSON lines or parquet there")
+    return [SourceFile(path, str(path)) for path in sorted(paths, key=lambda path: path.as_posix())]
 
 
-def read_documents(files: list[Path]) -> Iterator[tuple[Path, str | None]]:
-    """The text of each file, in order; None where a file is not UTF-8 or is empty.
+START = Cursor(0, 0)
+
+
+class Reader:
+    """The documents of files, one after the other, from any place of the stream.
 
     Args:
         files: What :func:`find_files` found.
+        text_key: Key or column of the text in JSON lines and parquet.
+        start: Where to begin.
     """
-    for path in files:
+
+    def __init__(self, files: Sequence[SourceFile], *, text_key: str = "text", start: Cursor = START) -> None:
+        self._files, self._text_key, self._start = files, text_key, start
+        self.bytes_read = 0
+        """Bytes of the files read so far, compressed ones as they lie on the disk."""
+
+    def __iter__(self) -> Iterator[tuple[Cursor, Record]]:
+        """Each record, and the place behind it."""
+        for index, file in enumerate(self._files):
+            size = file.path.stat().st_size if file.path.exists() else 0
+            if index < self._start.file:
+                self.bytes_read += size
+                continue
+            before = self.bytes_read
+            for number, record in enumerate(self._read(file, before), start=1):
+                if index > self._start.file or number > self._start.record:
+                    yield Cursor(index, number), record
+            self.bytes_read = before + size
+
+    def _read(self, file: SourceFile, before: int) -> Iterator[Record]:
+        kinds = [kind for kind in JSON_LINES if file.path.name.endswith(kind)]
         try:
-            text = path.read_bytes().decode("utf-8")
+            if kinds:
+                yield from self._read_lines(file, JSON_LINES[kinds[0]], before)
+            elif file.path.name.endswith(".parquet"):
+                yield from self._read_rows(file, before)
+            else:
+                yield _decode(file.path.read_bytes(), file.name)
+        except OSError as error:  # pyarrow's errors of damaged files among them
+            yield Record(None, f"unreadable: {error.strerror or str(error).splitlines()[0]}", file.name)
+        except pyarrow.ArrowException as error:
+            yield Record(None, f"unreadable: {str(error).splitlines()[0]}", file.name)
+
+    def _read_lines(self, file: SourceFile, compression: str | None, before: int) -> Iterator[Record]:
+        raw = pyarrow.OSFile(str(file.path))
+        stream = pyarrow.CompressedInputStream(raw, compression) if compression else raw
+        for number, line in enumerate(io.BufferedReader(stream, 2**20), start=1):
+            self.bytes_read = before + raw.tell()
+            if line.strip():
+                yield self._parse(line, f"{file.name}:{number}")
+
+    def _parse(self, line: bytes, where: str) -> Record:
+        try:
+            value = json.loads(line)
         except UnicodeDecodeError:
-            text = ""
-        except OSError as error:
-            raise UsageError(f"data.source: {path}: {error.strerror}; make it readable or remove it") from error
-        yield path, text or None
+            return Record(None, "not UTF-8", where)
+        except (ValueError, RecursionError):
+            return Record(None, "broken JSON", where)
+        if not isinstance(value, dict) or self._text_key not in value:
+            return Record(None, f"no key {self._text_key!r}", where)
+        return _check(value[self._text_key], where)
+
+    def _read_rows(self, file: SourceFile, before: int) -> Iterator[Record]:
+        size = file.path.stat().st_size
+        with pyarrow.parquet.ParquetFile(file.path) as parquet:
+            if self._text_key not in parquet.schema_arrow.names:
+                yield Record(None, f"no column {self._text_key!r}", file.name)
+                return
+            number = 0
+            for batch in parquet.iter_batches(batch_size=256, columns=[self._text_key]):
+                for value in batch.column(0):
+                    number += 1
+                    self.bytes_read = before + size * number // parquet.metadata.num_rows
+                    yield _check(value.as_py(), f"{file.name}:{number}")
+
+
+def _decode(data: bytes, where: str) -> Record:
+    try:
+        return _check(data.decode("utf-8"), where)
+    except UnicodeDecodeError:
+        return Record(None, "not UTF-8", where)
+
+
+def _check(text: object, where: str) -> Record:
+    if not isinstance(text, str):
+        return Record(None, "the text is not a string", where)
+    if not text:
+        return Record(None, "empty", where)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        return Record(None, "not UTF-8", where)
+    return Record(text, None, where)

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ropepp_lit.data.plan import BlockPlan
-from ropepp_lit.data.shards import TOKENIZER, Manifest, TokenShards
+from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenShards
 from ropepp_lit.data.sources import find_files
-from ropepp_lit.data.tokenizer import MIN_VOCAB_SIZE
+from ropepp_lit.data.tokenizer import check_choice
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.loss import IGNORE_INDEX
@@ -37,14 +37,16 @@ class TokenData(LightningDataModule):
     """Text as batches of tokens: prepared once, found again at the next run.
 
     Args:
-        source: `builtin` (the source code of Python's standard library) or a folder of UTF-8 files, each a document.
-        tokenizer: `bytes`: one token per byte.
+        source: A folder that `ropepp-lit prepare` wrote; or text to be prepared now: `builtin` (the source code of
+            Python's standard library), a folder of UTF-8 files, each a document, JSON lines, parquet.
+        tokenizer: `bytes` (one token per byte), a tokenizer.json, or a Hugging Face folder with one.
         train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with so many tokens on the training documents.
         context_length: Tokens in each row.
         batch_size: Rows in each batch of each device.
         intra_document_masking: Documents packed in one row don't see each other and their positions restart. Without
             it rows are plain causal ones, as in the paper.
-        validation_fraction: Share of the documents that is held out for validation, chosen by a hash of their text.
+        validation_fraction: Share of the documents that is held out for validation, chosen by a hash of their text;
+            of a prepared folder, what was said when it was prepared.
         seed: Of the order in which blocks are read.
         num_workers: Processes that read ahead; 0 or 1 is best, as reading costs next to nothing.
         cache_dir: Where prepared data is kept; empty means `ropepp_lit` in the user's cache folder.
@@ -65,18 +67,11 @@ class TokenData(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        if (tokenizer is None) == (train_tokenizer is None):
-            raise UsageError(
-                "data.tokenizer: give either data.tokenizer (bytes) or data.train_tokenizer (a vocabulary size)"
-            )
-        if tokenizer not in (None, "bytes"):
-            raise UsageError(
-                f"data.tokenizer: no tokenizer {tokenizer!r}; choose bytes, or train one by data.train_tokenizer"
-            )
-        if train_tokenizer is not None and train_tokenizer < MIN_VOCAB_SIZE:
-            raise UsageError(
-                f"data.train_tokenizer: {train_tokenizer} must be {MIN_VOCAB_SIZE} or more (bytes and special tokens)"
-            )
+        self._is_prepared = (Path(source).expanduser() / MANIFEST).is_file()
+        if not self._is_prepared:
+            check_choice("data.", tokenizer, train_tokenizer)
+        elif tokenizer is not None or train_tokenizer is not None:
+            raise UsageError(f"data.tokenizer: {source} holds token shards and their tokenizer; set neither here")
         for name, value, least in (
             ("context_length", context_length, 1),
             ("batch_size", batch_size, 1),
@@ -86,7 +81,7 @@ class TokenData(LightningDataModule):
                 raise UsageError(f"data.{name}: {value} must be {least} or more")
         if not 0 < validation_fraction < 1:
             raise UsageError(f"data.validation_fraction: {validation_fraction} must be between 0 and 1")
-        self.source, self.train_tokenizer = source, train_tokenizer
+        self.source, self.tokenizer, self.train_tokenizer = source, tokenizer, train_tokenizer
         self.context_length, self.batch_size = context_length, batch_size
         self.intra_document_masking, self.validation_fraction = intra_document_masking, validation_fraction
         self.seed, self.num_workers = seed, num_workers
@@ -99,7 +94,8 @@ class TokenData(LightningDataModule):
         Raises:
             UsageError: the source is missing or empty.
         """
-        find_files(self.source)
+        if not self._is_prepared:
+            find_files([self.source], key="data.source")
 
     def prepare_data(self) -> None:
         """Make the token shards if they are not there (one process per machine)."""
@@ -109,19 +105,27 @@ class TokenData(LightningDataModule):
         """Open the shards."""
         folder = self._find()
         self.manifest = Manifest.read(folder)
+        if "validation" not in self.manifest.splits:
+            raise UsageError(
+                f"data.source: {folder} holds no validation documents; prepare it with --validation_fraction"
+            )
         self.tokenizer_json = (folder / TOKENIZER).read_text(encoding="utf-8")
         self._blocks = {name: _Blocks(folder, self.manifest, name, self) for name in self.manifest.splits}
 
     def _find(self) -> Path:
-        from ropepp_lit.data.prepare import default_cache_dir, prepare  # litdata takes a second: only when it is needed
+        from ropepp_lit.data import prepare  # litdata takes a second: only when it is needed
 
+        if self._is_prepared:
+            self._folder = Path(self.source).expanduser()
         if self._folder is None:
-            self._folder = prepare(
-                self.source,
-                vocab_size=self.train_tokenizer,
+            settings = prepare.Settings(
+                tokenizer=self.tokenizer,
+                train_tokenizer=self.train_tokenizer,
                 validation_fraction=self.validation_fraction,
-                cache_dir=self._cache_dir or default_cache_dir(),
+                on_error="skip",
             )
+            cache_dir = self._cache_dir or prepare.default_cache_dir()
+            self._folder = prepare.prepare_cached(self.source, settings, cache_dir=cache_dir)
         return self._folder
 
     def begin_text(self, ids: list[int]) -> list[int]:

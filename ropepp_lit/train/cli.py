@@ -221,7 +221,6 @@ Next:
         if values is None:
             rank_zero_print("Not validated, as trainer.limit_val_batches says.")
             return
-        assert held_out.gzip_bytes is not None
         gzip = 8 * held_out.gzip_bytes / held_out.bytes
         whole = self.datamodule.predicted_tokens("validation")
         rank_zero_print(

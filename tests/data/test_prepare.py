@@ -1,160 +1,376 @@
+"""Token shards: the same from every way to store a corpus, whole after every kill, and every fault told."""
+
+import dataclasses
+import gzip
+import hashlib
 import json
 import os
+import random
+import resource
+import signal
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer
 
+from ropepp_lit.data import prepare as module
 from ropepp_lit.data.plan import Span
-from ropepp_lit.data.prepare import prepare
-from ropepp_lit.data.shards import Manifest, TokenShards
-from ropepp_lit.data.sources import find_files, read_documents
-from ropepp_lit.data.tokenizer import BOS_TOKEN_ID, EOS_TOKEN_ID, byte_tokenizer, train_tokenizer
+from ropepp_lit.data.prepare import Settings, prepare, prepare_cached
+from ropepp_lit.data.shards import Manifest, TokenShards, verify
+from ropepp_lit.data.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
 from ropepp_lit.errors import UsageError
 
-
-@pytest.fixture
-def texts(tmp_path):
-    folder = tmp_path / "texts"
-    (folder / "deeper").mkdir(parents=True)
-    for number in range(40):
-        text = f"Document {number}: " + "the quick brown fox – äöü 漢字 🙂\n" * (1 + number % 7)
-        (folder / ("deeper" if number % 3 else ".") / f"{number:02}.txt").write_text(text, encoding="utf-8")
-    (folder / "broken.txt").write_bytes(b"\xff\xfe\x00bad")
-    (folder / "empty.txt").write_text("")
-    (folder / ".hidden").write_text("never read")
-    return folder
+DOCUMENTS = [f"Document {n}: " + "the quick brown fox – äöü 漢字 🙂\r\n" * (1 + n % 7) for n in range(60)]
+SETTINGS = Settings(tokenizer="bytes", validation_fraction=0.2)
 
 
-def run(texts, tmp_path, **changes):
-    settings = {"vocab_size": None, "validation_fraction": 0.2, "cache_dir": tmp_path / "cache", "show_progress": False}
-    return prepare(str(texts), **{**settings, **changes})
+def store(folder, kind, documents=DOCUMENTS):
+    """A corpus in one of the ways to store it; returns what is to be named as the source."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(documents)).encode()
+    path = folder / f"corpus.{kind}"
+    if kind == "txt":
+        for number, text in enumerate(documents):
+            (folder / f"{number:04}.txt").write_bytes(text.encode())
+        return str(folder / "*.txt")
+    if kind == "jsonl":
+        path.write_bytes(lines)
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines[:500]) + gzip.compress(lines[500:]))
+    elif kind == "jsonl.zst":
+        path.write_bytes(b"".join(pyarrow.compress(x, codec="zstd", asbytes=True) for x in (lines[:500], lines[500:])))
+    elif kind == "parquet":
+        table = pyarrow.table({"id": list(range(len(documents))), "text": documents})
+        pyarrow.parquet.write_table(table, path, row_group_size=17)
+    return str(path)
+
+
+def run(source, out, settings=SETTINGS, **changes):
+    sources = [source] if isinstance(source, str) else source
+    return prepare(sources, dataclasses.replace(settings, **changes), out=out, show_progress=False)
 
 
 def read_split(folder, split):
-    manifest = Manifest.read(folder)
-    shards = TokenShards(folder, manifest, split)
+    shards = TokenShards(folder, Manifest.read(folder), split)
     return shards.read([Span(index, 0, chunk.tokens) for index, chunk in enumerate(shards.chunks)]).tolist()
 
 
-@pytest.mark.parametrize("vocab_size", [None, 300])
-def test_every_document_lands_in_one_split_as_its_tokens(texts, tmp_path, vocab_size):
-    folder = run(texts, tmp_path, vocab_size=vocab_size)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    _, files = find_files(str(texts))
-    expected = [text for _, text in read_documents(files) if text is not None]
-    found = {}
-    for split in ("train", "validation"):
-        ids = read_split(folder, split)
-        documents, start = [], 0
-        for place, token in enumerate(ids):
-            if token == EOS_TOKEN_ID:
-                assert ids[start] == BOS_TOKEN_ID
-                documents.append(tokenizer.decode(ids[start + 1 : place]))
-                start = place + 1
-        assert start == len(ids)
-        found[split] = documents
-    assert sorted(found["train"] + found["validation"]) == sorted(expected)
-    assert [text for text in expected if text in found["train"]] == found["train"]  # in the order of the files
-    manifest = Manifest.read(folder)
-    assert manifest.skipped == 2
-    for split, documents in found.items():
-        totals = manifest.splits[split]
-        assert totals.documents == len(documents)
-        assert totals.bytes == sum(len(text.encode()) for text in documents)
-        assert totals.max_token_id < manifest.vocab_size
+def contents(folder):
+    """Every file of finished shards but for what names their sources."""
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    manifest = json.loads(files.pop("manifest.json"))
+    for key in ("fingerprint", "sources"):
+        del manifest[key]
+    return files, manifest
 
 
-def test_litdata_reads_the_shards(texts, tmp_path):
+def reference(documents, fraction=0.2):
+    """The tokens of each split, plainly."""
+    tokenizer = byte_tokenizer().tokenizer
+    splits = {"train": [], "validation": []}
+    for text in documents:
+        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+        split = "validation" if number < fraction * 2**64 else "train"
+        splits[split] += [0, *tokenizer.encode(text).ids, 1]
+    return splits
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
+def test_every_way_to_store_a_corpus_gives_the_same_shards(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART_BYTES", 1500)
+    monkeypatch.setattr(module, "BATCH_BYTES", 700)
+    run(store(tmp_path / "jsonl", "jsonl"), tmp_path / "first")
+    run(store(tmp_path / kind, kind), tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "first")
+    for split, tokens in reference(DOCUMENTS).items():
+        assert read_split(tmp_path / "out", split) == tokens
+    assert len(Manifest.read(tmp_path / "out").splits["train"].chunks) > 3
+    assert verify(tmp_path / "out") == []
+
+
+def test_litdata_reads_the_shards(tmp_path, monkeypatch):
     from litdata import StreamingDataset, TokensLoader
 
-    folder = run(texts, tmp_path)
-    blocks = StreamingDataset(str(folder / "train"), item_loader=TokensLoader(block_size=50), shuffle=False)
-    found = np.concatenate([np.asarray(block) for block in blocks]).tolist()
-    assert found == read_split(folder, "train")[: len(found)]
+    monkeypatch.setattr(module, "PART_BYTES", 3000)
+    run(store(tmp_path, "jsonl"), tmp_path / "out")
+    blocks = StreamingDataset(str(tmp_path / "out" / "train"), item_loader=TokensLoader(block_size=50), shuffle=False)
+    shards = TokenShards(tmp_path / "out", Manifest.read(tmp_path / "out"), "train")
+    expected = []
+    for index, chunk in enumerate(shards.chunks):  # litdata loses the tail of each chunk
+        expected += shards.read([Span(index, 0, chunk.tokens // 50 * 50)]).tolist()
+    assert np.concatenate([np.asarray(block) for block in blocks]).tolist() == expected
 
 
-def test_prepared_once_and_found_again(texts, tmp_path):
-    first = run(texts, tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
-    assert run(texts, tmp_path) == first
-    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
+def test_a_trained_tokenizer_decodes_back_to_the_very_text(tmp_path):
+    run(store(tmp_path, "jsonl"), tmp_path / "out", tokenizer=None, train_tokenizer=300)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    decoded = []
+    for split in ("train", "validation"):
+        ids = np.array(read_split(tmp_path / "out", split))
+        for document in np.split(ids, np.flatnonzero(ids == 1) + 1)[:-1]:
+            assert (document[0], document[-1]) == (0, 1)
+            decoded.append(tokenizer.decode(document.tolist()))
+    assert sorted(decoded) == sorted(DOCUMENTS)
 
 
-def test_another_text_or_setting_is_prepared_anew(texts, tmp_path):
-    first = run(texts, tmp_path)
-    assert run(texts, tmp_path, vocab_size=300) != first
-    assert run(texts, tmp_path, validation_fraction=0.3) != first
-    (texts / "new.txt").write_text("one more")
-    assert run(texts, tmp_path) != first
+def test_lengths_limit_and_min_and_max_tokens(tmp_path):
+    source = store(tmp_path, "jsonl")
+    everything = run(source, tmp_path / "all", validation_fraction=0.0)
+    sizes = [len(text.encode()) + 2 for text in DOCUMENTS]
+    assert list(everything.splits) == ["train"]
+    assert sum(documents for documents, _ in everything.splits["train"].lengths) == len(DOCUMENTS)
+    assert everything.splits["train"].lengths[6] == [
+        sum(64 <= s < 128 for s in sizes),
+        sum(s for s in sizes if 64 <= s < 128),
+    ]
+    some = run(source, tmp_path / "some", validation_fraction=0.0, min_tokens=100, max_tokens=200)
+    assert some.splits["train"].documents == sum(100 <= size <= 200 for size in sizes)
+    assert some.skipped == {
+        "shorter than min_tokens": sum(size < 100 for size in sizes),
+        "longer than max_tokens": sum(size > 200 for size in sizes),
+    }
+    first = run(source, tmp_path / "first", validation_fraction=0.0, limit=7)
+    assert read_split(tmp_path / "first", "train") == reference(DOCUMENTS[:7], 0)["train"]
+    assert first.splits["train"].documents == 7
 
 
-def test_two_at_once_prepare_once(texts, tmp_path):
+def test_prepared_once_and_found_again(tmp_path):
+    source, cache = store(tmp_path / "texts", "jsonl"), tmp_path / "cache"
     found = []
-    threads = [threading.Thread(target=lambda: found.append(run(texts, tmp_path))) for _ in range(2)]
+
+    def find(**changes):
+        settings = dataclasses.replace(SETTINGS, **changes)
+        found.append(prepare_cached(source, settings, cache_dir=cache, show_progress=False))
+        return found[-1]
+
+    threads = [threading.Thread(target=find) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(set(found)) == 1
-    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [found[0]]
+    before = {path: path.stat().st_mtime_ns for path in found[0].rglob("*")}
+    assert find() == found[0]
+    assert {path: path.stat().st_mtime_ns for path in found[0].rglob("*")} == before
+    assert find(validation_fraction=0.3) != found[0]
+    assert find(tokenizer=None, train_tokenizer=300) != found[0]
+    Path(source).write_text(Path(source).read_text() + '{"text": "one more"}\n')
+    assert find() != found[0]
 
 
-def test_a_killed_preparation_leaves_nothing_that_looks_whole(texts, tmp_path):
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+    source = store(tmp_path / "texts", "jsonl")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.bin").write_text("weights")
+    with pytest.raises(UsageError, match=r"out: .* holds something else"):
+        run(source, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.bin"]
+    (tmp_path / "empty").mkdir()
+    run(source, tmp_path / "empty")
+    with pytest.raises(UsageError, match=r"holds shards of other sources or settings"):
+        run(source, tmp_path / "empty", min_tokens=5)
+
+
+KILLED = """
+import os, signal, sys, pathlib
+from ropepp_lit.data import prepare as module
+module.PART_BYTES, module.BATCH_BYTES = 1500, 400
+left = int(sys.argv[1])
+
+def counting(function):
+    def counted(*arguments, **keywords):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **keywords)
+    return counted
+
+# Kill at any of the places where the state on the disk changes.
+os.replace = counting(os.replace)
+module._PartWriter.add = counting(module._PartWriter.add)
+module.checksum = counting(module.checksum)
+module.shutil.rmtree = counting(module.shutil.rmtree)
+pathlib.Path.rename = counting(pathlib.Path.rename)
+pathlib.Path.unlink = counting(pathlib.Path.unlink)
+settings = module.Settings(tokenizer="bytes", validation_fraction=0.2)
+module.prepare([sys.argv[2]], settings, out=pathlib.Path(sys.argv[3]), show_progress=False)
+print("left", left)
+"""
+
+
+def killed_at(moment, source, out):
+    arguments = [sys.executable, "-c", KILLED, str(moment), source, str(out)]
+    return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    source = store(folder / "texts", "jsonl.zst")
+    finished = killed_at(10_000, source, folder / "out")
+    assert finished.returncode == 0, finished.stderr
+    return source, contents(folder / "out"), 10_000 - int(finished.stdout.split()[-1])
+
+
+def kill_and_resume(undisturbed, tmp_path, moment):
+    source, expected, _ = undisturbed
+    assert killed_at(moment, source, tmp_path / "out").returncode == -signal.SIGKILL
+    finished = killed_at(10_000, source, tmp_path / "out")
+    assert finished.returncode == 0, finished.stderr
+    assert contents(tmp_path / "out") == expected
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.99])
+def test_killed_and_resumed(undisturbed, tmp_path, share):
+    kill_and_resume(undisturbed, tmp_path, round(share * undisturbed[2]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(40))
+def test_killed_at_any_moment_and_resumed(undisturbed, tmp_path, number):
+    kill_and_resume(undisturbed, tmp_path, random.Random(number).randrange(1, undisturbed[2] + 1))
+
+
+@pytest.mark.end_to_end
+def test_the_installed_command_is_killed_and_goes_on(command_path, tmp_path):
+    source = store(tmp_path / "texts", "jsonl", DOCUMENTS * 2000)
+    command = [command_path, "prepare", source, "--tokenizer", "bytes", "--chunk_size", "1MB", "--out"]
+    process = subprocess.Popen([*command, tmp_path / "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob(".out.partial/writing/train/*.bin")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    finished = subprocess.run([*command, tmp_path / "out"], capture_output=True, text=True, check=True)
+    subprocess.run([*command, tmp_path / "whole", "--workers", "1"], capture_output=True, check=True)
+    (tmp_path / "out/lengths.png").unlink()
+    (tmp_path / "whole/lengths.png").unlink()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert "120,000" in finished.stdout
+    assert "share of tokens" in finished.stdout
+    verified = subprocess.run([command_path, "prepare", "--verify", tmp_path / "out"], capture_output=True, text=True)
+    assert "tokens are as they were written" in verified.stdout
+
+
+BAD_LINES = [
+    (b'{"text": "cut', "broken JSON"),
+    (b'{"other": "key"}', "no key 'text'"),
+    (b'["text"]', "no key 'text'"),
+    (b'{"text": 5}', "the text is not a string"),
+    (b'{"text": "\xff\xfe"}', "not UTF-8"),
+    (b'{"text": "\\ud83d"}', "not UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("line", "problem"), BAD_LINES, ids=range(len(BAD_LINES)))
+def test_bad_lines(tmp_path, line, problem):
+    good = [json.dumps({"text": text}).encode() for text in DOCUMENTS]
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b"\n".join([*good[:10], line, b"", b'{"text": ""}', *good[10:]]) + b"\n")
+    with pytest.raises(UsageError, match=rf"corpus\.jsonl:11: {problem}; mend it"):
+        run(str(path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    manifest = run(str(path), tmp_path / "out", on_error="skip")
+    assert manifest.skipped == {problem: 1, "empty": 1}
+    assert manifest.examples == [f"{path}:11: {problem}", f"{path}:13: empty"]
+    for split, tokens in reference(DOCUMENTS).items():
+        assert read_split(tmp_path / "out", split) == tokens
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "parquet", "txt"])
+def test_damaged_files(tmp_path, kind):
+    good = store(tmp_path / "good", "jsonl")
+    path = tmp_path / "bad" / f"corpus.{kind}"
+    if kind == "txt":
+        path.parent.mkdir()
+        path.write_bytes(b"caf\xe9")
+    else:
+        store(path.parent, kind, [os.urandom(40).hex() for _ in range(3000)])
+        path.write_bytes(path.read_bytes()[:-100])
+    problem = "not UTF-8" if kind == "txt" else "unreadable: "
+    with pytest.raises(UsageError, match=rf"corpus\.{kind}: {problem}"):
+        run([str(path), good], tmp_path / "out")
+    manifest = run([str(path), good], tmp_path / "out", on_error="skip")
+    assert sum(count for reason, count in manifest.skipped.items() if reason.startswith(problem)) == 1
+    tail = reference(DOCUMENTS)["train"]
+    assert read_split(tmp_path / "out", "train")[-len(tail) :] == tail  # nothing lost of the rest
+
+
+def test_missing_columns_and_sources(tmp_path):
+    with pytest.raises(UsageError, match=r"corpus\.parquet: no column 'content'"):
+        run(store(tmp_path / "a", "parquet"), tmp_path / "out", text_key="content")
+    with pytest.raises(UsageError, match=r"SOURCE: .*nowhere: no such file or folder"):
+        run(str(tmp_path / "nowhere"), tmp_path / "out")
+    with pytest.raises(UsageError, match=r"SOURCE: .*\*\.none: holds no files"):
+        run(str(tmp_path / "*.none"), tmp_path / "out")
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UsageError, match=r"SOURCE: no documents for train in 1 files \(1 empty\)"):
+        run(str(tmp_path / "empty.txt"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_space_left(tmp_path):
+    source = store(tmp_path / "texts", "jsonl", DOCUMENTS * 200)
     code = (
-        "import os, ropepp_lit.data.prepare as p, pathlib\n"
-        "write = p.Manifest.write\n"
-        "p.Manifest.write = lambda *a: os.kill(os.getpid(), 9)\n"
-        f"p.prepare({str(texts)!r}, vocab_size=None, validation_fraction=0.2,"
-        f" cache_dir=pathlib.Path({str(tmp_path / 'cache')!r}), show_progress=False)\n"
+        "import sys; from pathlib import Path; from ropepp_lit.data.prepare import Settings, prepare\n"
+        "from ropepp_lit.errors import UsageError\n"
+        "try: prepare([sys.argv[1]], Settings(tokenizer='bytes'), out=Path(sys.argv[2]), show_progress=False)\n"
+        "except UsageError as error: sys.exit(str(error))\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
-    left = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-    assert all(path.name.startswith(".") for path in left)
-    folder = run(texts, tmp_path)
-    assert Manifest.read(folder).splits["train"].documents > 0
-    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [folder]
+    limited = subprocess.run(
+        [sys.executable, "-c", code, source, str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: (
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
+        ),
+    )
+    assert limited.returncode == 1
+    assert "make room and run the same command again: finished parts are kept" in limited.stderr
+    assert "Traceback" not in limited.stderr
+    assert not (tmp_path / "out").exists()
+    manifest = run(source, tmp_path / "out", Settings(tokenizer="bytes"))
+    assert manifest.splits["train"].documents == 200 * len(DOCUMENTS)
 
 
-def test_missing_empty_and_unreadable_sources(texts, tmp_path):
-    with pytest.raises(UsageError, match=r"data\.source: .*no such folder"):
-        run(tmp_path / "nowhere", tmp_path)
-    with pytest.raises(UsageError, match=r"data\.source: .*is not a folder"):
-        run(texts / "00.txt", tmp_path)
-    (tmp_path / "bare").mkdir()
-    with pytest.raises(UsageError, match=r"data\.source: .*holds no files"):
-        run(tmp_path / "bare", tmp_path)
-    (tmp_path / "bare" / "only.txt").write_bytes(b"\xff")
-    with pytest.raises(UsageError, match=r"data\.source: .*no documents left for train among 1 files"):
-        run(tmp_path / "bare", tmp_path)
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
-
-
-def test_damaged_shards_are_named(texts, tmp_path):
-    folder = run(texts, tmp_path)
+def test_damaged_shards_are_named(tmp_path):
+    run(store(tmp_path, "jsonl"), tmp_path / "out")
+    folder = tmp_path / "out"
     manifest = Manifest.read(folder)
     chunk = folder / "train" / manifest.splits["train"].chunks[0].filename
     whole = chunk.read_bytes()
     flipped = bytearray(whole)
     flipped[-10] ^= 1
     chunk.write_bytes(flipped)
+    TokenShards(folder, manifest, "train")
     with pytest.raises(UsageError, match=f"{chunk}: its checksum is not the manifest's"):
         read_split(folder, "train")
+    assert str(chunk) in verify(folder)[0]
     chunk.write_bytes(whole[:-2])
     with pytest.raises(UsageError, match=f"{chunk}: {len(whole) - 2} bytes instead of {len(whole)}"):
         TokenShards(folder, manifest, "train")
     chunk.unlink()
     with pytest.raises(UsageError, match=f"{chunk}: missing"):
         TokenShards(folder, manifest, "train")
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(UsageError, match=r"manifest\.json: not a manifest"):
-        Manifest.read(folder)
-    (folder / "manifest.json").write_text(json.dumps({"format_version": 99}))
-    with pytest.raises(UsageError, match=r"manifest\.json: not a manifest"):
-        Manifest.read(folder)
+    chunk.write_bytes(whole)
+    assert verify(folder) == []
+    (folder / "train" / "index.json").write_text("{")
+    assert f"{folder}/train/index.json: missing, garbled" in verify(folder)[0]
+    for text in ("{", json.dumps({"format_version": 99})):
+        (folder / "manifest.json").write_text(text)
+        with pytest.raises(UsageError, match=r"manifest\.json: not a manifest"):
+            Manifest.read(folder)
     os.remove(folder / "manifest.json")
     with pytest.raises(UsageError, match=r"manifest\.json: No such file"):
         Manifest.read(folder)
@@ -162,14 +378,36 @@ def test_damaged_shards_are_named(texts, tmp_path):
 
 def test_tokenizers_give_back_any_text():
     text = "naïve – 漢字 🙂\t\r\n  def f(x):\n        return '''x'''\n\x00\x1f"
-    for tokenizer in (byte_tokenizer(), train_tokenizer(["abc abc abc", text], vocab_size=270)):
-        assert tokenizer.decode(tokenizer.encode(text).ids) == text
-        assert (tokenizer.token_to_id("<|begin_of_text|>"), tokenizer.token_to_id("<|end_of_text|>")) == (0, 1)
-    assert len(byte_tokenizer().encode(text).ids) == len(text.encode())
-    assert byte_tokenizer().get_vocab_size() == 258
+    for made in (byte_tokenizer(), train_tokenizer(["abc abc abc", text], vocab_size=270)):
+        (ids,) = made.encode([text])
+        assert (ids[0], ids[-1]) == (made.bos_token_id, made.eos_token_id) == (0, 1)
+        assert made.tokenizer.decode(ids[1:-1].tolist()) == text
+        assert ids[1:-1].tolist() == made.tokenizer.encode(text).ids  # the look-up of bytes too
+    assert byte_tokenizer().vocab_size == 258
 
 
 def test_a_trained_tokenizer_is_the_same_each_time():
     documents = [f"some words {number} and more words" for number in range(200)]
-    one, other = (train_tokenizer(documents, vocab_size=300).to_str() for _ in range(2))
+    one, other = (train_tokenizer(documents, vocab_size=300).tokenizer.to_str() for _ in range(2))
     assert one == other
+
+
+def test_tokenizers_by_name(tmp_path):
+    made = train_tokenizer(DOCUMENTS, vocab_size=300).tokenizer
+    made.add_special_tokens(["<s>", "<stop>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "<stop>"})
+    )
+    loaded = load_tokenizer(str(tmp_path))
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.vocab_size) == (300, 301, 302)
+    bare = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert (bare.bos_token_id, bare.eos_token_id) == (None, 1)  # the first known one
+    assert load_tokenizer(str(tmp_path / "tokenizer.json"), eos_token="<s>").eos_token_id == 300
+    with pytest.raises(UsageError, match=r"bos_token: '<none>' is not in the vocabulary"):
+        load_tokenizer(str(tmp_path), bos_token="<none>")
+    with pytest.raises(UsageError, match=r"tokenizer: nowhere: no such tokenizer"):
+        load_tokenizer("nowhere")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"tokenizer\.json: not a tokenizer"):
+        load_tokenizer(str(tmp_path))

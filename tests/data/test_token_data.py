@@ -3,9 +3,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ropepp_lit.data.prepare import Settings, prepare
 from ropepp_lit.data.token_data import TokenData
-from ropepp_lit.data.tokenizer import EOS_TOKEN_ID
 from ropepp_lit.errors import UsageError
+
+EOS = 1
 
 
 @pytest.fixture(scope="module")
@@ -16,11 +18,16 @@ def source(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def make(source, tmp_path_factory):
-    def make(*, max_steps=10, accumulate=1, replicas=1, rank=0, **settings):
+def make(source, cache):
+    def make(*, source=source, max_steps=10, accumulate=1, replicas=1, rank=0, **settings):
         defaults = {"tokenizer": "bytes", "context_length": 32, "batch_size": 4, "validation_fraction": 0.2}
-        data = TokenData(source=str(source), cache_dir=str(source.parent / "cache"), **{**defaults, **settings})
+        data = TokenData(source=str(source), cache_dir=str(cache), **{**defaults, **settings})
         data.trainer = SimpleNamespace(
             max_steps=max_steps,
             accumulate_grad_batches=accumulate,
@@ -46,7 +53,7 @@ def test_labels_are_the_next_tokens(make):
 
 def test_documents_do_not_foresee_each_other(make):
     for batch in make(max_steps=20).train_dataloader():
-        ends = batch.input_ids == EOS_TOKEN_ID
+        ends = batch.input_ids == EOS
         assert (batch.labels[ends] == -100).all()
         assert (batch.labels[~ends] >= 0).all()
         assert (batch.documents.positions[:, 1:][ends[:, :-1]] == 0).all()
@@ -119,7 +126,7 @@ def test_text_begins_behind_bos(make):
     [
         ({"tokenizer": None}, r"data\.tokenizer: give either"),
         ({"train_tokenizer": 300}, r"data\.tokenizer: give either"),
-        ({"tokenizer": "words"}, r"data\.tokenizer: no tokenizer 'words'"),
+        ({"tokenizer": "words"}, r"tokenizer: words: no such tokenizer"),
         ({"tokenizer": None, "train_tokenizer": 100}, r"data\.train_tokenizer: 100 must be 258 or more"),
         ({"context_length": 0}, r"data\.context_length: 0 must be 1 or more"),
         ({"batch_size": 0}, r"data\.batch_size: 0 must be 1 or more"),
@@ -131,3 +138,15 @@ def test_text_begins_behind_bos(make):
 def test_settings_that_cannot_be(make, settings, message):
     with pytest.raises(UsageError, match=message):
         make(**settings)
+
+
+def test_a_prepared_folder_gives_the_same_batches(make, source, tmp_path):
+    settings = Settings(tokenizer="bytes", validation_fraction=0.2)
+    prepare([str(source)], settings, out=tmp_path / "shards", show_progress=False)
+    prepared = make(source=tmp_path / "shards", tokenizer=None)
+    assert torch.equal(torch.cat(rows(prepared.train_dataloader(), 5)), torch.cat(rows(make().train_dataloader(), 5)))
+    with pytest.raises(UsageError, match=r"data\.tokenizer: .*holds token shards and their tokenizer"):
+        make(source=tmp_path / "shards")
+    prepare([str(source)], Settings(tokenizer="bytes"), out=tmp_path / "none", show_progress=False)
+    with pytest.raises(UsageError, match=r"data\.source: .*holds no validation documents"):
+        make(source=tmp_path / "none", tokenizer=None)

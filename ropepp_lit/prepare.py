@@ -1,0 +1,161 @@
+"""`ropepp-lit prepare`: text, JSON lines and parquet to token shards that serve any context length."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from ropepp_lit.arguments import call
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ropepp_lit.data.shards import Manifest
+
+
+def prepare(
+    *sources: str,
+    out: str | None = None,
+    tokenizer: str | None = None,
+    train_tokenizer: int | None = None,
+    bos_token: str | None = None,
+    eos_token: str | None = None,
+    text_key: str = "text",
+    min_tokens: int = 0,
+    max_tokens: int | None = None,
+    validation_fraction: float = 0.0,
+    limit: int | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
+    chunk_size: str = "64MB",
+    workers: int | None = None,
+    verify: str | None = None,
+) -> None:
+    """Turn text into token shards, or check finished ones.
+
+    Interrupted, the same command goes on where it was stopped. The shards depend on the documents and the options
+    alone, not on how the documents are stored or on the number of workers.
+
+    Args:
+        sources: Text files, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, folders or globs of them, or `builtin`.
+        out: Folder of the shards: a new or empty one.
+        tokenizer: `bytes`, a tokenizer.json, or a Hugging Face folder with one.
+        train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with so many tokens on the documents.
+        bos_token: What opens documents; empty means what the tokenizer's folder says, else nothing.
+        eos_token: What closes documents; empty means what the tokenizer's folder says, else the first known one.
+        text_key: Key or column of the text in JSON lines and parquet.
+        min_tokens: Leave shorter documents out (the paper: 512).
+        max_tokens: Leave longer documents out.
+        validation_fraction: Share of the documents that is held out, chosen by a hash of their text.
+        limit: Stop after so many documents of the sources.
+        on_error: What a document that cannot be read does: `stop`, or `skip` it and count it.
+        chunk_size: Bytes of a chunk at most, such as 64MB.
+        workers: Threads that tokenize; empty means as many as there are cores.
+        verify: Instead of preparing, re-read this folder of shards and check everything.
+    """
+    import os
+    from pathlib import Path
+
+    from ropepp_lit.errors import UsageError
+
+    if verify is not None:
+        _verify(Path(verify))
+        return
+    for name, value, least in (
+        ("min_tokens", min_tokens, 0),
+        ("max_tokens", max_tokens, 1),
+        ("limit", limit, 1),
+        ("workers", workers, 1),
+    ):
+        if value is not None and value < least:
+            raise UsageError(f"{name}: {value} must be {least} or more")
+    if not sources:
+        raise UsageError("sources: name at least one file, folder or glob, or builtin")
+    if out is None:
+        raise UsageError("out: name the folder of the shards by --out")
+    if not 0 <= validation_fraction < 1:
+        raise UsageError(f"validation_fraction: {validation_fraction} must be 0 or more and below 1")
+    if workers is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(workers)  # read when tokenizers is first used
+
+    from litdata.utilities.format import _convert_bytes_to_int
+
+    from ropepp_lit.data import prepare as work
+    from ropepp_lit.data.tokenizer import check_choice
+
+    check_choice("", tokenizer, train_tokenizer)
+    try:
+        chunk_bytes = _convert_bytes_to_int(chunk_size)
+    except ValueError as error:
+        raise UsageError(f"chunk_size: {chunk_size!r} is no size such as 64MB") from error
+    settings = work.Settings(
+        tokenizer=tokenizer,
+        train_tokenizer=train_tokenizer,
+        bos_token=bos_token,
+        eos_token=eos_token,
+        text_key=text_key,
+        min_tokens=min_tokens,
+        max_tokens=max_tokens,
+        validation_fraction=validation_fraction,
+        limit=limit,
+        on_error=on_error,
+        chunk_bytes=chunk_bytes,
+    )
+    folder = Path(out)
+    manifest = work.prepare(list(sources), settings, out=folder)
+    _report(folder, manifest)
+
+
+def _verify(folder: Path) -> None:
+    from ropepp_lit.data.shards import Manifest
+    from ropepp_lit.data.shards import verify as check
+    from ropepp_lit.errors import UsageError
+
+    faults = check(folder)
+    if faults:
+        raise UsageError("; ".join(faults))
+    splits = Manifest.read(folder).splits.values()
+    chunks, tokens = sum(len(split.chunks) for split in splits), sum(split.tokens for split in splits)
+    print(f"{folder}: all {chunks:,} chunks with {tokens:,} tokens are as they were written.")
+
+
+def _report(folder: Path, manifest: Manifest) -> None:
+    """A table of the splits, and how long the documents are: in the terminal and as lengths.png."""
+    print(f"{'split':<12}{'documents':>14}{'tokens':>18}{'bytes of text':>18}{'bytes/token':>13}")
+    for name, split in manifest.splits.items():
+        ratio = split.bytes / split.tokens
+        print(f"{name:<12}{split.documents:>14,}{split.tokens:>18,}{split.bytes:>18,}{ratio:>13.2f}")
+    for reason, count in manifest.skipped.items():
+        print(f"left out: {count:,} documents, {reason}")
+    for example in manifest.examples[:5]:
+        print(f"  {example}")
+    lengths = manifest.splits["train"].lengths
+    used = [place for place, (documents, _) in enumerate(lengths) if documents]
+    most = max(tokens for _, tokens in lengths)
+    print(f"\n{'tokens in a document':>22}{'documents':>12}{'share of tokens':>17}")
+    for place in range(used[0], used[-1] + 1):
+        documents, tokens = lengths[place]
+        bar = "█" * round(30 * tokens / most)
+        share = tokens / manifest.splits["train"].tokens
+        print(f"{2**place:>10,} – {2 ** (place + 1) - 1:>9,}{documents:>12,}{share:>16.1%}  {bar}")
+    _draw(folder / "lengths.png", lengths[used[0] : used[-1] + 1], used[0])
+    print(f"\nThe shards are in {folder}, the lengths drawn in {folder / 'lengths.png'}.")
+    print(f"Next: ropepp-lit prepare --verify {folder}")
+
+
+def _draw(path: Path, lengths: list[list[int]], first: int) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots()
+    total = sum(tokens for _, tokens in lengths)
+    axes.bar(range(len(lengths)), [100 * tokens / total for _, tokens in lengths], color="#2563eb")
+    names = [f"{2**n}" if n < 10 else f"{2 ** (n - 10)}k" if n < 20 else f"{2 ** (n - 20)}M" for n in range(40)]
+    axes.set_xticks(range(len(lengths)), [f"≥ {names[first + place]}" for place in range(len(lengths))], rotation=45)
+    axes.set_xlabel("tokens in a document")
+    axes.set_ylabel("share of all tokens (%)")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def main(arguments: list[str]) -> None:
+    """Run the subcommand."""
+    call(prepare, arguments)

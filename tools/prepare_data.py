@@ -1,0 +1,8 @@
+"""`ropepp-lit prepare` as a script: python tools/prepare_data.py SOURCE... --out DIR --tokenizer NAME."""
+
+import sys
+
+from ropepp_lit.cli import main
+
+if __name__ == "__main__":
+    main(["prepare", *sys.argv[1:]])
