@@ -1,0 +1,143 @@
+"""Speed and memory of `prepare` against litdata's optimize, in one run, with the same tokenizer on the same text.
+
+    python tools/benchmark_prepare.py
+
+Each way runs in a process of its own on one file of JSON lines; memory is the growth of the resident set, that of
+child processes included. The text is the source code of Python's standard library, repeated to the size asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import platform
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+import torch
+
+from ropepp_lit.data.sources import Reader, find_files
+
+WORKERS = 2
+
+
+def write_corpus(path: Path, num_bytes: int) -> int:
+    texts = [record.text for _, record in Reader(find_files(["builtin"], key="builtin")) if record.text]
+    written = 0
+    with path.open("w", encoding="utf-8") as file:
+        while written < num_bytes:
+            for text in texts:
+                file.write(json.dumps({"text": text}) + "\n")
+                written += len(text.encode())
+                if written >= num_bytes:
+                    break
+    return written
+
+
+def by_prepare(path: Path, out: Path, tokenizer: str) -> None:
+    from ropepp_lit.data.prepare import Settings, prepare
+
+    prepare([str(path)], Settings(tokenizer=tokenizer), out=out, show_progress=False)
+
+
+class Tokenize:
+    """What litdata's workers call: every WORKERS-th line of the file, so that each reads its own share."""
+
+    def __init__(self, path: Path, tokenizer: str) -> None:
+        self._path, self._name = path, tokenizer
+
+    def __call__(self, share: int) -> Iterator[torch.Tensor]:
+        from ropepp_lit.data.tokenizer import load_tokenizer
+
+        tokenizer = load_tokenizer(self._name)
+        with self._path.open("rb") as file:
+            for number, line in enumerate(file):
+                if number % WORKERS == share:
+                    yield torch.from_numpy(tokenizer.encode([json.loads(line)["text"]])[0]).to(torch.uint16)
+
+
+def by_litdata(path: Path, out: Path, tokenizer: str) -> None:
+    from litdata import TokensLoader, optimize
+
+    optimize(
+        fn=Tokenize(path, tokenizer),
+        inputs=list(range(WORKERS)),
+        output_dir=str(out),
+        num_workers=WORKERS,
+        chunk_bytes="64MB",
+        item_loader=TokensLoader(),
+        verbose=False,
+    )
+
+
+def measure(way: Callable, path: Path, out: Path, tokenizer: str, result: Connection) -> None:
+    process, peak, done = psutil.Process(), 0, threading.Event()
+
+    def resident() -> int:
+        total = 0
+        for one in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += one.memory_info().rss
+        return total
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.05):
+            peak = max(peak, resident())
+
+    before, start = resident(), time.perf_counter()
+    threading.Thread(target=watch, daemon=True).start()
+    way(path, out, tokenizer)
+    seconds = time.perf_counter() - start
+    done.set()
+    result.send((seconds, peak - before))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=100, help="of text")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="of the BPE")
+    options = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        from ropepp_lit.data.prepare import Settings, prepare
+
+        bpe = Settings(train_tokenizer=options.vocab_size)
+        prepare(["builtin"], bpe, out=folder / "builtin", show_progress=False)
+        tokenizer = str(folder / "builtin" / "tokenizer.json")
+        path = folder / "corpus.jsonl"
+        size = write_corpus(path, options.megabytes * 10**6)
+        print(
+            f"{size / 1e6:.0f} MB of text, BPE of {options.vocab_size:,} tokens, {WORKERS} workers\n"
+            f"{platform.processor() or platform.machine()}, Python {platform.python_version()}\n\n"
+            "| way                  | seconds | MB/s  | memory grows by |\n"
+            "|----------------------|---------|-------|-----------------|"
+        )
+        runs = {
+            "litdata.optimize, BPE": (by_litdata, tokenizer),
+            "prepare, BPE": (by_prepare, tokenizer),
+            "prepare, bytes": (by_prepare, "bytes"),
+        }
+        for label, (way, chosen) in runs.items():
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=measure, args=(way, path, folder / "out", chosen, sender))
+            process.start()
+            sender.close()
+            seconds, memory = receiver.recv()
+            process.join()
+            shutil.rmtree(folder / "out")
+            rate = size / 1e6 / seconds
+            print(f"| {label:<20} | {seconds:7.1f} | {rate:5.1f} | {memory / 2**20:11,.0f} MiB |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
