@@ -8,9 +8,13 @@ data is one integer, whatever the number of ranks, workers and the batch size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+PATTERN_SAMPLES = 1000
+"""Samples over which a mixture's shares are exact."""
 
 WINDOW_CHUNKS = 8
 """Chunks in which blocks are shuffled together."""
@@ -87,6 +91,35 @@ class BlockPlan:
         if self._window is None or self._window[:2] != (epoch, window):
             self._window = epoch, window, permutation(last - first, seed, epoch, window)
         return first + int(self._window[2][block - first])
+
+
+class Mixture:
+    """Which source sample k of a run is read from, and its number among the samples of that source.
+
+    A pattern of 1,000 samples holds each source as often as its weight says, in an order that depends on the seed, and
+    comes again and again: shares are exact over every 1,000 samples.
+
+    Args:
+        weights: One for each source, above 0; they are divided by their sum.
+        seed: Of the pattern's order.
+    """
+
+    def __init__(self, weights: Sequence[float], *, seed: int) -> None:
+        exact = PATTERN_SAMPLES * np.asarray(weights, dtype=np.float64) / sum(weights)
+        self._quotas = np.floor(exact).astype(np.int64)
+        rounded_down = np.argsort(self._quotas - exact, kind="stable")
+        self._quotas[rounded_down[: PATTERN_SAMPLES - self._quotas.sum()]] += 1
+        self._pattern = np.repeat(np.arange(len(weights)), self._quotas)[permutation(PATTERN_SAMPLES, seed, -1)]
+        self._before = np.zeros(PATTERN_SAMPLES, dtype=np.int64)
+        for source in range(len(weights)):
+            places = self._pattern == source
+            self._before[places] = np.arange(places.sum())
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """The source of a sample, and the sample's number within it."""
+        round_, place = divmod(sample, PATTERN_SAMPLES)
+        source = int(self._pattern[place])
+        return source, round_ * int(self._quotas[source]) + int(self._before[place])
 
 
 def permutation(count: int, *key: int) -> np.ndarray:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ropepp_lit.data.plan import BlockPlan
+from ropepp_lit.data.plan import PATTERN_SAMPLES, BlockPlan, Mixture
 from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenShards
-from ropepp_lit.data.sources import find_files
+from ropepp_lit.data.sources import BUILTIN, find_files
 from ropepp_lit.data.tokenizer import check_choice
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.documents import Documents
@@ -38,7 +38,8 @@ class TokenData(LightningDataModule):
 
     Args:
         source: A folder that `ropepp-lit prepare` wrote; or text to be prepared now: `builtin` (the source code of
-            Python's standard library), a folder of UTF-8 files, each a document, JSON lines, parquet.
+            Python's standard library), a folder of UTF-8 files, each a document, JSON lines, parquet. Or several, each
+            with its weight: `{shards/long: 0.6, shards/short: 0.4}`.
         tokenizer: `bytes` (one token per byte), a tokenizer.json, or a Hugging Face folder with one.
         train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with so many tokens on the training documents.
         context_length: Tokens in each row.
@@ -55,7 +56,7 @@ class TokenData(LightningDataModule):
     def __init__(
         self,
         *,
-        source: str = "builtin",
+        source: dict[str, float] | str = "builtin",
         tokenizer: str | None = None,
         train_tokenizer: int | None = None,
         context_length: int = 512,
@@ -67,11 +68,19 @@ class TokenData(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        self._is_prepared = (Path(source).expanduser() / MANIFEST).is_file()
-        if not self._is_prepared:
+        self.weights = {source: 1.0} if isinstance(source, str) else dict(source)
+        """Weight of each source."""
+        if not self.weights:
+            raise UsageError("data.source: name at least one source")
+        for name, weight in self.weights.items():
+            if not weight / sum(self.weights.values()) >= 1 / PATTERN_SAMPLES:
+                raise UsageError(f"data.source: {name}: weight {weight} must be at least a thousandth of their sum")
+        prepared = {name: (Path(name).expanduser() / MANIFEST).is_file() for name in self.weights}
+        if not all(prepared.values()):
             check_choice("data.", tokenizer, train_tokenizer)
         elif tokenizer is not None or train_tokenizer is not None:
             raise UsageError(f"data.tokenizer: {source} holds token shards and their tokenizer; set neither here")
+        self._folders = {name: Path(name).expanduser() for name, is_prepared in prepared.items() if is_prepared}
         for name, value, least in (
             ("context_length", context_length, 1),
             ("batch_size", batch_size, 1),
@@ -81,12 +90,11 @@ class TokenData(LightningDataModule):
                 raise UsageError(f"data.{name}: {value} must be {least} or more")
         if not 0 < validation_fraction < 1:
             raise UsageError(f"data.validation_fraction: {validation_fraction} must be between 0 and 1")
-        self.source, self.tokenizer, self.train_tokenizer = source, tokenizer, train_tokenizer
+        self.tokenizer, self.train_tokenizer = tokenizer, train_tokenizer
         self.context_length, self.batch_size = context_length, batch_size
         self.intra_document_masking, self.validation_fraction = intra_document_masking, validation_fraction
         self.seed, self.num_workers = seed, num_workers
         self._cache_dir = Path(cache_dir).expanduser() if cache_dir else None
-        self._folder: Path | None = None
 
     def check(self) -> None:
         """Raise what can be known to be wrong before anything is written or started.
@@ -94,39 +102,62 @@ class TokenData(LightningDataModule):
         Raises:
             UsageError: the source is missing or empty.
         """
-        if not self._is_prepared:
-            find_files([self.source], key="data.source")
+        find_files([name for name in self.weights if name not in self._folders], key="data.source")
 
     def prepare_data(self) -> None:
-        """Make the token shards if they are not there (one process per machine)."""
+        """Make the token shards that are not there (one process per machine)."""
         self._find()
 
     def setup(self, stage: str) -> None:
-        """Open the shards."""
-        folder = self._find()
-        self.manifest = Manifest.read(folder)
-        if "validation" not in self.manifest.splits:
-            raise UsageError(
-                f"data.source: {folder} holds no validation documents; prepare it with --validation_fraction"
-            )
-        self.tokenizer_json = (folder / TOKENIZER).read_text(encoding="utf-8")
-        self._blocks = {name: _Blocks(folder, self.manifest, name, self) for name in self.manifest.splits}
+        """Open the shards.
 
-    def _find(self) -> Path:
+        Raises:
+            UsageError: shards are damaged, of different tokenizers, or too few for the context length; sources of one
+                name; nothing is held out.
+        """
+        self._find()
+        tokenizers = {}
+        self.manifests: dict[str, Manifest] = {}
+        sources = []
+        for source in self.weights:
+            folder = self._folders[source]
+            name = source if source == BUILTIN else Path(source).resolve().name
+            if name in self.manifests:
+                raise UsageError(f"data.source: two sources are called {name}; rename a folder")
+            self.manifests[name] = Manifest.read(folder)
+            tokenizers[name] = (folder / TOKENIZER).read_text(encoding="utf-8")
+            sources.append((source, folder, self.manifests[name]))
+        self.manifest = next(iter(self.manifests.values()))
+        self.tokenizer_json = next(iter(tokenizers.values()))
+        for name, text in tokenizers.items():
+            if text != self.tokenizer_json:
+                raise UsageError(
+                    f"data.source: {name} was tokenized by another tokenizer than {next(iter(tokenizers))}"
+                )
+        self.validation_sets = [name for name, manifest in self.manifests.items() if "validation" in manifest.splits]
+        """Names of the sources that hold documents out; each is validated by itself."""
+        if not self.validation_sets:
+            raise UsageError(
+                "data.source: no source holds validation documents; prepare one with --validation_fraction"
+            )
+        self._train = _Blocks(sources, "train", self)
+        held_out = [source for source in sources if "validation" in source[2].splits]
+        self._validation = [_Blocks([source], "validation", self) for source in held_out]
+
+    def _find(self) -> None:
+        """Make the folder of each source known."""
         from ropepp_lit.data import prepare  # litdata takes a second: only when it is needed
 
-        if self._is_prepared:
-            self._folder = Path(self.source).expanduser()
-        if self._folder is None:
-            settings = prepare.Settings(
-                tokenizer=self.tokenizer,
-                train_tokenizer=self.train_tokenizer,
-                validation_fraction=self.validation_fraction,
-                on_error="skip",
-            )
-            cache_dir = self._cache_dir or prepare.default_cache_dir()
-            self._folder = prepare.prepare_cached(self.source, settings, cache_dir=cache_dir)
-        return self._folder
+        for source in self.weights:
+            if source not in self._folders:
+                settings = prepare.Settings(
+                    tokenizer=self.tokenizer,
+                    train_tokenizer=self.train_tokenizer,
+                    validation_fraction=self.validation_fraction,
+                    on_error="skip",
+                )
+                cache_dir = self._cache_dir or prepare.default_cache_dir()
+                self._folders[source] = prepare.prepare_cached(source, settings, cache_dir=cache_dir)
 
     def begin_text(self, ids: list[int]) -> list[int]:
         """Token ids of a text as the model reads it from its beginning: behind the token that opens a document."""
@@ -134,24 +165,37 @@ class TokenData(LightningDataModule):
         return ids if bos is None else [bos, *ids]
 
     @property
-    def identity(self) -> dict[str, str | int]:
+    def identity(self) -> dict[str, Any]:
         """What the order of samples depends on: where it differs, a position in the data means nothing."""
-        return {"fingerprint": self.manifest.fingerprint, "context_length": self.context_length, "seed": self.seed}
+        fingerprints = [manifest.fingerprint for manifest in self.manifests.values()]
+        sources = [list(pair) for pair in zip(fingerprints, self.weights.values(), strict=True)]
+        return {"sources": sources, "context_length": self.context_length, "seed": self.seed}
 
-    def predicted_tokens(self, split: str) -> int:
-        """Tokens of a split that count as labels: where documents don't see each other, none foresees the next one."""
-        tokens = self.manifest.splits[split]
+    def predicted_tokens(self, name: str, split: str = "validation") -> int:
+        """Tokens of a source's split that count as labels: if documents don't see each other, none foresees another."""
+        tokens = self.manifests[name].splits[split]
         return tokens.tokens - (tokens.documents if self.intra_document_masking else 1)
 
-    def bytes_per_token(self, split: str) -> float:
-        """UTF-8 bytes of text per predicted token of a split, for bits per byte."""
-        return self.manifest.splits[split].bytes / self.predicted_tokens(split)
+    def bytes_per_token(self, name: str | None = None) -> float:
+        """UTF-8 bytes of text per predicted token, for bits per byte.
+
+        Args:
+            name: Of a validation set; empty means the training data as they are mixed.
+        """
+        if name is not None:
+            return self.manifests[name].splits["validation"].bytes / self.predicted_tokens(name)
+        ratios = [
+            manifest.splits["train"].bytes / self.predicted_tokens(source, "train")
+            for source, manifest in self.manifests.items()
+        ]
+        weights = list(self.weights.values())
+        return sum(w * ratio for w, ratio in zip(weights, ratios, strict=True)) / sum(weights)
 
     def train_dataloader(self) -> TrainLoader:
         """Batches of the whole run."""
         trainer = self._trainer()
         return TrainLoader(
-            self._blocks["train"],
+            self._train,
             batch_size=self.batch_size,
             num_batches=trainer.max_steps * trainer.accumulate_grad_batches,
             num_workers=self.num_workers,
@@ -159,12 +203,17 @@ class TokenData(LightningDataModule):
             **replica_of(trainer),
         )
 
-    def val_dataloader(self) -> DataLoader:
-        """Every held-out token once, in order; ranks get equally many batches, the last ones padded."""
-        blocks, replica = self._blocks["validation"], replica_of(self._trainer())
-        num_batches = -(-blocks.plan.blocks_per_pass // (self.batch_size * replica["num_replicas"]))
-        batches = _Batches(0, num_batches, batch_size=self.batch_size, **replica)
-        return DataLoader(blocks, batch_sampler=batches, num_workers=self.num_workers, collate_fn=blocks.collate)
+    def val_dataloader(self) -> list[DataLoader]:
+        """For each validation set every token once, in order; ranks get equally many batches, the last ones padded."""
+        replica = replica_of(self._trainer())
+        loaders = []
+        for blocks in self._validation:
+            num_batches = -(-len(blocks) // (self.batch_size * replica["num_replicas"]))
+            batches = _Batches(0, num_batches, batch_size=self.batch_size, **replica)
+            loaders.append(
+                DataLoader(blocks, batch_sampler=batches, num_workers=self.num_workers, collate_fn=blocks.collate)
+            )
+        return loaders
 
     def _trainer(self) -> Trainer:
         assert self.trainer is not None, "a trainer asks for batches"
@@ -192,7 +241,7 @@ class TrainLoader:
         num_replicas: int,
         rank: int,
         num_workers: int,
-        identity: dict[str, str | int],
+        identity: dict[str, Any],
     ) -> None:
         self._blocks, self._batch_size, self._num_batches = blocks, batch_size, num_batches
         self._replica = {"num_replicas": num_replicas, "rank": rank}
@@ -239,24 +288,34 @@ class _Batches:
 class _Blocks(Dataset):
     """Sample k of a split as [context_length + 1] tokens; -100 where validation has run out of them."""
 
-    def __init__(self, folder: Path, manifest: Manifest, split: str, data: TokenData) -> None:
-        self._shards = TokenShards(folder, manifest, split)
-        self._context_length, self._eos_token_id = data.context_length, manifest.eos_token_id
+    def __init__(self, sources: list[tuple[str, Path, Manifest]], split: str, data: TokenData) -> None:
+        self._context_length, self._eos_token_id = data.context_length, data.manifest.eos_token_id
         self._intra_document_masking = data.intra_document_masking
-        chunk_tokens = [chunk.tokens for chunk in self._shards.chunks]
-        seed = data.seed if split == "train" else None
-        self.plan = BlockPlan(chunk_tokens, context_length=data.context_length, seed=seed)
-        if self.plan.blocks_per_pass == 0:
-            raise UsageError(
-                f"data.context_length: {data.context_length} is longer than the {sum(chunk_tokens):,} tokens of "
-                f"{split} in {data.source}; give more text or a shorter context"
-            )
-        self._in_order = seed is None
+        self._in_order = split == "validation"
+        self._mixture = Mixture([data.weights[source] for source, _, _ in sources], seed=data.seed)
+        self._shards, self._plans = [], []
+        for number, (source, folder, manifest) in enumerate(sources):
+            shards = TokenShards(folder, manifest, split)
+            chunk_tokens = [chunk.tokens for chunk in shards.chunks]
+            seed = None if self._in_order else data.seed + 1_000_003 * number
+            plan = BlockPlan(chunk_tokens, context_length=data.context_length, seed=seed)
+            if plan.blocks_per_pass == 0:
+                raise UsageError(
+                    f"data.context_length: {data.context_length} is longer than the {sum(chunk_tokens):,} tokens of "
+                    f"{split} in {source}; give more text or a shorter context"
+                )
+            self._shards.append(shards)
+            self._plans.append(plan)
+
+    def __len__(self) -> int:
+        """Samples of one pass over all sources."""
+        return sum(plan.blocks_per_pass for plan in self._plans)
 
     def __getitem__(self, sample: int) -> Tensor:
         tokens = torch.full((self._context_length + 1,), IGNORE_INDEX)
-        if not self._in_order or sample < self.plan.blocks_per_pass:
-            read = torch.from_numpy(self._shards.read(self.plan.locate(sample)))
+        if not self._in_order or sample < len(self):
+            source, number = (0, sample) if self._in_order else self._mixture.locate(sample)
+            read = torch.from_numpy(self._shards[source].read(self._plans[source].locate(number)))
             tokens[: len(read)] = read
         return tokens
 

@@ -49,7 +49,7 @@ def banner(trainer: pl.Trainer, model: CausalLM) -> str:
     if isinstance(data, TokenData):
         tokens = data.context_length * data.batch_size * trainer.accumulate_grad_batches * replicas
         masking = "documents don't see each other" if data.intra_document_masking else "plain causal rows"
-        train = data.manifest.splits["train"]
+        share = sum(data.weights.values())
         lines += [
             ("context", f"{data.context_length:,} tokens, {masking}"),
             (
@@ -57,7 +57,15 @@ def banner(trainer: pl.Trainer, model: CausalLM) -> str:
                 f"{tokens:,} ({data.batch_size} rows × {trainer.accumulate_grad_batches} accumulated "
                 f"× {replicas} devices)",
             ),
-            ("data", f"{data.source}: {train.documents:,} documents, {train.tokens:,} tokens"),
+            *(
+                (
+                    "data",
+                    f"{name}: {manifest.splits['train'].documents:,} documents, "
+                    f"{manifest.splits['train'].tokens:,} tokens"
+                    + (f", {weight / share:.1%} of the samples" if len(data.weights) > 1 else ""),
+                )
+                for (name, manifest), weight in zip(data.manifests.items(), data.weights.values(), strict=True)
+            ),
             ("steps", f"{trainer.max_steps:,}: {tokens * trainer.max_steps:,} tokens"),
         ]
     return "\n".join(f"{name:>16}  {text}" for name, text in lines)
@@ -116,11 +124,11 @@ class TextSample(Callback):
         written = [int(token) for token in tokens]
         if data.manifest.eos_token_id in written:
             written = written[: written.index(data.manifest.eos_token_id)]
-        self._show(trainer, tokenizer.decode(prompt + written))
+        self._show(trainer, pl_module.steps_taken, tokenizer.decode(prompt + written))
 
     @rank_zero_only
-    def _show(self, trainer: pl.Trainer, text: str) -> None:
-        print(f"\n--- sample at step {trainer.global_step} ---\n{text}\n---", flush=True)
+    def _show(self, trainer: pl.Trainer, step: int, text: str) -> None:
+        print(f"\n--- sample at step {step} ---\n{text}\n---", flush=True)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("sample", f"```\n{text}\n```", trainer.global_step)
+                logger.experiment.add_text("sample", f"```\n{text}\n```", step)

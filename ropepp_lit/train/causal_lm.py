@@ -51,11 +51,21 @@ class CausalLM(LightningModule):
         """The run's whole recipe; the command sets it, and checkpoints carry it."""
         self.tokens_seen = 0
         """Tokens that all ranks have read since the run began."""
-        self.last_validation: dict[str, float] | None = None
-        """What the newest validation found, the `step` it was made at, and how many `tokens` it predicted."""
-        self.train_loss, self.val_loss = TokenLoss(), TokenLoss()
+        self.last_validation: dict[str, dict[str, float]] = {}
+        """What the newest validation found, by set: loss, perplexity, bits_per_byte, tokens predicted, step."""
+        self.train_loss = TokenLoss()
+        self._val_losses: dict[str, TokenLoss] = {}
+        self._loaded_step = 0
         self._gradient_norm: Tensor | None = None
         self._timer = _Timer()
+
+    def setup(self, stage: str) -> None:
+        """One loss for each validation set."""
+        data = getattr(self.trainer, "datamodule", None)
+        names = data.validation_sets if isinstance(data, TokenData) else ["validation"]
+        if list(self._val_losses) != names:
+            self._val_losses = {name: TokenLoss() for name in names}
+            self.val_losses = torch.nn.ModuleList(self._val_losses.values())  # so that Lightning moves them
 
     def configure_model(self) -> None:
         """Build the decoder (Lightning calls this once the precision and the strategy are known)."""
@@ -68,6 +78,11 @@ class CausalLM(LightningModule):
         self._recipe_groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps of these weights; `global_step` does not tell where a checkpoint is only validated."""
+        return max(self.global_step, self._loaded_step)
 
     def _lr_factor(self, step: int) -> float:
         return self.schedule.factor(step, self.schedule.total_steps or self.trainer.max_steps)
@@ -95,9 +110,10 @@ class CausalLM(LightningModule):
         self.tokens_seen += batch.input_ids.numel() * replica_of(self.trainer)["num_replicas"]
         return loss / batch.labels.numel()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Collect the loss over the labels that count."""
-        self.val_loss.update(self._summed_loss(batch), (batch.labels != IGNORE_INDEX).sum())
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Collect the loss over the labels that count, for each validation set."""
+        metric = list(self._val_losses.values())[dataloader_idx]
+        metric.update(self._summed_loss(batch), (batch.labels != IGNORE_INDEX).sum())
 
     def _summed_loss(self, batch: Batch) -> Tensor:
         return self.decoder(batch.input_ids, labels=batch.labels, documents=batch.documents, reduction="sum")
@@ -121,7 +137,9 @@ class CausalLM(LightningModule):
             return
         loss, _ = self.train_loss.compute()
         self.train_loss.reset()
-        values = self._metrics("train", loss)
+        data = getattr(self.trainer, "datamodule", None)
+        values = _figures("train/", loss, data.bytes_per_token() if isinstance(data, TokenData) else None)
+        values["step"] = float(self.global_step)  # else Lightning counts from 0
         values["tokens_per_second"] = self._timer.rate(self.tokens_seen)
         values["tokens_seen"] = float(self.tokens_seen)
         values["lr"] = self._schedulers()[0].get_last_lr()[0]
@@ -135,27 +153,25 @@ class CausalLM(LightningModule):
         self._timer.pause()
 
     def on_validation_epoch_end(self) -> None:
-        """Log loss, perplexity and bits per byte over the whole validation set."""
-        loss, tokens = self.val_loss.compute()
-        self.val_loss.reset()
-        values = self._metrics("val", loss)
+        """Log loss, perplexity and bits per byte over each whole validation set, and the loss over all of them."""
+        data = getattr(self.trainer, "datamodule", None)
+        values, nats, total = {"step": float(self.steps_taken)}, 0.0, 0.0
+        for name, metric in self._val_losses.items():
+            loss, tokens = (float(value) for value in metric.compute())
+            metric.reset()
+            nats, total = nats + loss * tokens, total + tokens
+            found = _figures("", loss, data.bytes_per_token(name) if isinstance(data, TokenData) else None)
+            prefix = "val/" if len(self._val_losses) == 1 else f"val/{name}/"
+            values |= {prefix + figure: value for figure, value in found.items()}
+            if not self.trainer.sanity_checking:
+                self.last_validation[name] = found | {"tokens": tokens, "step": values["step"]}
+        values["val/loss"] = nats / total if total else math.nan
         for name, value in values.items():
             self.log(name, value, prog_bar=name in _IN_PROGRESS_BAR, rank_zero_only=True)
-        if not self.trainer.sanity_checking:
-            self.last_validation = {name: float(value) for name, value in values.items()} | {"tokens": float(tokens)}
 
     def on_validation_end(self) -> None:
         """Let the clock of training run on."""
         self._timer.resume()
-
-    def _metrics(self, stage: str, loss: Tensor) -> dict[str, Tensor | float]:
-        values: dict[str, Tensor | float] = {f"{stage}/loss": loss, f"{stage}/perplexity": loss.exp()}
-        values["step"] = float(self.global_step)  # else Lightning counts from 0
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if isinstance(datamodule, TokenData):
-            split = {"train": "train", "val": "validation"}[stage]
-            values[f"{stage}/bits_per_byte"] = loss / math.log(2) / datamodule.bytes_per_token(split)
-        return values
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what :mod:`ropepp_lit.checkpoint` describes."""
@@ -174,13 +190,22 @@ class CausalLM(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the count of tokens, and count batches as this recipe accumulates them."""
-        self.tokens_seen = checkpoint[KEY]["tokens_seen"]
+        self.tokens_seen, self._loaded_step = checkpoint[KEY]["tokens_seen"], checkpoint["global_step"]
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         progress["is_last_batch"] = False  # the run may go on beyond the steps it was first meant to take
         batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         for counts in (progress["current"], progress["total"]):
             behind = counts["ready"] - counts["completed"]
             counts.update({"ready": batches, "started": batches, "processed": batches, "completed": batches - behind})
+
+
+def _figures(prefix: str, loss: Any, bytes_per_token: float | None) -> dict[str, Any]:
+    """Loss in nats per token, its perplexity, and bits per byte where the bytes are known."""
+    loss = float(loss)
+    values = {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(min(loss, 700.0))}
+    if bytes_per_token is not None:
+        values[f"{prefix}bits_per_byte"] = loss / math.log(2) / bytes_per_token
+    return values
 
 
 class _Timer:

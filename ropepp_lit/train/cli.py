@@ -192,8 +192,8 @@ class RecipeCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Validate the last step unless that is done, and say where things are and what to type next."""
-        validation = self.model.last_validation
-        if validation is None or validation["step"] != self.trainer.global_step:
+        steps = {figures["step"] for figures in self.model.last_validation.values()}
+        if steps != {self.model.steps_taken}:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         self._print_validation()
         folder = self.trainer.default_root_dir
@@ -202,7 +202,7 @@ class RecipeCLI(LightningCLI):
         seconds = time.monotonic() - self._started
         rank_zero_print(
             f"""
-Step {self.trainer.global_step:,}, {self.model.tokens_seen:,} tokens read, {seconds:.0f} seconds.
+Step {self.model.steps_taken:,}, {self.model.tokens_seen:,} tokens read, {seconds:.0f} seconds.
 Everything is in {folder}: checkpoints, recipe.yaml, tensorboard.
 
 Next:
@@ -217,19 +217,19 @@ Next:
         self._print_validation()
 
     def _print_validation(self) -> None:
-        values, held_out = self.model.last_validation, self.datamodule.manifest.splits["validation"]
-        if values is None:
+        if not self.model.last_validation:
             rank_zero_print("Not validated, as trainer.limit_val_batches says.")
-            return
-        gzip = 8 * held_out.gzip_bytes / held_out.bytes
-        whole = self.datamodule.predicted_tokens("validation")
-        rank_zero_print(
-            f"""
-Held-out text ({held_out.documents:,} documents, {held_out.bytes:,} bytes) at step {values["step"]:,.0f}, \
+        for name, values in self.model.last_validation.items():
+            held_out = self.datamodule.manifests[name].splits["validation"]
+            gzip = 8 * held_out.gzip_bytes / held_out.bytes
+            whole = self.datamodule.predicted_tokens(name)
+            rank_zero_print(
+                f"""
+Held-out text of {name} ({held_out.documents:,} documents, {held_out.bytes:,} bytes) at step {values["step"]:,.0f}, \
 {values["tokens"]:,.0f} of {whole:,} tokens:
-  loss {values["val/loss"]:.4f} nats per token, perplexity {values["val/perplexity"]:.2f}
-  bits per byte: {values["val/bits_per_byte"]:.3f} (this model)   {gzip:.3f} (gzip -9)"""
-        )
+  loss {values["loss"]:.4f} nats per token, perplexity {values["perplexity"]:.2f}
+  bits per byte: {values["bits_per_byte"]:.3f} (this model)   {gzip:.3f} (gzip -9)"""
+            )
 
 
 def _classes(base: type) -> list[type]:

@@ -5,6 +5,7 @@ import torch
 
 from ropepp_lit.data.prepare import Settings, prepare
 from ropepp_lit.data.token_data import TokenData
+from ropepp_lit.data.tokenizer import _byte_characters
 from ropepp_lit.errors import UsageError
 
 EOS = 1
@@ -27,7 +28,9 @@ def cache(tmp_path_factory):
 def make(source, cache):
     def make(*, source=source, max_steps=10, accumulate=1, replicas=1, rank=0, **settings):
         defaults = {"tokenizer": "bytes", "context_length": 32, "batch_size": 4, "validation_fraction": 0.2}
-        data = TokenData(source=str(source), cache_dir=str(cache), **{**defaults, **settings})
+        data = TokenData(
+            source=source if isinstance(source, dict) else str(source), cache_dir=str(cache), **{**defaults, **settings}
+        )
         data.trainer = SimpleNamespace(
             max_steps=max_steps,
             accumulate_grad_batches=accumulate,
@@ -104,17 +107,18 @@ def test_length_is_that_of_the_run(make):
 
 
 @pytest.mark.parametrize("masking", [True, False])
-def test_validation_predicts_every_token_once(make, masking):
+def test_validation_predicts_every_token_once(make, source, masking):
     for replicas in (1, 2, 3):
         loaders = [
-            make(replicas=replicas, rank=rank, intra_document_masking=masking).val_dataloader()
+            loader
             for rank in range(replicas)
+            for loader in make(replicas=replicas, rank=rank, intra_document_masking=masking).val_dataloader()
         ]
         assert len({len(loader) for loader in loaders}) == 1
         labels = torch.cat([batch.labels[batch.labels >= 0] for loader in loaders for batch in loader])
         tokens = make().manifest.splits["validation"]
         assert len(labels) == tokens.tokens - (tokens.documents if masking else 1)
-        assert make(intra_document_masking=masking).bytes_per_token("validation") == tokens.bytes / len(labels)
+        assert make(intra_document_masking=masking).bytes_per_token(source.name) == tokens.bytes / len(labels)
 
 
 def test_text_begins_behind_bos(make):
@@ -148,5 +152,67 @@ def test_a_prepared_folder_gives_the_same_batches(make, source, tmp_path):
     with pytest.raises(UsageError, match=r"data\.tokenizer: .*holds token shards and their tokenizer"):
         make(source=tmp_path / "shards")
     prepare([str(source)], Settings(tokenizer="bytes"), out=tmp_path / "none", show_progress=False)
-    with pytest.raises(UsageError, match=r"data\.source: .*holds no validation documents"):
+    with pytest.raises(UsageError, match=r"data\.source: no source holds validation documents"):
         make(source=tmp_path / "none", tokenizer=None)
+
+
+@pytest.fixture(scope="module")
+def mixture(source, tmp_path_factory):
+    """Weights of two prepared folders."""
+    folder = tmp_path_factory.mktemp("mixture")
+    other = folder / "other"
+    other.mkdir()
+    for number in range(30):
+        (other / f"{number}.txt").write_text(f"OTHER {number} " * 40)
+    settings = Settings(tokenizer="bytes", validation_fraction=0.2)
+    for name, text in (("long", other), ("short", source)):
+        prepare([str(text)], settings, out=folder / name, show_progress=False)
+    return {str(folder / "long"): 0.6, str(folder / "short"): 0.4}
+
+
+def test_a_mixture_has_its_shares_exactly_and_is_read_in_one_order_by_all(make, mixture):
+    def read(count, **settings):
+        return torch.cat(
+            rows(make(source=mixture, tokenizer=None, max_steps=999, **settings).train_dataloader(), count)
+        )
+
+    alone = read(250)
+    longs = (alone == 2 + sorted(_byte_characters()).index("O")).any(dim=1)
+    assert longs.sum() == 600  # of 1,000 samples; only the long source has capitals such as O
+    with_workers = read(25, batch_size=8, num_workers=2)
+    assert torch.equal(with_workers, alone[:200])
+    ranks = [read(25, replicas=2, rank=rank, num_workers=rank) for rank in range(2)]
+    together = torch.stack([x.view(25, 4, -1) for x in ranks], dim=1).flatten(0, 2)
+    assert torch.equal(together, alone[:200])
+
+
+def test_a_mixture_begun_by_two_ranks_is_continued_by_one(make, mixture):
+    settings = {"source": mixture, "tokenizer": None, "max_steps": 99}
+    whole = torch.cat(rows(make(**settings).train_dataloader(), 30))
+    loaders = [make(replicas=2, rank=rank, **settings).train_dataloader() for rank in range(2)]
+    begun = [rows(loader, 10) for loader in loaders]
+    rest = make(**settings).train_dataloader()
+    rest.load_state_dict(loaders[1].state_dict())
+    order = [row for pair in zip(*begun, strict=True) for row in pair] + rows(rest, 10)
+    assert torch.equal(torch.cat(order), whole)
+    heavier = make(**{**settings, "source": {**mixture, next(iter(mixture)): 0.7}}).train_dataloader()
+    heavier.load_state_dict(loaders[1].state_dict())
+    assert heavier.samples == 0
+
+
+def test_validation_sets_of_a_mixture(make, mixture):
+    data = make(source=mixture, tokenizer=None)
+    assert data.validation_sets == ["long", "short"]
+    for name, loader in zip(data.validation_sets, data.val_dataloader(), strict=True):
+        assert sum((batch.labels >= 0).sum() for batch in loader) == data.predicted_tokens(name)
+
+
+def test_mixtures_that_cannot_be(make, mixture, source, tmp_path):
+    long, short = mixture
+    with pytest.raises(UsageError, match=r"data\.source: .*short: weight 0 must be at least a thousandth"):
+        make(source={long: 1, short: 0}, tokenizer=None)
+    prepare([str(source)], Settings(train_tokenizer=300), out=tmp_path / "bpe", show_progress=False)
+    with pytest.raises(UsageError, match=r"data\.source: bpe was tokenized by another tokenizer than long"):
+        make(source={long: 1, str(tmp_path / "bpe"): 1}, tokenizer=None)
+    with pytest.raises(UsageError, match=rf"data\.source: two sources are called {source.name}"):
+        make(source={str(source): 1, str(source) + "/": 1})

@@ -4,6 +4,7 @@ import hashlib
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,7 @@ def test_what_a_run_prints(trained):
         "--- sample at step 4 ---",
         "--- sample at step 8 ---",
         "Step 8, 1,024 tokens read",
+        "Held-out text of texts",
         "ropepp-lit generate run/checkpoints/last.ckpt",
         "ropepp-lit validate --config run/recipe.yaml --ckpt_path run/checkpoints/last.ckpt",
     ):
@@ -104,6 +106,7 @@ def test_validate_repeats_the_figures_of_the_run(trained, run, tmp_path):
     options = ["--config", folder / "recipe.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt"]
     again = run("validate", *options, cwd=tmp_path).stdout
     figures = r"loss [\d.]+ nats per token, perplexity [\d.]+\n  bits per byte: [\d.]+ \(this model\)"
+    assert "at step 8, " in again
     assert re.search(figures, again)[0] == re.search(figures, printed)[0]
 
 
@@ -217,3 +220,23 @@ def test_two_processes_train_as_one(run, tiny, tmp_path):
     for name, weight in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], weight, atol=1e-9, rtol=0)
     assert one["ropepp_lit"]["tokens_seen"] == two["ropepp_lit"]["tokens_seen"]
+
+
+def test_a_mixture_of_prepared_folders(run, texts, tmp_path):
+    for name, fraction in (("long", 0.2), ("short", 0.3)):
+        options = ["--out", tmp_path / name, "--tokenizer", "bytes", "--validation_fraction", fraction]
+        run("prepare", texts, *options, cwd=tmp_path)
+    recipe = {"data": {"source": {"long": 0.6, "short": 0.4}, "tokenizer": None}}
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(recipe))
+    base = Path(__file__).parent / "tiny.yaml"
+    options = ["--trainer.max_steps", "3", "--trainer.default_root_dir", "run", "--trainer.val_check_interval", "3"]
+    printed = run("fit", "--config", base, "--config", "mixture.yaml", *options, cwd=tmp_path).stdout
+    assert "60.0% of the samples" in printed
+    for name in ("long", "short"):
+        assert f"Held-out text of {name} (" in printed
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    losses = [events.Scalars(f"val/{name}/loss")[-1].value for name in ("long", "short")]
+    assert min(losses) <= events.Scalars("val/loss")[-1].value <= max(losses)
+    options = ["--config", "run/recipe.yaml", "--ckpt_path", "run/checkpoints/last.ckpt"]
+    assert run("validate", *options, cwd=tmp_path).stdout.count("Held-out text of") == 2
