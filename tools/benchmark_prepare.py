@@ -23,8 +23,11 @@ from pathlib import Path
 
 import psutil
 import torch
+from litdata import TokensLoader, optimize
 
+from ropepp_lit.data.prepare import Settings, prepare
 from ropepp_lit.data.sources import Reader, find_files
+from ropepp_lit.data.tokenizer import load_tokenizer
 
 WORKERS = 2
 
@@ -43,8 +46,6 @@ def write_corpus(path: Path, num_bytes: int) -> int:
 
 
 def by_prepare(path: Path, out: Path, tokenizer: str) -> None:
-    from ropepp_lit.data.prepare import Settings, prepare
-
     prepare([str(path)], Settings(tokenizer=tokenizer), out=out, show_progress=False)
 
 
@@ -55,8 +56,6 @@ class Tokenize:
         self._path, self._name = path, tokenizer
 
     def __call__(self, share: int) -> Iterator[torch.Tensor]:
-        from ropepp_lit.data.tokenizer import load_tokenizer
-
         tokenizer = load_tokenizer(self._name)
         with self._path.open("rb") as file:
             for number, line in enumerate(file):
@@ -65,8 +64,6 @@ class Tokenize:
 
 
 def by_litdata(path: Path, out: Path, tokenizer: str) -> None:
-    from litdata import TokensLoader, optimize
-
     optimize(
         fn=Tokenize(path, tokenizer),
         inputs=list(range(WORKERS)),
@@ -109,8 +106,6 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        from ropepp_lit.data.prepare import Settings, prepare
-
         bpe = Settings(train_tokenizer=options.vocab_size)
         prepare(["builtin"], bpe, out=folder / "builtin", show_progress=False)
         tokenizer = str(folder / "builtin" / "tokenizer.json")

@@ -47,7 +47,7 @@ from ropepp_lit.errors import UsageError
 PART_BYTES = 64 * 2**20
 """Bytes of text in a part: what a kill costs at most."""
 
-BATCH_BYTES = 2 * 2**20
+BATCH_BYTES = 2**19
 """Bytes of text that are tokenized at once."""
 
 TRAINING_BYTES = 256 * 2**20
@@ -281,7 +281,7 @@ class _Work:
         """Records with their token ids, in order; a batch is tokenized while the one before is written."""
         pending: deque[tuple[list[tuple[Cursor, Record]], Future]] = deque()
         reader = Reader(self._files, text_key=self._settings.text_key, start=start)
-        with ThreadPoolExecutor(max_workers=1) as executor:
+        with ThreadPoolExecutor(max_workers=2) as executor:
             batch: list[tuple[Cursor, Record]] = []
             size = 0
 
