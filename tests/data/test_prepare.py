@@ -229,6 +229,7 @@ def kill_and_resume(undisturbed, tmp_path, moment):
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("share", [0.3, 0.99])
 def test_killed_and_resumed(undisturbed, tmp_path, share):
     kill_and_resume(undisturbed, tmp_path, round(share * undisturbed[2]))
@@ -318,6 +319,7 @@ def test_missing_columns_and_sources(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.end_to_end
 def test_no_space_left(tmp_path):
     source = store(tmp_path / "texts", "jsonl", DOCUMENTS * 200)
     code = (
