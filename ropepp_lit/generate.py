@@ -47,8 +47,7 @@ def generate(
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     if ours["bos_token_id"] is not None:
         ids = [ours["bos_token_id"], *ids]
-    if not ids:
-        raise UsageError("prompt: it is empty, and the tokenizer has no token that begins a text; give a prompt")
+    ids = ids or [ours["eos_token_id"]]  # no token opens documents: begin behind the one that closes them
     print(prompt, end="", flush=True)
     stream = DecodeStream(ids=ids)
     for token in generation.generate(

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 from litdata.streaming import Cache, TokensLoader
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from ropepp_lit.data.shards import (
@@ -41,7 +40,7 @@ from ropepp_lit.data.shards import (
     write_whole,
 )
 from ropepp_lit.data.sources import START, Cursor, Reader, Record, SourceFile, find_files
-from ropepp_lit.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from ropepp_lit.data.tokenizer import BOS, EOS, TextTokenizer, load_tokenizer, train_tokenizer
 from ropepp_lit.errors import UsageError
 
 PART_BYTES = 64 * 2**20
@@ -58,7 +57,7 @@ SPLITS = ("train", "validation")
 
 @dataclass(kw_only=True)
 class Settings:
-    """What the shards depend on, beside the sources."""
+    """What the shards depend on, beside the sources; each is an option of :func:`ropepp_lit.prepare.prepare`."""
 
     tokenizer: str | None = None
     train_tokenizer: int | None = None
@@ -71,6 +70,7 @@ class Settings:
     limit: int | None = None
     on_error: str = "stop"
     chunk_bytes: int = 64 * 2**20
+    """`--chunk_size` in bytes."""
 
 
 @dataclass
@@ -87,13 +87,20 @@ class _Part:
 
 
 def fingerprint_of(files: list[SourceFile], settings: Settings) -> str:
-    """A name for sources and settings: another file, size, time or setting gives another one."""
+    """A name for sources and settings: another file, size, time, setting or tokenizer gives another one.
+
+    Raises:
+        UsageError: the tokenizer cannot be loaded.
+    """
     stats = [(file.name, file.path.stat()) for file in files]
     identity = {
         "format_version": FORMAT_VERSION,
         "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
         **dataclasses.asdict(settings),
     }
+    if settings.tokenizer is not None:  # what the file holds, and not only its name
+        tokenizer = load_tokenizer(settings.tokenizer, bos_token=settings.bos_token, eos_token=settings.eos_token)
+        identity["tokenizer"] = [tokenizer.tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
@@ -209,7 +216,7 @@ class _Work:
             return tokenizer
         path = self._folder / TOKENIZER
         if path.is_file():
-            return TextTokenizer(Tokenizer.from_file(str(path)), 0, 1)
+            return load_tokenizer(str(path), bos_token=BOS, eos_token=EOS)
         with tqdm(
             desc="Training the tokenizer", unit=" documents", disable=not self._show_progress, leave=False
         ) as bar:

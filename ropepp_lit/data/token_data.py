@@ -160,9 +160,12 @@ class TokenData(LightningDataModule):
                 self._folders[source] = prepare.prepare_cached(source, settings, cache_dir=cache_dir)
 
     def begin_text(self, ids: list[int]) -> list[int]:
-        """Token ids of a text as the model reads it from its beginning: behind the token that opens a document."""
+        """Token ids of a text as the model reads it from its beginning: behind the token that opens a document.
+
+        Where no token does, an empty text is the token that closes documents, so that there is something to continue.
+        """
         bos = self.manifest.bos_token_id
-        return ids if bos is None else [bos, *ids]
+        return (ids or [self.manifest.eos_token_id]) if bos is None else [bos, *ids]
 
     @property
     def identity(self) -> dict[str, Any]:

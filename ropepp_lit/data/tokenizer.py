@@ -110,6 +110,7 @@ def load_tokenizer(name: str, *, bos_token: str | None = None, eos_token: str | 
         if token is not None and ids[key] is None:
             raise UsageError(f"{key}: {token!r} is not in the vocabulary of {path}")
     assert ids["eos_token"] is not None
+    tokenizer.encode_special_tokens = True  # a text that spells a special token does not end its document
     return TextTokenizer(tokenizer, ids["bos_token"], ids["eos_token"])
 
 
@@ -134,6 +135,7 @@ def _byte_level(model: models.Model) -> TextTokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([BOS, EOS])
+    tokenizer.encode_special_tokens = True  # a text that spells a special token does not end its document
     return TextTokenizer(tokenizer, 0, 1)
 
 

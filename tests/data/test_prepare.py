@@ -394,6 +394,26 @@ def test_a_trained_tokenizer_is_the_same_each_time():
     assert one == other
 
 
+def test_a_text_that_spells_a_special_token_does_not_end_its_document(tmp_path):
+    text = "before <|end_of_text|> after <|begin_of_text|>"
+    for settings in (SETTINGS, Settings(train_tokenizer=300)):
+        out = tmp_path / str(settings.train_tokenizer)
+        source = store(tmp_path, "jsonl", [text, *DOCUMENTS])
+        run(source, out, dataclasses.replace(settings, validation_fraction=0.0))
+        ids = read_split(out, "train")
+        assert ids.count(1) == ids.count(0) == 1 + len(DOCUMENTS)
+        assert Tokenizer.from_file(str(out / "tokenizer.json")).decode(ids[1 : ids.index(1)]) == text
+
+
+def test_another_tokenizer_of_the_same_name_is_no_resume(tmp_path):
+    source, path = store(tmp_path / "texts", "jsonl"), tmp_path / "tokenizer.json"
+    train_tokenizer(DOCUMENTS, vocab_size=300).tokenizer.save(str(path))
+    run(source, tmp_path / "out", tokenizer=str(path))
+    train_tokenizer(DOCUMENTS, vocab_size=280).tokenizer.save(str(path))
+    with pytest.raises(UsageError, match=r"holds shards of other sources or settings"):
+        run(source, tmp_path / "out", tokenizer=str(path))
+
+
 def test_tokenizers_by_name(tmp_path):
     made = train_tokenizer(DOCUMENTS, vocab_size=300).tokenizer
     made.add_special_tokens(["<s>", "<stop>"])

@@ -122,7 +122,11 @@ def test_validation_predicts_every_token_once(make, source, masking):
 
 
 def test_text_begins_behind_bos(make):
-    assert make().begin_text([7, 8]) == [0, 7, 8]
+    data = make()
+    assert data.begin_text([7, 8]) == [0, 7, 8]
+    data.manifest.bos_token_id = None
+    assert data.begin_text([7, 8]) == [7, 8]
+    assert data.begin_text([]) == [EOS]
 
 
 @pytest.mark.parametrize(
