@@ -24,6 +24,7 @@ def prepare(
     max_tokens: int | None = None,
     validation_fraction: float = 0.0,
     limit: int | None = None,
+    dedup: bool = False,
     on_error: Literal["stop", "skip"] = "stop",
     chunk_size: str = "64MB",
     workers: int | None = None,
@@ -35,9 +36,10 @@ def prepare(
     alone, not on how the documents are stored or on the number of workers.
 
     Args:
-        sources: Text files, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, folders or globs of them, or `builtin`.
+        sources: Text files, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, folders or globs of them, `builtin`, or a
+            Hugging Face dataset: hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.
         out: Folder of the shards: a new or empty one.
-        tokenizer: `bytes`, a tokenizer.json, or a Hugging Face folder with one.
+        tokenizer: `bytes`, a tokenizer.json, or a Hugging Face folder or name on the Hub (ORGANIZATION/MODEL).
         train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with so many tokens on the documents.
         bos_token: What opens documents; empty means what the tokenizer's folder says, else nothing.
         eos_token: What closes documents; empty means what the tokenizer's folder says, else the first known one.
@@ -46,6 +48,8 @@ def prepare(
         max_tokens: Leave longer documents out.
         validation_fraction: Share of the documents that is held out, chosen by a hash of their text.
         limit: Stop after so many documents of the sources.
+        dedup: Leave a document out whose text is exactly that of an earlier one, found by a hash of 64 bits (takes some
+            60 bytes of memory for each document).
         on_error: What a document that cannot be read does: `stop`, or `skip` it and count it.
         chunk_size: Bytes of a chunk at most, such as 64MB.
         workers: Threads that tokenize; empty means as many as there are cores.
@@ -55,6 +59,7 @@ def prepare(
     from pathlib import Path
 
     from ropepp_lit.errors import UsageError
+    from ropepp_lit.sizes import parse_bytes
 
     if verify is not None:
         _verify(Path(verify))
@@ -76,16 +81,10 @@ def prepare(
     if workers is not None:
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # read when tokenizers is first used
 
-    from litdata.utilities.format import _convert_bytes_to_int
-
     from ropepp_lit.data import prepare as work
     from ropepp_lit.data.tokenizer import check_choice
 
     check_choice("", tokenizer, train_tokenizer)
-    try:
-        chunk_bytes = _convert_bytes_to_int(chunk_size)
-    except ValueError as error:
-        raise UsageError(f"chunk_size: {chunk_size!r} is no size such as 64MB") from error
     settings = work.Settings(
         tokenizer=tokenizer,
         train_tokenizer=train_tokenizer,
@@ -96,8 +95,9 @@ def prepare(
         max_tokens=max_tokens,
         validation_fraction=validation_fraction,
         limit=limit,
+        dedup=dedup,
         on_error=on_error,
-        chunk_bytes=chunk_bytes,
+        chunk_bytes=parse_bytes("chunk_size", chunk_size),
     )
     folder = Path(out)
     manifest = work.prepare(list(sources), settings, out=folder)

@@ -8,6 +8,7 @@ data is one integer, whatever the number of ranks, workers and the batch size.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,8 +43,8 @@ class BlockPlan:
     def __init__(self, chunk_tokens: list[int], *, context_length: int, seed: int | None) -> None:
         self._chunk_tokens = np.asarray(chunk_tokens, dtype=np.int64)
         self._context_length, self._seed = context_length, seed
-        self._pass: tuple[int, np.ndarray, np.ndarray] | None = None
-        self._window: tuple[int, int, np.ndarray] | None = None
+        self._pass: tuple[int, list[int], list[int]] | None = None
+        self._window: tuple[int, int, int, np.ndarray] | None = None
         predicted = int(self._chunk_tokens.sum()) - 1
         self.blocks_per_pass = predicted // context_length if seed is not None else -(-predicted // context_length)
         """Samples before the data come again."""
@@ -57,40 +58,53 @@ class BlockPlan:
         epoch, block = divmod(sample, self.blocks_per_pass)
         order, starts = self._chunk_order(epoch)
         if self._seed is not None:
-            block = self._shuffle(epoch, block, starts, self._seed)
+            first, _, shuffled = self._find_window(epoch, block)
+            block = first + int(shuffled[block - first])
         position = block * self._context_length
-        end = min(position + self._context_length + 1, int(starts[-1]))
+        end = min(position + self._context_length + 1, starts[-1])
         spans = []
         while position < end:
-            place = int(np.searchsorted(starts, position, side="right")) - 1
-            stop = min(end, int(starts[place + 1]))
-            spans.append(Span(int(order[place]), position - int(starts[place]), stop - position))
+            place = bisect_right(starts, position) - 1
+            stop = min(end, starts[place + 1])
+            spans.append(Span(order[place], position - starts[place], stop - position))
             position = stop
         return spans
 
-    def _chunk_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def chunks_behind(self, sample: int) -> list[int]:
+        """Chunks of the window that follows the one of a sample, in the order in which they are read."""
+        epoch, block = divmod(sample, self.blocks_per_pass)
+        order, starts = self._chunk_order(epoch)
+        behind = (self._window_of(block, starts) + 1) * WINDOW_CHUNKS
+        return order[behind : behind + WINDOW_CHUNKS]
+
+    def _chunk_order(self, epoch: int) -> tuple[list[int], list[int]]:
         """The chunks of a pass in order, and where each starts in the pass's stream of tokens (and its end)."""
         if self._pass is None or self._pass[0] != epoch:
             count = len(self._chunk_tokens)
             order = np.arange(count) if self._seed is None else permutation(count, self._seed, epoch)
             starts = np.concatenate(([0], np.cumsum(self._chunk_tokens[order])))
-            self._pass = epoch, order, starts
+            self._pass = epoch, order.tolist(), starts.tolist()
         return self._pass[1], self._pass[2]
 
-    def _shuffle(self, epoch: int, block: int, starts: np.ndarray, seed: int) -> int:
-        """The block that is read in the place of `block`: another of the same window of chunks."""
-        place = int(np.searchsorted(starts, block * self._context_length, side="right")) - 1
-        window = place // WINDOW_CHUNKS
-        first, last = (
-            min(
-                -(-int(starts[min(bound * WINDOW_CHUNKS, len(starts) - 1)]) // self._context_length),
-                self.blocks_per_pass,
+    def _window_of(self, block: int, starts: list[int]) -> int:
+        return (bisect_right(starts, block * self._context_length) - 1) // WINDOW_CHUNKS
+
+    def _find_window(self, epoch: int, block: int) -> tuple[int, int, np.ndarray]:
+        """First block of the window that holds a block, the end of the window, and the order of its blocks."""
+        found = self._window
+        if found is None or found[0] != epoch or not found[1] <= block < found[2]:
+            assert self._seed is not None
+            _, starts = self._chunk_order(epoch)
+            window = self._window_of(block, starts)
+            first, end = (
+                min(
+                    -(-starts[min(bound * WINDOW_CHUNKS, len(starts) - 1)] // self._context_length),
+                    self.blocks_per_pass,
+                )
+                for bound in (window, window + 1)
             )
-            for bound in (window, window + 1)
-        )
-        if self._window is None or self._window[:2] != (epoch, window):
-            self._window = epoch, window, permutation(last - first, seed, epoch, window)
-        return first + int(self._window[2][block - first])
+            found = self._window = epoch, first, end, permutation(end - first, self._seed, epoch, window)
+        return found[1:]
 
 
 class Mixture:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,7 +40,7 @@ from ropepp_lit.data.shards import (
     checksum,
     write_whole,
 )
-from ropepp_lit.data.sources import START, Cursor, Reader, Record, SourceFile, find_files
+from ropepp_lit.data.sources import START, Cursor, Reader, Record, Source, find_files
 from ropepp_lit.data.tokenizer import BOS, EOS, TextTokenizer, load_tokenizer, train_tokenizer
 from ropepp_lit.errors import UsageError
 
@@ -68,6 +69,7 @@ class Settings:
     max_tokens: int | None = None
     validation_fraction: float = 0.0
     limit: int | None = None
+    dedup: bool = False
     on_error: str = "stop"
     chunk_bytes: int = 64 * 2**20
     """`--chunk_size` in bytes."""
@@ -86,27 +88,21 @@ class _Part:
     """litdata's description of the chunks; empty where the part has none."""
 
 
-def fingerprint_of(files: list[SourceFile], settings: Settings) -> str:
+def fingerprint_of(files: list[Source], settings: Settings) -> str:
     """A name for sources and settings: another file, size, time, setting or tokenizer gives another one.
 
     Raises:
         UsageError: the tokenizer cannot be loaded.
     """
-    stats = [(file.name, file.path.stat()) for file in files]
     identity = {
         "format_version": FORMAT_VERSION,
-        "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
+        "files": [file.identity for file in files],
         **dataclasses.asdict(settings),
     }
     if settings.tokenizer is not None:  # what the file holds, and not only its name
         tokenizer = load_tokenizer(settings.tokenizer, bos_token=settings.bos_token, eos_token=settings.eos_token)
         identity["tokenizer"] = [tokenizer.tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-
-
-def default_cache_dir() -> Path:
-    """Where prepared data lies unless told otherwise: `ropepp_lit` in the user's cache folder (XDG's convention)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ropepp_lit"
 
 
 def prepare_cached(source: str, settings: Settings, *, cache_dir: Path, show_progress: bool = True) -> Path:
@@ -171,7 +167,7 @@ class _Work:
     def __init__(
         self,
         sources: list[str],
-        files: list[SourceFile],
+        files: list[Source],
         settings: Settings,
         fingerprint: str,
         out: Path,
@@ -196,14 +192,19 @@ class _Work:
             write_whole(mark, self._fingerprint)
         self._tokenizer = self._find_tokenizer()
         parts = self._finished_parts()
+        self._seen: set[int] = set()
+        if self._settings.dedup:
+            for number in range(len(parts)):
+                self._seen.update(np.fromfile(self._digests_path(number), dtype=np.uint64).tolist())
         with tqdm(
-            total=sum(file.path.stat().st_size for file in self._files),
+            total=sum(file.num_bytes for file in self._files) or None,
             desc="Tokenizing",
             unit="B",
             unit_scale=True,
             disable=not self._show_progress,
             leave=False,
         ) as self._bar:
+            self._started = time.monotonic()
             self._write_parts(parts)
         return self._finish(parts)
 
@@ -246,9 +247,12 @@ class _Work:
     def _part_path(self, number: int) -> Path:
         return self._folder / "parts" / f"{number:06}.json"
 
+    def _digests_path(self, number: int) -> Path:
+        return self._part_path(number).with_suffix(".digests")
+
     def _write_parts(self, parts: list[_Part]) -> None:
         start = Cursor(*parts[-1].cursor) if parts else START
-        limit, read = self._settings.limit, sum(part.documents_read for part in parts)
+        limit, read, tokens = self._settings.limit, sum(part.documents_read for part in parts), 0
         writer: _PartWriter | None = None
         cursor = start
         for cursor, record, ids in self._tokenized(start):
@@ -257,7 +261,11 @@ class _Work:
             if writer is None:
                 writer = _PartWriter(self._folder, len(parts), self._settings, self._tokenizer)
             read += 1
+            tokens += 0 if ids is None else len(ids)
             self._add(writer, record, ids)
+            if read % 1000 == 0:
+                rate = tokens / (time.monotonic() - self._started)
+                self._bar.set_postfix_str(f"{read:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
             if writer.num_bytes >= PART_BYTES:
                 parts.append(self._commit(writer, len(parts), cursor))
                 writer = None
@@ -277,12 +285,17 @@ class _Work:
             writer.skip("shorter than min_tokens", None)
         elif settings.max_tokens is not None and len(ids) > settings.max_tokens:
             writer.skip("longer than max_tokens", None)
+        elif settings.dedup and (digest := _digest(record.text)) in self._seen:
+            writer.skip("repeats an earlier one", None)
         else:
+            if settings.dedup:
+                self._seen.add(digest)
+                writer.digests.append(digest)
             writer.add("validation" if self._held_out(record.text) else "train", record.text, ids)
 
     def _held_out(self, text: str) -> bool:
-        digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-        return int.from_bytes(digest) < self._settings.validation_fraction * 2**64
+        share = self._settings.validation_fraction
+        return share > 0 and _digest(text) < share * 2**64
 
     def _tokenized(self, start: Cursor) -> Iterator[tuple[Cursor, Record, np.ndarray | None]]:
         """Records with their token ids, in order; a batch is tokenized while the one before is written."""
@@ -318,6 +331,8 @@ class _Work:
 
     def _commit(self, writer: _PartWriter, number: int, cursor: Cursor) -> _Part:
         part = writer.finish(cursor)
+        if self._settings.dedup:
+            np.asarray(writer.digests, dtype=np.uint64).tofile(self._digests_path(number))
         write_whole(self._part_path(number), json.dumps(dataclasses.asdict(part)))
         return part
 
@@ -381,6 +396,8 @@ class _PartWriter:
         self._skipped: dict[str, int] = {}
         self._examples: list[str] = []
         self._read = 0
+        self.digests: list[int] = []
+        """Hashes of the documents that were kept, where repeats are left out."""
         self.num_bytes = 0
 
     def skip(self, reason: str, where: str | None) -> None:
@@ -426,6 +443,11 @@ class _PartWriter:
             counted = sum(chunk.documents for chunk in totals.chunks), sum(chunk.tokens for chunk in totals.chunks)
             assert counted == (totals.documents, totals.tokens), f"litdata wrote {counted} documents and tokens"
         return _Part(list(cursor), self._read, self._sets, self._skipped, self._examples, config)
+
+
+def _digest(text: str) -> int:
+    """A hash of 64 bits: decides what is held out and what is a repeat."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest())
 
 
 def _dtype_of(tokenizer: TextTokenizer) -> tuple[torch.dtype, str]:

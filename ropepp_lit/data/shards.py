@@ -6,18 +6,24 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ropepp_lit.data.plan import Span
+from ropepp_lit.data.plan import WINDOW_CHUNKS, Span
+from ropepp_lit.data.remote import RemoteFolder
 from ropepp_lit.errors import UsageError
 
 FORMAT_VERSION = 1
 MANIFEST, TOKENIZER, INDEX = "manifest.json", "tokenizer.json", "index.json"
+
+MAX_MAPS = 4 * WINDOW_CHUNKS
+"""Chunks that a process keeps mapped: those of the window it reads, and some more."""
 
 
 @dataclass(kw_only=True)
@@ -135,51 +141,100 @@ class TokenShards:
         manifest: What it holds.
         split: `train` or `validation`.
         chunks: Some of the split's chunks; empty means all.
+        remote: Where chunks are fetched from when they are needed; empty means that they are in the folder.
 
     Raises:
-        UsageError: a chunk is missing or has another size than the manifest says.
+        UsageError: a chunk is missing or has another size than the manifest says, or the index is not that of the
+            chunks.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, split: str, chunks: list[Chunk] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        split: str,
+        chunks: list[Chunk] | None = None,
+        *,
+        remote: RemoteFolder | None = None,
+    ) -> None:
         self.folder, self.chunks = folder / split, manifest.splits[split].chunks if chunks is None else chunks
+        self._remote, self.is_remote = remote, remote is not None
         self._dtype = np.dtype(manifest.dtype)
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._checked: set[int] = set()
+        self._fetching: tuple[list[int], ThreadPoolExecutor] | None = None
+        if remote is not None:
+            return
         for chunk in self.chunks:
             path = self.folder / chunk.filename
-            expected = self._header_bytes(chunk) + chunk.tokens * self._dtype.itemsize
+            expected = self._file_bytes(chunk)
             found = path.stat().st_size if path.exists() else None
             if found != expected:
                 problem = "missing" if found is None else f"{found} bytes instead of {expected}"
                 raise UsageError(f"{path}: {problem}; the shards are damaged: remove {folder} to prepare them again")
+        if chunks is None and (fault := _fault_of_index(folder, manifest, split)):
+            raise UsageError(f"{fault}; the shards are damaged: remove {folder} to prepare them again")
 
-    def read(self, spans: list[Span]) -> np.ndarray:
-        """The tokens of spans, joined.
+    def read(self, spans: list[Span], out: np.ndarray) -> int:
+        """Write the tokens of spans, joined, to the beginning of an array.
 
         Args:
             spans: Of a :class:`~ropepp_lit.data.plan.BlockPlan` over these chunks.
+            out: [tokens or more], integers.
 
         Returns:
-            [tokens] int64.
+            How many there are.
 
         Raises:
-            UsageError: a chunk's content is not what was written.
+            UsageError: a chunk's content is not what was written, or it cannot be fetched.
         """
-        parts = [self._chunk(span.chunk)[span.start : span.start + span.num_tokens] for span in spans]
-        return np.concatenate(parts).astype(np.int64)
+        end = 0
+        for chunk, start, num_tokens in spans:
+            out[end : end + num_tokens] = self._chunk(chunk)[start : start + num_tokens]
+            end += num_tokens
+        return end
+
+    def expect(self, chunks: list[int]) -> None:
+        """Fetch chunks that will be read later, in the background."""
+        if self._fetching and self._fetching[0] == chunks:
+            return
+        executor = self._fetching[1] if self._fetching else ThreadPoolExecutor(max_workers=1)
+        self._fetching = chunks, executor
+        for index in chunks:
+            if index not in self._maps:
+                executor.submit(self._path, index)  # an error shows when the chunk is read
 
     def _chunk(self, index: int) -> np.ndarray:
         if index not in self._maps:
             chunk = self.chunks[index]
-            path = self.folder / chunk.filename
+            self._maps[index] = np.memmap(
+                self._path(index), self._dtype, mode="r", offset=self._header_bytes(chunk), shape=(chunk.tokens,)
+            )
+            if len(self._maps) > MAX_MAPS:
+                self._maps.popitem(last=False)
+        self._maps.move_to_end(index)
+        return self._maps[index]
+
+    def _path(self, index: int) -> Path:
+        """The chunk's file, its content checked."""
+        chunk, path, is_new = self.chunks[index], self.folder / self.chunks[index].filename, False
+        if self._remote is not None:
+            name = f"{self.folder.name}/{chunk.filename}"
+            path, is_new = self._remote.fetch_chunk(name, self._file_bytes(chunk))
+        if is_new or index not in self._checked:
             if checksum(path) != chunk.sha256:
+                where = self.folder.parent if self._remote is None else self._remote.url
+                if self._remote is not None:
+                    path.unlink()
                 raise UsageError(
                     f"{path}: its checksum is not the manifest's; the shards are damaged: "
-                    f"remove {self.folder.parent} to prepare them again"
+                    f"remove {where} to prepare them again"
                 )
-            self._maps[index] = np.memmap(
-                path, self._dtype, mode="r", offset=self._header_bytes(chunk), shape=(chunk.tokens,)
-            )
-        return self._maps[index]
+            self._checked.add(index)
+        return path
+
+    def _file_bytes(self, chunk: Chunk) -> int:
+        return self._header_bytes(chunk) + chunk.tokens * self._dtype.itemsize
 
     @staticmethod
     def _header_bytes(chunk: Chunk) -> int:
@@ -187,7 +242,8 @@ class TokenShards:
         return 4 * (chunk.documents + 2)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_maps": {}}  # a worker process maps the files itself
+        # A worker process maps the files itself.
+        return {**self.__dict__, "_maps": OrderedDict(), "_checked": set(), "_fetching": None}
 
 
 def verify(folder: Path) -> list[str]:
@@ -206,7 +262,8 @@ def verify(folder: Path) -> list[str]:
         for chunk in tokens.chunks:
             path = folder / name / chunk.filename
             try:
-                ids = TokenShards(folder, manifest, name, [chunk]).read([Span(0, 0, chunk.tokens)])
+                ids = np.empty(chunk.tokens, dtype=np.int32)
+                TokenShards(folder, manifest, name, [chunk]).read([Span(0, 0, chunk.tokens)], ids)
             except UsageError as error:
                 faults.append(str(error))
                 continue
@@ -220,14 +277,21 @@ def verify(folder: Path) -> list[str]:
             faults.append(f"{folder / MANIFEST}: the totals of {name} are not those of its chunks")
         if not faults and documents < tokens.documents:
             faults.append(f"{folder / name}: {documents} documents are closed, of {tokens.documents}")
-        index = folder / name / INDEX
-        try:
-            listed = [chunk["filename"] for chunk in json.loads(index.read_text())["chunks"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            listed = None
-        if listed != [chunk.filename for chunk in tokens.chunks]:
-            faults.append(f"{index}: missing, garbled, or of other chunks than the manifest's")
+        if fault := _fault_of_index(folder, manifest, name):
+            faults.append(fault)
     return faults
+
+
+def _fault_of_index(folder: Path, manifest: Manifest, split: str) -> str | None:
+    """What is wrong with litdata's index of a split."""
+    index = folder / split / INDEX
+    try:
+        listed = [chunk["filename"] for chunk in json.loads(index.read_text(encoding="utf-8"))["chunks"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        listed = None
+    if listed == [chunk.filename for chunk in manifest.splits[split].chunks]:
+        return None
+    return f"{index}: missing, garbled, or of other chunks than the manifest's"
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ropepp_lit.data.plan import PATTERN_SAMPLES, BlockPlan, Mixture
+from ropepp_lit.data.remote import RemoteFolder, is_remote
 from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenShards
 from ropepp_lit.data.sources import BUILTIN, find_files
 from ropepp_lit.data.tokenizer import check_choice
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.loss import IGNORE_INDEX
+from ropepp_lit.sizes import parse_bytes
 
 
 class Batch(NamedTuple):
@@ -37,10 +41,10 @@ class TokenData(LightningDataModule):
     """Text as batches of tokens: prepared once, found again at the next run.
 
     Args:
-        source: A folder that `ropepp-lit prepare` wrote; or text to be prepared now: `builtin` (the source code of
-            Python's standard library), a folder of UTF-8 files, each a document, JSON lines, parquet. Or several, each
-            with its weight: `{shards/long: 0.6, shards/short: 0.4}`.
-        tokenizer: `bytes` (one token per byte), a tokenizer.json, or a Hugging Face folder with one.
+        source: A folder that `ropepp-lit prepare` wrote, here or in an object store (`s3://…`, `gs://…`); or text to be
+            prepared now: `builtin` (the source code of Python's standard library), a folder of UTF-8 files, each a
+            document, JSON lines, parquet. Or several, each with its weight: `{shards/long: 0.6, shards/short: 0.4}`.
+        tokenizer: `bytes` (one token per byte), a tokenizer.json, or a Hugging Face folder or name on the Hub.
         train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with so many tokens on the training documents.
         context_length: Tokens in each row.
         batch_size: Rows in each batch of each device.
@@ -50,7 +54,8 @@ class TokenData(LightningDataModule):
             of a prepared folder, what was said when it was prepared.
         seed: Of the order in which blocks are read.
         num_workers: Processes that read ahead; 0 or 1 is best, as reading costs next to nothing.
-        cache_dir: Where prepared data is kept; empty means `ropepp_lit` in the user's cache folder.
+        cache_dir: Where prepared and fetched data are kept; empty means `ropepp_lit` in the user's cache folder.
+        max_cache_size: Of the chunks fetched from object stores, such as 100GB; the least recently used give way.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class TokenData(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
         cache_dir: str | None = None,
+        max_cache_size: str = "100GB",
     ) -> None:
         super().__init__()
         self.weights = {source: 1.0} if isinstance(source, str) else dict(source)
@@ -75,12 +81,23 @@ class TokenData(LightningDataModule):
         for name, weight in self.weights.items():
             if not weight / sum(self.weights.values()) >= 1 / PATTERN_SAMPLES:
                 raise UsageError(f"data.source: {name}: weight {weight} must be at least a thousandth of their sum")
-        prepared = {name: (Path(name).expanduser() / MANIFEST).is_file() for name in self.weights}
+        self._cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        max_bytes = parse_bytes("data.max_cache_size", max_cache_size)
+        self._remotes = {
+            name: RemoteFolder(name, self._cache_dir, max_bytes=max_bytes) for name in self.weights if is_remote(name)
+        }
+        prepared = {
+            name: name in self._remotes or (Path(name).expanduser() / MANIFEST).is_file() for name in self.weights
+        }
         if not all(prepared.values()):
             check_choice("data.", tokenizer, train_tokenizer)
         elif tokenizer is not None or train_tokenizer is not None:
             raise UsageError(f"data.tokenizer: {source} holds token shards and their tokenizer; set neither here")
-        self._folders = {name: Path(name).expanduser() for name, is_prepared in prepared.items() if is_prepared}
+        self._folders = {
+            name: self._remotes[name].folder if name in self._remotes else Path(name).expanduser()
+            for name, is_prepared in prepared.items()
+            if is_prepared
+        }
         for name, value, least in (
             ("context_length", context_length, 1),
             ("batch_size", batch_size, 1),
@@ -94,7 +111,6 @@ class TokenData(LightningDataModule):
         self.context_length, self.batch_size = context_length, batch_size
         self.intra_document_masking, self.validation_fraction = intra_document_masking, validation_fraction
         self.seed, self.num_workers = seed, num_workers
-        self._cache_dir = Path(cache_dir).expanduser() if cache_dir else None
 
     def check(self) -> None:
         """Raise what can be known to be wrong before anything is written or started.
@@ -148,6 +164,9 @@ class TokenData(LightningDataModule):
         """Make the folder of each source known."""
         from ropepp_lit.data import prepare  # litdata takes a second: only when it is needed
 
+        for remote in self._remotes.values():
+            for file in (MANIFEST, TOKENIZER):
+                remote.fetch_small(file)
         for source in self.weights:
             if source not in self._folders:
                 settings = prepare.Settings(
@@ -156,8 +175,11 @@ class TokenData(LightningDataModule):
                     validation_fraction=self.validation_fraction,
                     on_error="skip",
                 )
-                cache_dir = self._cache_dir or prepare.default_cache_dir()
-                self._folders[source] = prepare.prepare_cached(source, settings, cache_dir=cache_dir)
+                self._folders[source] = prepare.prepare_cached(source, settings, cache_dir=self._cache_dir)
+
+    def remote_of(self, source: str) -> RemoteFolder | None:
+        """The object store of a source; None where it lies here."""
+        return self._remotes.get(source)
 
     def begin_text(self, ids: list[int]) -> list[int]:
         """Token ids of a text as the model reads it from its beginning: behind the token that opens a document.
@@ -221,6 +243,11 @@ class TokenData(LightningDataModule):
     def _trainer(self) -> Trainer:
         assert self.trainer is not None, "a trainer asks for batches"
         return self.trainer
+
+
+def default_cache_dir() -> Path:
+    """Where prepared data lies unless told otherwise: `ropepp_lit` in the user's cache folder (XDG's convention)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ropepp_lit"
 
 
 def replica_of(trainer: Trainer) -> dict[str, int]:
@@ -289,7 +316,7 @@ class _Batches:
 
 
 class _Blocks(Dataset):
-    """Sample k of a split as [context_length + 1] tokens; -100 where validation has run out of them."""
+    """Samples of a split as [context_length + 1] tokens; -100 where validation has run out of them."""
 
     def __init__(self, sources: list[tuple[str, Path, Manifest]], split: str, data: TokenData) -> None:
         self._context_length, self._eos_token_id = data.context_length, data.manifest.eos_token_id
@@ -298,7 +325,7 @@ class _Blocks(Dataset):
         self._mixture = Mixture([data.weights[source] for source, _, _ in sources], seed=data.seed)
         self._shards, self._plans = [], []
         for number, (source, folder, manifest) in enumerate(sources):
-            shards = TokenShards(folder, manifest, split)
+            shards = TokenShards(folder, manifest, split, remote=data.remote_of(source))
             chunk_tokens = [chunk.tokens for chunk in shards.chunks]
             seed = None if self._in_order else data.seed + 1_000_003 * number
             plan = BlockPlan(chunk_tokens, context_length=data.context_length, seed=seed)
@@ -314,20 +341,27 @@ class _Blocks(Dataset):
         """Samples of one pass over all sources."""
         return sum(plan.blocks_per_pass for plan in self._plans)
 
-    def __getitem__(self, sample: int) -> Tensor:
-        tokens = torch.full((self._context_length + 1,), IGNORE_INDEX)
-        if not self._in_order or sample < len(self):
-            source, number = (0, sample) if self._in_order else self._mixture.locate(sample)
-            read = torch.from_numpy(self._shards[source].read(self._plans[source].locate(number)))
-            tokens[: len(read)] = read
-        return tokens
+    def __getitems__(self, samples: list[int]) -> Tensor:
+        """[samples, context_length + 1] int64, of a whole batch at once."""
+        tokens = np.empty((len(samples), self._context_length + 1), dtype=np.int64)
+        for row, sample in zip(tokens, samples, strict=True):
+            end = 0
+            if not self._in_order or sample < len(self):
+                source, number = (0, sample) if self._in_order else self._mixture.locate(sample)
+                shards, plan = self._shards[source], self._plans[source]
+                end = shards.read(plan.locate(number), row)
+                if shards.is_remote:
+                    shards.expect(plan.chunks_behind(number))
+            row[end:] = IGNORE_INDEX
+        return torch.from_numpy(tokens)
 
-    def collate(self, samples: list[Tensor]) -> Batch:
-        """A batch of samples: inputs, labels shifted by one, and the bounds of documents."""
-        tokens = torch.stack(samples)
-        input_ids, labels = tokens[:, :-1].clamp(min=0), tokens[:, 1:].clone()
+    def collate(self, tokens: Any) -> Batch:
+        """A batch of what `__getitems__` gave: inputs, labels shifted by one, and the bounds of documents."""
+        input_ids, labels = tokens[:, :-1], tokens[:, 1:]
+        if self._in_order:
+            input_ids = input_ids.clamp(min=0)  # where validation has run out of tokens
         if not self._intra_document_masking:
             return Batch(input_ids, labels, None)
         # What follows the end of a document is another document, which it cannot foresee.
-        labels[input_ids == self._eos_token_id] = IGNORE_INDEX
+        labels = labels.masked_fill(input_ids == self._eos_token_id, IGNORE_INDEX)
         return Batch(input_ids, labels, Documents.from_eos(input_ids, self._eos_token_id))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +79,7 @@ def load_tokenizer(name: str, *, bos_token: str | None = None, eos_token: str | 
     """A tokenizer by name.
 
     Args:
-        name: `bytes`, a tokenizer.json, or a Hugging Face folder with one.
+        name: `bytes`, a tokenizer.json, or a Hugging Face folder or name on the Hub (ORGANIZATION/MODEL).
         bos_token: What opens documents; empty means what the folder's tokenizer_config.json says, else nothing.
         eos_token: What closes documents; empty means what the folder says, else the first known one in the vocabulary.
 
@@ -88,12 +89,17 @@ def load_tokenizer(name: str, *, bos_token: str | None = None, eos_token: str | 
     if name == "bytes":
         return byte_tokenizer()
     path = Path(name).expanduser()
-    folder, path = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        path = _fetch(name)
+    is_folder = path.is_dir()
+    folder, path = (path, path / "tokenizer.json") if is_folder else (path.parent, path)
     if not path.is_file():
-        raise UsageError(f"tokenizer: {name}: no such tokenizer; name bytes, a tokenizer.json, or a folder with one")
+        raise UsageError(
+            f"tokenizer: {name}: no such tokenizer; name bytes, a tokenizer.json, a folder with one, or one on the Hub"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
-        settings = json.loads((folder / "tokenizer_config.json").read_text()) if Path(name).is_dir() else {}
+        settings = json.loads((folder / "tokenizer_config.json").read_text()) if is_folder else {}
     except FileNotFoundError:
         settings = {}
     except Exception as error:  # tokenizers raises bare Exception
@@ -112,6 +118,19 @@ def load_tokenizer(name: str, *, bos_token: str | None = None, eos_token: str | 
     assert ids["eos_token"] is not None
     tokenizer.encode_special_tokens = True  # a text that spells a special token does not end its document
     return TextTokenizer(tokenizer, ids["bos_token"], ids["eos_token"])
+
+
+def _fetch(name: str) -> Path:
+    """A tokenizer's files from the Hugging Face Hub, or from its cache on this machine."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer_config.json"]))
+    except Exception as error:  # httpx's, and the Hub's own
+        raise UsageError(
+            f"tokenizer: {name}: neither here nor to be had from the Hugging Face Hub ({type(error).__name__}); "
+            "check the name and the connection"
+        ) from error
 
 
 def check_choice(prefix: str, tokenizer: str | None, train_tokenizer: int | None) -> None:

@@ -31,9 +31,9 @@ class Documents(NamedTuple):
             input_ids: [B, T] integers.
             eos_token_id: The token that closes a document.
         """
-        starts = torch.zeros_like(input_ids, dtype=torch.bool)
-        starts[:, 1:] = input_ids[:, :-1] == eos_token_id
-        return cls.from_ids(starts.cumsum(dim=1))
+        starts = torch.ones_like(input_ids, dtype=torch.bool)
+        torch.eq(input_ids[:, :-1], eos_token_id, out=starts[:, 1:])
+        return cls._from_starts(starts)
 
     @classmethod
     def from_ids(cls, ids: Tensor) -> Documents:
@@ -43,12 +43,20 @@ class Documents(NamedTuple):
             ids: [B, T] integers: equal for the tokens of one document, which must be consecutive.
         """
         starts = torch.ones_like(ids, dtype=torch.bool)
-        starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-        slots = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        first = torch.where(starts, slots, 0).cummax(dim=1).values
+        torch.ne(ids[:, 1:], ids[:, :-1], out=starts[:, 1:])
+        return cls._from_starts(starts)
+
+    @classmethod
+    def _from_starts(cls, starts: Tensor) -> Documents:
+        """Documents that start where [B, T] is true; the first token of each row is."""
         bounds = starts.flatten().nonzero().flatten()
+        cu_seqlens = torch.cat((bounds, bounds.new_tensor([starts.numel()])))
+        lengths = cu_seqlens.diff()
+        numbers = torch.arange(len(bounds), device=starts.device)
+        numbers = numbers - torch.where(bounds % starts.shape[1] == 0, numbers, 0).cummax(dim=0).values
+        slots = torch.arange(starts.numel(), device=starts.device)
         return cls(
-            ids=ids.to(torch.int32),
-            cu_seqlens=torch.cat((bounds, bounds.new_tensor([ids.numel()]))).to(torch.int32),
-            positions=slots - first,
+            ids=numbers.to(torch.int32).repeat_interleave(lengths).view_as(starts),
+            cu_seqlens=cu_seqlens.to(torch.int32),
+            positions=(slots - bounds.repeat_interleave(lengths)).view_as(starts),
         )

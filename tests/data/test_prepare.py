@@ -24,7 +24,7 @@ from ropepp_lit.data import prepare as module
 from ropepp_lit.data.plan import Span
 from ropepp_lit.data.prepare import Settings, prepare, prepare_cached
 from ropepp_lit.data.shards import Manifest, TokenShards, verify
-from ropepp_lit.data.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
+from ropepp_lit.data.tokenizer import byte_tokenizer, train_tokenizer
 from ropepp_lit.errors import UsageError
 
 DOCUMENTS = [f"Document {n}: " + "the quick brown fox – äöü 漢字 🙂\r\n" * (1 + n % 7) for n in range(60)]
@@ -57,9 +57,15 @@ def run(source, out, settings=SETTINGS, **changes):
     return prepare(sources, dataclasses.replace(settings, **changes), out=out, show_progress=False)
 
 
+def read_spans(shards, spans):
+    tokens = np.empty(sum(span.num_tokens for span in spans), dtype=np.int64)
+    assert shards.read(spans, tokens) == len(tokens)
+    return tokens.tolist()
+
+
 def read_split(folder, split):
     shards = TokenShards(folder, Manifest.read(folder), split)
-    return shards.read([Span(index, 0, chunk.tokens) for index, chunk in enumerate(shards.chunks)]).tolist()
+    return read_spans(shards, [Span(index, 0, chunk.tokens) for index, chunk in enumerate(shards.chunks)])
 
 
 def contents(folder):
@@ -104,7 +110,7 @@ def test_litdata_reads_the_shards(tmp_path, monkeypatch):
     shards = TokenShards(tmp_path / "out", Manifest.read(tmp_path / "out"), "train")
     expected = []
     for index, chunk in enumerate(shards.chunks):  # litdata loses the tail of each chunk
-        expected += shards.read([Span(index, 0, chunk.tokens // 50 * 50)]).tolist()
+        expected += read_spans(shards, [Span(index, 0, chunk.tokens // 50 * 50)])
     assert np.concatenate([np.asarray(block) for block in blocks]).tolist() == expected
 
 
@@ -139,6 +145,38 @@ def test_lengths_limit_and_min_and_max_tokens(tmp_path):
     first = run(source, tmp_path / "first", validation_fraction=0.0, limit=7)
     assert read_split(tmp_path / "first", "train") == reference(DOCUMENTS[:7], 0)["train"]
     assert first.splits["train"].documents == 7
+
+
+def test_exact_repeats_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART_BYTES", 1500)
+    source = store(tmp_path, "jsonl", [*DOCUMENTS, *DOCUMENTS[:20], "new", "new"])
+    manifest = run(source, tmp_path / "out", dedup=True)
+    assert manifest.skipped == {"repeats an earlier one": 21}
+    expected = reference([*DOCUMENTS, "new"])
+    assert {name: read_split(tmp_path / "out", name) for name in expected} == expected
+
+
+def test_a_hugging_face_dataset_is_streamed(tmp_path):
+    source = tmp_path / "dataset"
+    store(source / "data", "parquet")
+    dataset = f"hf:{source}"
+    assert run(dataset, tmp_path / "out").sources == [dataset]
+    run(store(tmp_path, "jsonl"), tmp_path / "jsonl")
+    assert contents(tmp_path / "out") == contents(tmp_path / "jsonl")
+    run(f"{dataset}:train", tmp_path / "split", limit=30)
+    with pytest.raises(UsageError, match=f"{dataset}:test:.*[Ss]plit"):
+        run(f"{dataset}:test", tmp_path / "none")
+    with pytest.raises(UsageError, match=r"SOURCE: hf:a:b:c:d: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"):
+        run("hf:a:b:c:d", tmp_path / "none")
+    (source / "data" / "second.parquet").write_bytes(b"no parquet")
+    with pytest.raises(UsageError, match=r"mended, run the same command again"):
+        run(dataset, tmp_path / "none", on_error="skip")
+
+
+def test_a_dataset_that_the_hub_does_not_have(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=r"hf:someone/nothing: .*; check the name and the connection"):
+        run("hf:someone/nothing", tmp_path / "none")
 
 
 def test_prepared_once_and_found_again(tmp_path):
@@ -200,7 +238,7 @@ module.checksum = counting(module.checksum)
 module.shutil.rmtree = counting(module.shutil.rmtree)
 pathlib.Path.rename = counting(pathlib.Path.rename)
 pathlib.Path.unlink = counting(pathlib.Path.unlink)
-settings = module.Settings(tokenizer="bytes", validation_fraction=0.2)
+settings = module.Settings(tokenizer="bytes", validation_fraction=0.2, dedup=True)
 module.prepare([sys.argv[2]], settings, out=pathlib.Path(sys.argv[3]), show_progress=False)
 print("left", left)
 """
@@ -214,7 +252,7 @@ def killed_at(moment, source, out):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    source = store(folder / "texts", "jsonl.zst")
+    source = store(folder / "texts", "jsonl.zst", [*DOCUMENTS, *DOCUMENTS[:30]])
     finished = killed_at(10_000, source, folder / "out")
     assert finished.returncode == 0, finished.stderr
     return source, contents(folder / "out"), 10_000 - int(finished.stdout.split()[-1])
@@ -368,6 +406,8 @@ def test_damaged_shards_are_named(tmp_path):
     chunk.write_bytes(whole)
     assert verify(folder) == []
     (folder / "train" / "index.json").write_text("{")
+    with pytest.raises(UsageError, match=f"{folder}/train/index.json: missing, garbled"):
+        TokenShards(folder, manifest, "train")
     assert f"{folder}/train/index.json: missing, garbled" in verify(folder)[0]
     for text in ("{", json.dumps({"format_version": 99})):
         (folder / "manifest.json").write_text(text)
@@ -376,22 +416,6 @@ def test_damaged_shards_are_named(tmp_path):
     os.remove(folder / "manifest.json")
     with pytest.raises(UsageError, match=r"manifest\.json: No such file"):
         Manifest.read(folder)
-
-
-def test_tokenizers_give_back_any_text():
-    text = "naïve – 漢字 🙂\t\r\n  def f(x):\n        return '''x'''\n\x00\x1f"
-    for made in (byte_tokenizer(), train_tokenizer(["abc abc abc", text], vocab_size=270)):
-        (ids,) = made.encode([text])
-        assert (ids[0], ids[-1]) == (made.bos_token_id, made.eos_token_id) == (0, 1)
-        assert made.tokenizer.decode(ids[1:-1].tolist()) == text
-        assert ids[1:-1].tolist() == made.tokenizer.encode(text).ids  # the look-up of bytes too
-    assert byte_tokenizer().vocab_size == 258
-
-
-def test_a_trained_tokenizer_is_the_same_each_time():
-    documents = [f"some words {number} and more words" for number in range(200)]
-    one, other = (train_tokenizer(documents, vocab_size=300).tokenizer.to_str() for _ in range(2))
-    assert one == other
 
 
 def test_a_text_that_spells_a_special_token_does_not_end_its_document(tmp_path):
@@ -412,24 +436,3 @@ def test_another_tokenizer_of_the_same_name_is_no_resume(tmp_path):
     train_tokenizer(DOCUMENTS, vocab_size=280).tokenizer.save(str(path))
     with pytest.raises(UsageError, match=r"holds shards of other sources or settings"):
         run(source, tmp_path / "out", tokenizer=str(path))
-
-
-def test_tokenizers_by_name(tmp_path):
-    made = train_tokenizer(DOCUMENTS, vocab_size=300).tokenizer
-    made.add_special_tokens(["<s>", "<stop>"])
-    made.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "<stop>"})
-    )
-    loaded = load_tokenizer(str(tmp_path))
-    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.vocab_size) == (300, 301, 302)
-    bare = load_tokenizer(str(tmp_path / "tokenizer.json"))
-    assert (bare.bos_token_id, bare.eos_token_id) == (None, 1)  # the first known one
-    assert load_tokenizer(str(tmp_path / "tokenizer.json"), eos_token="<s>").eos_token_id == 300
-    with pytest.raises(UsageError, match=r"bos_token: '<none>' is not in the vocabulary"):
-        load_tokenizer(str(tmp_path), bos_token="<none>")
-    with pytest.raises(UsageError, match=r"tokenizer: nowhere: no such tokenizer"):
-        load_tokenizer("nowhere")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"tokenizer\.json: not a tokenizer"):
-        load_tokenizer(str(tmp_path))

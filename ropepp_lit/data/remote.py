@@ -1,0 +1,152 @@
+"""Token shards in an object store, through litdata's downloaders into a cache of bounded size."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from filelock import FileLock
+
+from ropepp_lit.errors import UsageError
+
+SCHEMES = ("s3://", "gs://")
+
+SECONDS_TO_FAIL = 25
+"""What a small file, the first thing asked of a store, may take; libraries would try for minutes."""
+
+
+def is_remote(source: str) -> bool:
+    """Whether a source is a URL of an object store."""
+    return source.startswith(SCHEMES)
+
+
+class RemoteFolder:
+    """Files of a folder in an object store; each is fetched once and kept in a cache.
+
+    Credentials and endpoint are those of the environment: `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL` and the like for
+    `s3://`, Google's application default credentials for `gs://`.
+
+    Args:
+        url: `s3://BUCKET/FOLDER` or `gs://BUCKET/FOLDER`.
+        cache_dir: Holds a folder for each URL.
+        max_bytes: Chunks in the cache, of all URLs together; beyond that the least recently used are deleted.
+    """
+
+    def __init__(self, url: str, cache_dir: Path, *, max_bytes: int) -> None:
+        self.url = url.rstrip("/")
+        self._cache, self._max_bytes = cache_dir / "remote", max_bytes
+        digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        self.folder = self._cache / f"{urlsplit(self.url).path.rpartition('/')[2] or 'bucket'}-{digest}"
+        """Where the files lie once they are fetched."""
+        self._downloader: tuple[int, Any] | None = None
+
+    def fetch_small(self, name: str) -> None:
+        """Fetch a file that may have changed, within :data:`SECONDS_TO_FAIL`.
+
+        Raises:
+            UsageError: there is no such file or bucket, no access, no answer in time, or no library for the store.
+        """
+        errors: list[Exception] = []
+
+        def work() -> None:
+            try:
+                self._download(name)
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        thread.join(SECONDS_TO_FAIL)
+        if thread.is_alive():
+            raise UsageError(f"{self.url}/{name}: no answer within {SECONDS_TO_FAIL} seconds; check the endpoint")
+        if errors:
+            raise errors[0]
+
+    def fetch_chunk(self, name: str, num_bytes: int) -> tuple[Path, bool]:
+        """A chunk's file in the cache, downloaded unless one of the right size is there.
+
+        Args:
+            name: Path below the URL.
+            num_bytes: Size of the file.
+
+        Returns:
+            The file, and whether it was downloaded now.
+
+        Raises:
+            UsageError: as for :meth:`fetch_small`.
+        """
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            found = path.is_file() and path.stat().st_size == num_bytes
+            if not found:
+                self._download(name)
+        os.utime(path)
+        self._evict(keep=path)
+        return path, not found
+
+    def _download(self, name: str) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+        try:
+            with partial.open("wb") as file:
+                # Not download_file: it returns without the file where another process holds its lock.
+                self._connect().download_fileobj(f"{self.url}/{name}", file)
+            os.replace(partial, path)
+        except Exception as error:
+            if not _is_of_store(error):
+                raise
+            raise UsageError(
+                f"{self.url}/{name}: {str(error).splitlines()[0]}; check the URL, the endpoint and the credentials "
+                "in the environment"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _connect(self) -> Any:
+        """A downloader of this process; connections don't survive a fork."""
+        if self._downloader is None or self._downloader[0] != os.getpid():
+            from botocore.config import Config
+            from litdata.streaming.downloader import get_downloader
+
+            options: dict[str, Any] = {}
+            if self.url.startswith("s3://"):
+                retries = {"total_max_attempts": 3, "mode": "standard"}
+                options["config"] = Config(connect_timeout=5, read_timeout=15, retries=retries)
+            try:
+                self._downloader = os.getpid(), get_downloader(self.url, str(self.folder), [], options)
+            except ModuleNotFoundError as error:
+                raise UsageError(
+                    f"{self.url}: gs:// needs google-cloud-storage: pip install 'ropepp-lit[gs]'"
+                ) from error
+        return self._downloader[1]
+
+    def _evict(self, keep: Path) -> None:
+        """Delete chunks until the cache has its size; who has a deleted one open can read on."""
+        chunks = []
+        for path in self._cache.rglob("chunk-*.bin"):
+            try:
+                stat = path.stat()
+            except FileNotFoundError:  # another process was first
+                continue
+            chunks.append((stat.st_mtime, stat.st_size, path))
+        total = sum(size for _, size, _ in chunks)
+        for _, size, path in sorted(chunks):
+            if total <= self._max_bytes:
+                return
+            if path != keep:
+                path.unlink(missing_ok=True)
+                total -= size
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_downloader": None}
+
+
+def _is_of_store(error: Exception) -> bool:
+    """Whether the store or the way to it is at fault, and not this program."""
+    return type(error).__module__.split(".")[0] in {"boto3", "botocore", "s3transfer", "google", "requests", "urllib3"}

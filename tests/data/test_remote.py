@@ -1,0 +1,157 @@
+import json
+import os
+import pickle
+import socket
+import time
+from types import SimpleNamespace
+
+import boto3
+import pytest
+import torch
+from moto.server import ThreadedMotoServer
+
+from ropepp_lit.data.prepare import Settings, prepare
+from ropepp_lit.data.remote import RemoteFolder
+from ropepp_lit.data.shards import Manifest
+from ropepp_lit.data.token_data import TokenData
+from ropepp_lit.errors import UsageError
+
+BUCKET = "tokens"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """A prepared folder of many small chunks."""
+    folder = tmp_path_factory.mktemp("remote")
+    texts = folder / "texts"
+    texts.mkdir()
+    for number in range(80):
+        (texts / f"{number:02}.txt").write_text(f"text {number} " * (20 + number % 11))
+    settings = Settings(tokenizer="bytes", validation_fraction=0.2, chunk_bytes=1000)
+    prepare([str(texts)], settings, out=folder / "shards", show_progress=False)
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def server(shards):
+    """Address of a local S3 server that holds the folder at s3://tokens/shards."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=url, **keys)
+    client.create_bucket(Bucket=BUCKET)
+    for path in shards.rglob("*"):
+        if path.is_file():
+            client.upload_file(str(path), BUCKET, f"shards/{path.relative_to(shards)}")
+    yield url
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch, request):
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "test"),
+        ("AWS_SECRET_ACCESS_KEY", "test"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_EC2_METADATA_DISABLED", "true"),
+    ):
+        monkeypatch.setenv(name, value)
+    if "server" in request.fixturenames:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("server"))
+
+
+def make(source, cache, *, num_workers=0, **settings):
+    data = TokenData(
+        source=str(source), context_length=64, batch_size=4, num_workers=num_workers, cache_dir=str(cache), **settings
+    )
+    data.trainer = SimpleNamespace(max_steps=60, accumulate_grad_batches=1, distributed_sampler_kwargs=None)
+    data.check()
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_same_batches_as_from_disk(server, shards, tmp_path, num_workers):
+    local = make(shards, tmp_path)
+    remote = make(f"s3://{BUCKET}/shards", tmp_path, num_workers=num_workers)
+    for get in (TokenData.train_dataloader, lambda data: data.val_dataloader()[0]):
+        here, there = (torch.cat([batch.input_ids for batch in get(data)]) for data in (local, remote))
+        assert torch.equal(here, there)
+    assert remote.identity == local.identity
+
+
+def test_a_cache_of_bounded_size(server, shards, tmp_path):
+    local, remote = make(shards, tmp_path), make(f"s3://{BUCKET}/shards", tmp_path, max_cache_size="5kB")
+    here, there = (torch.cat([b.input_ids for b in data.train_dataloader()]) for data in (local, remote))
+    assert torch.equal(here, there)
+    remote._train._shards[0]._fetching[1].shutdown()
+    kept = [path.stat().st_size for path in tmp_path.rglob("chunk-*.bin")]
+    whole = sum(path.stat().st_size for path in (shards / "train").glob("chunk-*.bin"))
+    assert 3000 < sum(kept) <= 5000 < whole
+
+
+def test_a_damaged_chunk_is_named_and_not_kept(server, shards, tmp_path):
+    chunk = Manifest.read(shards).splits["train"].chunks[0].filename
+    content = bytearray((shards / "train" / chunk).read_bytes())
+    content[-5] ^= 4
+    client = boto3.client("s3", endpoint_url=server)
+    client.put_object(Bucket=BUCKET, Key=f"damaged/train/{chunk}", Body=bytes(content))
+    for name in ("manifest.json", "tokenizer.json"):
+        client.upload_file(str(shards / name), BUCKET, f"damaged/{name}")
+    data = make(f"s3://{BUCKET}/damaged", tmp_path)
+    with pytest.raises(UsageError, match=rf"{chunk}: its checksum is not the manifest's.*s3://{BUCKET}/damaged"):
+        data._train._shards[0]._chunk(0)
+    assert not list(tmp_path.rglob(chunk))
+    with pytest.raises(UsageError, match=rf"s3://{BUCKET}/damaged/train/.*Not Found.*check the URL"):
+        data._train._shards[0]._chunk(1)
+
+
+def test_a_changed_manifest_is_seen(server, shards, tmp_path):
+    client = boto3.client("s3", endpoint_url=server)
+    values = json.loads((shards / "manifest.json").read_text())
+    for name in ("manifest.json", "tokenizer.json"):
+        client.upload_file(str(shards / name), BUCKET, f"changed/{name}")
+    make(f"s3://{BUCKET}/changed", tmp_path)
+    values["fingerprint"] = "other"
+    client.put_object(Bucket=BUCKET, Key="changed/manifest.json", Body=json.dumps(values).encode())
+    assert make(f"s3://{BUCKET}/changed", tmp_path).manifest.fingerprint == "other"
+
+
+def test_missing_buckets_and_folders(server, tmp_path):
+    for url in ("s3://no-such-bucket/shards", f"s3://{BUCKET}/no-such-folder"):
+        started = time.monotonic()
+        with pytest.raises(UsageError, match=f"{url}/manifest.json: .*Not Found.*check the URL"):
+            make(url, tmp_path)
+        assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("kind", ["refused", "silent"])
+def test_dead_endpoints_fail_in_time(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("ropepp_lit.data.remote.SECONDS_TO_FAIL", 4)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        if kind == "silent":
+            listener.listen()  # takes the connection and never answers
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        started = time.monotonic()
+        expected = "Could not connect" if kind == "refused" else "no answer within 4 seconds"
+        with pytest.raises(UsageError, match=f"s3://{BUCKET}/shards/manifest.json: {expected}"):
+            make(f"s3://{BUCKET}/shards", tmp_path)
+        assert time.monotonic() - started < 10
+
+
+def test_google_storage_needs_its_library(tmp_path, monkeypatch):
+    monkeypatch.setattr("litdata.streaming.downloader._GOOGLE_STORAGE_AVAILABLE", "")
+    with pytest.raises(UsageError, match=r"gs://bucket/shards: gs:// needs google-cloud-storage: pip install"):
+        make("gs://bucket/shards", tmp_path)
+
+
+def test_workers_make_connections_of_their_own(tmp_path):
+    folder = RemoteFolder("s3://bucket/shards/", tmp_path, max_bytes=10**9)
+    folder._connect()
+    assert folder._downloader[0] == os.getpid()
+    assert pickle.loads(pickle.dumps(folder))._downloader is None
+    assert folder.url == "s3://bucket/shards"
