@@ -1,6 +1,7 @@
 """Speed and memory of `prepare` against litdata's optimize, in one run, with the same tokenizer on the same text.
 
     python tools/benchmark_prepare.py
+    python tools/benchmark_prepare.py --megabytes 1000 --zst    # prepare alone: memory does not grow with the input
 
 Each way runs in a process of its own on one file of JSON lines; memory is the growth of the resident set, that of
 child processes included. The text is the source code of Python's standard library, repeated to the size asked for.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import multiprocessing
 import platform
@@ -22,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
+import pyarrow
 import torch
 from litdata import TokensLoader, optimize
 
@@ -35,7 +38,8 @@ WORKERS = 2
 def write_corpus(path: Path, num_bytes: int) -> int:
     texts = [record.text for _, record in Reader(find_files(["builtin"], key="builtin")) if record.text]
     written = 0
-    with path.open("w", encoding="utf-8") as file:
+    opened = pyarrow.output_stream(path, compression="zstd" if path.suffix == ".zst" else None)
+    with io.TextIOWrapper(opened, encoding="utf-8") as file:
         while written < num_bytes:
             for text in texts:
                 file.write(json.dumps({"text": text}) + "\n")
@@ -102,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=100, help="of text")
     parser.add_argument("--vocab_size", type=int, default=4096, help="of the BPE")
+    parser.add_argument("--zst", action="store_true", help="as .jsonl.zst, which optimize has no reader for")
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
@@ -109,7 +114,7 @@ def main() -> None:
         bpe = Settings(train_tokenizer=options.vocab_size)
         prepare(["builtin"], bpe, out=folder / "builtin", show_progress=False)
         tokenizer = str(folder / "builtin" / "tokenizer.json")
-        path = folder / "corpus.jsonl"
+        path = folder / ("corpus.jsonl.zst" if options.zst else "corpus.jsonl")
         size = write_corpus(path, options.megabytes * 10**6)
         print(
             f"{size / 1e6:.0f} MB of text, BPE of {options.vocab_size:,} tokens, {WORKERS} workers\n"
@@ -117,8 +122,8 @@ def main() -> None:
             "| way                  | seconds | MB/s  | memory grows by |\n"
             "|----------------------|---------|-------|-----------------|"
         )
-        runs = {
-            "litdata.optimize, BPE": (by_litdata, tokenizer),
+        runs = {} if options.zst else {"litdata.optimize, BPE": (by_litdata, tokenizer)}
+        runs |= {
             "prepare, BPE": (by_prepare, tokenizer),
             "prepare, bytes": (by_prepare, "bytes"),
         }

@@ -44,7 +44,7 @@ from ropepp_lit.data.sources import START, Cursor, Reader, Record, Source, find_
 from ropepp_lit.data.tokenizer import BOS, EOS, TextTokenizer, load_tokenizer, train_tokenizer
 from ropepp_lit.errors import UsageError
 
-PART_BYTES = 64 * 2**20
+PART_BYTES = 32 * 2**20
 """Bytes of text in a part: what a kill costs at most."""
 
 BATCH_BYTES = 2**19
@@ -263,7 +263,7 @@ class _Work:
             read += 1
             tokens += 0 if ids is None else len(ids)
             self._add(writer, record, ids)
-            if read % 1000 == 0:
+            if read % 50 == 0:
                 rate = tokens / (time.monotonic() - self._started)
                 self._bar.set_postfix_str(f"{read:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
             if writer.num_bytes >= PART_BYTES:
@@ -315,7 +315,7 @@ class _Work:
                 if size >= BATCH_BYTES:
                     submit()
                     batch, size = [], 0
-                    if len(pending) > 2:
+                    if len(pending) > 1:
                         yield from self._results(*pending.popleft())
                     self._bar.update(reader.bytes_read - self._bar.n)
             submit()

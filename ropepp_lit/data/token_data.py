@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ropepp_lit.data.plan import PATTERN_SAMPLES, BlockPlan, Mixture
 from ropepp_lit.data.remote import RemoteFolder, is_remote
-from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenShards
+from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenSet, TokenShards
 from ropepp_lit.data.sources import BUILTIN, find_files
 from ropepp_lit.data.tokenizer import check_choice
 from ropepp_lit.errors import UsageError
@@ -44,6 +44,8 @@ class TokenData(LightningDataModule):
         source: A folder that `ropepp-lit prepare` wrote, here or in an object store (`s3://…`, `gs://…`); or text to be
             prepared now: `builtin` (the source code of Python's standard library), a folder of UTF-8 files, each a
             document, JSON lines, parquet. Or several, each with its weight: `{shards/long: 0.6, shards/short: 0.4}`.
+        validation: Further validation sets: a name, and a folder that `ropepp-lit prepare` wrote; all of its documents
+            are read unless some are held out there. Each set is reported by itself.
         tokenizer: `bytes` (one token per byte), a tokenizer.json, or a Hugging Face folder or name on the Hub.
         train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with so many tokens on the training documents.
         context_length: Tokens in each row.
@@ -62,6 +64,7 @@ class TokenData(LightningDataModule):
         self,
         *,
         source: dict[str, float] | str = "builtin",
+        validation: dict[str, str] | None = None,
         tokenizer: str | None = None,
         train_tokenizer: int | None = None,
         context_length: int = 512,
@@ -81,23 +84,23 @@ class TokenData(LightningDataModule):
         for name, weight in self.weights.items():
             if not weight / sum(self.weights.values()) >= 1 / PATTERN_SAMPLES:
                 raise UsageError(f"data.source: {name}: weight {weight} must be at least a thousandth of their sum")
+        self.validation = dict(validation or {})
         self._cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         max_bytes = parse_bytes("data.max_cache_size", max_cache_size)
-        self._remotes = {
-            name: RemoteFolder(name, self._cache_dir, max_bytes=max_bytes) for name in self.weights if is_remote(name)
-        }
-        prepared = {
-            name: name in self._remotes or (Path(name).expanduser() / MANIFEST).is_file() for name in self.weights
-        }
-        if not all(prepared.values()):
+        self._remotes: dict[str, RemoteFolder] = {}
+        self._folders: dict[str, Path] = {}
+        for name in (*self.weights, *self.validation.values()):
+            if is_remote(name):
+                self._remotes[name] = RemoteFolder(name, self._cache_dir, max_bytes=max_bytes)
+                self._folders[name] = self._remotes[name].folder
+            elif (Path(name).expanduser() / MANIFEST).is_file():
+                self._folders[name] = Path(name).expanduser()
+            elif name not in self.weights:
+                raise UsageError(f"data.validation: {name} holds no token shards; make them by `ropepp-lit prepare`")
+        if any(name not in self._folders for name in self.weights):
             check_choice("data.", tokenizer, train_tokenizer)
         elif tokenizer is not None or train_tokenizer is not None:
             raise UsageError(f"data.tokenizer: {source} holds token shards and their tokenizer; set neither here")
-        self._folders = {
-            name: self._remotes[name].folder if name in self._remotes else Path(name).expanduser()
-            for name, is_prepared in prepared.items()
-            if is_prepared
-        }
         for name, value, least in (
             ("context_length", context_length, 1),
             ("batch_size", batch_size, 1),
@@ -132,33 +135,46 @@ class TokenData(LightningDataModule):
                 name; nothing is held out.
         """
         self._find()
-        tokenizers = {}
         self.manifests: dict[str, Manifest] = {}
-        sources = []
-        for source in self.weights:
-            folder = self._folders[source]
+        self.validation_sets: dict[str, TokenSet] = {}
+        """What each validation set holds, by name: documents held out of the sources, and `validation`."""
+        tokenizers: dict[str, str] = {}
+        train, validation = [], []
+        for source, weight in self.weights.items():
             name = source if source == BUILTIN else Path(source).resolve().name
             if name in self.manifests:
                 raise UsageError(f"data.source: two sources are called {name}; rename a folder")
-            self.manifests[name] = Manifest.read(folder)
-            tokenizers[name] = (folder / TOKENIZER).read_text(encoding="utf-8")
-            sources.append((source, folder, self.manifests[name]))
-        self.manifest = next(iter(self.manifests.values()))
-        self.tokenizer_json = next(iter(tokenizers.values()))
-        for name, text in tokenizers.items():
-            if text != self.tokenizer_json:
-                raise UsageError(
-                    f"data.source: {name} was tokenized by another tokenizer than {next(iter(tokenizers))}"
-                )
-        self.validation_sets = [name for name, manifest in self.manifests.items() if "validation" in manifest.splits]
-        """Names of the sources that hold documents out; each is validated by itself."""
+            opened = self._open(source, name, tokenizers, weight)
+            self.manifests[name] = opened.manifest
+            train.append(opened)
+            if "validation" in opened.manifest.splits:
+                self.validation_sets[name] = opened.manifest.splits["validation"]
+                validation.append((opened, "validation"))
+        for name, folder in self.validation.items():
+            if name in self.validation_sets:
+                raise UsageError(f"data.validation: a source holds out documents as {name}; choose another name")
+            opened = self._open(folder, name, tokenizers)
+            split = "validation" if "validation" in opened.manifest.splits else "train"
+            self.validation_sets[name] = opened.manifest.splits[split]
+            validation.append((opened, split))
         if not self.validation_sets:
             raise UsageError(
-                "data.source: no source holds validation documents; prepare one with --validation_fraction"
+                "data.source: no source holds validation documents; prepare one with --validation_fraction, or name a "
+                "folder by data.validation"
             )
-        self._train = _Blocks(sources, "train", self)
-        held_out = [source for source in sources if "validation" in source[2].splits]
-        self._validation = [_Blocks([source], "validation", self) for source in held_out]
+        self.manifest = next(iter(self.manifests.values()))
+        self.tokenizer_json = next(iter(tokenizers.values()))
+        self._train = _Blocks(train, "train", self, in_order=False)
+        self._validation = [_Blocks([opened], split, self, in_order=True) for opened, split in validation]
+
+    def _open(self, source: str, name: str, tokenizers: dict[str, str], weight: float = 1.0) -> _Source:
+        folder = self._folders[source]
+        text = (folder / TOKENIZER).read_text(encoding="utf-8")
+        for other, known in tokenizers.items():
+            if text != known:
+                raise UsageError(f"data.source: {name} was tokenized by another tokenizer than {other}")
+        tokenizers[name] = text
+        return _Source(source, folder, Manifest.read(folder), self._remotes.get(source), weight)
 
     def _find(self) -> None:
         """Make the folder of each source known."""
@@ -177,10 +193,6 @@ class TokenData(LightningDataModule):
                 )
                 self._folders[source] = prepare.prepare_cached(source, settings, cache_dir=self._cache_dir)
 
-    def remote_of(self, source: str) -> RemoteFolder | None:
-        """The object store of a source; None where it lies here."""
-        return self._remotes.get(source)
-
     def begin_text(self, ids: list[int]) -> list[int]:
         """Token ids of a text as the model reads it from its beginning: behind the token that opens a document.
 
@@ -196,9 +208,8 @@ class TokenData(LightningDataModule):
         sources = [list(pair) for pair in zip(fingerprints, self.weights.values(), strict=True)]
         return {"sources": sources, "context_length": self.context_length, "seed": self.seed}
 
-    def predicted_tokens(self, name: str, split: str = "validation") -> int:
-        """Tokens of a source's split that count as labels: if documents don't see each other, none foresees another."""
-        tokens = self.manifests[name].splits[split]
+    def predicted_tokens(self, tokens: TokenSet) -> int:
+        """Tokens that count as labels: where documents don't see each other, none foresees another."""
         return tokens.tokens - (tokens.documents if self.intra_document_masking else 1)
 
     def bytes_per_token(self, name: str | None = None) -> float:
@@ -207,13 +218,11 @@ class TokenData(LightningDataModule):
         Args:
             name: Of a validation set; empty means the training data as they are mixed.
         """
-        if name is not None:
-            return self.manifests[name].splits["validation"].bytes / self.predicted_tokens(name)
-        ratios = [
-            manifest.splits["train"].bytes / self.predicted_tokens(source, "train")
-            for source, manifest in self.manifests.items()
-        ]
+        sets = [manifest.splits["train"] for manifest in self.manifests.values()]
         weights = list(self.weights.values())
+        if name is not None:
+            sets, weights = [self.validation_sets[name]], [1.0]
+        ratios = [tokens.bytes / self.predicted_tokens(tokens) for tokens in sets]
         return sum(w * ratio for w, ratio in zip(weights, ratios, strict=True)) / sum(weights)
 
     def train_dataloader(self) -> TrainLoader:
@@ -315,24 +324,34 @@ class _Batches:
             yield list(range(start, start + self._batch_size))
 
 
+class _Source(NamedTuple):
+    """Prepared shards, and how much of the training they are."""
+
+    name: str
+    folder: Path
+    manifest: Manifest
+    remote: RemoteFolder | None
+    weight: float
+
+
 class _Blocks(Dataset):
     """Samples of a split as [context_length + 1] tokens; -100 where validation has run out of them."""
 
-    def __init__(self, sources: list[tuple[str, Path, Manifest]], split: str, data: TokenData) -> None:
+    def __init__(self, sources: list[_Source], split: str, data: TokenData, *, in_order: bool) -> None:
         self._context_length, self._eos_token_id = data.context_length, data.manifest.eos_token_id
         self._intra_document_masking = data.intra_document_masking
-        self._in_order = split == "validation"
-        self._mixture = Mixture([data.weights[source] for source, _, _ in sources], seed=data.seed)
+        self._in_order = in_order
+        self._mixture = Mixture([source.weight for source in sources], seed=data.seed)
         self._shards, self._plans = [], []
-        for number, (source, folder, manifest) in enumerate(sources):
-            shards = TokenShards(folder, manifest, split, remote=data.remote_of(source))
+        for number, source in enumerate(sources):
+            shards = TokenShards(source.folder, source.manifest, split, remote=source.remote)
             chunk_tokens = [chunk.tokens for chunk in shards.chunks]
-            seed = None if self._in_order else data.seed + 1_000_003 * number
+            seed = None if in_order else data.seed + 1_000_003 * number
             plan = BlockPlan(chunk_tokens, context_length=data.context_length, seed=seed)
             if plan.blocks_per_pass == 0:
                 raise UsageError(
                     f"data.context_length: {data.context_length} is longer than the {sum(chunk_tokens):,} tokens of "
-                    f"{split} in {source}; give more text or a shorter context"
+                    f"{split} in {source.name}; give more text or a shorter context"
                 )
             self._shards.append(shards)
             self._plans.append(plan)

@@ -62,7 +62,7 @@ class CausalLM(LightningModule):
     def setup(self, stage: str) -> None:
         """One loss for each validation set."""
         data = getattr(self.trainer, "datamodule", None)
-        names = data.validation_sets if isinstance(data, TokenData) else ["validation"]
+        names = list(data.validation_sets) if isinstance(data, TokenData) else ["validation"]
         if list(self._val_losses) != names:
             self._val_losses = {name: TokenLoss() for name in names}
             self.val_losses = torch.nn.ModuleList(self._val_losses.values())  # so that Lightning moves them

@@ -220,15 +220,15 @@ Next:
         if not self.model.last_validation:
             rank_zero_print("Not validated, as trainer.limit_val_batches says.")
         for name, values in self.model.last_validation.items():
-            held_out = self.datamodule.manifests[name].splits["validation"]
-            gzip = 8 * held_out.gzip_bytes / held_out.bytes
-            whole = self.datamodule.predicted_tokens(name)
+            held_out = self.datamodule.validation_sets[name]
+            gzip = f"   {8 * held_out.gzip_bytes / held_out.bytes:.3f} (gzip -9)" if held_out.gzip_bytes else ""
+            whole = self.datamodule.predicted_tokens(held_out)
             rank_zero_print(
                 f"""
 Held-out text of {name} ({held_out.documents:,} documents, {held_out.bytes:,} bytes) at step {values["step"]:,.0f}, \
 {values["tokens"]:,.0f} of {whole:,} tokens:
   loss {values["loss"]:.4f} nats per token, perplexity {values["perplexity"]:.2f}
-  bits per byte: {values["bits_per_byte"]:.3f} (this model)   {gzip:.3f} (gzip -9)"""
+  bits per byte: {values["bits_per_byte"]:.3f} (this model){gzip}"""
             )
 
 

@@ -206,9 +206,27 @@ def test_a_mixture_begun_by_two_ranks_is_continued_by_one(make, mixture):
 
 def test_validation_sets_of_a_mixture(make, mixture):
     data = make(source=mixture, tokenizer=None)
-    assert data.validation_sets == ["long", "short"]
-    for name, loader in zip(data.validation_sets, data.val_dataloader(), strict=True):
-        assert sum((batch.labels >= 0).sum() for batch in loader) == data.predicted_tokens(name)
+    assert list(data.validation_sets) == ["long", "short"]
+    for tokens, loader in zip(data.validation_sets.values(), data.val_dataloader(), strict=True):
+        assert sum((batch.labels >= 0).sum() for batch in loader) == data.predicted_tokens(tokens)
+
+
+def test_validation_sets_of_their_own(make, source, tmp_path):
+    prepare([str(source)], Settings(tokenizer="bytes"), out=tmp_path / "all", show_progress=False)
+    prepare(
+        [str(source)], Settings(tokenizer="bytes", validation_fraction=0.3), out=tmp_path / "some", show_progress=False
+    )
+    sets = {"everything": str(tmp_path / "all"), "held out": str(tmp_path / "some")}
+    data = make(source=tmp_path / "all", tokenizer=None, validation=sets)
+    documents = {name: tokens.documents for name, tokens in data.validation_sets.items()}
+    assert documents == {"everything": 60, "held out": data.validation_sets["held out"].documents}
+    assert 0 < documents["held out"] < 40
+    for tokens, loader in zip(data.validation_sets.values(), data.val_dataloader(), strict=True):
+        assert sum((batch.labels >= 0).sum() for batch in loader) == data.predicted_tokens(tokens)
+    with pytest.raises(UsageError, match=r"data\.validation: .*nowhere holds no token shards; make them by"):
+        make(validation={"text": str(tmp_path / "nowhere")})
+    with pytest.raises(UsageError, match=r"data\.validation: a source holds out documents as some"):
+        make(source=tmp_path / "some", tokenizer=None, validation={"some": str(tmp_path / "all")})
 
 
 def test_mixtures_that_cannot_be(make, mixture, source, tmp_path):

@@ -114,10 +114,10 @@ def test_validation_figures_equal_a_plain_loop(train, precision):
             logits = model.decoder(batch.input_ids, documents=batch.documents).double()
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
             total, count = total + losses.sum().item(), count + (batch.labels >= 0).sum().item()
-    (name,) = data.validation_sets
+    ((name, tokens),) = data.validation_sets.items()
     figures = model.last_validation[name]
     tolerance = 1e-5 if precision.startswith(("32", "64")) else 1e-3
-    assert figures["tokens"] == count == data.predicted_tokens(name)
+    assert figures["tokens"] == count == data.predicted_tokens(tokens)
     assert figures["loss"] == pytest.approx(total / count, rel=tolerance)
     assert figures["perplexity"] == pytest.approx(math.exp(total / count), rel=10 * tolerance)
     bits = total / math.log(2) / data.manifest.splits["validation"].bytes
