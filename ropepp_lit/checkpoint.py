@@ -7,19 +7,25 @@ A checkpoint is Lightning's, plus one entry `ropepp_lit` of plain dicts, lists a
 |------------------|--------------------------------------------------------------------------------------|
 | `format_version` | 1                                                                                    |
 | `architecture`   | `decoder` (geometry), `positions` and `frequencies` (each `class_path`, `init_args`) |
-| `optimizer`      | class name of the optimizer's settings: `AdamW` or `Muon`                            |
+| `optimizer`      | class name of the optimizer's settings: `AdamW` or `Muon`; None where no state is    |
 | `recipe`         | the whole recipe of the run, or None where it was not started by the command         |
 | `tokenizer`      | the tokenizer's JSON, or None                                                        |
 | `bos_token_id`   | what texts begin with, or None                                                       |
 | `eos_token_id`   | what ends a document, or None                                                        |
 | `tokens_seen`    | tokens that all ranks have read since the run began                                  |
+| `context_length` | tokens that the model was made to read at once, or None                              |
+| `validation`     | what the newest validation found, by set                                             |
+| `origin`         | what the weights began from, or None where they were random                          |
+| `tokenizer_config` | the tokenizer's settings in Hugging Face's JSON, or None                           |
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import pickle
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,24 +47,63 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint without running anything that it holds; tensors stay on disk until they are used.
 
     Args:
-        path: A file that `ropepp-lit fit` wrote.
+        path: A .ckpt file.
 
     Raises:
         UsageError: no such file, or not a checkpoint of ours.
     """
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"{path}: no such checkpoint; name a .ckpt file that `ropepp-lit fit` wrote")
+        raise UsageError(f"{path}: no such checkpoint; name a .ckpt file, or a folder in Hugging Face's format")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         raise UsageError(f"{path}: not a readable checkpoint: the file is damaged, or is something else") from error
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise UsageError(f"{path}: not a checkpoint of ropepp-lit (it has no entry {KEY!r})")
-    version = checkpoint[KEY]["format_version"]
-    if version != FORMAT_VERSION:
-        raise UsageError(f"{path}: format_version {version}, and this version of ropepp-lit reads {FORMAT_VERSION}")
+    found = checkpoint[KEY]["format_version"]
+    if found != FORMAT_VERSION:
+        raise UsageError(f"{path}: format_version {found}, and this version of ropepp-lit reads {FORMAT_VERSION}")
     return checkpoint
+
+
+def make_checkpoint(weights: dict[str, Tensor], **entry: Any) -> dict[str, Any]:
+    """A checkpoint of weights alone, as :func:`read_checkpoint` would return it.
+
+    Args:
+        weights: By the decoder's own names.
+        entry: Values of the entry `ropepp_lit`; those left out are None, `tokens_seen` is 0.
+    """
+    empty: dict[str, Any] = dict.fromkeys(("optimizer", "recipe", "tokenizer", "bos_token_id", "eos_token_id"))
+    empty |= dict.fromkeys(("context_length", "origin", "tokenizer_config"))
+    return {
+        "state_dict": {WEIGHTS_PREFIX + name: value for name, value in weights.items()},
+        "global_step": 0,
+        "pytorch-lightning_version": version("lightning"),
+        KEY: {"format_version": FORMAT_VERSION, **empty, "tokens_seen": 0, "validation": {}, **entry},
+    }
+
+
+def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint, which appears under its name only when it is complete.
+
+    Raises:
+        UsageError: there is a file of that name, or no room.
+    """
+    if path.exists():
+        raise UsageError(f"{path}: there already; name another file")
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def decoder_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

@@ -13,6 +13,9 @@ SUBCOMMANDS = {
     "fit": ("train a model by a recipe", "ropepp_lit.train.cli"),
     "validate": ("measure a checkpoint on held-out text", "ropepp_lit.train.cli"),
     "prepare": ("turn text into token shards", "ropepp_lit.prepare"),
+    "import": ("turn a Hugging Face folder into a checkpoint", "ropepp_lit.convert"),
+    "export": ("turn a checkpoint into a Hugging Face folder", "ropepp_lit.convert"),
+    "upcycle": ("turn a RoPE checkpoint into a RoPE++ one", "ropepp_lit.convert"),
     "generate": ("let a checkpoint write", "ropepp_lit.generate"),
 }
 """What each subcommand does, and the module whose `main(arguments)` does it; the subcommand is the first argument."""

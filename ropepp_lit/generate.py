@@ -18,7 +18,7 @@ def generate(
     """Let a checkpoint continue a prompt, streamed to the terminal.
 
     Args:
-        checkpoint: A .ckpt file that `ropepp-lit fit` wrote.
+        checkpoint: A .ckpt file, or a Hugging Face folder.
         prompt: What the model continues; empty starts a new document.
         max_new_tokens: Tokens to write at most; writing ends with the document.
         temperature: Divides the logits; 0 takes the most likely token each time (greedy).
@@ -30,14 +30,15 @@ def generate(
     from tokenizers import Tokenizer
     from tokenizers.decoders import DecodeStream
 
-    from ropepp_lit.checkpoint import KEY, load_decoder, read_checkpoint
+    from ropepp_lit.checkpoint import KEY, load_decoder
     from ropepp_lit.errors import UsageError
+    from ropepp_lit.hf.folder import open_checkpoint
     from ropepp_lit.nn import generation
 
     generation.check_sampling("", temperature, top_p)
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens: {max_new_tokens} must be 1 or more")
-    contents = read_checkpoint(checkpoint)
+    contents = open_checkpoint(checkpoint)
     ours = contents[KEY]
     if ours["tokenizer"] is None:
         raise UsageError(f"{checkpoint}: holds no tokenizer, so it cannot read a prompt or write text")

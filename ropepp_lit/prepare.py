@@ -39,7 +39,8 @@ def prepare(
         sources: Text files, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, folders or globs of them, `builtin`, or a
             Hugging Face dataset: hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.
         out: Folder of the shards: a new or empty one.
-        tokenizer: `bytes`, a tokenizer.json, or a Hugging Face folder or name on the Hub (ORGANIZATION/MODEL).
+        tokenizer: `bytes`, a tokenizer.json, a .ckpt file, or a Hugging Face folder or name on the Hub
+            (ORGANIZATION/MODEL).
         train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with so many tokens on the documents.
         bos_token: What opens documents; empty means what the tokenizer's folder says, else nothing.
         eos_token: What closes documents; empty means what the tokenizer's folder says, else the first known one.

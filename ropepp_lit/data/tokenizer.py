@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ropepp_lit.checkpoint import KEY, read_checkpoint
 from ropepp_lit.errors import UsageError
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
@@ -82,7 +83,8 @@ def load_tokenizer(name: str, *, bos_token: str | None = None, eos_token: str | 
     """A tokenizer by name.
 
     Args:
-        name: `bytes`, a tokenizer.json, or a Hugging Face folder or name on the Hub (ORGANIZATION/MODEL).
+        name: `bytes`, a tokenizer.json, a checkpoint of ours, or a Hugging Face folder or name on the Hub
+            (ORGANIZATION/MODEL).
         bos_token: What opens documents; empty means what the folder's tokenizer_config.json says, else nothing.
         eos_token: What closes documents; empty means what the folder says, else the first known one in the vocabulary.
 
@@ -92,6 +94,8 @@ def load_tokenizer(name: str, *, bos_token: str | None = None, eos_token: str | 
     if name == "bytes":
         return byte_tokenizer()
     path = Path(name).expanduser()
+    if path.suffix == ".ckpt":
+        return _of_checkpoint(path)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         path = _fetch(name)
     is_folder = path.is_dir()
@@ -121,6 +125,16 @@ def load_tokenizer(name: str, *, bos_token: str | None = None, eos_token: str | 
     assert ids["eos_token"] is not None
     tokenizer.encode_special_tokens = True  # a text that spells a special token does not end its document
     return TextTokenizer(tokenizer, ids["bos_token"], ids["eos_token"])
+
+
+def _of_checkpoint(path: Path) -> TextTokenizer:
+    """The tokenizer that a checkpoint carries."""
+    ours = read_checkpoint(path)[KEY]
+    if ours["tokenizer"] is None or ours["eos_token_id"] is None:
+        raise UsageError(f"tokenizer: {path}: holds no tokenizer that says what closes a document")
+    tokenizer = Tokenizer.from_str(ours["tokenizer"])
+    tokenizer.encode_special_tokens = True  # a text that spells a special token does not end its document
+    return TextTokenizer(tokenizer, ours["bos_token_id"], ours["eos_token_id"])
 
 
 def _fetch(name: str) -> Path:

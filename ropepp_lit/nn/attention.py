@@ -105,6 +105,10 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(width, layout.num_query_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, layout.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, layout.num_key_value_heads * self.head_dim, bias=bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.has_norms = config.qk_norm
         self.o_proj = nn.Linear(layout.num_attention_heads * self.head_dim, width, bias=config.attention_output_bias)
 
     def forward(
@@ -132,6 +136,8 @@ class Attention(nn.Module):
             projection(hidden).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.has_norms:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = self.rotate(queries, keys, tables)
         if documents is not None and cache is None:
             return self.o_proj(attend_within_documents(queries, keys, values, documents).flatten(-2))

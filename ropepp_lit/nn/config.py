@@ -88,6 +88,9 @@ class DecoderConfig:
     mlp_bias: bool = False
     """Biases on the three projections of SwiGLU."""
 
+    qk_norm: bool = False
+    """RMSNorm of each query and key head before the rotation, as in Qwen 3."""
+
     tie_word_embeddings: bool = False
     """Use the embedding as the output layer."""
 

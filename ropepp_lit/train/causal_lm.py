@@ -10,8 +10,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, describe_architecture
+from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, decoder_weights, describe_architecture
 from ropepp_lit.data.token_data import Batch, TokenData, replica_of
+from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
 from ropepp_lit.nn.loss import IGNORE_INDEX
 from ropepp_lit.train.metrics import TokenLoss
@@ -29,6 +30,8 @@ class CausalLM(LightningModule):
         positions: Position scheme.
         frequencies: Base and scaling of the rotary frequencies.
         optimizer: Optimizer and its settings.
+        init_from: A checkpoint or a Hugging Face folder whose weights training begins with; optimizer, schedule and
+            data begin anew. Its geometry and variant must be the recipe's; base and scaling may be others.
         schedule: Learning rate by steps.
     """
 
@@ -40,6 +43,7 @@ class CausalLM(LightningModule):
         frequencies: Frequencies,
         optimizer: OptimizerConfig,
         schedule: Schedule,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
         self.config = decoder
@@ -47,8 +51,11 @@ class CausalLM(LightningModule):
         self.frequencies = frequencies
         self.optimizer_config = optimizer
         self.schedule = schedule
+        self.init_from = init_from
         self.recipe: dict[str, Any] | None = None
         """The run's whole recipe; the command sets it, and checkpoints carry it."""
+        self.tokenizer_config: str | None = None
+        """Hugging Face's settings of the tokenizer, where the weights began with a model that had them."""
         self.tokens_seen = 0
         """Tokens that all ranks have read since the run began."""
         self.last_validation: dict[str, dict[str, float]] = {}
@@ -71,6 +78,8 @@ class CausalLM(LightningModule):
         """Build the decoder (Lightning calls this once the precision and the strategy are known)."""
         if not hasattr(self, "decoder"):
             self.decoder = Decoder(self.config, self.scheme, self.frequencies)
+            if self.init_from is not None:
+                self.decoder.load_state_dict(decoder_weights(open_checkpoint(self.init_from)))
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule by steps."""
@@ -186,11 +195,17 @@ class CausalLM(LightningModule):
             "bos_token_id": getattr(manifest, "bos_token_id", None),
             "eos_token_id": getattr(manifest, "eos_token_id", None),
             "tokens_seen": self.tokens_seen,
+            "context_length": getattr(datamodule, "context_length", None),
+            "validation": self.last_validation,
+            "origin": self.init_from,
+            "tokenizer_config": self.tokenizer_config,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the count of tokens, and count batches as this recipe accumulates them."""
         self.tokens_seen, self._loaded_step = checkpoint[KEY]["tokens_seen"], checkpoint["global_step"]
+        if "loops" not in checkpoint:  # weights alone, to be validated
+            return
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         progress["is_last_batch"] = False  # the run may go on beyond the steps it was first meant to take
         batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches

@@ -17,11 +17,13 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from tokenizers import Tokenizer
 
 from ropepp_lit.arguments import OneLineErrors
 from ropepp_lit.checkpoint import KEY, decoder_weights, describe_architecture, read_checkpoint
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
+from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder, Frequencies, PositionScheme, RoPEPP
 from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
@@ -114,6 +116,7 @@ class RecipeCLI(LightningCLI):
                 "trainer.max_steps: give the number of optimizer steps, 1 or more; runs are counted in steps"
             )
         self._check()
+        self._check_init_from()
         folder = folder_of(self.trainer.default_root_dir)
         options = self.config_init["fit"]
         options.weights_only = True
@@ -155,6 +158,46 @@ class RecipeCLI(LightningCLI):
         if path is None:
             return
         checkpoint = read_checkpoint(path)
+        differences = self._compare(path, checkpoint)
+        if differences:
+            rank_zero_print(f"The recipe differs from that of {path} and holds: {differences}")
+        if self.subcommand != "fit":
+            return
+        optimizer = type(self.model.optimizer_config).__name__
+        if checkpoint[KEY]["optimizer"] is None:
+            raise UsageError(f"ckpt_path: {path} holds weights alone; begin with them by --model.init_from {path}")
+        if checkpoint[KEY]["optimizer"] != optimizer:
+            raise UsageError(
+                f"model.optimizer: {path} holds the state of {checkpoint[KEY]['optimizer']}, "
+                f"which {optimizer} cannot continue; use the same optimizer"
+            )
+        step, max_steps = checkpoint["global_step"], self.trainer.max_steps
+        left = f"{max_steps - step:,} steps are left" if step < max_steps else "raise --trainer.max_steps to go on"
+        rank_zero_print(f"Continuing from {path} at step {step:,} of {max_steps:,}: {left}")
+
+    def _check_init_from(self) -> None:
+        """Compare the weights that a run begins with, and say what changes."""
+        path = self.model.init_from
+        if path is None:
+            return
+        checkpoint = open_checkpoint(path)
+        changes = self._compare(path, checkpoint)
+        ours, context = checkpoint[KEY], self.datamodule.context_length
+        if ours.get("context_length") not in (None, context):
+            changes += f"{', ' if changes else ''}data.context_length {ours['context_length']:,} → {context:,}"
+        rank_zero_print(f"Beginning with the weights of {path}" + (f": {changes}" if changes else ""))
+        if ours["tokenizer"] is None:
+            return
+        known, used = (
+            Tokenizer.from_str(text).get_vocab() for text in (ours["tokenizer"], self.datamodule.tokenizer_json)
+        )
+        if known == used:
+            self.model.tokenizer_config = ours.get("tokenizer_config")
+        else:
+            rank_zero_print(f"Notice: the data's tokenizer is not that of {path}, so its embeddings mean other tokens.")
+
+    def _compare(self, path: str, checkpoint: dict[str, Any]) -> str:
+        """What differs between a checkpoint's architecture and the recipe's; its weights must fit."""
         trained = _flatten(checkpoint[KEY]["architecture"])
         wanted = _flatten(describe_architecture(self.model.config, self.model.scheme, self.model.frequencies))
         differences = ", ".join(
@@ -165,19 +208,7 @@ class RecipeCLI(LightningCLI):
         shapes = {name: value.shape for name, value in self._skeleton().state_dict().items()}
         if shapes != {name: value.shape for name, value in decoder_weights(checkpoint).items()}:
             raise UsageError(f"{path}: its weights do not fit the recipe's model ({differences}); mend the recipe")
-        if differences:
-            rank_zero_print(f"The recipe differs from that of {path} and holds: {differences}")
-        if self.subcommand != "fit":
-            return
-        optimizer = type(self.model.optimizer_config).__name__
-        if checkpoint[KEY]["optimizer"] != optimizer:
-            raise UsageError(
-                f"model.optimizer: {path} holds the state of {checkpoint[KEY]['optimizer']}, "
-                f"which {optimizer} cannot continue; use the same optimizer"
-            )
-        step, max_steps = checkpoint["global_step"], self.trainer.max_steps
-        left = f"{max_steps - step:,} steps are left" if step < max_steps else "raise --trainer.max_steps to go on"
-        rank_zero_print(f"Continuing from {path} at step {step:,} of {max_steps:,}: {left}")
+        return differences
 
     def _skeleton(self) -> Decoder:
         """The decoder without memory for its weights."""

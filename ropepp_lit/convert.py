@@ -1,0 +1,197 @@
+"""`ropepp-lit import`, `export` and `upcycle`: to and from Hugging Face, and from RoPE to RoPE++."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from ropepp_lit.arguments import call
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+Scaling = Literal["default", "linear", "yarn", "yarn_by_rotations", "llama3"]
+
+
+def import_(
+    source: str,
+    out: str,
+    *,
+    variant: Literal["rope", "ec", "eh"] | None = None,
+    rope_theta: float | None = None,
+    scaling: Scaling | None = None,
+    factor: float | None = None,
+    original_max_position_embeddings: int | None = None,
+    ignore: str = "",
+) -> None:
+    """Turn a Hugging Face folder into a checkpoint, with a recipe to go on from it.
+
+    Reads the families llama, mistral, qwen2 and qwen3, folders of the public RoPE++ code, and our own exports. No code
+    of the folder is run.
+
+    Args:
+        source: Folder with config.json and safetensors (or pytorch_model.bin, read as weights only).
+        out: The checkpoint to write, such as model.ckpt; a recipe of the same name is written beside it.
+        variant: What the shapes must be; empty takes what they are.
+        rope_theta: The base, where config.json does not say it.
+        scaling: The scaling of the rotary frequencies, where config.json does not say it (old RoPE++ folders).
+        factor: Of the scaling.
+        original_max_position_embeddings: Context that the scaling starts from.
+        ignore: Fields of config.json, separated by commas, that change nothing in the model.
+    """
+    from pathlib import Path
+
+    from ropepp_lit.checkpoint import KEY, write_checkpoint
+    from ropepp_lit.errors import UsageError
+    from ropepp_lit.hf.config import Rotary
+    from ropepp_lit.hf.folder import CONFIG, read_folder
+
+    if not (Path(source) / CONFIG).is_file():
+        raise UsageError(f"source: {source}: no {CONFIG} there; name a folder in Hugging Face's format")
+    path = _new_checkpoint(out)
+    checkpoint = read_folder(
+        Path(source),
+        variant=variant,
+        rotary=Rotary(scaling, factor, original_max_position_embeddings, rope_theta),
+        ignore=tuple(filter(None, ignore.split(","))),
+    )
+    write_checkpoint(path, checkpoint)
+    _report(path, checkpoint)
+    if checkpoint[KEY]["tokenizer"] is None:
+        print(f"Notice: {source} holds no tokenizer.json, so the checkpoint cannot read or write text.")
+
+
+def upcycle(
+    source: str,
+    out: str,
+    *,
+    variant: Literal["ec", "eh"],
+    pairs: Literal["average", "first"] = "average",
+    text: str | None = None,
+) -> None:
+    """Turn a RoPE checkpoint into a RoPE++ one, to be trained on.
+
+    EC has the output of the original, exactly: imaginary heads start with zeros in the output projection. EH has half
+    the heads, so it is an approximation to be trained on; --text measures how far the loss moves.
+
+    Args:
+        source: A .ckpt file with plain RoPE, or a Hugging Face folder.
+        out: The checkpoint to write, such as model-ec.ckpt; a recipe of the same name is written beside it.
+        variant: `ec` keeps the KV cache and doubles the attention heads; `eh` keeps the heads and halves the cache.
+        pairs: For EH: `average` each two heads, or keep the `first` of them.
+        text: A UTF-8 file on which the loss is measured before and after.
+    """
+    from pathlib import Path
+
+    from ropepp_lit.checkpoint import write_checkpoint
+    from ropepp_lit.hf.compare import compare
+    from ropepp_lit.hf.folder import open_checkpoint
+    from ropepp_lit.hf.upcycle import upcycle as work
+
+    path = _new_checkpoint(out)
+    original = open_checkpoint(source)
+    checkpoint = work(original, variant=variant, pairs=pairs)
+    comparison = compare(original, checkpoint, None if text is None else Path(text))
+    write_checkpoint(path, checkpoint)
+    print(comparison)
+    _report(path, checkpoint)
+
+
+def export(
+    checkpoint: str,
+    out: str,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    max_shard_size: str = "5GB",
+    check: bool = True,
+) -> None:
+    """Write a checkpoint as a folder for transformers.
+
+    Plain RoPE becomes a stock Llama (or Qwen) model. RoPE++ brings modelling files of its own, which need transformers
+    alone (trust_remote_code=True).
+
+    Args:
+        checkpoint: A .ckpt file.
+        out: The folder: a new or empty one.
+        dtype: Of the weights; empty keeps theirs.
+        max_shard_size: Of a file of weights, such as 5GB.
+        check: Load the folder in a fresh process without ropepp-lit and compare logits, beyond the trained context too.
+    """
+    from pathlib import Path
+
+    import torch
+
+    from ropepp_lit.checkpoint import KEY
+    from ropepp_lit.hf.export import export as work
+    from ropepp_lit.hf.folder import open_checkpoint
+    from ropepp_lit.sizes import parse_bytes
+
+    contents = open_checkpoint(checkpoint)
+    difference = work(
+        contents,
+        Path(out),
+        dtype=None if dtype is None else getattr(torch, dtype),
+        max_shard_bytes=parse_bytes("max_shard_size", max_shard_size),
+        check=check,
+    )
+    if difference is None:
+        print(f"{out} is written, and was not loaded to compare it.")
+    else:
+        print(f"{out} is written; loaded by transformers, its logits differ by {difference:.1e} of the largest.")
+    if contents[KEY]["tokenizer"] is None:
+        print("Notice: the checkpoint holds no tokenizer, so the folder has none.")
+
+
+def _new_checkpoint(out: str) -> Path:
+    from pathlib import Path
+
+    from ropepp_lit.errors import UsageError
+
+    path = Path(out)
+    if path.suffix != ".ckpt":
+        raise UsageError(f"out: {out}: name a file that ends with .ckpt")
+    for file in (path, path.with_suffix(".yaml")):
+        if file.exists():
+            raise UsageError(f"out: {file}: there already; name another file")
+    return path
+
+
+def _report(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write the recipe that goes on from a checkpoint, and say what was written and what to type next."""
+    import yaml
+
+    from ropepp_lit.checkpoint import KEY, load_decoder
+    from ropepp_lit.data.shards import write_whole
+
+    ours = checkpoint[KEY]
+    decoder = load_decoder(checkpoint)
+    layout = decoder.head_layout
+    names = {
+        key: value["class_path"].rpartition(".")[2] for key, value in ours["architecture"].items() if key != "decoder"
+    }
+    model: dict[str, Any] = {"init_from": str(path), "decoder": ours["architecture"]["decoder"]}
+    for key, name in names.items():
+        model[key] = {"class_path": name, "init_args": ours["architecture"][key]["init_args"]}
+    recipe: dict[str, Any] = {"model": model, "data": {"context_length": ours["context_length"]}}
+    if ours["tokenizer"] is not None:
+        recipe["data"] |= {"tokenizer": str(path), "train_tokenizer": None}
+    fragment = path.with_suffix(".yaml")
+    write_whole(fragment, yaml.safe_dump(recipe, sort_keys=False))
+    scheme = names["positions"] + (f" {decoder.scheme.variant.upper()}" if hasattr(decoder.scheme, "variant") else "")
+    print(
+        f"""{path}: {scheme}, {decoder.frequencies}, {decoder.num_parameters:,} parameters
+{layout.num_query_heads} query projections → {layout.num_attention_heads} attention heads, \
+{layout.num_key_value_heads} key/value heads of {decoder.config.head_dim}; made to read \
+{ours["context_length"] or 0:,} tokens
+
+Next:
+  ropepp-lit fit --config RECIPE --config {fragment}    # go on from it; RECIPE has trainer and data
+  ropepp-lit generate {path} --prompt TEXT
+  ropepp-lit export {path} FOLDER"""
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Run the subcommand."""
+    functions: dict[str, Callable[..., None]] = {"import": import_, "upcycle": upcycle, "export": export}
+    call(functions[arguments[0]], arguments)

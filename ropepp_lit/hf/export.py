@@ -1,0 +1,262 @@
+"""A checkpoint as a folder that transformers loads, on a machine that has never heard of ropepp-lit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+
+from ropepp_lit import __version__
+from ropepp_lit.checkpoint import KEY, instantiate, load_decoder
+from ropepp_lit.errors import UsageError
+from ropepp_lit.hf.config import Architecture, write_config
+from ropepp_lit.hf.folder import CONFIG, TOKENIZER, TOKENIZER_CONFIG, weights_of
+from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme
+
+MODELING = ("configuration_ropepp.py", "modeling_ropepp.py")
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_ropepp.RopePPConfig",
+    "AutoModel": "modeling_ropepp.RopePPModel",
+    "AutoModelForCausalLM": "modeling_ropepp.RopePPForCausalLM",
+}
+
+TRIED = "4.56.2, 4.57.6 and 5.23.0"
+"""Versions of transformers that loaded a RoPE++ export with the same logits."""
+
+PROBE_TOKENS = 64
+"""Tokens whose logits are compared, from position 0 and from behind the trained context."""
+
+CHECK = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "ropepp_lit":
+            raise ImportError("the export must not need ropepp_lit")
+
+sys.meta_path.insert(0, Hidden())
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+folder, given, answer = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.float32).eval()
+values = load_file(given)
+with torch.no_grad():
+    logits = [
+        model(values["input_ids"], position_ids=row[None], use_cache=False).logits[0] for row in values["position_ids"]
+    ]
+save_file({"logits": torch.stack(logits)}, answer)
+"""
+
+
+def export(
+    checkpoint: dict[str, Any], out: Path, *, dtype: torch.dtype | None, max_shard_bytes: int, check: bool
+) -> float | None:
+    """Write a folder for transformers; it appears under its name only when it is complete and has been checked.
+
+    Args:
+        checkpoint: Of :func:`~ropepp_lit.hf.folder.open_checkpoint`.
+        out: The folder; must not exist, or be empty.
+        dtype: Of the weights; None keeps theirs.
+        max_shard_bytes: Of a file of weights.
+        check: Load the folder in a fresh process that cannot import ropepp_lit and compare logits, at positions beyond
+            the trained context too. Takes twice the weights in float32, one after the other.
+
+    Returns:
+        The largest difference of a logit, as a share of the largest logit; None where nothing was compared.
+
+    Raises:
+        UsageError: the folder holds something, the model has no place in transformers, or the logits differ.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"out: {out} is not empty; name an empty or a new folder")
+    architecture = architecture_of(checkpoint)
+    fields = write_config(architecture)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        weights = weights_of(checkpoint)
+        dtype = dtype or next(iter(weights.values())).dtype
+        _write_weights(weights, folder, dtype, max_shard_bytes)
+        _write_settings(checkpoint[KEY], fields, dtype, folder)
+        _write_card(checkpoint[KEY], architecture, fields, dtype, folder)
+        difference = _check(checkpoint, folder, architecture, dtype) if check else None
+        for path in folder.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+    except OSError as error:
+        raise UsageError(f"out: {out}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return difference
+
+
+def architecture_of(checkpoint: dict[str, Any]) -> Architecture:
+    """What a checkpoint's model is.
+
+    Raises:
+        UsageError: a scheme or frequencies that are not part of ropepp-lit.
+    """
+    described = checkpoint[KEY]["architecture"]
+    return Architecture(
+        DecoderConfig(**described["decoder"]),
+        instantiate(described["positions"], PositionScheme),
+        instantiate(described["frequencies"], Frequencies),
+        checkpoint[KEY].get("context_length") or 2048,
+    )
+
+
+def _write_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+    """Safetensors, one shard in memory at a time."""
+    sizes = {name: torch.empty(value.shape, dtype=dtype, device="meta") for name, value in weights.items()}
+    split = split_torch_state_dict_into_shards(
+        sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
+    )
+    for filename, names in split.filename_to_tensors.items():
+        shard = {name: weights[name].to(dtype).contiguous() for name in names}
+        save_file(shard, folder / filename, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_settings(ours: dict[str, Any], fields: dict[str, Any], dtype: torch.dtype, folder: Path) -> None:
+    """Config, generation config, tokenizer and, for RoPE++, the modelling files."""
+    ids = {f"{key}_token_id": ours[f"{key}_token_id"] for key in ("bos", "eos")}
+    name = str(dtype).removeprefix("torch.")
+    config = {**fields, **ids, "pad_token_id": None, "torch_dtype": name, "use_cache": True}
+    if fields["model_type"] == "ropepp":
+        config["auto_map"] = AUTO_MAP
+        for file in MODELING:
+            shutil.copyfile(Path(__file__).with_name(file), folder / file)
+    generation = {key: value for key, value in ids.items() if value is not None}
+    for file, values in ((CONFIG, config), ("generation_config.json", generation)):
+        (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    if ours["tokenizer"] is not None:
+        tokenizer = Tokenizer.from_str(ours["tokenizer"])
+        tokens = {key: None if value is None else tokenizer.id_to_token(value) for key, value in ids.items()}
+        bos, eos = tokens["bos_token_id"], tokens["eos_token_id"]
+        if ours.get("tokenizer_config") is not None:
+            settings = json.loads(ours["tokenizer_config"])
+        else:
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
+            settings |= {"model_max_length": fields["max_position_embeddings"], "clean_up_tokenization_spaces": False}
+            if bos is not None:  # a text begins as the documents of the training did
+                tokenizer.post_processor = TemplateProcessing(
+                    single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ours["bos_token_id"])]
+                )
+        (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_card(
+    ours: dict[str, Any], architecture: Architecture, fields: dict[str, Any], dtype: torch.dtype, folder: Path
+) -> None:
+    """README.md: what the model is, how to load it, and how it was made."""
+    is_ropepp, config = fields["model_type"] == "ropepp", architecture.decoder
+    variant = fields.get("variant", "rope")
+    heads = f"{fields['num_attention_heads']} attention heads"
+    if variant != "rope":
+        heads += f" ({fields['num_attention_heads'] // 2} real, {fields['num_attention_heads'] // 2} imaginary)"
+    cache = 2 * config.num_hidden_layers * fields["num_key_value_heads"] * config.head_dim * dtype.itemsize
+    remote = ", trust_remote_code=True" if is_ropepp else ""
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"tags: [ropepp-lit{', ropepp, custom_code' if is_ropepp else ''}]",
+        "---",
+        "",
+        f"# {'RoPE++ ' + variant.upper() if variant != 'rope' else 'RoPE'} language model",
+        "",
+        f"- {heads}, {fields['num_key_value_heads']} key/value heads of {config.head_dim}, "
+        f"{config.num_hidden_layers} layers, width {config.hidden_size}",
+        f"- {architecture.frequencies}; made to read {architecture.context_length:,} tokens",
+        f"- KV cache: {cache:,} bytes per token in {str(dtype).removeprefix('torch.')}",
+        f"- written by ropepp-lit {__version__}",
+    ]
+    if ours.get("origin"):
+        lines.append(f"- began from {ours['origin']}")
+    if ours["tokens_seen"]:
+        lines.append(f"- trained on {ours['tokens_seen']:,} tokens")
+    lines += [
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if ours["tokenizer"] else ""),
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{remote})',
+        *(['tokenizer = AutoTokenizer.from_pretrained("FOLDER")'] if ours["tokenizer"] else []),
+        "```",
+        "",
+    ]
+    if is_ropepp:
+        lines += [
+            "The folder brings its own modelling code (RoPE++, arXiv 2512.07525), which needs torch and transformers "
+            f"alone; tried with transformers {TRIED}.",
+            "",
+        ]
+    for name, figures in (ours.get("validation") or {}).items():
+        found = ", ".join(f"{figure} {value:.4g}" for figure, value in figures.items() if figure != "step")
+        lines += [f"Held-out text of {name}, step {figures['step']:,.0f}: {found}.", ""]
+    if ours["recipe"] is not None:
+        recipe = yaml.safe_dump(ours["recipe"], sort_keys=False)
+        lines += ["<details><summary>Recipe</summary>", "", "```yaml", recipe + "```", "", "</details>", ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _check(checkpoint: dict[str, Any], folder: Path, architecture: Architecture, dtype: torch.dtype) -> float:
+    """Compare the folder's logits, in a fresh process, with the decoder's."""
+    config, context = architecture.decoder, architecture.context_length
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(config.vocab_size, (1, PROBE_TOKENS), generator=generator)
+    positions = torch.arange(PROBE_TOKENS) + torch.tensor([[0], [context - PROBE_TOKENS // 2], [2 * context]])
+    decoder = load_decoder(checkpoint)
+    for name, parameter in decoder.named_parameters():
+        setattr(
+            decoder.get_submodule(name.rpartition(".")[0]),
+            name.rpartition(".")[2],
+            torch.nn.Parameter(parameter.to(dtype).float(), requires_grad=False),
+        )
+    with torch.no_grad():
+        expected = torch.stack([decoder(input_ids, positions=row[None])[0] for row in positions])
+    del decoder
+    with tempfile.TemporaryDirectory() as name:
+        given, answer = Path(name) / "given.safetensors", Path(name) / "answer.safetensors"
+        save_file({"input_ids": input_ids, "position_ids": positions}, given)
+        finished = subprocess.run(  # noqa: S603 (our own text)
+            [sys.executable, "-c", CHECK, str(folder.resolve()), str(given), str(answer)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=name,
+            env={**os.environ, "HF_MODULES_CACHE": str(Path(name) / "modules"), "HF_HUB_OFFLINE": "1"},
+        )
+        if finished.returncode:
+            reason = finished.stderr.strip().splitlines()[-1]
+            raise UsageError(f"out: transformers cannot load the export ({reason})")
+        found = load_file(answer)["logits"]
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= 1e-4 or math.isnan(difference):
+        raise UsageError(f"out: the export's logits differ from the checkpoint's by {difference:.1e} of the largest")
+    return difference

@@ -1,0 +1,65 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ropepp_lit.checkpoint import write_checkpoint
+from ropepp_lit.hf.export import export
+from ropepp_lit.hf.folder import read_folder
+
+GOLDENS = Path(__file__).parent.parent / "goldens"
+CASES = ["rope_theta1e4", "eh_theta1e4", "ec_theta1e4", "ec_theta5e5", "ec_yarn32", "eh_pi8"]
+
+
+def official_folder(case, folder):
+    """A golden case as the public training script would save it."""
+    settings = json.loads((GOLDENS / case / "case.json").read_text())
+    config = {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rope_scaling": None,
+        "use_cache": False,
+        **settings["config"],
+    }
+    config |= {"ignore_index": 2, "attention_bias": False, "tie_word_embeddings": False}
+    if settings["rope_config"]:
+        config["rope_config"] = settings["rope_config"]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(load_file(GOLDENS / case / settings["weights"]), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory):
+    """Golden cases through import and export, and what transformers says of each in a process of its own."""
+    root = tmp_path_factory.mktemp("exports")
+    jobs = []
+    for case in CASES:
+        checkpoint = read_folder(official_folder(case, root / "official" / case))
+        write_checkpoint(root / f"{case}.ckpt", checkpoint)
+        folder = root / "hf" / case
+        export(checkpoint, folder, dtype=torch.float32, max_shard_bytes=10**9, check=False)
+        io = GOLDENS / case / "io.safetensors"
+        jobs.append({"folder": str(folder), "io": str(io), "answer": str(root / f"{case}.answer")})
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("in_transformers.py")
+    finished = subprocess.run(
+        [sys.executable, str(script), str(root / "jobs.json")], capture_output=True, text=True, check=False, cwd=root
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return root
+
+
+@pytest.fixture(params=CASES)
+def answers(request, exports):
+    """A case's name, golden values, and what transformers found."""
+    return (
+        request.param,
+        load_file(GOLDENS / request.param / "io.safetensors"),
+        load_file(exports / f"{request.param}.answer"),
+    )

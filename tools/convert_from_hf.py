@@ -1,0 +1,8 @@
+"""A Hugging Face folder to a checkpoint; the same as `ropepp-lit import`."""
+
+import sys
+
+from ropepp_lit.cli import main
+
+if __name__ == "__main__":
+    main(["import", *sys.argv[1:]])
