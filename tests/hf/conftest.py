@@ -15,7 +15,7 @@ GOLDENS = Path(__file__).parent.parent / "goldens"
 CASES = ["rope_theta1e4", "eh_theta1e4", "ec_theta1e4", "ec_theta5e5", "ec_yarn32", "eh_pi8"]
 
 
-def official_folder(case, folder):
+def write_official(case, folder):
     """A golden case as the public training script would save it."""
     settings = json.loads((GOLDENS / case / "case.json").read_text())
     config = {
@@ -34,13 +34,19 @@ def official_folder(case, folder):
     return folder
 
 
+@pytest.fixture
+def official_folder():
+    """Writes a golden case as the public training script would."""
+    return write_official
+
+
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory):
     """Golden cases through import and export, and what transformers says of each in a process of its own."""
     root = tmp_path_factory.mktemp("exports")
     jobs = []
     for case in CASES:
-        checkpoint = read_folder(official_folder(case, root / "official" / case))
+        checkpoint = read_folder(write_official(case, root / "official" / case))
         write_checkpoint(root / f"{case}.ckpt", checkpoint)
         folder = root / "hf" / case
         export(checkpoint, folder, dtype=torch.float32, max_shard_bytes=10**9, check=False)

@@ -1,0 +1,94 @@
+"""Training that begins with the weights of another model."""
+
+import re
+
+import pytest
+import torch
+
+from ropepp_lit.checkpoint import KEY, decoder_weights, read_checkpoint
+
+pytestmark = pytest.mark.end_to_end
+
+
+@pytest.fixture(scope="module")
+def rope(run, tiny, tmp_path_factory):
+    """Folder of a short run of plain RoPE."""
+    folder = tmp_path_factory.mktemp("rope")
+    run(
+        "fit",
+        *tiny,
+        "--model.positions",
+        "RoPE",
+        "--trainer.max_steps",
+        4,
+        "--trainer.default_root_dir",
+        "rope",
+        cwd=folder,
+    )
+    return folder
+
+
+def test_from_rope_to_ropepp_and_on_and_out(run, tiny, rope, tmp_path):
+    """The whole way: train, upcycle, train on with another base, export, import, and generate at each end."""
+    text = tmp_path / "text.txt"
+    text.write_text("word1 word2 word3 " * 40)
+    last = rope / "rope" / "checkpoints" / "last.ckpt"
+    out = run("upcycle", last, "ec.ckpt", "--variant", "ec", "--text", text, cwd=tmp_path).stdout
+    assert float(re.search(r"Logits of 256 random tokens differ by (\S+) of the largest", out)[1]) < 1e-5
+    before, after = re.search(r"tokens: (\S+) before, (\S+) after, in nats per token", out).groups()
+    assert before == after
+    out = run("upcycle", last, "eh.ckpt", "--variant", "eh", "--text", text, cwd=tmp_path).stdout
+    assert "after, in nats per token" in out
+    options = ["--model.frequencies.rope_theta", 50000, "--trainer.max_steps", 2, "--data.context_length", 32]
+    fitted = run(
+        "fit", *tiny, "--config", "ec.yaml", *options, "--trainer.default_root_dir", "run", cwd=tmp_path
+    ).stdout
+    assert "Beginning with the weights of ec.ckpt: model.frequencies.rope_theta 10000.0 → 50000" in fitted
+    assert "data.context_length 64 → 32" in fitted
+    assert "RoPE++ EC, base 50000" in fitted
+    made = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert made[KEY]["origin"] == "ec.ckpt"
+    assert made["global_step"] == 2
+    start = decoder_weights(read_checkpoint(tmp_path / "ec.ckpt"))
+    for name, value in decoder_weights(made).items():
+        assert 0 < (value - start[name]).abs().max() < 0.1, name
+    out = run("export", "run/checkpoints/last.ckpt", "hf", cwd=tmp_path).stdout
+    assert "loaded by transformers" in out
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for expected in ("Held-out text of", "bits_per_byte", "init_from: ec.ckpt", "trained on", "began from ec.ckpt"):
+        assert expected in card
+    run("import", "hf", "again.ckpt", cwd=tmp_path)
+    again = decoder_weights(read_checkpoint(tmp_path / "again.ckpt"))
+    assert all(torch.equal(again[name], value) for name, value in decoder_weights(made).items())
+    texts = {
+        run("generate", path, "--temperature", 0, "--max_new_tokens", 20, cwd=tmp_path).stdout
+        for path in ("hf", "again.ckpt", "run/checkpoints/last.ckpt")
+    }
+    assert len(texts) == 1
+
+
+def test_weights_that_do_not_fit(run, tiny, rope, tmp_path):
+    last = rope / "rope" / "checkpoints" / "last.ckpt"
+    failed = run("fit", *tiny, "--model.init_from", last, cwd=tmp_path, returncode=2).stderr
+    assert "its weights do not fit the recipe's model (model.positions RoPE → RoPEPP" in failed
+    failed = run("fit", *tiny, "--model.init_from", "none.ckpt", cwd=tmp_path, returncode=2).stderr
+    assert "none.ckpt: no such checkpoint" in failed
+    run("upcycle", last, "ec.ckpt", "--variant", "ec", cwd=tmp_path)
+    failed = run("fit", *tiny, "--ckpt_path", "ec.ckpt", cwd=tmp_path, returncode=2).stderr
+    assert "ckpt_path: ec.ckpt holds weights alone; begin with them by --model.init_from ec.ckpt" in failed
+    checked = run("validate", *tiny, "--ckpt_path", "ec.ckpt", cwd=tmp_path).stdout
+    assert "bits per byte" in checked
+
+
+def test_begun_anew_and_continued(run, tiny, rope, tmp_path):
+    """A run that began from weights goes on from its own checkpoint, not from those weights."""
+    last = rope / "rope" / "checkpoints" / "last.ckpt"
+    options = [*tiny, "--model.positions", "RoPE", "--model.init_from", last, "--trainer.default_root_dir", "run"]
+    run("fit", *options, "--trainer.max_steps", 2, "--model.schedule.total_steps", 4, cwd=tmp_path)
+    run("fit", *options, "--trainer.max_steps", 4, "--ckpt_path", "auto", cwd=tmp_path)
+    options[-1] = "whole"
+    run("fit", *options, "--trainer.max_steps", 4, cwd=tmp_path)
+    halves, whole = (
+        decoder_weights(read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")) for name in ("run", "whole")
+    )
+    assert all(torch.equal(halves[name], value) for name, value in whole.items())
