@@ -3,20 +3,21 @@
 A checkpoint is Lightning's, plus one entry `ropepp_lit` of plain dicts, lists and strings, so that
 `torch.load(weights_only=True)` reads it:
 
-| key              | value                                                                                |
-|------------------|--------------------------------------------------------------------------------------|
-| `format_version` | 1                                                                                    |
-| `architecture`   | `decoder` (geometry), `positions` and `frequencies` (each `class_path`, `init_args`) |
-| `optimizer`      | class name of the optimizer's settings: `AdamW` or `Muon`; None where no state is    |
-| `recipe`         | the whole recipe of the run, or None where it was not started by the command         |
-| `tokenizer`      | the tokenizer's JSON, or None                                                        |
-| `bos_token_id`   | what texts begin with, or None                                                       |
-| `eos_token_id`   | what ends a document, or None                                                        |
-| `tokens_seen`    | tokens that all ranks have read since the run began                                  |
-| `context_length` | tokens that the model was made to read at once, or None                              |
-| `validation`     | what the newest validation found, by set                                             |
-| `origin`         | what the weights began from, or None where they were random                          |
-| `tokenizer_config` | the tokenizer's settings in Hugging Face's JSON, or None                           |
+| key                 | value                                                                                   |
+|---------------------|-----------------------------------------------------------------------------------------|
+| `format_version`    | 1                                                                                       |
+| `architecture`      | `decoder` (geometry), `positions` and `frequencies` (each `class_path`, `init_args`)    |
+| `context_length`    | tokens that the model was made to read at once, or None                                 |
+| `optimizer`         | class name of the optimizer's settings: `AdamW` or `Muon`; None where there is no state |
+| `recipe`            | the whole recipe of the run, or None where it was not started by the command            |
+| `origin`            | what the weights began from, or None where they were random                             |
+| `tokens_seen`       | tokens that all ranks have read since the run began                                     |
+| `validation`        | what the newest validation found, by set                                                |
+| `tokenizer`         | the tokenizer's JSON, or None                                                           |
+| `bos_token_id`      | what texts begin with, or None                                                          |
+| `eos_token_id`      | what ends a document, or None                                                           |
+| `tokenizer_config`  | the tokenizer's settings in Hugging Face's JSON, or absent                              |
+| `generation_config` | Hugging Face's settings of generation in JSON, or absent                                |
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def make_checkpoint(weights: dict[str, Tensor], **entry: Any) -> dict[str, Any]:
         entry: Values of the entry `ropepp_lit`; those left out are None, `tokens_seen` is 0.
     """
     empty: dict[str, Any] = dict.fromkeys(("optimizer", "recipe", "tokenizer", "bos_token_id", "eos_token_id"))
-    empty |= dict.fromkeys(("context_length", "origin", "tokenizer_config"))
+    empty |= dict.fromkeys(("context_length", "origin"))
     return {
         "state_dict": {WEIGHTS_PREFIX + name: value for name, value in weights.items()},
         "global_step": 0,

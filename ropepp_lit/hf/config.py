@@ -43,9 +43,25 @@ OURS = ("attention_output_bias", "qk_norm", "variant")
 
 INDIFFERENT = frozenset(
     (
-        *("architectures", "auto_map", "model_type", "name_or_path", "_name_or_path", "transformers_version"),
+        *(
+            "architectures",
+            "auto_map",
+            "model_type",
+            "name_or_path",
+            "_name_or_path",
+            "_model_name_or_path",
+            "transformers_version",
+        ),
         *("torch_dtype", "dtype", "use_cache", "pretraining_tp", "return_dict", "output_attentions"),
-        *("output_hidden_states", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "ignore_index"),
+        *(
+            "output_hidden_states",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+            "sep_token_id",
+            "unk_token_id",
+            "ignore_index",
+        ),
         *("max_position_embeddings", "max_window_layers", "id2label", "label2id", "problem_type", "is_llama_config"),
         *("rope_interleaved", "task_specific_params", "chunk_size_feed_forward", "transformers.js_config"),
     )

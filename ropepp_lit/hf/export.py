@@ -24,7 +24,7 @@ from ropepp_lit import __version__
 from ropepp_lit.checkpoint import KEY, instantiate, load_decoder
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.config import Architecture, write_config
-from ropepp_lit.hf.folder import CONFIG, TOKENIZER, TOKENIZER_CONFIG, weights_of
+from ropepp_lit.hf.folder import CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, weights_of
 from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme
 
 MODELING = ("configuration_ropepp.py", "modeling_ropepp.py")
@@ -151,7 +151,9 @@ def _write_settings(ours: dict[str, Any], fields: dict[str, Any], dtype: torch.d
         for file in MODELING:
             shutil.copyfile(Path(__file__).with_name(file), folder / file)
     generation = {key: value for key, value in ids.items() if value is not None}
-    for file, values in ((CONFIG, config), ("generation_config.json", generation)):
+    if ours.get("generation_config") is not None:
+        generation |= json.loads(ours["generation_config"])
+    for file, values in ((CONFIG, config), (GENERATION, generation)):
         (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if ours["tokenizer"] is not None:
         tokenizer = Tokenizer.from_str(ours["tokenizer"])

@@ -17,7 +17,8 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.config import Architecture, Rotary, read_config
 from ropepp_lit.nn import Decoder
 
-CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 def open_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
@@ -58,7 +59,12 @@ def read_folder(
     architecture = read_config(config, shapes, name=str(path), variant=variant, rotary=rotary, ignore=ignore)
     _check_tensors(folder, tensors, architecture)
     tokenizer = folder / TOKENIZER
-    settings = _read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else None
+    settings, generation = (
+        _read_json(folder / name) if (folder / name).is_file() else None for name in (TOKENIZER_CONFIG, GENERATION)
+    )
+    template = folder / "chat_template.jinja"
+    if settings is not None and template.is_file():
+        settings["chat_template"] = template.read_text(encoding="utf-8")
     text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None
     bos, eos = _token_ids(text, settings or {}, config)
     return make_checkpoint(
@@ -67,9 +73,10 @@ def read_folder(
         context_length=architecture.context_length,
         tokenizer=text,
         tokenizer_config=None if settings is None else json.dumps(settings),
+        generation_config=None if generation is None else json.dumps(generation),
         bos_token_id=bos,
         eos_token_id=eos,
-        origin=config.get("_name_or_path") or folder.resolve().name,
+        origin=folder.resolve().name,
     )
 
 

@@ -54,8 +54,8 @@ class CausalLM(LightningModule):
         self.init_from = init_from
         self.recipe: dict[str, Any] | None = None
         """The run's whole recipe; the command sets it, and checkpoints carry it."""
-        self.tokenizer_config: str | None = None
-        """Hugging Face's settings of the tokenizer, where the weights began with a model that had them."""
+        self.settings: dict[str, str | None] = {}
+        """Hugging Face's settings of the tokenizer and of generation, where the weights began with a model of its."""
         self.tokens_seen = 0
         """Tokens that all ranks have read since the run began."""
         self.last_validation: dict[str, dict[str, float]] = {}
@@ -141,6 +141,8 @@ class CausalLM(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Every `log_every_n_steps` optimizer steps, log what happened since the last time."""
+        if self.global_step >= self.trainer.max_steps:
+            self.trainer.should_stop = True  # so Lightning validates the last step, and its checkpoint has the figures
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self._gradient_norm is None or self.global_step % interval:
             return
@@ -198,7 +200,7 @@ class CausalLM(LightningModule):
             "context_length": getattr(datamodule, "context_length", None),
             "validation": self.last_validation,
             "origin": self.init_from,
-            "tokenizer_config": self.tokenizer_config,
+            **self.settings,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

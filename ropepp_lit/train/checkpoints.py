@@ -48,9 +48,9 @@ class Checkpoints(Checkpoint):
         self._saved_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Save at the end of every so many optimizer steps."""
+        """Save at the end of every so many optimizer steps; the last one is saved when it has been validated."""
         step = trainer.global_step
-        if step != self._saved_step and step % self.every_n_steps == 0:
+        if step != self._saved_step and step % self.every_n_steps == 0 and step < trainer.max_steps:
             self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

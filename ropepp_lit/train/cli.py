@@ -192,7 +192,7 @@ class RecipeCLI(LightningCLI):
             Tokenizer.from_str(text).get_vocab() for text in (ours["tokenizer"], self.datamodule.tokenizer_json)
         )
         if known == used:
-            self.model.tokenizer_config = ours.get("tokenizer_config")
+            self.model.settings = {key: ours.get(key) for key in ("tokenizer_config", "generation_config")}
         else:
             rank_zero_print(f"Notice: the data's tokenizer is not that of {path}, so its embeddings mean other tokens.")
 
