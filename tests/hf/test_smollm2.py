@@ -69,7 +69,7 @@ def smollm2(tmp_path_factory):
 
 
 def greedy(folder):
-    return [int(word) for word in python(GREEDY, folder, PROMPT).split()]
+    return [int(word) for word in python(GREEDY, folder, PROMPT).splitlines()[-1].split()]
 
 
 @torch.inference_mode()
