@@ -1,4 +1,4 @@
-"""How far two checkpoints are apart: logits on random tokens, loss on a text."""
+"""How far two checkpoints are apart: logits on random tokens, loss on a text; in float32, a block at a time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from ropepp_lit.checkpoint import KEY, load_decoder
 from ropepp_lit.errors import UsageError
+from ropepp_lit.nn import Decoder
 
 PROBE_TOKENS = 256
 
@@ -26,23 +27,39 @@ def compare(before: dict[str, Any], after: dict[str, Any], text: Path | None) ->
     Raises:
         UsageError: the text cannot be read, or there is no tokenizer for it.
     """
-    ids = None if text is None else _tokenize(before, text)
-    old, new = (load_decoder(checkpoint).float() for checkpoint in (before, after))
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randint(old.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
-    expected = old(probe)
-    share = float((new(probe) - expected).abs().max() / expected.abs().max())
+    rows = [] if text is None else _tokenize(before, text)
+    tokens = sum(row.shape[1] - 1 for row in rows)
+    logits, losses = [], []
+    for checkpoint in (before, after):  # one after the other: a single copy of the weights is in memory
+        decoder = load_in_float32(checkpoint)
+        probe = torch.randint(decoder.config.vocab_size, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+        logits.append(decoder(probe))
+        losses.append(sum(float(decoder(row[:, :-1], labels=row[:, 1:], reduction="sum")) for row in rows))
+        del decoder
+    share = float((logits[1] - logits[0]).abs().max() / logits[0].abs().max())
     lines = [f"Logits of {PROBE_TOKENS} random tokens differ by {share:.1e} of the largest."]
-    if ids is not None:
-        losses = []
-        for decoder in (old, new):
-            total = sum(float(decoder(row[:, :-1], labels=row[:, 1:], reduction="sum")) for row in ids)
-            losses.append(total / sum(row.shape[1] - 1 for row in ids))
-        tokens = sum(row.shape[1] - 1 for row in ids)
-        lines.append(
-            f"Loss on {text}, {tokens:,} tokens: {losses[0]:.4f} before, {losses[1]:.4f} after, in nats per token."
-        )
+    if tokens:
+        old, new = (loss / tokens for loss in losses)
+        lines.append(f"Loss on {text}, {tokens:,} tokens: {old:.4f} before, {new:.4f} after, in nats per token.")
     return "\n".join(lines)
+
+
+def load_in_float32(checkpoint: dict[str, Any], *, dtype: torch.dtype | None = None) -> Decoder:
+    """A checkpoint's decoder that computes in float32; blocks keep the dtype of their weights until they run.
+
+    Args:
+        checkpoint: Of :func:`~ropepp_lit.checkpoint.read_checkpoint`.
+        dtype: What the weights are rounded to; None leaves them.
+    """
+    decoder = load_decoder(checkpoint)
+    decoder = decoder if dtype is None else decoder.to(dtype)
+    stored = decoder.model.embed_tokens.weight.dtype
+    for module in (decoder.model.embed_tokens, decoder.model.norm, decoder.lm_head):
+        module.float()
+    for block in decoder.model.layers:
+        block.register_forward_pre_hook(lambda block, _: block.float() and None)
+        block.register_forward_hook(lambda block, *_: block.to(stored) and None)
+    return decoder
 
 
 def _tokenize(checkpoint: dict[str, Any], text: Path) -> list[torch.Tensor]:

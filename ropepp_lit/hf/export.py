@@ -21,8 +21,9 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from ropepp_lit import __version__
-from ropepp_lit.checkpoint import KEY, instantiate, load_decoder
+from ropepp_lit.checkpoint import KEY, instantiate
 from ropepp_lit.errors import UsageError
+from ropepp_lit.hf.compare import load_in_float32
 from ropepp_lit.hf.config import Architecture, write_config
 from ropepp_lit.hf.folder import CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, weights_of
 from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme
@@ -55,7 +56,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 folder, given, answer = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.float32).eval()
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype="auto").eval()
+stored = model.dtype
+for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
+    module.float()
+for block in model.model.layers:  # float32, a block at a time
+    block.register_forward_pre_hook(lambda block, _: block.float() and None)
+    block.register_forward_hook(lambda block, *_: block.to(stored) and None)
 values = load_file(given)
 with torch.no_grad():
     logits = [
@@ -76,7 +83,7 @@ def export(
         dtype: Of the weights; None keeps theirs.
         max_shard_bytes: Of a file of weights.
         check: Load the folder in a fresh process that cannot import ropepp_lit and compare logits, at positions beyond
-            the trained context too. Takes twice the weights in float32, one after the other.
+            the trained context too.
 
     Returns:
         The largest difference of a logit, as a share of the largest logit; None where nothing was compared.
@@ -208,7 +215,7 @@ def _write_card(
         "from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if ours["tokenizer"] else ""),
         "",
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{remote})',
-        *(['tokenizer = AutoTokenizer.from_pretrained("FOLDER")'] if ours["tokenizer"] else []),
+        *([f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{remote})'] if ours["tokenizer"] else []),
         "```",
         "",
     ]
@@ -233,13 +240,7 @@ def _check(checkpoint: dict[str, Any], folder: Path, architecture: Architecture,
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(config.vocab_size, (1, PROBE_TOKENS), generator=generator)
     positions = torch.arange(PROBE_TOKENS) + torch.tensor([[0], [context - PROBE_TOKENS // 2], [2 * context]])
-    decoder = load_decoder(checkpoint)
-    for name, parameter in decoder.named_parameters():
-        setattr(
-            decoder.get_submodule(name.rpartition(".")[0]),
-            name.rpartition(".")[2],
-            torch.nn.Parameter(parameter.to(dtype).float(), requires_grad=False),
-        )
+    decoder = load_in_float32(checkpoint, dtype=dtype)
     with torch.no_grad():
         expected = torch.stack([decoder(input_ids, positions=row[None])[0] for row in positions])
     del decoder

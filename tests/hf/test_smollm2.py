@@ -38,7 +38,7 @@ GREEDY = """
 import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype=torch.float32)
 ids = torch.tensor([tokenizer(sys.argv[2]).input_ids])
 made = model.generate(ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -69,7 +69,7 @@ def smollm2(tmp_path_factory):
 
 
 def greedy(folder):
-    return [int(word) for word in python(GREEDY, folder, PROMPT).splitlines()[-1].split()]
+    return [int(word) for word in python(GREEDY, folder, PROMPT).split()]
 
 
 @torch.inference_mode()
