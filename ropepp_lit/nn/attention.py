@@ -5,11 +5,17 @@ Shapes: B batch, T tokens, H attention heads (real and imaginary), K key/value h
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 from ropepp_lit.nn.config import DecoderConfig
+from ropepp_lit.nn.context_parallel import heads_to_tokens, tokens_to_heads
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.positions import PositionScheme
 
@@ -17,6 +23,9 @@ try:
     from flash_attn import flash_attn_varlen_func
 except ImportError:  # an extra, for CUDA only
     flash_attn_varlen_func = None
+
+VARLEN_IS_GROUPED = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""From torch 2.12 on."""
 
 
 class KVCache:
@@ -87,7 +96,8 @@ class KVCache:
         start = self.num_tokens - keys.shape[2]
         self.keys[layer, :, :, start : self.num_tokens] = keys
         self.values[layer, :, :, start : self.num_tokens] = values
-        return self.keys[layer, :, :, : self.num_tokens], self.values[layer, :, :, : self.num_tokens]
+        found = self.keys[layer, :, :, : self.num_tokens], self.values[layer, :, :, : self.num_tokens]
+        return found[0].to(keys.dtype), found[1].to(keys.dtype)  # mixed precision computes in another dtype
 
 
 class Attention(nn.Module):
@@ -109,7 +119,14 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.has_norms = config.qk_norm
+        self.context_group: dist.ProcessGroup | None = None
+        """Ranks that share the tokens of each row; see :meth:`~ropepp_lit.nn.decoder.Decoder.set_context_group`."""
         self.o_proj = nn.Linear(layout.num_attention_heads * self.head_dim, width, bias=config.attention_output_bias)
+
+    @property
+    def context_parallel_size(self) -> int:
+        """Ranks that share the tokens of a row."""
+        return 1 if self.context_group is None else self.context_group.size()
 
     def forward(
         self,
@@ -138,22 +155,46 @@ class Attention(nn.Module):
         )
         if self.has_norms:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
+        group = None if cache is not None else self.context_group
+        if group is not None:
+            # Before the rotation: an imaginary query is made of its real one, so it need not travel.
+            queries, keys, values = (tokens_to_heads(x, group) for x in (queries, keys, values))
         queries, keys = self.rotate(queries, keys, tables)
-        if documents is not None and cache is None:
-            return self.o_proj(attend_within_documents(queries, keys, values, documents).flatten(-2))
+        if cache is None:
+            output = attend(queries, keys, values, documents)
+            if group is not None:
+                output = heads_to_tokens(output, group)
+            return self.o_proj(output.flatten(-2))
         queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
-        if cache is not None:
-            keys, values = cache.update(self.layer, keys, values)
+        keys, values = cache.update(self.layer, keys, values)
         causal = mask is None and queries.shape[2] == keys.shape[2]
         output = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, enable_gqa=True)
         return self.o_proj(output.transpose(1, 2).flatten(-2))
 
 
+def attend(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents | None) -> Tensor:
+    """Causal attention over whole rows, or inside each document.
+
+    Args:
+        queries: [B, T, H, D].
+        keys: [B, T, K, D].
+        values: [B, T, K, D].
+        documents: Bounds of packed documents; None means that every row is one.
+
+    Returns:
+        [B, T, H, D].
+    """
+    if documents is not None:
+        return attend_within_documents(queries, keys, values, documents)
+    queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+    return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
 def attend_within_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
     """Causal attention that stays inside each document.
 
-    On CUDA in half precision the package flash-attn where it is installed, elsewhere on a GPU one call with a mask, on
-    the CPU one call per document. All agree.
+    On CUDA in half precision the package flash-attn where it is installed, else torch's `varlen_attn`; in other
+    precisions on a GPU one call with a mask, on the CPU one call per document. All agree.
 
     Args:
         queries: [B, T, H, D].
@@ -164,10 +205,18 @@ def attend_within_documents(queries: Tensor, keys: Tensor, values: Tensor, docum
     Returns:
         [B, T, H, D].
     """
-    if queries.is_cuda and flash_attn_varlen_func is not None and queries.dtype in (torch.float16, torch.bfloat16):
+    if queries.is_cuda and queries.dtype in (torch.float16, torch.bfloat16):
         bounds, longest = documents.cu_seqlens, queries.shape[1]  # an upper bound: to know better costs a wait
-        flat = (x.flatten(0, 1) for x in (queries, keys, values))
-        return flash_attn_varlen_func(*flat, bounds, bounds, longest, longest, causal=True).view_as(queries)
+        q, k, v = (x.flatten(0, 1) for x in (queries, keys, values))
+        if flash_attn_varlen_func is not None:
+            output = flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True)
+        else:
+            grouped: dict[str, Any] = {"enable_gqa": True} if VARLEN_IS_GROUPED else {}
+            if not VARLEN_IS_GROUPED:
+                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            # Causal is a window with nothing to its right.
+            output = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), **grouped)
+        return output.view_as(queries)
     if queries.device.type != "cpu":
         ids, num_tokens = documents.ids, queries.shape[1]
         causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=ids.device).tril()

@@ -8,11 +8,15 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.attention import Attention, KVCache
@@ -31,9 +35,17 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.chunk_tokens: int | None = None
+        """Tokens computed at once, and again in the backward pass; None computes all and keeps what they need."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, T, hidden_size] to the same."""
+        if self.chunk_tokens is None or hidden.shape[1] <= self.chunk_tokens:
+            return self._compute(hidden)
+        parts = hidden.split(self.chunk_tokens, dim=1)
+        return torch.cat([checkpoint(self._compute, part, use_reentrant=False) for part in parts], dim=1)
+
+    def _compute(self, hidden: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
@@ -46,6 +58,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.is_checkpointed = False
+        """Keep the input alone for the backward pass, and compute the rest again there."""
+        self.is_offloaded = False
+        """Keep that input in the CPU's memory."""
 
     def forward(
         self,
@@ -57,6 +73,20 @@ class Block(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """[B, T, hidden_size] to the same; the other arguments are those of :meth:`Attention.forward`."""
+        if not (self.is_checkpointed and torch.is_grad_enabled()) or cache is not None:
+            return self._compute(hidden, tables, documents, cache, mask)
+        # Inside the block and not around it, so that parameter names stay as they are.
+        with save_on_cpu(pin_memory=True) if self.is_offloaded else nullcontext():
+            return checkpoint(self._compute, hidden, tables, documents, use_reentrant=False, preserve_rng_state=False)
+
+    def _compute(
+        self,
+        hidden: Tensor,
+        tables: tuple[Tensor, ...],
+        documents: Documents | None,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         hidden = hidden + self.self_attn(
             self.input_layernorm(hidden), tables, documents=documents, cache=cache, mask=mask
         )
@@ -104,6 +134,35 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.init_weights()
 
+    @property
+    def context_parallel_size(self) -> int:
+        """Ranks that share the tokens of a row."""
+        block = self.model.layers[0]
+        assert isinstance(block, Block)
+        return block.self_attn.context_parallel_size
+
+    def set_context_group(self, group: dist.ProcessGroup | None) -> None:
+        """Share the tokens of each row among ranks: each is given its slice, attention is over the whole row.
+
+        `input_ids` and `labels` of :meth:`forward` are then a rank's slice [B, T / ranks]; `positions`, `documents` and
+        caches stay those of whole rows, and a loss is the slice's.
+
+        Args:
+            group: The ranks, in the order of their slices; None undoes it.
+
+        Raises:
+            UsageError: the query heads cannot be shared equally.
+        """
+        ranks = 1 if group is None else group.size()
+        if self.head_layout.num_query_heads % ranks:
+            raise UsageError(
+                f"context_parallel_size: {ranks} ranks cannot share {self.head_layout.num_query_heads} query heads "
+                "equally; choose a divisor"
+            )
+        for block in self.model.layers:
+            assert isinstance(block, Block)
+            block.self_attn.context_group = group
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Normal weights of standard deviation `initializer_range`, zero biases, norms of one (the paper's setting)."""
@@ -114,6 +173,23 @@ class Decoder(nn.Module):
                     module.bias.zero_()
             elif isinstance(module, nn.RMSNorm):
                 module.weight.fill_(1.0)
+
+    def save_memory(
+        self, *, checkpoint_every: int = 0, offload: bool = False, mlp_chunk_tokens: int | None = None
+    ) -> None:
+        """Trade time for memory in training; results stay the same.
+
+        Args:
+            checkpoint_every: Every so many blocks one keeps its input alone and is computed again in the backward pass;
+                1 means all blocks, 0 none.
+            offload: Inputs that are kept go to the CPU's memory (for a GPU).
+            mlp_chunk_tokens: Tokens of a row that the SwiGLU layers compute at once, and again in the backward pass.
+        """
+        for number, block in enumerate(self.model.layers, start=1):
+            assert isinstance(block, Block)
+            block.is_checkpointed = checkpoint_every > 0 and number % checkpoint_every == 0
+            block.is_offloaded = offload
+            block.mlp.chunk_tokens = mlp_chunk_tokens
 
     @property
     def num_parameters(self) -> int:
@@ -155,8 +231,9 @@ class Decoder(nn.Module):
         mask = None
         if positions is None:
             start = cache.num_tokens if cache is not None else 0
-            row = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
-            positions = documents.positions if documents is not None else row.expand_as(input_ids)
+            length = input_ids.shape[1] * (1 if cache is not None else self.context_parallel_size)
+            row = torch.arange(start, start + length, device=input_ids.device)
+            positions = documents.positions if documents is not None else row.expand(input_ids.shape[0], -1)
         if cache is not None:
             mask = cache.extend(input_ids.shape[1], documents.ids if documents is not None else None)
         hidden = self.model.embed_tokens(input_ids)

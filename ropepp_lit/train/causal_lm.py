@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, decoder_weights, describe_architecture
 from ropepp_lit.data.token_data import Batch, TokenData, replica_of
+from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
 from ropepp_lit.nn.loss import IGNORE_INDEX
+from ropepp_lit.train.fsdp import FSDP2Strategy, context_slice, materialize, shard, whole
 from ropepp_lit.train.metrics import TokenLoss
 from ropepp_lit.train.optimizer import OptimizerConfig
 from ropepp_lit.train.schedule import Schedule
@@ -30,6 +33,12 @@ class CausalLM(LightningModule):
         positions: Position scheme.
         frequencies: Base and scaling of the rotary frequencies.
         optimizer: Optimizer and its settings.
+        activation_checkpointing: Every so many blocks one keeps its input alone and is computed again in the backward
+            pass: 1 means every block, 0 none.
+        offload_activations: Keep those inputs in the CPU's memory; for GPUs, with activation_checkpointing.
+        mlp_chunk_tokens: Tokens of a row that the SwiGLU layers compute at once, and again in the backward pass; empty
+            computes all and keeps what they need.
+        compile: Compile each block by torch.compile.
         init_from: A checkpoint or a Hugging Face folder whose weights training begins with; optimizer, schedule and
             data begin anew. Its geometry and variant must be the recipe's; base and scaling may be others.
         schedule: Learning rate by steps.
@@ -43,6 +52,10 @@ class CausalLM(LightningModule):
         frequencies: Frequencies,
         optimizer: OptimizerConfig,
         schedule: Schedule,
+        activation_checkpointing: int = 0,
+        offload_activations: bool = False,
+        mlp_chunk_tokens: int | None = None,
+        compile: bool = False,
         init_from: str | None = None,
     ) -> None:
         super().__init__()
@@ -51,6 +64,16 @@ class CausalLM(LightningModule):
         self.frequencies = frequencies
         self.optimizer_config = optimizer
         self.schedule = schedule
+        if activation_checkpointing < 0:
+            raise UsageError(f"model.activation_checkpointing: {activation_checkpointing} must be 0 (none) or more")
+        if mlp_chunk_tokens is not None and mlp_chunk_tokens < 1:
+            raise UsageError(f"model.mlp_chunk_tokens: {mlp_chunk_tokens} must be 1 or more")
+        if offload_activations and not activation_checkpointing:
+            raise UsageError(
+                "model.offload_activations: moves what activation_checkpointing keeps; set that to 1 or more"
+            )
+        self.activation_checkpointing, self.offload_activations = activation_checkpointing, offload_activations
+        self.mlp_chunk_tokens, self.compile_blocks = mlp_chunk_tokens, compile
         self.init_from = init_from
         self.recipe: dict[str, Any] | None = None
         """The run's whole recipe; the command sets it, and checkpoints carry it."""
@@ -76,10 +99,44 @@ class CausalLM(LightningModule):
 
     def configure_model(self) -> None:
         """Build the decoder (Lightning calls this once the precision and the strategy are known)."""
-        if not hasattr(self, "decoder"):
+        if hasattr(self, "decoder"):
+            return
+        mesh = self._mesh
+        if mesh is None:
+            self.decoder = self._build()
+            return
+        with torch.device("meta"):
             self.decoder = Decoder(self.config, self.scheme, self.frequencies)
-            if self.init_from is not None:
-                self.decoder.load_state_dict(decoder_weights(open_checkpoint(self.init_from)))
+        self._set_levers(self.decoder)
+        is_mixed = self.trainer.precision == "bf16-mixed"
+        shard(self.decoder, mesh, mixed_dtype=torch.bfloat16 if is_mixed else None)
+        # Rank 0 draws the weights, the very ones of a single process, and the others get their shards from it.
+        weights = self._build().state_dict() if self.trainer.is_global_zero else None
+        materialize(self.decoder, weights, self.trainer.strategy.root_device)
+
+    def _build(self) -> Decoder:
+        """The whole decoder with its first weights."""
+        decoder = Decoder(self.config, self.scheme, self.frequencies)
+        if self.init_from is not None:
+            decoder.load_state_dict(decoder_weights(open_checkpoint(self.init_from)))
+        self._set_levers(decoder)
+        return decoder
+
+    def _set_levers(self, decoder: Decoder) -> None:
+        decoder.save_memory(
+            checkpoint_every=self.activation_checkpointing,
+            offload=self.offload_activations,
+            mlp_chunk_tokens=self.mlp_chunk_tokens,
+        )
+        if self.compile_blocks:
+            for block in decoder.model.layers:
+                block.compile()
+
+    @property
+    def _mesh(self) -> DeviceMesh | None:
+        """The devices of FSDP2; None with other strategies."""
+        strategy = self.trainer.strategy if self._trainer is not None else None
+        return strategy.device_mesh if isinstance(strategy, FSDP2Strategy) else None
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule by steps."""
@@ -115,17 +172,23 @@ class CausalLM(LightningModule):
         micro-batches and ranks.
         """
         loss = self._summed_loss(batch)
-        self.train_loss.update(loss, (batch.labels != IGNORE_INDEX).sum())
+        self.train_loss.update(loss, (self._slice(batch).labels != IGNORE_INDEX).sum())
         self.tokens_seen += batch.input_ids.numel() * replica_of(self.trainer)["num_replicas"]
-        return loss / batch.labels.numel()
+        return loss / self._slice(batch).labels.numel()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect the loss over the labels that count, for each validation set."""
         metric = list(self._val_losses.values())[dataloader_idx]
-        metric.update(self._summed_loss(batch), (batch.labels != IGNORE_INDEX).sum())
+        metric.update(self._summed_loss(batch), (self._slice(batch).labels != IGNORE_INDEX).sum())
 
     def _summed_loss(self, batch: Batch) -> Tensor:
+        batch = self._slice(batch)
         return self.decoder(batch.input_ids, labels=batch.labels, documents=batch.documents, reduction="sum")
+
+    def _slice(self, batch: Batch) -> Batch:
+        """The tokens that this rank computes; bounds of documents stay those of whole rows."""
+        tokens = context_slice(self._mesh, batch.input_ids.shape[1])
+        return batch._replace(input_ids=batch.input_ids[:, tokens], labels=batch.labels[:, tokens])
 
     def configure_gradient_clipping(
         self,
@@ -137,7 +200,7 @@ class CausalLM(LightningModule):
         if gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         limit = gradient_clip_val if gradient_clip_val and gradient_clip_algorithm != "value" else math.inf
-        self._gradient_norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), limit)
+        self._gradient_norm = whole(torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), limit))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Every `log_every_n_steps` optimizer steps, log what happened since the last time."""

@@ -16,6 +16,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.utilities import rank_zero_only
 from tokenizers import Tokenizer
 
@@ -28,6 +29,7 @@ from ropepp_lit.nn import Decoder, Frequencies, PositionScheme, RoPEPP
 from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import LAST, Checkpoints, folder_of, newest, saved_steps
+from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.optimizer import AdamW, OptimizerConfig
 from ropepp_lit.train.schedule import Schedule, WarmupStableDecay
 
@@ -99,6 +101,9 @@ class RecipeCLI(LightningCLI):
             )
         if config.enable_progress_bar is not False:
             kwargs["callbacks"] = [*(config.callbacks or []), ProgressBar()]
+        if config.precision == "64-true" and isinstance(config.strategy, FSDP2Strategy):
+            # Lightning has the plugin, and refuses its name where the strategy is an object.
+            kwargs |= {"precision": None, "plugins": [*(config.plugins or []), DoublePrecision()]}
         if config.logger in (None, True):
             folder = config.default_root_dir or "."
             kwargs["logger"] = TensorBoardLogger(folder, name="tensorboard", version="")
@@ -145,7 +150,14 @@ class RecipeCLI(LightningCLI):
         self._check_checkpoint(options.ckpt_path)
 
     def _check(self) -> None:
-        self._skeleton()
+        layout = self._skeleton().head_layout
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2Strategy):
+            strategy.check(
+                world_size=self.trainer.world_size,
+                num_query_heads=layout.num_query_heads,
+                context_length=self.datamodule.context_length,
+            )
         self.datamodule.check()
         self.datamodule.prepare_data()
         self.datamodule.setup("check")

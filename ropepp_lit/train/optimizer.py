@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ropepp_lit.errors import UsageError
 
@@ -84,8 +85,9 @@ class Muon(OptimizerConfig):
     def build(self, decoder: nn.Module) -> torch.optim.Optimizer:
         """One optimizer that steps both."""
         matrices, rest = split_parameters(decoder, output_layer_is_matrix=False)
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in matrices)
         return _Together(
-            torch.optim.Muon(
+            (_GatheredMuon if is_sharded else torch.optim.Muon)(
                 matrices,
                 lr=self.lr,
                 momentum=self.momentum,
@@ -115,6 +117,33 @@ def split_parameters(
         is_matrix = is_matrix and (output_layer_is_matrix or name != "lm_head.weight")
         (matrices if is_matrix else rest).append(parameter)
     return matrices, rest
+
+
+class _GatheredMuon(torch.optim.Muon):
+    """Muon for matrices that are spread over devices: each is orthogonalized whole, by every device."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step; a matrix of shards alone would be orthogonalized to something else."""
+        assert closure is None, "only `_Together` steps this"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+                state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(state["momentum_buffer"], group["momentum"]).full_tensor()
+                # Muon itself, without momentum, on a matrix of zeros: it becomes what is to be added.
+                change = torch.zeros_like(update).requires_grad_()
+                change.grad = update
+                settings = {key: group[key] for key in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+                torch.optim.Muon([change], weight_decay=0.0, momentum=0.0, nesterov=False, **settings).step()
+                mesh, placements = parameter.device_mesh, parameter.placements
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(distribute_tensor(change.detach(), mesh, placements, src_data_rank=None))
+        return None
 
 
 class _Together(torch.optim.Optimizer):
