@@ -32,6 +32,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
@@ -40,32 +44,99 @@ T = TypeVar("T")
 
 KEY = "ropepp_lit"
 FORMAT_VERSION = 1
+SHARDED_METADATA = "meta.pt"
+"""In a folder of shards, Lightning's file of all that is no weight and no optimizer state."""
+
+_OTHER_TYPES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
+
 WEIGHTS_PREFIX = "decoder."
 """What the LightningModule puts before the decoder's parameter names."""
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, shapes_only: bool = False) -> dict[str, Any]:
     """Read a checkpoint without running anything that it holds; tensors stay on disk until they are used.
 
     Args:
-        path: A .ckpt file.
+        path: A .ckpt file, or a .ckpt folder of shards.
+        shapes_only: Of a folder of shards, leave the weights on the disk and give tensors without content.
 
     Raises:
         UsageError: no such file, or not a checkpoint of ours.
     """
     path = Path(path)
+    if (path / SHARDED_METADATA).is_file():
+        return _check_entry(path, _read_sharded(path, shapes_only))
     if not path.is_file():
         raise UsageError(f"{path}: no such checkpoint; name a .ckpt file, or a folder in Hugging Face's format")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         raise UsageError(f"{path}: not a readable checkpoint: the file is damaged, or is something else") from error
+    return _check_entry(path, checkpoint)
+
+
+def _check_entry(path: Path, checkpoint: Any) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise UsageError(f"{path}: not a checkpoint of ropepp-lit (it has no entry {KEY!r})")
     found = checkpoint[KEY]["format_version"]
     if found != FORMAT_VERSION:
         raise UsageError(f"{path}: format_version {found}, and this version of ropepp-lit reads {FORMAT_VERSION}")
     return checkpoint
+
+
+def _read_sharded(path: Path, shapes_only: bool) -> dict[str, Any]:
+    """What a folder of shards holds, weights assembled in memory; optimizer states are left on the disk."""
+    try:
+        checkpoint = torch.load(path / SHARDED_METADATA, map_location="cpu", weights_only=True)
+        reader = _Reader(path)
+        prefix = "state_dict."
+        tensors = {
+            name: torch.empty(stored.size, dtype=stored.properties.dtype, device="meta" if shapes_only else "cpu")
+            for name, stored in reader.read_metadata().state_dict_metadata.items()
+            if name.startswith(prefix) and isinstance(stored, TensorStorageMetadata)
+        }
+        if not shapes_only:
+            distributed_checkpoint.load(dict(tensors), storage_reader=reader, no_dist=True)
+    except (
+        OSError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        KeyError,
+        CheckpointException,
+    ) as error:
+        raise UsageError(f"{path}: not a readable checkpoint: a shard is damaged or missing") from error
+    checkpoint["state_dict"] = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return checkpoint
+
+
+class _Reader(FileSystemReader):
+    """torch's reader of distributed checkpoints, whose pickled table of contents may name nothing but its own types."""
+
+    def read_metadata(self, *arguments: Any, **keywords: Any) -> Metadata:
+        """The table of contents."""
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Types of a table of contents; anything else is refused and not imported."""
+        allowed = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+        allowed = allowed and name.lstrip("_")[:1].isupper()  # classes
+        allowed = allowed or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+        if not allowed and (module, name) not in _OTHER_TYPES:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+        return super().find_class(module, name)
 
 
 def make_checkpoint(weights: dict[str, Tensor], **entry: Any) -> dict[str, Any]:

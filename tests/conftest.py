@@ -40,9 +40,9 @@ def command_path():
 def run(command_path):
     """Runs the installed command in a fresh process and a given folder; returns the finished process."""
 
-    def run(*arguments, cwd, returncode=0):
+    def run(*arguments, cwd, returncode=0, timeout=600):
         finished = subprocess.run(
-            [command_path, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, timeout=600
+            [command_path, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, timeout=timeout
         )
         assert finished.returncode == returncode, finished.stdout + finished.stderr
         return finished

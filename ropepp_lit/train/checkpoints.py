@@ -41,7 +41,7 @@ class Checkpoints(Checkpoint):
         """Remove what a killed run left half-written."""
         if trainer.is_global_zero:
             for path in folder_of(trainer.default_root_dir).glob(".*.partial"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove(path)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The step that the run continues from is saved already."""
@@ -83,7 +83,7 @@ class Checkpoints(Checkpoint):
             steps = sorted(saved_steps(folder))
             for old in steps[: -self.keep] if self.keep else []:
                 if old < step:
-                    (folder / f"step={old}.ckpt").unlink()
+                    _remove(folder / f"step={old}.ckpt")
         trainer.strategy.barrier("checkpoint")
 
 
@@ -104,8 +104,14 @@ def newest(folder: Path) -> Path | None:
     return folder / f"step={max(steps)}.ckpt" if steps else None
 
 
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 def _flush(path: Path) -> None:
-    """Have the system write a file or folder to the disk before anything that follows."""
+    """Have the system write a file, or a folder with its files, to the disk before anything that follows."""
+    for part in path.iterdir() if path.is_dir() and path.name.endswith(".partial") else ():
+        _flush(part)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -169,7 +169,9 @@ class RecipeCLI(LightningCLI):
         """Compare what the checkpoint holds with what the recipe wants; the recipe rules where the shapes allow."""
         if path is None:
             return
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path, shapes_only=True)
+        if Path(path).is_dir() and not isinstance(self.trainer.strategy, FSDP2Strategy):
+            raise UsageError(f"ckpt_path: {path} is in shards; continue it by --trainer.strategy fsdp2, on any devices")
         differences = self._compare(path, checkpoint)
         if differences:
             rank_zero_print(f"The recipe differs from that of {path} and holds: {differences}")

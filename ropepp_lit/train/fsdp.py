@@ -6,16 +6,22 @@ reduction of gradients while they accumulate, and begins with the very weights t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder
@@ -91,11 +97,48 @@ class FSDP2Strategy(ModelParallelStrategy):
                 module.set_requires_gradient_sync(is_last, recurse=False)
         super().pre_backward(closure_loss)
 
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Loaded already, in `load_checkpoint`."""
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state; for a single file as one process would save it, by the places of parameters."""
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        # Not Lightning's: it numbers parameters as the module does, and optimizers with groups number them otherwise.
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        assert self.model is not None
+        state = get_optimizer_state_dict(self.model, optimizer, options=options)
+        places = {name: place for place, name in enumerate(self._parameter_names(optimizer))}
+        return _rename(state, places) if self.is_global_zero else {}
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load weights and optimizer states; returns the rest."""
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_dir():
+            return super().load_checkpoint(path, weights_only=True)
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        assert self.model is not None
+        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        states = checkpoint.get("optimizer_states", []) if self.optimizers else []
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            names = dict(enumerate(self._parameter_names(optimizer)))
+            set_optimizer_state_dict(self.model, optimizer, _rename(state, names), options=options)
+        return checkpoint
+
+    def _parameter_names(self, optimizer: Optimizer) -> list[str]:
+        """Names of an optimizer's parameters, in the order of its groups."""
+        assert self.model is not None
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2, sharded over all devices")
+def _rename(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state with other keys for its parameters."""
+    groups = [{**group, "params": [names[key] for key in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[key]: value for key, value in state["state"].items()}, "param_groups": groups}
+
+
+for _name in ("fsdp2", "fsdp2strategy"):  # Lightning writes what it is given in small letters
+    StrategyRegistry.register(_name, FSDP2Strategy, description="FSDP2, sharded over all devices")
 
 
 def shard(decoder: Decoder, mesh: DeviceMesh, *, mixed_dtype: torch.dtype | None) -> None:

@@ -107,7 +107,7 @@ sample: {max_new_tokens: 16}
     before = run(
         "validate", "--config", "recipe.yaml", "--config", "ec.yaml", *options, "--ckpt_path", "ec.ckpt", cwd=tmp_path
     ).stdout
-    after = run("fit", "--config", "recipe.yaml", "--config", "ec.yaml", *options, cwd=tmp_path).stdout
+    after = run("fit", "--config", "recipe.yaml", "--config", "ec.yaml", *options, cwd=tmp_path, timeout=3600).stdout
     losses = [float(re.search(r"loss (\S+) nats per token", text)[1]) for text in (before, after)]
     print("held-out loss before and after 20 steps:", losses)
     assert losses[1] < losses[0] - 0.02
