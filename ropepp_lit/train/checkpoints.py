@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_only
 
 from ropepp_lit.errors import UsageError
+from ropepp_lit.train.signals import StopRequest
 
 LAST = "last.ckpt"
 
@@ -22,7 +21,8 @@ class Checkpoints(Checkpoint):
     """Saves `checkpoints/step=N.ckpt` in the run's folder, and keeps the link `checkpoints/last.ckpt` on the newest.
 
     A checkpoint is written beside its name, flushed to the disk and renamed; then the link is replaced in one step;
-    only then are old ones deleted. The last step of a run is always saved.
+    only then are old ones deleted. The last step of a run is always saved, and so is the step at which a signal
+    (SIGTERM, SIGUSR1, Ctrl-C) stops it.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints.
@@ -35,36 +35,45 @@ class Checkpoints(Checkpoint):
         if keep < 0:
             raise UsageError(f"checkpoints.keep: {keep} must be 0 (all) or more")
         self.every_n_steps, self.keep = every_n_steps, keep
-        self._saved_step = 0
+        self._saved_step = self._seen_step = 0
+        self.stop = StopRequest()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remove what a killed run left half-written."""
+        """Take over the signals, and remove what a killed run left half-written."""
+        self.stop.install()
         if trainer.is_global_zero:
             for path in folder_of(trainer.default_root_dir).glob(".*.partial"):
                 _remove(path)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The step that the run continues from is saved already."""
-        self._saved_step = trainer.global_step
+        self._saved_step = self._seen_step = trainer.global_step
+        self.stop.install()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Save at the end of every so many optimizer steps; the last one is saved when it has been validated."""
         step = trainer.global_step
-        if step != self._saved_step and step % self.every_n_steps == 0 and step < trainer.max_steps:
+        if step == self._seen_step:
+            return  # gradients accumulate
+        self._seen_step = step
+        if self.stop.agree():
+            trainer.should_stop, trainer.limit_val_batches = True, 0  # save now, validate another time
+        elif step % self.every_n_steps == 0 and step < trainer.max_steps:
             self._save(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """A signal ends the validation within a run."""
+        if trainer.state.fn == "fit" and self.stop.agree():
+            raise StopIteration  # Lightning's evaluation loop ends with it
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last step, whatever the interval is."""
         if trainer.global_step != self._saved_step:
             self._save(trainer)
 
-    @rank_zero_only
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Say from where an interrupted run can go on."""
-        if isinstance(exception, KeyboardInterrupt):
-            found = newest(folder_of(trainer.default_root_dir))
-            rest = f"continue from {found} by --ckpt_path auto" if found else "nothing was saved yet"
-            print(f"\nInterrupted at step {trainer.global_step:,}: {rest}.", file=sys.stderr)
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the signals back."""
+        self.stop.uninstall()
 
     def _save(self, trainer: pl.Trainer) -> None:
         step = self._saved_step = trainer.global_step

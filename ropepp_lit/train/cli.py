@@ -6,6 +6,8 @@ import inspect
 import logging
 import re
 import shlex
+import signal
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -237,6 +239,7 @@ class RecipeCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Validate the last step unless that is done, and say where things are and what to type next."""
+        self._leave_if_stopped()
         steps = {figures["step"] for figures in self.model.last_validation.values()}
         if steps != {self.model.steps_taken}:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
@@ -256,6 +259,21 @@ Next:
   ropepp-lit fit --config {recipe} --ckpt_path auto --trainer.max_steps {2 * self.trainer.max_steps}
   tensorboard --logdir {folder}"""
         )
+
+    def _leave_if_stopped(self) -> None:
+        """After a signal: say from where to go on, and exit as a program does that the signal ended."""
+        checkpoints = self.trainer.checkpoint_callback
+        assert isinstance(checkpoints, Checkpoints)
+        number = checkpoints.stop.received
+        if number is None:
+            return
+        folder = Path(self.trainer.default_root_dir)
+        rank_zero_print(
+            f"\nStopped by {signal.Signals(number).name} at step {self.model.steps_taken:,}, saved as "
+            f"{newest(folder_of(folder))}. Continue: ropepp-lit fit --config {folder / 'recipe.yaml'} --ckpt_path auto"
+        )
+        # Rank 0 alone: a launcher ends the others when one of them fails.
+        sys.exit(128 + number if self.trainer.is_global_zero else 0)
 
     def after_validate(self) -> None:
         """Show the figures."""

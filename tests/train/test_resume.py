@@ -1,9 +1,11 @@
 """Stopping and resuming in a new process against running through, bit for bit."""
 
+import re
 import signal
 import subprocess
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -102,18 +104,65 @@ def test_killed_within_an_accumulation_window(fit, tmp_path):
     assert_same_run(tmp_path, "whole", "killed")
 
 
-def test_interrupted_by_the_user(command_path, tiny, tmp_path):
-    options = ["--trainer.max_steps", "100000", "--trainer.default_root_dir", "run"]
-    command = [command_path, "fit", *tiny, *options]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run/checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
+def ranks_of(process):
+    """The process and those that it started, in the order of their ranks."""
+    return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+
+
+def stop_run(command_path, tiny, folder, number, *, devices=1, to="first"):
+    """Start a run, send it a signal when it has saved something, and return its exit code, output and errors."""
+    options = ["--trainer.max_steps", "100000", "--model.schedule.total_steps", "100000"]
+    options += ["--trainer.default_root_dir", "run", "--trainer.devices", str(devices)]
+    options += ["--trainer.strategy", "fsdp2"] if devices > 1 else []
+    process = subprocess.Popen(
+        [command_path, "fit", *tiny, *options], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "run/checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    ranks = ranks_of(process)
+    assert len(ranks) == devices
+    for rank in {"first": ranks[:1], "last": ranks[-1:], "all": ranks}[to]:
+        rank.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+def stop_and_go_on(command_path, tiny, run, folder, number, **how):
+    """A run stopped by a signal saves, says so, and ends in the same bits as one that was not stopped."""
+    returncode, output, errors = stop_run(command_path, tiny, folder, number, **how)
+    assert returncode == 128 + number, errors
     assert "Traceback" not in errors
-    assert "continue from run/checkpoints/step=" in errors
+    last = output.strip().splitlines()[-1]
+    step = int(re.fullmatch(rf"Stopped by {number.name} at step ([\d,]+), saved as .*", last)[1].replace(",", ""))
+    assert f"saved as run/checkpoints/step={step}.ckpt. Continue: ropepp-lit fit --config run/recipe.yaml" in last
+    devices = how.get("devices", 1)
+    strategy = ["--trainer.devices", devices, *(["--trainer.strategy", "fsdp2"] if devices > 1 else [])]
+    options = ["--trainer.max_steps", step + 3, "--model.schedule.total_steps", 100000, *strategy]
+    run("fit", *tiny, *options, "--trainer.default_root_dir", "run", "--ckpt_path", "auto", cwd=folder)
+    run("fit", *tiny, *options, "--trainer.default_root_dir", "whole", cwd=folder)
+    paths = (folder / name / "checkpoints" / f"step={step + 3}.ckpt" for name in ("run", "whole"))
+    stopped, whole = (torch.load(path, weights_only=True)["state_dict"] for path in paths)
+    assert all(torch.equal(stopped[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_stopped_by_a_signal(command_path, tiny, run, tmp_path, number):
+    stop_and_go_on(command_path, tiny, run, tmp_path, number)
+
+
+def test_two_processes_are_stopped_by_a_signal_to_one(command_path, tiny, run, tmp_path):
+    stop_and_go_on(command_path, tiny, run, tmp_path, signal.SIGTERM, devices=2, to="last")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["first", "last", "all"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("again", range(10))
+def test_two_processes_are_stopped_ten_times_of_ten(command_path, tiny, tmp_path, number, to, again):
+    returncode, output, errors = stop_run(command_path, tiny, tmp_path, number, devices=2, to=to)
+    assert returncode == 128 + number, errors
+    assert f"Stopped by {number.name} at step" in output.strip().splitlines()[-1]
 
 
 @pytest.mark.slow
