@@ -12,6 +12,7 @@ from ropepp_lit.errors import UsageError
 SUBCOMMANDS = {
     "fit": ("train a model by a recipe", "ropepp_lit.train.cli"),
     "validate": ("measure a checkpoint on held-out text", "ropepp_lit.train.cli"),
+    "plan": ("say what a recipe will do and cost", "ropepp_lit.train.plan"),
     "prepare": ("turn text into token shards", "ropepp_lit.prepare"),
     "import": ("turn a Hugging Face folder into a checkpoint", "ropepp_lit.convert"),
     "export": ("turn a checkpoint into a Hugging Face folder", "ropepp_lit.convert"),

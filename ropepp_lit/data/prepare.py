@@ -117,11 +117,15 @@ def prepare_cached(source: str, settings: Settings, *, cache_dir: Path, show_pro
     Returns:
         The folder.
     """
-    files = find_files([source], key="data.source")
-    name = "builtin" if source == "builtin" else Path(source).resolve().name
-    out = cache_dir / f"{name}-{fingerprint_of(files, settings)}"
+    out = cached_folder(source, settings, cache_dir=cache_dir)
     prepare([source], settings, out=out, key="data.source", show_progress=show_progress)
     return out
+
+
+def cached_folder(source: str, settings: Settings, *, cache_dir: Path) -> Path:
+    """Where :func:`prepare_cached` puts the shards of a source, or has put them."""
+    name = "builtin" if source == "builtin" else Path(source).resolve().name
+    return cache_dir / f"{name}-{fingerprint_of(find_files([source], key='data.source'), settings)}"
 
 
 def prepare(

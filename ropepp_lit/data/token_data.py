@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,11 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ropepp_lit.data import prepare
 from ropepp_lit.data.plan import PATTERN_SAMPLES, BlockPlan, Mixture
 from ropepp_lit.data.remote import RemoteFolder, is_remote
 from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenSet, TokenShards
-from ropepp_lit.data.sources import BUILTIN, find_files
+from ropepp_lit.data.sources import BUILTIN, HUB, find_files
 from ropepp_lit.data.tokenizer import check_choice
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.documents import Documents
@@ -86,21 +88,9 @@ class TokenData(LightningDataModule):
                 raise UsageError(f"data.source: {name}: weight {weight} must be at least a thousandth of their sum")
         self.validation = dict(validation or {})
         self._cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-        max_bytes = parse_bytes("data.max_cache_size", max_cache_size)
+        self._max_bytes = parse_bytes("data.max_cache_size", max_cache_size)
         self._remotes: dict[str, RemoteFolder] = {}
         self._folders: dict[str, Path] = {}
-        for name in (*self.weights, *self.validation.values()):
-            if is_remote(name):
-                self._remotes[name] = RemoteFolder(name, self._cache_dir, max_bytes=max_bytes)
-                self._folders[name] = self._remotes[name].folder
-            elif (Path(name).expanduser() / MANIFEST).is_file():
-                self._folders[name] = Path(name).expanduser()
-            elif name not in self.weights:
-                raise UsageError(f"data.validation: {name} holds no token shards; make them by `ropepp-lit prepare`")
-        if any(name not in self._folders for name in self.weights):
-            check_choice("data.", tokenizer, train_tokenizer)
-        elif tokenizer is not None or train_tokenizer is not None:
-            raise UsageError(f"data.tokenizer: {source} holds token shards and their tokenizer; set neither here")
         for name, value, least in (
             ("context_length", context_length, 1),
             ("batch_size", batch_size, 1),
@@ -116,12 +106,28 @@ class TokenData(LightningDataModule):
         self.seed, self.num_workers = seed, num_workers
 
     def check(self) -> None:
-        """Raise what can be known to be wrong before anything is written or started.
+        """Find what is prepared, and raise what can be known to be wrong before anything is written or started.
 
         Raises:
-            UsageError: the source is missing or empty.
+            UsageError: a source is missing or empty, a validation set is not prepared, no tokenizer or one too many.
         """
-        find_files([name for name in self.weights if name not in self._folders], key="data.source")
+        texts = []
+        for name in (*self.weights, *self.validation.values()):
+            if is_remote(name):
+                self._remotes[name] = RemoteFolder(name, self._cache_dir, max_bytes=self._max_bytes)
+                self._folders[name] = self._remotes[name].folder
+            elif (Path(name).expanduser() / MANIFEST).is_file():
+                self._folders[name] = Path(name).expanduser()
+            elif name not in self.weights:
+                raise UsageError(f"data.validation: {name} holds no token shards; make them by `ropepp-lit prepare`")
+            else:
+                texts.append(name)
+        if not texts and (self.tokenizer is not None or self.train_tokenizer is not None):
+            sources = ", ".join(self.weights)
+            raise UsageError(f"data.tokenizer: {sources} holds token shards and their tokenizer; set neither here")
+        find_files(texts, key="data.source")
+        if texts:
+            check_choice("data.", self.tokenizer, self.train_tokenizer)
 
     def prepare_data(self) -> None:
         """Make the token shards that are not there (one process per machine)."""
@@ -176,22 +182,39 @@ class TokenData(LightningDataModule):
         tokenizers[name] = text
         return _Source(source, folder, Manifest.read(folder), self._remotes.get(source), weight)
 
+    @property
+    def _settings(self) -> prepare.Settings:
+        """How text is prepared."""
+        return prepare.Settings(
+            tokenizer=self.tokenizer,
+            train_tokenizer=self.train_tokenizer,
+            validation_fraction=self.validation_fraction,
+            on_error="skip",
+        )
+
     def _find(self) -> None:
         """Make the folder of each source known."""
-        from ropepp_lit.data import prepare  # litdata takes a second: only when it is needed
-
+        self.check()
         for remote in self._remotes.values():
             for file in (MANIFEST, TOKENIZER):
                 remote.fetch_small(file)
         for source in self.weights:
             if source not in self._folders:
-                settings = prepare.Settings(
-                    tokenizer=self.tokenizer,
-                    train_tokenizer=self.train_tokenizer,
-                    validation_fraction=self.validation_fraction,
-                    on_error="skip",
-                )
-                self._folders[source] = prepare.prepare_cached(source, settings, cache_dir=self._cache_dir)
+                self._folders[source] = prepare.prepare_cached(source, self._settings, cache_dir=self._cache_dir)
+
+    def first_batch(self) -> Batch | None:
+        """The first batch of training, or None where its text is not here or still to be prepared."""
+        names = (*self.weights, *self.validation.values())
+        if not all(is_remote(name) or name.startswith(HUB) or name == BUILTIN or glob.glob(name) for name in names):
+            return None
+        self.check()
+        for source in self.weights:
+            if source not in self._folders:
+                folder = prepare.cached_folder(source, self._settings, cache_dir=self._cache_dir)
+                if not (folder / MANIFEST).is_file():
+                    return None
+        self.setup("plan")
+        return self._train.collate(self._train.__getitems__(list(range(self.batch_size))))
 
     def begin_text(self, ids: list[int]) -> list[int]:
         """Token ids of a text as the model reads it from its beginning: behind the token that opens a document.

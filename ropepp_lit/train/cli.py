@@ -317,16 +317,21 @@ def rank_zero_print(text: str) -> None:
     print(text, flush=True)
 
 
-def main(arguments: list[str]) -> None:
-    """Run `fit` or `validate`.
-
-    Args:
-        arguments: The subcommand and its options.
-    """
+def quiet() -> None:
+    """Silence what Lightning says of itself."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # reading costs next to nothing
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # torchmetrics has gathered the ranks already
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")  # its own affair
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
+
+
+def main(arguments: list[str]) -> None:
+    """Run `fit` or `validate`.
+
+    Args:
+        arguments: The subcommand and its options.
+    """
+    quiet()
     RecipeCLI(arguments)
