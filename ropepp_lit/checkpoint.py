@@ -26,6 +26,7 @@ import importlib
 import inspect
 import os
 import pickle
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -102,7 +103,9 @@ def _read_sharded(path: Path, shapes_only: bool) -> dict[str, Any]:
             if name.startswith(prefix) and isinstance(stored, TensorStorageMetadata)
         }
         if not shapes_only:
-            distributed_checkpoint.load(dict(tensors), storage_reader=reader, no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is meant
+                distributed_checkpoint.load(dict(tensors), storage_reader=reader, no_dist=True)
     except (
         OSError,
         RuntimeError,

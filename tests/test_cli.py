@@ -110,8 +110,9 @@ def test_generate(mistake, tmp_path):
 
 
 def test_unknown_subcommand(mistake):
-    assert "no subcommand 'trian'; choose one of fit, validate, prepare, import, export, upcycle, generate" in mistake(
-        subcommand="trian"
+    assert (
+        "no subcommand 'trian'; choose one of fit, validate, plan, prepare, import, export, upcycle, generate"
+        in mistake(subcommand="trian")
     )
 
 

@@ -1,44 +1,107 @@
-"""Every recipe: instantiated by the command, and run for two steps in a shrunken copy."""
+"""Every recipe: planned as it is, and run for two steps in a shrunken copy."""
 
+import itertools
 from pathlib import Path
 
 import pytest
-import yaml
 
 from ropepp_lit.cli import main
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("**/*.yaml"))
+RECIPES = Path(__file__).parent.parent / "recipes"
+FREQUENCIES = ["ntk", "linear", "yarn", "yarn-transformers"]
+LONG = ["paper/pretrain", "paper/long"]
+STACKS = {
+    "quickstart": ["quickstart"],
+    "laptop": ["laptop/pretrain"],
+    **{f"laptop-{name}": ["laptop/pretrain", "laptop/continue", f"frequencies/{name}"] for name in FREQUENCIES},
+    "paper": ["paper/pretrain"],
+    "paper-decay": ["paper/pretrain", "paper/decay"],
+    **{f"paper-{name}": [*LONG, f"frequencies/{name}"] for name in FREQUENCIES},
+    "llama-8b": ["upcycle/llama-8b"],
+    "llama-8b-128k": ["upcycle/llama-8b", "upcycle/128k"],
+}
+"""Files that are layered, in their order."""
+
 VARIANTS = {
     "rope": ["--model.positions", "RoPE"],
     "eh": ["--model.positions.variant", "eh"],
     "ec": ["--model.positions.variant", "ec"],
 }
+GEOMETRY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 SHRINK = [
     *("--model.decoder.vocab_size", "300", "--data.train_tokenizer", "300"),
-    *("--model.decoder.hidden_size", "32", "--model.decoder.intermediate_size", "48"),
-    *("--model.decoder.num_hidden_layers", "1", "--data.context_length", "32", "--data.batch_size", "2"),
+    *itertools.chain.from_iterable((f"--model.decoder.{name}", str(value)) for name, value in GEOMETRY.items()),
+    *("--model.decoder.num_key_value_heads", "2", "--data.context_length", "32", "--data.batch_size", "2"),
     *("--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--model.schedule.warmup_steps", "1"),
-    *("--trainer.enable_progress_bar", "false"),
+    *(
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.accumulate_grad_batches",
+        "1",
+    ),
+    *("--trainer.precision", "32-true", "--trainer.num_nodes", "1", "--trainer.val_check_interval", "2"),
+    *("--model.init_from", "null", "--data.validation", "null"),
 ]
 
 pytestmark = pytest.mark.end_to_end
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_two_steps(recipe, variant, texts, tmp_path, capsys, monkeypatch):
+def configs(stack):
+    return list(itertools.chain.from_iterable(("--config", str(RECIPES / f"{name}.yaml")) for name in STACKS[stack]))
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_plan(stack, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data = ["--data.source", str(texts), "--data.cache_dir", "cache"]
-    main(["fit", "--config", str(recipe), *SHRINK, *data, *VARIANTS[variant], "--trainer.default_root_dir", "run"])
+    main(["plan", *configs(stack), "--data.cache_dir", "cache"])
+    printed = capsys.readouterr().out
+    for expected in ("tokens in all", "RoPE++ EH", "KV cache", "memory per device", "The data are not here, or not"):
+        assert expected in printed
+
+
+@pytest.mark.parametrize(
+    ("stack", "variant"), [*((stack, "ec") for stack in STACKS), ("paper", "rope"), ("paper", "eh")]
+)
+def test_two_steps(stack, variant, texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ["--data.source", str(texts), "--data.cache_dir", "cache", "--trainer.default_root_dir", "run"]
+    one = ["--trainer.devices", "1", "--trainer.strategy", "auto"]
+    main(["fit", *configs(stack), *SHRINK, *data, *VARIANTS[variant], *one])
     printed = capsys.readouterr().out
     assert {"rope": "RoPE, base", "eh": "RoPE++ EH, base", "ec": "RoPE++ EC, base"}[variant] in printed
     assert "at step 2" in printed
     assert (tmp_path / "run/checkpoints/last.ckpt").exists()
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    ("stack", "options"), [("paper-ntk", []), ("llama-8b", ["--trainer.strategy.context_parallel_size", "2"])]
+)
+def test_two_steps_of_two_processes(stack, options, texts, tmp_path, run):
+    data = ["--data.source", texts, "--data.cache_dir", "cache", "--trainer.default_root_dir", "run"]
+    printed = run("fit", *configs(stack), *SHRINK, *data, "--trainer.devices", "2", *options, cwd=tmp_path).stdout
+    assert "2 devices)" in printed or "1 devices)" in printed
+    assert "at step 2" in printed
+
+
+def test_every_recipe_is_tried():
+    tried = {f"{name}.yaml" for stack in STACKS.values() for name in stack}
+    assert tried == {str(path.relative_to(RECIPES)) for path in RECIPES.glob("**/*.yaml")}
+
+
+@pytest.mark.parametrize("recipe", sorted(set(itertools.chain(*STACKS.values()))))
 def test_the_header_says_what_the_recipe_needs(recipe):
-    header = "\n".join(line for line in recipe.read_text().split("\n\n\n")[0].splitlines() if line.startswith("#"))
-    for word in (f"ropepp-lit fit --config recipes/{recipe.name}", "Hardware:", "Tokens:", "Memory"):
-        assert word in header
-    assert yaml.safe_load(recipe.read_text())["trainer"]["max_steps"] > 0
+    lines = (RECIPES / f"{recipe}.yaml").read_text().splitlines()
+    header = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
+    assert header
+    if not recipe.startswith("frequencies/"):  # which are layered over recipes of any size
+        for word in (
+            "ropepp-lit fit --config recipes/",
+            f"recipes/{recipe}.yaml",
+            "Hardware:",
+            "Tokens:",
+            "Memory",
+            "ime",
+        ):
+            assert word in header

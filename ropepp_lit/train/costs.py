@@ -124,7 +124,9 @@ def memory_of_step(
     layers = config.num_hidden_layers
     kept = layers // activation_checkpointing if activation_checkpointing else 0
     boundary = 0.0 if offload_activations else tokens * itemsize * width
-    activations = (layers - kept) * block + kept * boundary + (block if kept else 0.0) + in_work
+    # At the end of the forward pass, or when the last block of those that keep their input is computed again.
+    whole = max(layers - kept, kept * activation_checkpointing - kept + 1 if kept else 0)
+    activations = whole * block + kept * boundary + in_work
     # The loss keeps the gradients that it makes in the forward pass, and three copies of a chunk of logits.
     precise = max(4, itemsize)
     logits = 3.0 * min(MAX_LOGITS, tokens * config.vocab_size) * precise

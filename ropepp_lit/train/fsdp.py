@@ -49,9 +49,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         replicate_size: int = 1,
         save_distributed_checkpoint: bool = False,
     ) -> None:
-        for name, value in (("context_parallel_size", context_parallel_size), ("replicate_size", replicate_size)):
-            if value < 1:
-                raise UsageError(f"trainer.strategy.{name}: {value} must be 1 or more")
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
         self.context_parallel_size, self.replicate_size = context_parallel_size, replicate_size
 
@@ -59,9 +56,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Find what does not divide before anything is started.
 
         Raises:
-            UsageError: the devices, the heads or the context cannot be shared equally.
+            UsageError: a size is below 1; the devices, the heads or the context cannot be shared equally.
         """
         context = self.context_parallel_size
+        for name, value in (("context_parallel_size", context), ("replicate_size", self.replicate_size)):
+            if value < 1:
+                raise UsageError(f"trainer.strategy.{name}: {value} must be 1 or more")
         for name, value, total, things in (
             ("context_parallel_size", context, num_query_heads, "query heads"),
             ("context_parallel_size", context, context_length, "tokens of a row"),

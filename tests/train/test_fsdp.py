@@ -1,0 +1,196 @@
+"""Several processes against one on the same global batches: FSDP2, sequence parallelism, and their checkpoints."""
+
+import itertools
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ropepp_lit.checkpoint import KEY, decoder_weights, read_checkpoint
+
+pytestmark = pytest.mark.end_to_end
+
+STEPS = 6
+COMMON = [
+    "--trainer.accumulate_grad_batches",
+    2,
+    "--model.schedule.total_steps",
+    STEPS,
+    "--trainer.gradient_clip_val",
+    0.3,
+]
+DOUBLE = ["--trainer.precision", "64-true"]
+STRATEGY = ["--trainer.strategy", "FSDP2Strategy"]
+CONTEXT = [*STRATEGY, "--trainer.strategy.context_parallel_size", 2]
+SHARDED = [*STRATEGY, "--trainer.strategy.save_distributed_checkpoint", "true"]
+
+
+@pytest.fixture(scope="module")
+def fit(run, tiny, tmp_path_factory):
+    """Trains in a folder of its own, once for each set of options; returns the folder."""
+    root, numbers, done = tmp_path_factory.mktemp("fsdp"), itertools.count(), {}
+
+    def fit(*options, steps=STEPS, devices=1, rows=4, folder=None):
+        key = (tuple(map(str, options)), steps, devices, rows)
+        if folder is None and key in done:
+            return done[key]
+        path = folder or root / str(next(numbers))
+        run(
+            "fit", *tiny, *COMMON, *options, "--trainer.max_steps", steps, "--trainer.devices", devices,
+            "--data.batch_size", rows, "--trainer.default_root_dir", path, cwd=root,
+        )  # fmt: skip
+        return done.setdefault(key, path) if folder is None else path
+
+    return fit
+
+
+def weights(folder):
+    return decoder_weights(read_checkpoint(folder / "checkpoints" / "last.ckpt"))
+
+
+def losses(folder):
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+def assert_equal(one, other, *, tolerance=1e-9):
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=tolerance, rtol=0, msg=name)
+    assert losses(other)[-STEPS:] == pytest.approx(losses(one)[-STEPS:], abs=1e-5)
+
+
+VARIANTS = {
+    "rope": ["--model.positions", "RoPE"],
+    "eh": ["--model.positions.variant", "eh"],
+    "ec": ["--model.positions.variant", "ec"],
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "devices", "rows"),
+    [
+        ("ec", ["--trainer.strategy", "fsdp2"], 2, 2),
+        ("eh", CONTEXT, 2, 4),
+        pytest.param("ec", [*STRATEGY, "--trainer.strategy.replicate_size", 2], 2, 2, marks=pytest.mark.slow),
+        *(
+            pytest.param(name, options, devices, rows, marks=pytest.mark.slow)
+            for name in VARIANTS
+            for options, devices, rows in ((["--trainer.strategy", "fsdp2"], 2, 2), (CONTEXT, 2, 4), (CONTEXT, 4, 2))
+        ),
+    ],
+)  # fmt: skip
+def test_processes_end_where_one_does(fit, model, options, devices, rows):
+    assert_equal(fit(*VARIANTS[model], *DOUBLE), fit(*VARIANTS[model], *DOUBLE, *options, devices=devices, rows=rows))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["--model.optimizer", "Muon"],
+        ["--model.decoder.tie_word_embeddings", "true"],
+        ["--model.activation_checkpointing", 1, "--model.mlp_chunk_tokens", 16],
+        ["--data.intra_document_masking", "false"],
+    ],
+    ids=["Muon", "tied", "levers", "plain rows"],
+)
+@pytest.mark.parametrize(
+    ("options", "rows"), [(["--trainer.strategy", "fsdp2"], 2), (CONTEXT, 4)], ids=["fsdp", "context"]
+)
+def test_every_setting_ends_where_one_process_does(fit, changes, options, rows):
+    assert_equal(fit(*DOUBLE, *changes), fit(*DOUBLE, *changes, *options, devices=2, rows=rows))
+
+
+def test_memory_levers_change_no_bit_of_a_result(fit):
+    levers = ["--model.activation_checkpointing", 2, "--model.mlp_chunk_tokens", 16]
+    assert_equal(fit(*VARIANTS["ec"], *DOUBLE), fit(*VARIANTS["ec"], *DOUBLE, *levers), tolerance=1e-12)
+
+
+ONE, TWO = ([], 1, 4), (["--trainer.strategy", "fsdp2"], 2, 2)
+FSDP_ONE, SHARDED_TWO, CONTEXT_TWO = (["--trainer.strategy", "fsdp2"], 1, 4), (SHARDED, 2, 2), (CONTEXT, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (SHARDED_TWO, FSDP_ONE),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in (
+                (TWO, TWO), (SHARDED_TWO, SHARDED_TWO), (TWO, ONE), (ONE, TWO), (ONE, SHARDED_TWO), (CONTEXT_TWO, TWO),
+                (CONTEXT_TWO, ONE), (SHARDED_TWO, CONTEXT_TWO),
+            )
+        ),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("optimizer", ["AdamW", pytest.param("Muon", marks=pytest.mark.slow)])
+def test_continued_on_other_devices(fit, tmp_path, before, after, optimizer):
+    common = [*DOUBLE, "--model.optimizer", optimizer]
+    (options, devices, rows), (other_options, other_devices, other_rows) = before, after
+    fit(*common, *options, steps=4, devices=devices, rows=rows, folder=tmp_path / "run")
+    fit(*common, *other_options, "--ckpt_path", "auto", devices=other_devices, rows=other_rows, folder=tmp_path / "run")
+    whole = fit(*common, *options, devices=devices, rows=rows)
+    found, expected = weights(tmp_path / "run"), weights(whole)
+    for name, value in expected.items():
+        if before is after:
+            assert torch.equal(found[name], value), name
+        else:
+            torch.testing.assert_close(found[name], value, atol=1e-9, rtol=0, msg=name)
+
+
+def test_a_sharded_folder_is_a_checkpoint_everywhere(fit, run, tmp_path):
+    folder = fit(*SHARDED, steps=4, devices=2, rows=2, folder=tmp_path / "run")
+    last = folder / "checkpoints" / "last.ckpt"
+    assert last.resolve().is_dir()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+        "last.ckpt",
+        "step=2.ckpt",
+        "step=4.ckpt",
+    ]
+    assert read_checkpoint(last)[KEY]["tokens_seen"] == 4 * 2 * 2 * 2 * 64
+    run("generate", last, "--max_new_tokens", 4, cwd=tmp_path)
+    run("export", last, "hf", "--check", "false", cwd=tmp_path)
+    failed = run("fit", "--config", folder / "recipe.yaml", "--trainer.strategy", "auto", "--trainer.devices", 1,
+                 "--ckpt_path", "auto", cwd=tmp_path, returncode=2)  # fmt: skip
+    assert "is in shards; continue it by --trainer.strategy fsdp2, on any devices" in failed.stderr
+    shard = next(last.resolve().glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    assert "a shard is damaged or missing" in run("generate", last, cwd=tmp_path, returncode=2).stderr
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("ran",))
+
+
+def test_the_table_of_contents_of_a_sharded_folder_runs_nothing(fit, tmp_path, capsys):
+    import pickle
+
+    from ropepp_lit.errors import UsageError
+
+    folder = fit(*SHARDED, steps=4, devices=2, rows=2, folder=tmp_path / "run") / "checkpoints" / "last.ckpt"
+    (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UsageError, match="not a readable checkpoint"):
+        read_checkpoint(folder)
+    assert "ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([*STRATEGY, "--trainer.strategy.context_parallel_size", 3], "3 must divide the 4 query heads"),
+        ([*STRATEGY, "--trainer.strategy.context_parallel_size", 0], "context_parallel_size: 0 must be 1 or more"),
+        ([*CONTEXT, "--data.context_length", 63], "context_parallel_size: 2 must divide the 63 tokens of a row"),
+        ([*STRATEGY, "--trainer.strategy.replicate_size", 3], "replicate_size: 3 must divide the 2 devices"),
+        (["--model.activation_checkpointing", -1], "model.activation_checkpointing: -1 must be 0 (none) or more"),
+        (["--model.mlp_chunk_tokens", 0], "model.mlp_chunk_tokens: 0 must be 1 or more"),
+        (["--model.offload_activations", "true"], "moves what activation_checkpointing keeps"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_shared(run, tiny, tmp_path, options, message):
+    failed = run("fit", *tiny, "--trainer.devices", 2, *options, cwd=tmp_path, returncode=2)
+    assert message in failed.stderr
+    assert len(failed.stderr.strip().splitlines()) == 1

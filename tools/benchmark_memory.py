@@ -1,0 +1,109 @@
+"""Peak memory of a training step at a long context, for each lever and for several together, against the plan's estimate.
+
+    python tools/benchmark_memory.py
+
+Each case is a process of its own: forward and backward pass of one row in float32, after one on a short row that makes
+the gradients. What is measured is the growth of the resident set over that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import platform
+import resource
+import time
+from multiprocessing.connection import Connection
+
+import torch
+
+from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPE, RoPEPP
+from ropepp_lit.train.costs import memory_of_step
+
+GEOMETRIES = {
+    "EC, 4 layers of 512, vocabulary 4,096": (
+        RoPEPP(variant="ec"),
+        {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
+         "num_attention_heads": 8, "num_key_value_heads": 4},
+    ),
+    "RoPE, 8 layers of 256, vocabulary 32,000": (
+        RoPE(),
+        {"vocab_size": 32000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8,
+         "num_attention_heads": 4, "num_key_value_heads": 2},
+    ),
+    "EH, 2 layers of 768, vocabulary 4,096": (
+        RoPEPP(variant="eh"),
+        {"vocab_size": 4096, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 2,
+         "num_attention_heads": 12, "num_key_value_heads": 4},
+    ),
+}  # fmt: skip
+LEVERS: dict[str, dict[str, int]] = {
+    "none": {},
+    "activation_checkpointing 2": {"checkpoint_every": 2},
+    "activation_checkpointing 1": {"checkpoint_every": 1},
+    "mlp_chunk_tokens 1024": {"mlp_chunk_tokens": 1024},
+    "activation_checkpointing 1, mlp_chunk_tokens 1024": {"checkpoint_every": 1, "mlp_chunk_tokens": 1024},
+}
+
+
+def step(decoder: Decoder, tokens: int) -> None:
+    input_ids = torch.randint(decoder.config.vocab_size, (1, tokens + 1))
+    decoder(input_ids[:, :-1], labels=input_ids[:, 1:]).backward()
+
+
+def measure(name: str, levers: dict[str, int], tokens: int, result: Connection) -> None:
+    torch.manual_seed(0)
+    scheme, geometry = GEOMETRIES[name]
+    decoder = Decoder(DecoderConfig(**geometry), scheme, Frequencies())
+    decoder.save_memory(**levers)
+    step(decoder, 16)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    step(decoder, tokens)
+    seconds = time.perf_counter() - start
+    result.send(((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, seconds))
+
+
+def estimate(name: str, levers: dict[str, int], tokens: int) -> float:
+    scheme, geometry = GEOMETRIES[name]
+    with torch.device("meta"):
+        decoder = Decoder(DecoderConfig(**geometry), scheme, Frequencies())
+    memory = memory_of_step(
+        decoder.config,
+        decoder.head_layout,
+        num_parameters=decoder.num_parameters,
+        rows=1,
+        context_length=tokens,
+        activation_checkpointing=levers.get("checkpoint_every", 0),
+        mlp_chunk_tokens=levers.get("mlp_chunk_tokens"),
+    )
+    return memory.activations + memory.loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=16384)
+    options = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    print(
+        f"{options.tokens:,} tokens in one row, float32; {platform.processor() or platform.machine()}, Python "
+        f"{platform.python_version()}, torch {torch.__version__}"
+    )
+    for name in GEOMETRIES:
+        print(f"\n**{name}**\n\n| levers | peak | ratio | seconds | plan's estimate / peak |\n|---|---|---|---|---|")
+        plain = 0.0
+        for label, levers in LEVERS.items():
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=measure, args=(name, levers, options.tokens, sender))
+            process.start()
+            sender.close()
+            peak, seconds = receiver.recv()
+            process.join()
+            plain = plain or peak
+            ratio = estimate(name, levers, options.tokens) / peak
+            print(
+                f"| {label} | {peak / 2**30:.2f} GiB | {peak / plain:.2f} | {seconds:.0f} | {ratio:.2f} |", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
