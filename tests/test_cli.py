@@ -52,6 +52,12 @@ def mistake(tiny, tmp_path, monkeypatch, capsys):
         ),
         (["--model.decoder.vocab_size", "100"], "model.decoder.vocab_size: 100 is below the 258 tokens"),
         (["--model.optimizer.lr", "0"], "model.optimizer.lr: 0.0 must be above 0"),
+        (
+            ["--model.frequencies", "Yarn", "--model.frequencies.factor", "2", "--data.context_length", "10000"],
+            "data.context_length: 10,000 is beyond the 8,192 tokens (factor × original_max_position_embeddings)",
+        ),
+        (["--trainer.accelerator", "gpu"], "trainer: "),
+        (["--model.init_optimizer", "true"], "model.init_optimizer: takes the optimizer's state of model.init_from"),
         (["--data.source", "nowhere"], "data.source: nowhere: no such file or folder"),
         (["--data.context_length", "1000000"], "data.context_length: 1000000 is longer than"),
         (["--checkpoints.every_n_steps", "0"], "checkpoints.every_n_steps: 0 must be 1 or more"),

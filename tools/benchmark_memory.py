@@ -1,4 +1,4 @@
-"""Peak memory of a training step at a long context, for each lever and for several together, against the plan's estimate.
+"""Peak memory of a training step at a long context, for each lever and for several, against the plan's estimate.
 
     python tools/benchmark_memory.py
 

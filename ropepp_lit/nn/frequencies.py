@@ -40,6 +40,12 @@ class Frequencies:
             raise UsageError(f"model.frequencies.rope_theta: {rope_theta} must be above 1")
         self.rope_theta = rope_theta
 
+    @property
+    def reach(self) -> int | None:
+        """Tokens that the scaling was made for, where it says so."""
+        original = getattr(self, "original_max_position_embeddings", None)
+        return None if original is None else round(original * self.factor)  # type: ignore[attr-defined]
+
     attention_factor: float = 1.0
     """Factor on cos and sin, so on scores its square (YaRN's temperature)."""
 

@@ -11,12 +11,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, decoder_weights, describe_architecture
+from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, decoder_weights, describe_architecture, read_checkpoint
 from ropepp_lit.data.token_data import Batch, TokenData, replica_of
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
 from ropepp_lit.nn.loss import IGNORE_INDEX
+from ropepp_lit.train.costs import device_name, peak_flops, training_flops_per_token
 from ropepp_lit.train.fsdp import FSDP2Strategy, context_slice, materialize, shard, whole
 from ropepp_lit.train.metrics import TokenLoss
 from ropepp_lit.train.optimizer import OptimizerConfig
@@ -41,6 +42,7 @@ class CausalLM(LightningModule):
         compile: Compile each block by torch.compile.
         init_from: A checkpoint or a Hugging Face folder whose weights training begins with; optimizer, schedule and
             data begin anew. Its geometry and variant must be the recipe's; base and scaling may be others.
+        init_optimizer: Take the optimizer's state from there too (of a checkpoint in one file).
         schedule: Learning rate by steps.
     """
 
@@ -57,6 +59,7 @@ class CausalLM(LightningModule):
         mlp_chunk_tokens: int | None = None,
         compile: bool = False,
         init_from: str | None = None,
+        init_optimizer: bool = False,
     ) -> None:
         super().__init__()
         self.config = decoder
@@ -74,7 +77,7 @@ class CausalLM(LightningModule):
             )
         self.activation_checkpointing, self.offload_activations = activation_checkpointing, offload_activations
         self.mlp_chunk_tokens, self.compile_blocks = mlp_chunk_tokens, compile
-        self.init_from = init_from
+        self.init_from, self.init_optimizer = init_from, init_optimizer
         self.recipe: dict[str, Any] | None = None
         """The run's whole recipe; the command sets it, and checkpoints carry it."""
         self.settings: dict[str, str | None] = {}
@@ -155,6 +158,13 @@ class CausalLM(LightningModule):
 
     def on_train_start(self) -> None:
         """Let the recipe rule: Lightning has restored learning rates and the like of the checkpoint's run."""
+        if self.init_optimizer and self.init_from is not None and self.global_step == 0:
+            state = read_checkpoint(self.init_from)["optimizer_states"][0]
+            (optimizer,) = self.trainer.optimizers
+            if isinstance(self.trainer.strategy, FSDP2Strategy):
+                self.trainer.strategy.load_optimizer_state(optimizer, state)
+            else:
+                optimizer.load_state_dict(state)
         for optimizer, scheduler in zip(self.trainer.optimizers, self._schedulers(), strict=True):
             for group, recipe in zip(optimizer.param_groups, self._recipe_groups, strict=True):
                 group.update(recipe, initial_lr=recipe["lr"])
@@ -216,6 +226,10 @@ class CausalLM(LightningModule):
         values["step"] = float(self.global_step)  # else Lightning counts from 0
         values["tokens_per_second"] = self._timer.rate(self.tokens_seen)
         values["tokens_seen"] = float(self.tokens_seen)
+        peak = peak_flops(device_name() or "")
+        if peak is not None:
+            flops = training_flops_per_token(self.config, self.decoder.head_layout, batch.input_ids.shape[1])
+            values["model_flops_utilization"] = flops * values["tokens_per_second"] / (peak * self.trainer.world_size)
         values["lr"] = self._schedulers()[0].get_last_lr()[0]
         values["gradient_norm"] = self._gradient_norm
         self._gradient_norm = None

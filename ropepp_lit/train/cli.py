@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tokenizers import Tokenizer
 
 from ropepp_lit.arguments import OneLineErrors
@@ -109,7 +110,10 @@ class RecipeCLI(LightningCLI):
         if config.logger in (None, True):
             folder = config.default_root_dir or "."
             kwargs["logger"] = TensorBoardLogger(folder, name="tensorboard", version="")
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except MisconfigurationException as error:  # devices that are not there, and the like
+            raise UsageError(f"trainer: {str(error).splitlines()[0]}") from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's would warn where a process with arguments of its own calls us."""
@@ -160,6 +164,12 @@ class RecipeCLI(LightningCLI):
                 num_query_heads=layout.num_query_heads,
                 context_length=self.datamodule.context_length,
             )
+        reach, context = self.model.frequencies.reach, self.datamodule.context_length
+        if reach is not None and context > reach:
+            raise UsageError(
+                f"data.context_length: {context:,} is beyond the {reach:,} tokens (factor × "
+                "original_max_position_embeddings) that model.frequencies is made for"
+            )
         self.datamodule.check()
         self.datamodule.prepare_data()
         self.datamodule.setup("check")
@@ -195,8 +205,14 @@ class RecipeCLI(LightningCLI):
         """Compare the weights that a run begins with, and say what changes."""
         path = self.model.init_from
         if path is None:
+            if self.model.init_optimizer:
+                raise UsageError("model.init_optimizer: takes the optimizer's state of model.init_from; name that too")
             return
         checkpoint = open_checkpoint(path)
+        if self.model.init_optimizer and not checkpoint.get("optimizer_states"):
+            raise UsageError(f"model.init_optimizer: {path} is no file with an optimizer's state")
+        if self.model.init_optimizer and checkpoint[KEY]["optimizer"] != type(self.model.optimizer_config).__name__:
+            raise UsageError(f"model.init_optimizer: {path} holds the state of {checkpoint[KEY]['optimizer']}")
         changes = self._compare(path, checkpoint)
         ours, context = checkpoint[KEY], self.datamodule.context_length
         if ours.get("context_length") not in (None, context):

@@ -120,9 +120,15 @@ class FSDP2Strategy(ModelParallelStrategy):
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
         states = checkpoint.get("optimizer_states", []) if self.optimizers else []
         for optimizer, state in zip(self.optimizers, states, strict=True):
-            names = dict(enumerate(self._parameter_names(optimizer)))
-            set_optimizer_state_dict(self.model, optimizer, _rename(state, names), options=options)
+            self.load_optimizer_state(optimizer, state)
         return checkpoint
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        """Spread an optimizer's whole state, as one process saves it, over the ranks."""
+        names = dict(enumerate(self._parameter_names(optimizer)))
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        assert self.model is not None
+        set_optimizer_state_dict(self.model, optimizer, _rename(state, names), options=options)
 
     def _parameter_names(self, optimizer: Optimizer) -> list[str]:
         """Names of an optimizer's parameters, in the order of its groups."""

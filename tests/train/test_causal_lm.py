@@ -11,6 +11,7 @@ from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.nn import DecoderConfig, Frequencies, RoPEPP
 from ropepp_lit.train.callbacks import TextSample
 from ropepp_lit.train.causal_lm import CausalLM
+from ropepp_lit.train.costs import training_flops_per_token
 from ropepp_lit.train.optimizer import AdamW
 from ropepp_lit.train.schedule import Cosine
 
@@ -81,6 +82,17 @@ def test_gradient_norm_is_logged_before_clipping(train):
     norm = trainer.logged_metrics["gradient_norm"].item()
     _, clipped = train(max_steps=1, gradient_clip_val=norm / 2)
     assert clipped.logged_metrics["gradient_norm"].item() == pytest.approx(norm)
+
+
+def test_utilization_of_a_known_device_is_logged(train, monkeypatch):
+    monkeypatch.setattr("ropepp_lit.train.causal_lm.device_name", lambda: "NVIDIA H100 80GB HBM3")
+    model, trainer = train(max_steps=2)
+    metrics = trainer.logged_metrics
+    flops = training_flops_per_token(model.config, model.decoder.head_layout, 64)
+    expected = metrics["tokens_per_second"] * flops / 989e12
+    assert metrics["model_flops_utilization"] == pytest.approx(float(expected), rel=1e-5)
+    monkeypatch.setattr("ropepp_lit.train.causal_lm.device_name", lambda: None)
+    assert "model_flops_utilization" not in train(max_steps=1)[1].logged_metrics
 
 
 class NormAtStep(Callback):

@@ -92,3 +92,26 @@ def test_begun_anew_and_continued(run, tiny, rope, tmp_path):
         decoder_weights(read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")) for name in ("run", "whole")
     )
     assert all(torch.equal(halves[name], value) for name, value in whole.items())
+
+
+def test_the_optimizers_state_goes_along_if_asked(run, tiny, rope, tmp_path):
+    last = rope / "rope" / "checkpoints" / "last.ckpt"
+    options = [*tiny, "--model.positions", "RoPE", "--model.init_from", last, "--trainer.max_steps", 2]
+    weights = {}
+    for name, more in (
+        ("fresh", []),
+        ("kept", ["--model.init_optimizer", "true"]),
+        ("sharded", ["--model.init_optimizer", "true", "--trainer.strategy", "fsdp2"]),
+    ):
+        run("fit", *options, *more, "--trainer.default_root_dir", name, cwd=tmp_path)
+        weights[name] = decoder_weights(read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt"))
+    differences = {
+        name: max(float((weights[name][key] - value).abs().max()) for key, value in weights["kept"].items())
+        for name in weights
+    }
+    assert differences["sharded"] < 1e-6 < 1e-5 < differences["fresh"]
+    failed = run(
+        "fit", *options, "--model.init_optimizer", "true", "--model.optimizer", "Muon", cwd=tmp_path, returncode=2
+    )
+    assert "model.init_optimizer: " in failed.stderr
+    assert "holds the state of AdamW" in failed.stderr
