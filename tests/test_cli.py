@@ -31,9 +31,23 @@ def mistake(tiny, tmp_path, monkeypatch, capsys):
     return mistake
 
 
+STRATEGY = ["--trainer.devices", "2", "--trainer.strategy", "FSDP2Strategy"]
+CONTEXT = [*STRATEGY, "--trainer.strategy.context_parallel_size"]
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
+        ([*CONTEXT, "3"], "trainer.strategy.context_parallel_size: 3 must divide the 4 query heads"),
+        ([*CONTEXT, "0"], "trainer.strategy.context_parallel_size: 0 must be 1 or more"),
+        ([*CONTEXT, "2", "--data.context_length", "63"], "2 must divide the 63 tokens of a row"),
+        ([*STRATEGY, "--trainer.strategy.replicate_size", "3"], "replicate_size: 3 must divide the 2 devices"),
+        (["--model.activation_checkpointing", "-1"], "model.activation_checkpointing: -1 must be 0 (none) or more"),
+        (["--model.mlp_chunk_tokens", "0"], "model.mlp_chunk_tokens: 0 must be 1 or more"),
+        (
+            ["--model.offload_activations", "true"],
+            "model.offload_activations: moves what activation_checkpointing keeps",
+        ),
         (["--model.decoder.hiden_size", "64"], "hiden_size"),
         (["--trainer.max_stepps", "64"], "max_stepps"),
         (["--trainer.max_steps", "many"], "max_steps"),

@@ -1,7 +1,11 @@
 """Several processes against one on the same global batches: FSDP2, sequence parallelism, and their checkpoints."""
 
 import itertools
+import random
+import subprocess
+import time
 
+import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -178,19 +182,33 @@ def test_the_table_of_contents_of_a_sharded_folder_runs_nothing(fit, tmp_path, c
     assert "ran" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([*STRATEGY, "--trainer.strategy.context_parallel_size", 3], "3 must divide the 4 query heads"),
-        ([*STRATEGY, "--trainer.strategy.context_parallel_size", 0], "context_parallel_size: 0 must be 1 or more"),
-        ([*CONTEXT, "--data.context_length", 63], "context_parallel_size: 2 must divide the 63 tokens of a row"),
-        ([*STRATEGY, "--trainer.strategy.replicate_size", 3], "replicate_size: 3 must divide the 2 devices"),
-        (["--model.activation_checkpointing", -1], "model.activation_checkpointing: -1 must be 0 (none) or more"),
-        (["--model.mlp_chunk_tokens", 0], "model.mlp_chunk_tokens: 0 must be 1 or more"),
-        (["--model.offload_activations", "true"], "moves what activation_checkpointing keeps"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_shared(run, tiny, tmp_path, options, message):
-    failed = run("fit", *tiny, "--trainer.devices", 2, *options, cwd=tmp_path, returncode=2)
-    assert message in failed.stderr
-    assert len(failed.stderr.strip().splitlines()) == 1
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("kind", [SHARDED, STRATEGY], ids=["sharded", "one file"])
+def test_killed_while_it_saves_at_every_step(run, tiny, tmp_path, command_path, kind, number):
+    options = [
+        *tiny,
+        *kind,
+        "--trainer.devices",
+        2,
+        "--checkpoints.every_n_steps",
+        1,
+        "--trainer.default_root_dir",
+        "run",
+    ]
+    command = [command_path, "fit", *options, "--trainer.max_steps", 100_000, "--model.schedule.total_steps", 100_000]
+    process = subprocess.Popen(
+        [str(word) for word in command], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    last, deadline = tmp_path / "run/checkpoints/last.ckpt", time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(random.Random(number).uniform(0, 1.5))
+    for rank in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        rank.kill()
+    process.wait()
+    step = read_checkpoint(last)["global_step"]
+    options += ["--model.schedule.total_steps", 100_000, "--ckpt_path", "auto", "--trainer.max_steps"]
+    printed = run("fit", *options, step + 3, cwd=tmp_path).stdout
+    assert "Continuing from run/checkpoints/step=" in printed
+    assert read_checkpoint(last)["global_step"] == step + 3

@@ -146,7 +146,9 @@ def stop_and_go_on(command_path, tiny, run, folder, number, **how):
     assert all(torch.equal(stopped[name], value) for name, value in whole.items())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGUSR1))]
+)
 def test_stopped_by_a_signal(command_path, tiny, run, tmp_path, number):
     stop_and_go_on(command_path, tiny, run, tmp_path, number)
 
