@@ -30,7 +30,8 @@ def import_(
     of the folder is run.
 
     Args:
-        source: Folder with config.json and safetensors (or pytorch_model.bin, read as weights only).
+        source: Folder with config.json and safetensors (or pytorch_model.bin, read as weights only), or the name of one
+            on the Hugging Face Hub (ORGANIZATION/MODEL).
         out: The checkpoint to write, such as model.ckpt; a recipe of the same name is written beside it.
         variant: What the shapes must be; empty takes what they are.
         rope_theta: The base, where config.json does not say it.
@@ -39,18 +40,13 @@ def import_(
         original_max_position_embeddings: Context that the scaling starts from.
         ignore: Fields of config.json, separated by commas, that change nothing in the model.
     """
-    from pathlib import Path
-
     from ropepp_lit.checkpoint import KEY, write_checkpoint
-    from ropepp_lit.errors import UsageError
     from ropepp_lit.hf.config import Rotary
-    from ropepp_lit.hf.folder import CONFIG, read_folder
+    from ropepp_lit.hf.folder import find_folder, read_folder
 
-    if not (Path(source) / CONFIG).is_file():
-        raise UsageError(f"source: {source}: no {CONFIG} there; name a folder in Hugging Face's format")
     path = _new_checkpoint(out)
     checkpoint = read_folder(
-        Path(source),
+        find_folder(source),
         variant=variant,
         rotary=Rotary(scaling, factor, original_max_position_embeddings, rope_theta),
         ignore=tuple(filter(None, ignore.split(","))),

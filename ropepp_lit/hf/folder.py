@@ -4,21 +4,45 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ropepp_lit.checkpoint import KEY, WEIGHTS_PREFIX, describe_architecture, make_checkpoint, read_checkpoint
+from ropepp_lit.checkpoint import KEY, decoder_weights, describe_architecture, make_checkpoint, read_checkpoint
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.config import Architecture, Rotary, read_config
 from ropepp_lit.nn import Decoder
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+
+def find_folder(source: str) -> Path:
+    """A folder on this machine, or one fetched from the Hugging Face Hub (or found in its cache) by its name.
+
+    Args:
+        source: A folder, or ORGANIZATION/MODEL.
+
+    Raises:
+        UsageError: neither is to be had.
+    """
+    if (Path(source) / CONFIG).is_file():
+        return Path(source)
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise UsageError(f"source: {source}: no {CONFIG} there; name a folder in Hugging Face's format")
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:  # httpx's, and the Hub's own
+        raise UsageError(
+            f"source: {source}: neither here nor to be had from the Hugging Face Hub ({type(error).__name__}); "
+            "check the name and the connection"
+        ) from error
 
 
 def open_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
@@ -169,11 +193,7 @@ def _token_ids(
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """The decoder's parameters by their names in Hugging Face's Llama; a tied output layer once, as the embedding."""
-    weights = {
-        name.removeprefix(WEIGHTS_PREFIX): value
-        for name, value in checkpoint["state_dict"].items()
-        if name.startswith(WEIGHTS_PREFIX)
-    }
+    weights = decoder_weights(checkpoint)
     if checkpoint[KEY]["architecture"]["decoder"]["tie_word_embeddings"]:
         weights.pop("lm_head.weight", None)
     return weights

@@ -14,7 +14,7 @@ from ropepp_lit.checkpoint import KEY, load_decoder, read_checkpoint
 from ropepp_lit.data.tokenizer import byte_tokenizer
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.config import Rotary
-from ropepp_lit.hf.folder import read_folder
+from ropepp_lit.hf.folder import find_folder, read_folder
 from ropepp_lit.nn import Linear, Llama3, RoPEPP, Yarn, YarnByRotations
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -215,6 +215,20 @@ def test_special_tokens_and_settings_of_the_tokenizer(folder):
     ours = read_folder(folder)[KEY]
     assert (ours["bos_token_id"], ours["eos_token_id"]) == (None, 0)
     assert json.loads(ours["tokenizer_config"]) == settings
+
+
+def test_a_folder_by_its_name_on_the_hub(tmp_path, monkeypatch):
+    """As the Hub's own library keeps it on this machine: no connection is made."""
+    cached = tmp_path / "models--someone--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    (cached / "snapshots").mkdir()
+    write(cached / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert len(read_folder(find_folder("someone/model"))["state_dict"]) == 21
+    with pytest.raises(UsageError, match=r"source: someone/else: neither here nor to be had from the Hugging Face Hub"):
+        find_folder("someone/else")
 
 
 @pytest.mark.end_to_end
