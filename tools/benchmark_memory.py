@@ -21,20 +21,20 @@ from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPE, RoPEPP
 from ropepp_lit.train.costs import memory_of_step
 
 GEOMETRIES = {
-    "EC, 4 layers of 512, vocabulary 4,096": (
+    "EC, 4 layers of 256, vocabulary 4,096": (
         RoPEPP(variant="ec"),
-        {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
-         "num_attention_heads": 8, "num_key_value_heads": 4},
-    ),
-    "RoPE, 8 layers of 256, vocabulary 32,000": (
-        RoPE(),
-        {"vocab_size": 32000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8,
+        {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
          "num_attention_heads": 4, "num_key_value_heads": 2},
     ),
-    "EH, 2 layers of 768, vocabulary 4,096": (
+    "RoPE, 6 layers of 256, vocabulary 32,000": (
+        RoPE(),
+        {"vocab_size": 32000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6,
+         "num_attention_heads": 4, "num_key_value_heads": 2},
+    ),
+    "EH, 2 layers of 512, vocabulary 4,096": (
         RoPEPP(variant="eh"),
-        {"vocab_size": 4096, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 2,
-         "num_attention_heads": 12, "num_key_value_heads": 4},
+        {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2,
+         "num_attention_heads": 8, "num_key_value_heads": 4},
     ),
 }  # fmt: skip
 LEVERS: dict[str, dict[str, int]] = {
