@@ -48,6 +48,10 @@ CONTEXT = [*STRATEGY, "--trainer.strategy.context_parallel_size"]
             ["--model.offload_activations", "true"],
             "model.offload_activations: moves what activation_checkpointing keeps",
         ),
+        (
+            ["--model.offload_activations", "true", "--model.activation_checkpointing", "1"],
+            "model.offload_activations: moves activations from a GPU to the CPU, and this run has no GPU",
+        ),
         (["--model.decoder.hiden_size", "64"], "hiden_size"),
         (["--trainer.max_stepps", "64"], "max_stepps"),
         (["--trainer.max_steps", "many"], "max_steps"),

@@ -49,13 +49,13 @@ def banner(trainer: pl.Trainer, model: CausalLM) -> str:
     if isinstance(data, TokenData):
         tokens = data.context_length * data.batch_size * trainer.accumulate_grad_batches * replicas
         masking = "documents don't see each other" if data.intra_document_masking else "plain causal rows"
-        share = sum(data.weights.values())
+        share, size = sum(data.weights.values()), trainer.world_size // replicas
+        groups = f"{replicas} devices" if size == 1 else f"{replicas} groups of {size} devices"
         lines += [
             ("context", f"{data.context_length:,} tokens, {masking}"),
             (
                 "tokens per step",
-                f"{tokens:,} ({data.batch_size} rows × {trainer.accumulate_grad_batches} accumulated "
-                f"× {replicas} devices)",
+                f"{tokens:,} ({data.batch_size} rows × {trainer.accumulate_grad_batches} accumulated × {groups})",
             ),
             *(
                 (

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import torch
 import yaml
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import DoublePrecision
@@ -163,6 +164,10 @@ class RecipeCLI(LightningCLI):
                 world_size=self.trainer.world_size,
                 num_query_heads=layout.num_query_heads,
                 context_length=self.datamodule.context_length,
+            )
+        if self.model.offload_activations and isinstance(self.trainer.accelerator, CPUAccelerator):
+            raise UsageError(
+                "model.offload_activations: moves activations from a GPU to the CPU, and this run has no GPU"
             )
         reach, context = self.model.frequencies.reach, self.datamodule.context_length
         if reach is not None and context > reach:

@@ -113,9 +113,9 @@ def memory_of_step(
     width, head, inner = config.hidden_size, config.head_dim, config.intermediate_size
     tokens = rows * context_length / context_parallel_size
     queries, heads, caches = layout.num_query_heads, layout.num_attention_heads, layout.num_key_value_heads
-    # What the backward pass of a block reads: both norms' inputs and outputs, projections before and after the
-    # rotation, the attention's output, and the SwiGLU layer's gate, its activation, up and their product.
-    attention = 4 * width + head * (queries + 2 * heads + 3 * caches)
+    # What the backward pass of a block reads: both norms' inputs, outputs and what they scale, projections before and
+    # after the rotation, the attention's output, and the SwiGLU layer's gate, its activation, up and their product.
+    attention = 6 * width + head * (queries + 2 * heads + 3 * caches)
     chunk = context_length / context_parallel_size
     is_chunked = mlp_chunk_tokens is not None and mlp_chunk_tokens < chunk
     mlp = 0.0 if is_chunked else 4.0 * inner
@@ -126,7 +126,8 @@ def memory_of_step(
     boundary = 0.0 if offload_activations else tokens * itemsize * width
     # At the end of the forward pass, or when the last block of those that keep their input is computed again.
     whole = max(layers - kept, kept * activation_checkpointing - kept + 1 if kept else 0)
-    activations = whole * block + kept * boundary + in_work
+    gradients_in_work = tokens * itemsize * (2 * width + max(0 if is_chunked else 2 * inner, 3 * heads * head))
+    activations = whole * block + kept * boundary + in_work + gradients_in_work
     # The loss keeps the gradients that it makes in the forward pass, and three copies of a chunk of logits.
     precise = max(4, itemsize)
     logits = 3.0 * min(MAX_LOGITS, tokens * config.vocab_size) * precise

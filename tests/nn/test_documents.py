@@ -115,16 +115,26 @@ def test_one_call_per_document_equals_a_mask(packed):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_on_a_gpu_equals_that_on_the_cpu(packed, dtype):
-    # bfloat16 goes through flash-attn where it is installed, float32 through the mask.
+@pytest.mark.parametrize(
+    ("dtype", "has_flash_attn"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)]
+)
+def test_attention_on_a_gpu_equals_that_on_the_cpu(packed, dtype, has_flash_attn, monkeypatch):
+    # bfloat16 goes through flash-attn where it is installed, else through varlen_attn; float32 through the mask.
+    if not has_flash_attn:
+        monkeypatch.setattr("ropepp_lit.nn.attention.flash_attn_varlen_func", None)
     torch.manual_seed(0)
     documents = Documents.from_eos(packed, EOS)
-    heads = [torch.randn(3, 30, heads, 32).to(dtype) for heads in (4, 2, 2)]
+    heads = [torch.randn(3, 30, heads, 32).to(dtype).requires_grad_() for heads in (4, 2, 2)]
     expected = attend_within_documents(*heads, documents)
+    expected.sum().backward()
     on_gpu = Documents(*(part.cuda() for part in documents))
-    found = attend_within_documents(*(x.cuda() for x in heads), on_gpu).cpu()
-    torch.testing.assert_close(found, expected, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-2)
+    copies = [x.detach().cuda().requires_grad_() for x in heads]
+    found = attend_within_documents(*copies, on_gpu)
+    found.sum().backward()
+    tolerance = {"atol": 1e-5 if dtype == torch.float32 else 2e-2, "rtol": 1e-2}
+    torch.testing.assert_close(found.cpu(), expected, **tolerance)
+    for copy, original in zip(copies, heads, strict=True):
+        torch.testing.assert_close(copy.grad.cpu(), original.grad, **tolerance)
 
 
 def test_full_cache_says_so(decoder):

@@ -1,6 +1,7 @@
 """Several processes against one on the same global batches: FSDP2, sequence parallelism, and their checkpoints."""
 
 import itertools
+import json
 import random
 import subprocess
 import time
@@ -111,6 +112,48 @@ def test_every_setting_ends_where_one_process_does(fit, changes, options, rows):
 def test_memory_levers_change_no_bit_of_a_result(fit):
     levers = ["--model.activation_checkpointing", 2, "--model.mlp_chunk_tokens", 16]
     assert_equal(fit(*VARIANTS["ec"], *DOUBLE), fit(*VARIANTS["ec"], *DOUBLE, *levers), tolerance=1e-12)
+
+
+PROBE = """
+import json, os, zlib
+import torch.distributed.fsdp._fully_shard._fsdp_param_group as fsdp
+from lightning.pytorch import Callback
+
+counts = {"reductions": 0}
+reduce = fsdp.foreach_reduce
+
+
+def counted(*arguments, **keywords):
+    counts["reductions"] += 1
+    return reduce(*arguments, **keywords)
+
+
+class Probe(Callback):
+    def on_train_start(self, trainer, module):
+        fsdp.foreach_reduce = counted
+        self.batches = []
+        parameters = list(module.decoder.parameters())
+        self.share = sum(p.to_local().nbytes for p in parameters) / sum(p.nbytes for p in parameters)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.batches.append(zlib.crc32(batch.input_ids.numpy().tobytes()))
+
+    def on_train_end(self, trainer, module):
+        found = {**counts, "batches": self.batches, "share": self.share}
+        open(f"rank{trainer.global_rank}.json", "w").write(json.dumps(found))
+"""
+
+
+def test_each_rank_holds_half_reads_its_own_rows_and_reduces_once_a_step(run, tiny, tmp_path):
+    (tmp_path / "probe.py").write_text(PROBE)
+    options = ["--trainer.devices", 2, "--trainer.strategy", "fsdp2", "--trainer.callbacks+", "probe.Probe"]
+    run("fit", *tiny, *COMMON, *options, "--trainer.max_steps", 3, cwd=tmp_path)
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    for found in ranks:
+        assert found["reductions"] == 3 * (2 + 1)  # two blocks and the rest, in each step of two micro-batches
+        assert found["share"] == pytest.approx(0.5, abs=0.02)
+        assert len(set(found["batches"])) == 6
+    assert not set(ranks[0]["batches"]) & set(ranks[1]["batches"])
 
 
 ONE, TWO = ([], 1, 4), (["--trainer.strategy", "fsdp2"], 2, 2)
