@@ -36,7 +36,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_ropepp.RopePPForCausalLM",
 }
 
-TRIED = "4.56.2, 4.57.6 and 5.23.0"
+TRIED = "4.56.2, 4.57.6, 5.23.0 and 5.24.0"
 """Versions of transformers that loaded a RoPE++ export with the same logits."""
 
 PROBE_TOKENS = 64

@@ -75,10 +75,12 @@ class RopePPAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend causally; arguments are those of Llama's attention."""
+        # The cache is called `cache` from transformers 5.24 on, and was called `past_key_values` before.
+        caches = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
+        cache = next((given for given in caches if given is not None), None)
         shape = hidden_states.shape[:-1]
         query, key, value = (
             projection(hidden_states).view(*shape, -1, self.head_dim)
@@ -93,9 +95,9 @@ class RopePPAttention(nn.Module):
             first, second = query.chunk(2, dim=-1)
             imaginary = torch.cat((second, -first), dim=-1)
             query = torch.stack((query, imaginary), dim=2).flatten(1, 2)  # re, im, re, im, …
-        if past_key_values is not None:
+        if cache is not None:
             details = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
-            key, value = past_key_values.update(key, value, self.layer_idx, details)
+            key, value = cache.update(key, value, self.layer_idx, details)
         attend = eager_attention_forward
         if self.config._attn_implementation != "eager":
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]

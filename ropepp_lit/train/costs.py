@@ -124,14 +124,17 @@ def memory_of_step(
     layers = config.num_hidden_layers
     kept = layers // activation_checkpointing if activation_checkpointing else 0
     boundary = 0.0 if offload_activations else tokens * itemsize * width
-    # At the end of the forward pass, or when the last block of those that keep their input is computed again.
+    # The loss comes when the forward pass has kept what it keeps: with three copies of a chunk of logits.
+    precise = max(4, itemsize)
+    forward = (layers - kept) * block + kept * boundary
+    logits = 3.0 * min(MAX_LOGITS, tokens * config.vocab_size) * precise
+    # The backward pass computes blocks again, the last of those that kept their input first, and makes gradients.
     whole = max(layers - kept, kept * activation_checkpointing - kept + 1 if kept else 0)
     gradients_in_work = tokens * itemsize * (2 * width + max(0 if is_chunked else 2 * inner, 3 * heads * head))
     activations = whole * block + kept * boundary + in_work + gradients_in_work
-    # The loss keeps the gradients that it makes in the forward pass, and three copies of a chunk of logits.
-    precise = max(4, itemsize)
-    logits = 3.0 * min(MAX_LOGITS, tokens * config.vocab_size) * precise
-    loss = logits + config.vocab_size * width * precise + 2 * tokens * width * itemsize
+    # What the loss takes beyond that, and the gradients of output layer and hidden states that it makes ahead.
+    loss = max(0.0, forward + logits - activations) + config.vocab_size * width * precise
+    loss += 2 * tokens * width * itemsize
     weights = num_parameters * precise / shards
     if shards > 1:  # one block and the rest are gathered
         largest = (num_parameters - 2 * config.vocab_size * width) / layers + 2 * config.vocab_size * width
