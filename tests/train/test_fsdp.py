@@ -99,8 +99,9 @@ def test_processes_end_where_one_does(fit, model, options, devices, rows):
         ["--model.decoder.tie_word_embeddings", "true"],
         ["--model.activation_checkpointing", 1, "--model.mlp_chunk_tokens", 16],
         ["--data.intra_document_masking", "false"],
+        ["--model.compile", "true"],
     ],
-    ids=["Muon", "tied", "levers", "plain rows"],
+    ids=["Muon", "tied", "levers", "plain rows", "compiled"],
 )
 @pytest.mark.parametrize(
     ("options", "rows"), [(["--trainer.strategy", "fsdp2"], 2), (CONTEXT, 4)], ids=["fsdp", "context"]
