@@ -101,9 +101,9 @@ class RemoteFolder:
         except Exception as error:
             if not _is_of_store(error):
                 raise
+            problem = (str(error) or type(error).__name__).splitlines()[0]
             raise UsageError(
-                f"{self.url}/{name}: {str(error).splitlines()[0]}; check the URL, the endpoint and the credentials "
-                "in the environment"
+                f"{self.url}/{name}: {problem}; check the URL, the endpoint and the credentials in the environment"
             ) from error
         finally:
             partial.unlink(missing_ok=True)

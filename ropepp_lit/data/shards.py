@@ -221,16 +221,20 @@ class TokenShards:
         if self._remote is not None:
             name = f"{self.folder.name}/{chunk.filename}"
             path, is_new = self._remote.fetch_chunk(name, self._file_bytes(chunk))
-        if is_new or index not in self._checked:
-            if checksum(path) != chunk.sha256:
-                where = self.folder.parent if self._remote is None else self._remote.url
-                if self._remote is not None:
-                    path.unlink()
-                raise UsageError(
-                    f"{path}: its checksum is not the manifest's; the shards are damaged: "
-                    f"remove {where} to prepare them again"
-                )
-            self._checked.add(index)
+        if index in self._checked and not is_new:
+            return path
+        if checksum(path) != chunk.sha256:
+            where = str(self.folder.parent)
+            if self._remote is not None:
+                path.unlink()
+                if not is_new:  # what was kept is of an older set of this name
+                    return self._path(index)
+                where = self._remote.url
+            raise UsageError(
+                f"{path}: its checksum is not the manifest's; the shards are damaged: "
+                f"remove {where} to prepare them again"
+            )
+        self._checked.add(index)
         return path
 
     def _file_bytes(self, chunk: Chunk) -> int:

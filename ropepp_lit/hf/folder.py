@@ -157,11 +157,12 @@ def _check_tensors(folder: Path, tensors: dict[str, Tensor], architecture: Archi
     for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
         del tensors[name]  # old folders carry what the base and scaling say
     if architecture.decoder.tie_word_embeddings:
-        embedding = tensors.get("model.embed_tokens.weight")
-        output = tensors.setdefault("lm_head.weight", embedding)  # type: ignore[arg-type]
-        if output is not embedding and embedding is not None and not torch.equal(output, embedding):
-            raise UsageError(f"{folder / CONFIG}: tie_word_embeddings is true, and lm_head.weight is another matrix")
+        embedding, output = (tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
         if embedding is not None:
+            if output is not None and not torch.equal(output, embedding):
+                raise UsageError(
+                    f"{folder / CONFIG}: tie_word_embeddings is true, and lm_head.weight is another matrix"
+                )
             tensors["lm_head.weight"] = embedding
     for name, shape in wanted.items():
         if name not in tensors:

@@ -40,11 +40,8 @@ class Frequencies:
             raise UsageError(f"model.frequencies.rope_theta: {rope_theta} must be above 1")
         self.rope_theta = rope_theta
 
-    @property
-    def reach(self) -> int | None:
-        """Tokens that the scaling was made for, where it says so."""
-        original = getattr(self, "original_max_position_embeddings", None)
-        return None if original is None else round(original * self.factor)  # type: ignore[attr-defined]
+    reach: int | None = None
+    """Tokens that the scaling was made for, where it says so: factor × original_max_position_embeddings."""
 
     attention_factor: float = 1.0
     """Factor on cos and sin, so on scores its square (YaRN's temperature)."""
@@ -119,6 +116,7 @@ class _Yarn(Frequencies, ABC):
         super().__init__(rope_theta=rope_theta)
         self.factor = _require_factor(factor)
         self.original_max_position_embeddings = _require_context(original_max_position_embeddings)
+        self.reach = round(factor * original_max_position_embeddings)
         if not beta_fast > beta_slow > 0:
             raise UsageError(
                 f"model.frequencies.beta_fast: {beta_fast} must be above beta_slow ({beta_slow}), both above 0"
@@ -200,6 +198,7 @@ class Llama3(Frequencies):
         super().__init__(rope_theta=rope_theta)
         self.factor = _require_factor(factor)
         self.original_max_position_embeddings = _require_context(original_max_position_embeddings)
+        self.reach = round(factor * original_max_position_embeddings)
         if not high_freq_factor > low_freq_factor > 0:
             raise UsageError(
                 f"model.frequencies.high_freq_factor: {high_freq_factor} must be above low_freq_factor "

@@ -36,6 +36,7 @@ class Checkpoints(Checkpoint):
             raise UsageError(f"checkpoints.keep: {keep} must be 0 (all) or more")
         self.every_n_steps, self.keep = every_n_steps, keep
         self._saved_step = self._seen_step = 0
+        self._lacks_figures = False
         self.stop = StopRequest()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -51,15 +52,17 @@ class Checkpoints(Checkpoint):
         self.stop.install()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Save at the end of every so many optimizer steps; the last one is saved when it has been validated."""
+        """Save at the end of every so many optimizer steps, and the last one before it is validated."""
         step = trainer.global_step
         if step == self._seen_step:
             return  # gradients accumulate
         self._seen_step = step
         if self.stop.agree():
             trainer.should_stop, trainer.limit_val_batches = True, 0  # save now, validate another time
-        elif step % self.every_n_steps == 0 and step < trainer.max_steps:
+        elif step % self.every_n_steps == 0 or step >= trainer.max_steps:
             self._save(trainer)
+            is_sharded = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
+            self._lacks_figures = step >= trainer.max_steps and not is_sharded  # a file is replaced in one step
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """A signal ends the validation within a run."""
@@ -67,8 +70,8 @@ class Checkpoints(Checkpoint):
             raise StopIteration  # Lightning's evaluation loop ends with it
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the last step, whatever the interval is."""
-        if trainer.global_step != self._saved_step:
+        """Save the last step, whatever the interval is, with what its validation found."""
+        if trainer.global_step != self._saved_step or self._lacks_figures:
             self._save(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

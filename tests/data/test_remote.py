@@ -109,6 +109,14 @@ def test_a_damaged_chunk_is_named_and_not_kept(server, shards, tmp_path):
         data._train._shards[0]._chunk(1)
 
 
+def test_a_kept_chunk_of_an_older_set_is_fetched_again(server, shards, tmp_path):
+    data = make(f"s3://{BUCKET}/shards", tmp_path)
+    expected = data._train._shards[0]._chunk(0).tolist()
+    (kept,) = tmp_path.rglob("chunk-*.bin")
+    kept.write_bytes(bytes(kept.stat().st_size))
+    assert make(f"s3://{BUCKET}/shards", tmp_path)._train._shards[0]._chunk(0).tolist() == expected
+
+
 def test_a_changed_manifest_is_seen(server, shards, tmp_path):
     client = boto3.client("s3", endpoint_url=server)
     values = json.loads((shards / "manifest.json").read_text())
