@@ -272,6 +272,10 @@ class TokenData(LightningDataModule):
             )
         return loaders
 
+    def tokens_per_step(self, *, accumulate_grad_batches: int, num_replicas: int) -> int:
+        """Tokens read for one step of the optimizer by all replicas, which read different data, together."""
+        return self.context_length * self.batch_size * accumulate_grad_batches * num_replicas
+
     def _trainer(self) -> Trainer:
         assert self.trainer is not None, "a trainer asks for batches"
         return self.trainer

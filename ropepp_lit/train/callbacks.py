@@ -47,7 +47,8 @@ def banner(trainer: pl.Trainer, model: CausalLM) -> str:
         ("parameters", f"{decoder.num_parameters:,} (embedding: {embedding:,})"),
     ]
     if isinstance(data, TokenData):
-        tokens = data.context_length * data.batch_size * trainer.accumulate_grad_batches * replicas
+        accumulated = trainer.accumulate_grad_batches
+        tokens = data.tokens_per_step(accumulate_grad_batches=accumulated, num_replicas=replicas)
         masking = "documents don't see each other" if data.intra_document_masking else "plain causal rows"
         share, size = sum(data.weights.values()), trainer.world_size // replicas
         groups = f"{replicas} devices" if size == 1 else f"{replicas} groups of {size} devices"
@@ -55,7 +56,7 @@ def banner(trainer: pl.Trainer, model: CausalLM) -> str:
             ("context", f"{data.context_length:,} tokens, {masking}"),
             (
                 "tokens per step",
-                f"{tokens:,} ({data.batch_size} rows × {trainer.accumulate_grad_batches} accumulated × {groups})",
+                f"{tokens:,} ({data.batch_size} rows × {accumulated} accumulated × {groups})",
             ),
             *(
                 (

@@ -218,11 +218,20 @@ class RecipeCLI(LightningCLI):
             raise UsageError(f"model.init_optimizer: {path} is no file with an optimizer's state")
         if self.model.init_optimizer and checkpoint[KEY]["optimizer"] != type(self.model.optimizer_config).__name__:
             raise UsageError(f"model.init_optimizer: {path} holds the state of {checkpoint[KEY]['optimizer']}")
-        changes = self._compare(path, checkpoint)
-        ours, context = checkpoint[KEY], self.datamodule.context_length
-        if ours.get("context_length") not in (None, context):
-            changes += f"{', ' if changes else ''}data.context_length {ours['context_length']:,} → {context:,}"
-        rank_zero_print(f"Beginning with the weights of {path}" + (f": {changes}" if changes else ""))
+        ours, changes = checkpoint[KEY], [self._compare(path, checkpoint)]
+        strategy, accumulated = self.trainer.strategy, self.trainer.accumulate_grad_batches
+        ranks = strategy.context_parallel_size if isinstance(strategy, FSDP2Strategy) else 1
+        replicas = self.trainer.world_size // ranks
+        after = self.datamodule.tokens_per_step(accumulate_grad_batches=accumulated, num_replicas=replicas)
+        before = round(ours["tokens_seen"] / checkpoint["global_step"]) if checkpoint["global_step"] else None
+        for name, old, new in (
+            ("data.context_length", ours.get("context_length"), self.datamodule.context_length),
+            ("tokens per step", before, after),
+        ):
+            if old not in (None, new):
+                changes.append(f"{name} {old:,} → {new:,}")
+        said = ", ".join(filter(None, changes))
+        rank_zero_print(f"Beginning with the weights of {path}" + (f": {said}" if said else ""))
         if ours["tokenizer"] is None:
             return
         known, used = (

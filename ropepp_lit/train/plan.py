@@ -92,8 +92,8 @@ class Recipe:
     @property
     def tokens_per_step(self) -> int:
         """Over all devices."""
-        rows = self.data.batch_size * self.trainer.accumulate_grad_batches * self.replicas
-        return rows * self.data.context_length
+        accumulated = self.trainer.accumulate_grad_batches
+        return self.data.tokens_per_step(accumulate_grad_batches=accumulated, num_replicas=self.replicas)
 
     def memory(self, **changes: Any) -> Memory:
         """Per device, with some settings other than the recipe's."""

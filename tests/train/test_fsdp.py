@@ -15,7 +15,7 @@ from ropepp_lit.checkpoint import KEY, decoder_weights, read_checkpoint
 
 pytestmark = pytest.mark.end_to_end
 
-STEPS = 6
+STEPS = 20
 COMMON = [
     "--trainer.accumulate_grad_batches",
     2,

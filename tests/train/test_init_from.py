@@ -67,6 +67,14 @@ def test_from_rope_to_ropepp_and_on_and_out(run, tiny, rope, tmp_path):
     assert len(texts) == 1
 
 
+def test_the_run_says_what_changes_at_a_longer_context(run, tiny, rope, tmp_path):
+    options = ["--model.positions", "RoPE", "--model.init_from", rope / "rope" / "checkpoints" / "last.ckpt"]
+    options += ["--data.context_length", 256, "--data.batch_size", 1, "--trainer.max_steps", 1]
+    said = run("fit", *tiny, *options, "--model.frequencies.rope_theta", 50000, cwd=tmp_path).stdout
+    changes = "model.frequencies.rope_theta 10000.0 → 50000.0, data.context_length 64 → 256, tokens per step 128 → 256"
+    assert changes in said
+
+
 def test_weights_that_do_not_fit(run, tiny, rope, tmp_path):
     last = rope / "rope" / "checkpoints" / "last.ckpt"
     failed = run("fit", *tiny, "--model.init_from", last, cwd=tmp_path, returncode=2).stderr

@@ -3,6 +3,7 @@
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import psutil
@@ -165,6 +166,28 @@ def test_two_processes_are_stopped_ten_times_of_ten(command_path, tiny, tmp_path
     returncode, output, errors = stop_run(command_path, tiny, tmp_path, number, devices=2, to=to)
     assert returncode == 128 + number, errors
     assert f"Stopped by {number.name} at step" in output.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_torchrun_is_stopped_by_a_signal(tiny, run, tmp_path):
+    """torchrun gives a SIGTERM to its ranks, which save before they end."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ropepp_lit", "fit", *tiny]
+    options = ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--model.schedule.total_steps", "100000"]
+    process = subprocess.Popen(
+        [*launch, *options, "--trainer.max_steps", "100000", "--trainer.default_root_dir", "run"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    last, deadline = tmp_path / "run/checkpoints/last.ckpt", time.monotonic() + 120
+    while not last.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    found = re.search(r"Stopped by SIGTERM at step ([\d,]+), saved as .*--ckpt_path auto", output)
+    assert found, output + errors
+    step = int(found[1].replace(",", ""))
+    run("fit", *tiny, *options, "--ckpt_path", "auto", "--trainer.max_steps", step + 3,
+        "--trainer.default_root_dir", "run", cwd=tmp_path)  # fmt: skip
 
 
 @pytest.mark.slow
