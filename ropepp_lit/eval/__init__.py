@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, retrieval, noise, attention; results with confidence intervals, and the page that shows them."""
