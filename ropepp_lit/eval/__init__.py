@@ -1,1 +1,1 @@
-"""Evaluation: perplexity, retrieval, noise, attention; results with confidence intervals, and the page that shows them."""
+"""Evaluation: perplexity, retrieval, noise, attention; results with intervals, and the page that shows them."""

@@ -2,17 +2,17 @@
 
 A row says of one model (all runs of it that bear the same name):
 
-| column                            | value                                                                              |
-|-----------------------------------|------------------------------------------------------------------------------------|
-| `model`                           | its name                                                                           |
-| `task`, `part`, `metric`          | `retrieval`, `single`, `score`                                                     |
-| `length`                          | tokens of the context, or None                                                     |
-| `position`                        | first position (or distance) of a range of them, or None                           |
-| `depth`                           | where in the context the answer lies, from 0 (start) to 1, or None                 |
-| `heads`, `noise_std`              | which heads, and the standard deviation of the noise on their scores; or "" / None |
-| `value`, `low`, `high`            | the value, and its 95% interval by bootstrap                                       |
-| `difference`, …`_low`, …`_high`   | value - the first model's, and its 95% interval by paired bootstrap; None for it   |
-| `examples`, `runs`                | how many examples (documents) and runs (seeds) it is of                            |
+| column                          | value                                                                            |
+|---------------------------------|----------------------------------------------------------------------------------|
+| `model`                         | its name                                                                         |
+| `task`, `part`, `metric`        | `retrieval`, `single`, `score`                                                   |
+| `length`                        | tokens of the context, or None                                                   |
+| `position`                      | first position (or distance) of a range of them, or None                         |
+| `depth`                         | where in the context the answer lies, from 0 (start) to 1, or None               |
+| `heads`, `noise_std`            | which heads got noise, and its standard deviation                                |
+| `value`, `low`, `high`          | the value, and its 95% interval by bootstrap                                     |
+| `difference`, …`_low`, …`_high` | value - the first model's, and its 95% interval by paired bootstrap; None for it |
+| `examples`, `runs`              | how many examples (documents) and runs (seeds) it is of                          |
 """
 
 from __future__ import annotations
