@@ -231,6 +231,19 @@ class TokenData(LightningDataModule):
         sources = [list(pair) for pair in zip(fingerprints, self.weights.values(), strict=True)]
         return {"sources": sources, "context_length": self.context_length, "seed": self.seed}
 
+    def held_out_documents(self, name: str) -> Iterator[np.ndarray]:
+        """Token ids of a validation set's documents in their order, each with its opening and closing token."""
+        blocks = self._validation[list(self.validation_sets).index(name)]
+        rest = np.empty(0, dtype=np.int64)
+        for block in range(len(blocks)):
+            row = blocks.__getitems__([block])[0].numpy()
+            new = row[: self.context_length]  # the last token of a row is the next one's first
+            rest = np.concatenate((rest, new[new != IGNORE_INDEX]))
+            *documents, rest = np.split(rest, np.flatnonzero(rest == self.manifest.eos_token_id) + 1)
+            yield from documents
+        if len(rest):
+            yield rest
+
     def predicted_tokens(self, tokens: TokenSet) -> int:
         """Tokens that count as labels: where documents don't see each other, none foresees another."""
         return tokens.tokens - (tokens.documents if self.intra_document_masking else 1)

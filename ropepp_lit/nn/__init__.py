@@ -1,5 +1,6 @@
 """Decoders with RoPE and RoPE++ in plain PyTorch: no Lightning, no data, no files."""
 
+from ropepp_lit.nn.attention import Probe
 from ropepp_lit.nn.config import DecoderConfig
 from ropepp_lit.nn.decoder import Decoder
 from ropepp_lit.nn.documents import Documents
@@ -15,6 +16,7 @@ __all__ = [
     "Linear",
     "Llama3",
     "PositionScheme",
+    "Probe",
     "RoPE",
     "RoPEPP",
     "Yarn",

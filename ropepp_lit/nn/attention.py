@@ -100,6 +100,21 @@ class KVCache:
         return found[0].to(keys.dtype), found[1].to(keys.dtype)  # mixed precision computes in another dtype
 
 
+class Probe:
+    """Looks into attention, which is then computed in the open: scores and weights of all queries and keys.
+
+    Subclass it and give it to :meth:`~ropepp_lit.nn.decoder.Decoder.probed`. Heads are in the order of the layout: with
+    RoPE++ the even ones are real, the odd ones imaginary.
+    """
+
+    def scores(self, layer: int, scores: Tensor) -> Tensor:
+        """What attention goes on with, of the scores [B, H, T, S] of a layer: qᵀk / √D, before mask and softmax."""
+        return scores
+
+    def weights(self, layer: int, weights: Tensor) -> None:
+        """See the weights [B, H, T, S] after the softmax."""
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention whose head counts and rotation come from the position scheme."""
 
@@ -121,6 +136,7 @@ class Attention(nn.Module):
         self.has_norms = config.qk_norm
         self.context_group: dist.ProcessGroup | None = None
         """Ranks that share the tokens of each row; see :meth:`~ropepp_lit.nn.decoder.Decoder.set_context_group`."""
+        self.probe: Probe | None = None
         self.o_proj = nn.Linear(layout.num_attention_heads * self.head_dim, width, bias=config.attention_output_bias)
 
     @property
@@ -161,15 +177,43 @@ class Attention(nn.Module):
             queries, keys, values = (tokens_to_heads(x, group) for x in (queries, keys, values))
         queries, keys = self.rotate(queries, keys, tables)
         if cache is None:
-            output = attend(queries, keys, values, documents)
+            if self.probe is not None:
+                output = self._attend_in_the_open(queries, keys, values, _mask_of(queries, documents))
+            else:
+                output = attend(queries, keys, values, documents)
             if group is not None:
                 output = heads_to_tokens(output, group)
             return self.o_proj(output.flatten(-2))
         queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
         keys, values = cache.update(self.layer, keys, values)
         causal = mask is None and queries.shape[2] == keys.shape[2]
+        if self.probe is not None:
+            visible = _mask_of(queries.transpose(1, 2), None) if causal else mask
+            queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+            output = self._attend_in_the_open(queries, keys, values, visible)
+            return self.o_proj(output.flatten(-2))
         output = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, enable_gqa=True)
         return self.o_proj(output.transpose(1, 2).flatten(-2))
+
+    def _attend_in_the_open(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention through the probe; [B, T, heads, D] each, mask [B or 1, 1, T, S] or None; returns [B, T, H, D]."""
+        assert self.probe is not None
+        groups = queries.shape[2] // keys.shape[2]
+        keys, values = (x.repeat_interleave(groups, dim=2) for x in (keys, values))
+        scores = torch.einsum("bthd,bshd->bhts", queries, keys) * self.head_dim**-0.5
+        scores = self.probe.scores(self.layer, scores)
+        weights = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1)
+        self.probe.weights(self.layer, weights)
+        return torch.einsum("bhts,bshd->bthd", weights, values)
+
+
+def _mask_of(queries: Tensor, documents: Documents | None) -> Tensor:
+    """[B or 1, 1, T, T], true where a query sees a key; queries are [B, T, H, D]."""
+    num_tokens = queries.shape[1]
+    causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=queries.device).tril()[None, None]
+    if documents is None:
+        return causal
+    return causal & (documents.ids[:, None, :, None] == documents.ids[:, None, None, :])
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents | None) -> Tensor:
@@ -218,9 +262,7 @@ def attend_within_documents(queries: Tensor, keys: Tensor, values: Tensor, docum
             output = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), **grouped)
         return output.view_as(queries)
     if queries.device.type != "cpu":
-        ids, num_tokens = documents.ids, queries.shape[1]
-        causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=ids.device).tril()
-        mask = causal & (ids[:, None, :, None] == ids[:, None, None, :])
+        mask = _mask_of(queries, documents)
         queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
         return F.scaled_dot_product_attention(queries, keys, values, mask, enable_gqa=True).transpose(1, 2)
     # One call per document skips what a mask would only hide.

@@ -8,7 +8,8 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -19,11 +20,11 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn.attention import Attention, KVCache
+from ropepp_lit.nn.attention import Attention, KVCache, Probe
 from ropepp_lit.nn.config import DecoderConfig
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.frequencies import Frequencies
-from ropepp_lit.nn.loss import IGNORE_INDEX, linear_cross_entropy
+from ropepp_lit.nn.loss import IGNORE_INDEX, linear_cross_entropy, token_cross_entropy
 from ropepp_lit.nn.positions import PositionScheme
 
 
@@ -163,6 +164,18 @@ class Decoder(nn.Module):
             assert isinstance(block, Block)
             block.self_attn.context_group = group
 
+    @contextmanager
+    def probed(self, probe: Probe) -> Iterator[None]:
+        """Let a probe see, and change, the scores of every layer; attention is then computed in the open."""
+        layers = [module for module in self.modules() if isinstance(module, Attention)]
+        for attention in layers:
+            attention.probe = probe
+        try:
+            yield
+        finally:
+            for attention in layers:
+                attention.probe = None
+
     @torch.no_grad()
     def init_weights(self) -> None:
         """Normal weights of standard deviation `initializer_range`, zero biases, norms of one (the paper's setting)."""
@@ -201,7 +214,7 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         *,
         labels: Tensor | None = None,
-        reduction: Literal["mean", "sum"] = "mean",
+        reduction: Literal["mean", "sum", "none"] = "mean",
         positions: Tensor | None = None,
         documents: Documents | None = None,
         cache: KVCache | None = None,
@@ -212,15 +225,15 @@ class Decoder(nn.Module):
         Args:
             input_ids: [B, T] integers below `vocab_size`.
             labels: [B, T] int64: the token that should come *next* at each place (already shifted); -100 is ignored.
-            reduction: Of the loss: over the labels that count.
+            reduction: Of the loss: over the labels that count; `none` gives each token's, without gradients.
             positions: [B, T] integers; empty means those of `documents`, else 0, 1, … behind what the cache holds.
             documents: Bounds of packed documents that must not see each other; empty means one document per row.
             cache: Keys and values so far; gets the new ones.
             logits_to_keep: Compute logits of the last so many tokens only; 0 means all.
 
         Returns:
-            Logits [B, T or logits_to_keep, vocab_size] of the weights' dtype, or the loss, a scalar of float32
-            (float64 in a float64 model), in nats.
+            Logits [B, T or logits_to_keep, vocab_size] of the weights' dtype, or the loss, a scalar (or [B, T]) of
+            float32 (float64 in a float64 model), in nats.
 
         Raises:
             UsageError: a token id outside the vocabulary (seen on CPU; on a GPU the kernel asserts).
@@ -243,6 +256,9 @@ class Decoder(nn.Module):
         hidden = self.model.norm(hidden)
         if labels is None:
             return self.lm_head(hidden[:, -logits_to_keep:])
+        if reduction == "none":
+            losses = token_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
+            return losses.view_as(labels)
         loss = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
         return loss / (labels != IGNORE_INDEX).sum() if reduction == "mean" else loss
 

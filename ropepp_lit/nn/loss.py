@@ -34,6 +34,27 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     return _LinearCrossEntropy.apply(hidden, weight, labels)
 
 
+@torch.no_grad()
+def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of each token, in chunks of tokens; to measure, not to train.
+
+    Args:
+        hidden: See :func:`linear_cross_entropy`.
+        weight: See there.
+        labels: See there.
+
+    Returns:
+        [tokens] float32 (float64 for float64): nats, 0 where the label does not count.
+    """
+    precision = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    size = max(1, MAX_LOGITS // weight.shape[0])
+    losses = [
+        F.cross_entropy((part @ weight.T).to(precision), wanted, ignore_index=IGNORE_INDEX, reduction="none")
+        for part, wanted in zip(hidden.split(size), labels.split(size), strict=True)
+    ]
+    return torch.cat(losses)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
