@@ -24,3 +24,23 @@ def parse_bytes(key: str, text: str) -> int:
     if size < 1:
         raise UsageError(f"{key}: {text!r} is no size such as 64MB or 80GiB")
     return size
+
+
+def parse_tokens(key: str, text: str) -> list[int]:
+    """Numbers of tokens, ascending, of a list such as 512,1k,64k (k is 1,024).
+
+    Args:
+        key: Names the list in the message.
+        text: Numbers with commas.
+
+    Raises:
+        UsageError: one of them is no number of a token or more.
+    """
+    found = set()
+    for word in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(k?)\s*", word, re.ASCII | re.IGNORECASE)
+        tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
+        if tokens < 1:
+            raise UsageError(f"{key}: {word.strip()!r} is no number of tokens such as 512 or 64k")
+        found.add(tokens)
+    return sorted(found)

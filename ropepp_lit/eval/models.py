@@ -1,0 +1,118 @@
+"""A model to be measured: decoder, tokenizer, and what the results say of it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from ropepp_lit.checkpoint import KEY, load_decoder
+from ropepp_lit.data.tokenizer import TextTokenizer
+from ropepp_lit.errors import UsageError
+from ropepp_lit.hf.folder import open_checkpoint
+from ropepp_lit.nn import Decoder, RoPEPP
+
+TOKENS_AT_ONCE = 16_384
+"""Rows are read together as long as they have no more tokens than this."""
+
+
+@dataclass(kw_only=True)
+class Model:
+    """A decoder that reads and writes text."""
+
+    name: str
+    """Models of one name are runs (seeds) of one."""
+
+    path: str
+    decoder: Decoder
+    tokenizer: TextTokenizer
+    fingerprint: str
+    """SHA-256 of the checkpoint."""
+
+    entry: dict[str, Any] = field(default_factory=dict)
+    """What the checkpoint says of itself; see :mod:`ropepp_lit.checkpoint`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.decoder.model.embed_tokens.weight.device
+
+    @property
+    def opening(self) -> list[int]:
+        """What texts begin with."""
+        return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without what opens and closes documents."""
+        return self.tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def describe(self) -> dict[str, Any]:
+        """What results say of it."""
+        decoder = self.decoder
+        scheme, config, layout = decoder.scheme, decoder.config, decoder.head_layout
+        positions = f"RoPE++ {scheme.variant.upper()}" if isinstance(scheme, RoPEPP) else type(scheme).__name__
+        cache = decoder.allocate_cache(batch_size=1, max_tokens=1)
+        return {
+            "name": self.name,
+            "path": self.path,
+            "fingerprint": f"sha256:{self.fingerprint}",
+            "positions": f"{positions}, {decoder.frequencies}",
+            "parameters": decoder.num_parameters,
+            "layers": config.num_hidden_layers,
+            "attention_heads": layout.num_attention_heads,
+            "key_value_heads": layout.num_key_value_heads,
+            "context_length": self.entry.get("context_length"),
+            "tokens_seen": self.entry.get("tokens_seen"),
+            "kv_cache_bytes_per_token": cache.nbytes,
+        }
+
+
+def load_model(source: str, *, trust: str | None = None, dtype: torch.dtype, device: torch.device) -> Model:
+    """A checkpoint or Hugging Face folder as a model.
+
+    Args:
+        source: `PATH`, or `NAME=PATH`; without a name it is that of the run's folder, or of the file.
+        trust: `module.Class` of a position scheme that is not ours and may be imported.
+        dtype: In which it computes.
+        device: On which it computes.
+
+    Raises:
+        UsageError: no such checkpoint, a damaged one, or one without a tokenizer.
+    """
+    name, path = source.split("=", 1) if "=" in source and not Path(source).exists() else ("", source)
+    contents = open_checkpoint(path)
+    entry = contents[KEY]
+    if entry["tokenizer"] is None or entry["eos_token_id"] is None:
+        raise UsageError(f"{path}: holds no tokenizer that says what closes a document, so it cannot read text")
+    tokenizer = Tokenizer.from_str(entry["tokenizer"])
+    tokenizer.encode_special_tokens = True  # a text that spells a special token does not end its document
+    return Model(
+        name=name or _name_of(Path(path)),
+        path=path,
+        decoder=load_decoder(contents, trust=trust).to(dtype).to(device),
+        tokenizer=TextTokenizer(tokenizer, entry["bos_token_id"], entry["eos_token_id"]),
+        fingerprint=_fingerprint(Path(path)),
+        entry=entry,
+    )
+
+
+def _name_of(path: Path) -> str:
+    """runs/NAME/checkpoints/last.ckpt is NAME; others are called as their file or folder."""
+    path = path.absolute()
+    return path.parent.parent.name if path.parent.name == "checkpoints" else path.stem
+
+
+def _fingerprint(path: Path) -> str:
+    """Of the file, or of all files of a folder by their names."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        if path.is_dir():
+            digest.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,154 @@
+"""Loss by the length of the context, and by the position inside of it.
+
+Each document is read whole, once for each length: in windows of so many tokens, one behind the other (`stride` is the
+length) or overlapping. Every token behind the first is predicted once and counts once, in the first window that reaches
+it, so all lengths are measured on the same tokens. The sum of the losses is divided by the number of tokens that were
+predicted: a token that a later window only reads as context is in neither. (The published script of RoPE++ divides by
+the number of windows times their length.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ropepp_lit.eval.models import TOKENS_AT_ONCE, Model
+from ropepp_lit.eval.results import Measurement
+from ropepp_lit.nn.loss import IGNORE_INDEX
+
+RANGES = 16
+"""Into which the positions of a window are divided."""
+
+
+class Window(NamedTuple):
+    """What a model reads at once: tokens[start:end], and predicts tokens[first:end + 1] behind them."""
+
+    document: int
+    start: int
+    first: int
+    end: int
+
+
+def windows(num_tokens: list[int], *, length: int, stride: int) -> Iterator[Window]:
+    """The windows of documents.
+
+    Args:
+        num_tokens: Of each document.
+        length: Tokens of a window, the last of a document may have fewer.
+        stride: From one window's start to the next's, at most the length.
+    """
+    for document, total in enumerate(num_tokens):
+        first = 1
+        for start in range(0, max(1, total - 1), stride):
+            end = min(start + length, total - 1)
+            if end >= first:
+                yield Window(document, start, first, end)
+            first = end + 1
+            if end == total - 1:
+                break
+
+
+def measure(
+    model: Model,
+    texts: Sequence[str],
+    *,
+    length: int,
+    stride: int | None = None,
+    chunk_tokens: int | None = None,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> list[Measurement]:
+    """Loss, perplexity and bits per byte over documents, and the loss by position.
+
+    Args:
+        model: What predicts.
+        texts: Documents.
+        length: Tokens of a window.
+        stride: See :func:`windows`; empty means the length.
+        chunk_tokens: See :func:`read`.
+        progress: Called with the number of tokens read.
+
+    Returns:
+        Measurements with one entry per document: nats over tokens (bytes for bits per byte).
+    """
+    documents = [[*model.opening, *model.encode(text)] for text in texts]
+    losses = np.zeros((len(documents), RANGES))
+    counts = np.zeros((len(documents), RANGES))
+    for batch in _batches(windows([len(ids) for ids in documents], length=length, stride=stride or length)):
+        found = _losses(model, documents, batch, chunk_tokens).double().cpu().numpy()
+        for window, row in zip(batch, found, strict=True):
+            places = np.arange(window.first - window.start - 1, window.end - window.start)
+            ranges = places * RANGES // length
+            np.add.at(losses[window.document], ranges, row[places])
+            np.add.at(counts[window.document], ranges, 1)
+        progress(sum(window.end - window.start for window in batch))
+    totals, tokens = losses.sum(1).tolist(), counts.sum(1).tolist()
+    sizes = [float(len(text.encode())) for text in texts]
+    measured = partial(Measurement, task="perplexity", length=length)
+    return [
+        measured(metric="loss", numerators=totals, denominators=tokens),
+        measured(metric="perplexity", numerators=totals, denominators=tokens),
+        measured(metric="bits_per_byte", numerators=totals, denominators=sizes),
+        *(
+            measured(
+                metric="loss",
+                position=-(-number * length // RANGES),
+                numerators=losses[:, number].tolist(),
+                denominators=counts[:, number].tolist(),
+            )
+            for number in range(RANGES)
+            if counts[:, number].any()
+        ),
+    ]
+
+
+def _batches(several: Iterator[Window]) -> Iterator[list[Window]]:
+    """As many windows as may be read at once, padded to the longest."""
+    batch: list[Window] = []
+    for window in several:
+        longest = max((other.end - other.start for other in [*batch, window]), default=0)
+        if batch and longest * (len(batch) + 1) > TOKENS_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def _losses(model: Model, documents: list[list[int]], batch: list[Window], chunk_tokens: int | None) -> Tensor:
+    """[windows, tokens] nats; 0 where a token was predicted before or the window has ended."""
+    longest = max(window.end - window.start for window in batch)
+    input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for row, window in enumerate(batch):
+        ids = documents[window.document]
+        input_ids[row, : window.end - window.start] = torch.tensor(ids[window.start : window.end])
+        predicted = slice(window.first - window.start - 1, window.end - window.start)
+        labels[row, predicted] = torch.tensor(ids[window.first : window.end + 1])
+    input_ids, labels = input_ids.to(model.device), labels.to(model.device)
+    return read(model, input_ids, labels, chunk_tokens=chunk_tokens)
+
+
+def read(model: Model, input_ids: Tensor, labels: Tensor, *, chunk_tokens: int | None = None) -> Tensor:
+    """The loss of each token, all read at once or in chunks through the KV cache.
+
+    Args:
+        model: What predicts.
+        input_ids: [B, T].
+        labels: [B, T], shifted; -100 does not count.
+        chunk_tokens: Tokens of a row in one forward pass; empty means all.
+
+    Returns:
+        [B, T] nats.
+    """
+    size = chunk_tokens or input_ids.shape[1]
+    if size >= input_ids.shape[1]:
+        return model.decoder(input_ids, labels=labels, reduction="none")
+    cache = model.decoder.allocate_cache(batch_size=input_ids.shape[0], max_tokens=input_ids.shape[1])
+    parts = zip(input_ids.split(size, dim=1), labels.split(size, dim=1), strict=True)
+    return torch.cat([model.decoder(ids, labels=wanted, reduction="none", cache=cache) for ids, wanted in parts], dim=1)

@@ -1,0 +1,42 @@
+"""Documents from which a small model can learn to retrieve, to be mixed into its training text.
+
+They have the form of :mod:`ropepp_lit.eval.retrieval`, with the answers, and come from other random numbers than any
+test: keys may be the same words, values never are what a test will ask.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+
+from ropepp_lit.eval.retrieval import draft
+
+MAX_QUESTIONS = 8
+
+
+def recall_documents(families: Sequence[str], *, units: tuple[int, int], seed: int) -> Iterator[str]:
+    """An endless stream of documents, families in turn.
+
+    Of `multikey` several keys are asked, so that a document has more to learn from than one answer.
+
+    Args:
+        families: Of :data:`~ropepp_lit.eval.retrieval.FAMILIES`.
+        units: Fewest and most sentences (or words) that lengthen a document; as many as any are drawn.
+        seed: Of the stream.
+    """
+    rng = random.Random(f"training/{seed}")  # noqa: S311
+    for number in itertools.count():
+        family = families[number % len(families)]
+        count = rng.randint(*units)
+        made = draft(family, units=count, seed=f"training/{seed}", number=number)
+        fillers = list(itertools.islice(made.fillers, count))
+        # A test goes through few depths: here answers may lie anywhere, in their order.
+        depths = sorted(rng.random() for _ in made.needles)
+        needles = [needle for _, needle in sorted(made.needles, key=lambda pair: pair[0])]
+        made = made._replace(needles=list(zip(depths, needles, strict=True)))
+        text = made.text(fillers) + made.ideal
+        if family == "multikey":
+            asked = rng.sample(fillers, min(MAX_QUESTIONS, len(fillers)))
+            text = " ".join([text, *asked])
+        yield text

@@ -1,0 +1,384 @@
+"""Retrieval at an exact number of tokens: RULER's families (arXiv 2404.06654), generated here for any tokenizer.
+
+| family           | the context holds                             | asked for       | RULER's name      |
+|------------------|-----------------------------------------------|-----------------|-------------------|
+| `single`         | one code among repeated sentences             | it              | `niah_single`     |
+| `multikey`       | nothing but codes, each of another key        | that of one key | `niah_multikey`   |
+| `multivalue`     | four codes of one key                         | all four        | `niah_multivalue` |
+| `multiquery`     | four codes of four keys                       | all four        | `niah_multiquery` |
+| `tracking`       | a value handed from name to name, and a decoy | its names       | `vt`              |
+| `common_words`   | ten words often, others seldom                | the ten         | `cwe`             |
+| `frequent_words` | made-up words, numbers by Zipf's law, α = 2   | the first three | `fwe`             |
+
+The score is RULER's: the share of the wanted strings that occur in the answer, whatever their case. The wording is our
+own and short, made to be continued by a base model, so scores compare models here and not with RULER's published ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import random
+import string
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from ropepp_lit.data.tokenizer import TextTokenizer
+from ropepp_lit.errors import UsageError
+from ropepp_lit.eval.models import TOKENS_AT_ONCE, Model
+from ropepp_lit.eval.results import Measurement
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Where the answer lies in examples that have one place for it, in turn."""
+
+_SENTENCES = (
+    "Rain fell on the roof until noon.",
+    "A cart went slowly up the hill.",
+    "The baker swept the step of his shop.",
+    "Two boats lay still beside the bridge.",
+    "Smoke rose from the houses by the wood.",
+    "The clock in the hall had stopped again.",
+    "Someone had left a lamp in the window.",
+    "Children ran along the wall to school.",
+)
+_FIRST = (
+    "amber bitter brave bright broad calm clear cold copper crisp dark deep dry early empty faint fair fast firm flat "
+    "fresh gentle golden grand green grey hollow humble iron kind late light lively long mild narrow noble old pale "
+    "plain proud quick quiet rare rough round scarlet silver slow small soft steady still stony sweet tall tame thin "
+    "warm white wide wild wise young"
+).split()
+_SECOND = (
+    "anchor apple arrow barn basket beacon bell bird boat bridge brook candle canyon castle cloud coast crane creek "
+    "desert door eagle falcon fern field forest fountain garden gate glacier harbor hill horse island kettle ladder "
+    "lake lantern maple marsh meadow mill mirror moon mountain needle oak ocean orchard otter path pebble pine pond "
+    "raven ridge river rose sail shore spring stone tower valley wheel willow window"
+).split()
+_HOPS = 4
+_COMMON, _FREQUENT = 10, 3
+_ZIPF = 2.0
+
+
+class Draft(NamedTuple):
+    """An example whose length is still open."""
+
+    fillers: Iterator[str]
+    """What lengthens it, from the end of the context to its start."""
+
+    needles: list[tuple[float, str]]
+    """What is put among the fillers, and how deep: 0 is the start, 1 the end."""
+
+    question: str
+    answers: list[str]
+
+    depth: float | None
+    """Of the answer, where it lies in one place."""
+
+    @property
+    def ideal(self) -> str:
+        """What a perfect model writes behind the question."""
+        return f" {', '.join(self.answers)}."
+
+    def text(self, fillers: list[str]) -> str:
+        """The example with these fillers, first the last of the context; the first unit of the text is a filler."""
+        units: list[list[str]] = [[filler] for filler in reversed(fillers)]
+        for depth, needle in sorted(self.needles, key=lambda pair: pair[0]):
+            units[round(depth * (len(units) - 1))].append(needle)
+        return " ".join([*itertools.chain.from_iterable(units), self.question])
+
+
+class Example(NamedTuple):
+    """A prompt of an exact length, and what must come behind it."""
+
+    input_ids: list[int]
+    answers: list[str]
+    ideal: str
+    depth: float | None
+
+
+def draft(family: str, *, units: int, seed: str, number: int = 0) -> Draft:
+    """An example of a family, without its length.
+
+    Args:
+        family: One of FAMILIES.
+        units: About how many sentences or words the context will have; numbers of repetitions depend on it.
+        seed: With `number` and the family it decides the example.
+        number: Of the example; it also sets the depth, which goes through DEPTHS.
+    """
+    return FAMILIES[family](random.Random(f"{seed}/{family}/{number}"), DEPTHS[number % len(DEPTHS)], units)  # noqa: S311
+
+
+def make_examples(family: str, tokenizer: TextTokenizer, *, length: int, count: int, seed: int) -> list[Example]:
+    """Examples whose prompt and room for the answer have exactly `length` tokens together.
+
+    A context is made a little too long and cut at its start, where only filler lies, as a document read from its
+    middle. All prompts have one length, so batches need no padding.
+
+    Args:
+        family: One of FAMILIES.
+        tokenizer: Of the model.
+        length: Tokens of prompt and answer.
+        count: Examples.
+        seed: Of what they say.
+
+    Raises:
+        UsageError: the length is too short for the family.
+    """
+    return [_fit(family, tokenizer, length, seed, number) for number in range(count)]
+
+
+def answer_tokens(family: str, tokenizer: TextTokenizer, *, seed: int) -> int:
+    """Tokens that a model may write: twice those of a perfect answer, and eight."""
+    ideal = draft(family, units=100, seed=str(seed)).ideal
+    return 2 * len(_encode(tokenizer, ideal)) + 8
+
+
+@torch.inference_mode()
+def write_answers(
+    model: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, chunk_tokens: int | None = None
+) -> list[str]:
+    """What a model writes behind prompts of one length, the most likely token each time, up to the document's end.
+
+    Args:
+        model: What answers.
+        prompts: Token ids, all equally many.
+        max_new_tokens: Tokens of an answer at most.
+        chunk_tokens: Tokens of a prompt in one forward pass; empty means all.
+    """
+    input_ids = torch.tensor(prompts, device=model.device)
+    cache = model.decoder.allocate_cache(batch_size=len(prompts), max_tokens=input_ids.shape[1] + max_new_tokens)
+    for part in input_ids.split(chunk_tokens or input_ids.shape[1], dim=1):
+        logits = model.decoder(part, cache=cache, logits_to_keep=1)
+    written = [logits[:, -1].argmax(dim=-1)]
+    ended = written[0] == model.tokenizer.eos_token_id
+    while len(written) < max_new_tokens and not ended.all():
+        logits = model.decoder(written[-1][:, None], cache=cache, logits_to_keep=1)
+        written.append(logits[:, -1].argmax(dim=-1))
+        ended |= written[-1] == model.tokenizer.eos_token_id
+    answers = []
+    for row in torch.stack(written, dim=1).tolist():
+        end = row.index(model.tokenizer.eos_token_id) if model.tokenizer.eos_token_id in row else len(row)
+        answers.append(model.tokenizer.tokenizer.decode(row[:end]))
+    return answers
+
+
+def measure(
+    model: Model,
+    family: str,
+    *,
+    length: int,
+    limit: int,
+    seed: int,
+    chunk_tokens: int | None = None,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> list[Measurement]:
+    """The score of a family at a length, over all examples and by the depth of the answer.
+
+    Args:
+        model: What answers.
+        family: One of FAMILIES.
+        length: Tokens of prompt and answer.
+        limit: Examples.
+        seed: Of the examples.
+        chunk_tokens: See :func:`write_answers`.
+        progress: Called with the number of tokens read.
+
+    Raises:
+        UsageError: the length is too short for the family.
+    """
+    examples = make_examples(family, model.tokenizer, length=length, count=limit, seed=seed)
+    max_new_tokens = answer_tokens(family, model.tokenizer, seed=seed)
+    scores: list[float] = []
+    size = max(1, TOKENS_AT_ONCE // length)
+    for start in range(0, limit, size):
+        batch = examples[start : start + size]
+        prompts = [example.input_ids for example in batch]
+        written = write_answers(model, prompts, max_new_tokens=max_new_tokens, chunk_tokens=chunk_tokens)
+        scores += [score(example.answers, text) for example, text in zip(batch, written, strict=True)]
+        progress(len(batch) * length)
+    measured = partial(Measurement, task="retrieval", part=family, metric="score", length=length)
+    found = [measured(numerators=scores, denominators=[1.0] * limit)]
+    for depth in DEPTHS:
+        here = [float(example.depth == depth) for example in examples]
+        if any(here):
+            numerators = [score * inside for score, inside in zip(scores, here, strict=True)]
+            found.append(measured(depth=depth, numerators=numerators, denominators=here))
+    return found
+
+
+def average(found: Sequence[Measurement]) -> Measurement:
+    """The mean over families of their scores at one length: all examples, each as much as any."""
+    scores = [measurement for measurement in found if measurement.depth is None]
+    return dataclasses.replace(
+        scores[0],
+        part="all",
+        numerators=[value for measurement in scores for value in measurement.numerators],
+        denominators=[value for measurement in scores for value in measurement.denominators],
+    )
+
+
+def score(answers: list[str], written: str) -> float:
+    """The share of the answers that occur in what was written, whatever their case (RULER's string match)."""
+    return sum(answer.lower() in written.lower() for answer in answers) / len(answers)
+
+
+def _encode(tokenizer: TextTokenizer, text: str) -> list[int]:
+    return tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _fit(family: str, tokenizer: TextTokenizer, length: int, seed: int, number: int) -> Example:
+    """The example, cut so that its prompt and room for the answer have `length` tokens."""
+    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    room = length - answer_tokens(family, tokenizer, seed=seed) - len(opening)
+    probe = list(itertools.islice(draft(family, units=100, seed=str(seed), number=number).fillers, 20))
+    per_filler = len(_encode(tokenizer, " ".join(probe))) / len(probe)
+    made = draft(family, units=max(1, int(room / per_filler)), seed=str(seed), number=number)
+    fillers = list(itertools.islice(made.fillers, 1))
+    excess, cut = _excess(tokenizer, made, fillers, room)
+    while excess < 0:
+        fillers += itertools.islice(made.fillers, math.ceil(-excess / per_filler))
+        excess, cut = _excess(tokenizer, made, fillers, room)
+    while len(fillers) > 1 and excess > cut:  # what is cut must lie within the first filler of the text
+        spare = excess
+        while len(fillers) > 1 and spare >= (tokens := len(_encode(tokenizer, f" {fillers[-1]}"))):
+            spare -= tokens
+            del fillers[-1]
+        excess, cut = _excess(tokenizer, made, fillers, room)
+    if not 0 <= excess <= cut:
+        least = length + max(excess, 0) + math.ceil(per_filler)
+        raise UsageError(
+            f"lengths: {length} tokens are too few for retrieval:{family} with this tokenizer; give {least} or more"
+        )
+    ids = _encode(tokenizer, made.text(fillers))
+    return Example([*opening, *ids[len(ids) - room :]], made.answers, made.ideal, made.depth)
+
+
+def _excess(tokenizer: TextTokenizer, made: Draft, fillers: list[str], room: int) -> tuple[int, int]:
+    """Tokens that the example has beyond the room, and those of the filler that it begins with."""
+    return len(_encode(tokenizer, made.text(fillers))) - room, len(_encode(tokenizer, fillers[-1]))
+
+
+def _single(rng: random.Random, depth: float, units: int) -> Draft:
+    key, value = next(_keys(rng)), next(_values(rng))
+    return Draft(_noise(rng), [(depth, _code(key, value))], f"The code of {key} is", [value], depth)
+
+
+def _multikey(rng: random.Random, depth: float, units: int) -> Draft:
+    keys, values = _keys(rng), _values(rng)
+    key, value = next(keys), next(values)
+    fillers = (_code(key, value) for key, value in zip(keys, values, strict=False))
+    return Draft(fillers, [(depth, _code(key, value))], f"The code of {key} is", [value], depth)
+
+
+def _multivalue(rng: random.Random, depth: float, units: int) -> Draft:
+    key, values = next(_keys(rng)), list(itertools.islice(_values(rng), 4))
+    needles = [(rng.random(), _code(key, value)) for value in values]
+    return Draft(_noise(rng), needles, f"The {len(values)} codes of {key} are", values, None)
+
+
+def _multiquery(rng: random.Random, depth: float, units: int) -> Draft:
+    keys, values = (list(itertools.islice(source(rng), 4)) for source in (_keys, _values))
+    needles = [(rng.random(), _code(key, value)) for key, value in zip(keys, values, strict=True)]
+    return Draft(_noise(rng), needles, f"The codes of {', '.join(keys)} are", values, None)
+
+
+def _tracking(rng: random.Random, depth: float, units: int) -> Draft:
+    value, decoy = itertools.islice(_values(rng), 2)
+    names = [f"{a}{b}" for a, b in zip(_letters(rng, 2, string.ascii_uppercase), range(10, 99), strict=False)]
+    rng.shuffle(names)
+    chains = [names[: _HOPS + 1], names[_HOPS + 1 : 2 * _HOPS + 2]]
+    needles = []
+    for start, chain in zip((value, decoy), chains, strict=True):
+        depths = sorted(rng.random() for _ in chain)
+        needles += [
+            (depth, f"Let {name} = {held}.") for depth, name, held in zip(depths, chain, [start, *chain], strict=False)
+        ]
+    return Draft(_noise(rng), needles, f"The {_HOPS + 1} names that equal {value} are", chains[0], None)
+
+
+def _common_words(rng: random.Random, depth: float, units: int) -> Draft:
+    often, seldom = next(
+        (pair for least, pair in ((600, (30, 3)), (200, (10, 2)), (70, (5, 1))) if units >= least), (3, 1)
+    )
+    keys = _keys(rng)
+    common = list(itertools.islice(keys, _COMMON))
+    needles = [(rng.random(), f"{word},") for word in common for _ in range(often)]
+
+    def fillers() -> Iterator[str]:
+        while True:
+            words = list(itertools.islice(keys, 100)) * seldom
+            rng.shuffle(words)
+            yield from (f"{word}," for word in words)
+
+    return Draft(fillers(), needles, f"The {_COMMON} most common words above are", common, None)
+
+
+def _frequent_words(rng: random.Random, depth: float, units: int) -> Draft:
+    words = _letters(rng, 6, string.ascii_lowercase)
+    total = math.pi**2 / 6  # ζ(2)
+    # At least 4, 3, 2 in short contexts, so that there are three that stand out.
+    counts = [max(4 - k, round(units * k**-_ZIPF / total)) for k in range(1, _FREQUENT + 1)]
+    frequent = list(itertools.islice(words, _FREQUENT))
+    needles = [(rng.random(), f"{w},") for w, count in zip(frequent, counts, strict=True) for _ in range(count)]
+
+    def fillers() -> Iterator[str]:
+        rest = []
+        for k in range(_FREQUENT + 1, 40):
+            count = round(units * k**-_ZIPF / total)
+            rest += [f"{next(words)},"] * max(1, min(count, counts[-1] - 1))
+        rng.shuffle(rest)
+        yield from rest
+        yield from (f"{word}," for word in words)
+
+    return Draft(fillers(), needles, f"The {_FREQUENT} most frequent words above are", frequent, None)
+
+
+FAMILIES: dict[str, Callable[[random.Random, float, int], Draft]] = {
+    "single": _single,
+    "multikey": _multikey,
+    "multivalue": _multivalue,
+    "multiquery": _multiquery,
+    "tracking": _tracking,
+    "common_words": _common_words,
+    "frequent_words": _frequent_words,
+}
+
+
+def _code(key: str, value: str) -> str:
+    return f"The code of {key} is {value}."
+
+
+def _noise(rng: random.Random) -> Iterator[str]:
+    while True:
+        yield rng.choice(_SENTENCES)
+
+
+def _keys(rng: random.Random) -> Iterator[str]:
+    """Pairs of words, none twice."""
+    pairs = [f"{first}-{second}" for first in _FIRST for second in _SECOND]
+    for turn in itertools.count(1):
+        rng.shuffle(pairs)
+        yield from pairs if turn == 1 else (f"{pair}-{turn}" for pair in pairs)
+
+
+def _values(rng: random.Random) -> Iterator[str]:
+    """Numbers of five digits, none twice."""
+    seen: set[int] = set()
+    while True:
+        value = rng.randrange(10_000, 100_000)
+        if value not in seen:
+            seen.add(value)
+            yield str(value)
+
+
+def _letters(rng: random.Random, count: int, alphabet: str) -> Iterator[str]:
+    """Words of random letters, none twice."""
+    seen: set[str] = set()
+    while True:
+        word = "".join(rng.choice(alphabet) for _ in range(count))
+        if word not in seen:
+            seen.add(word)
+            yield word
