@@ -18,6 +18,7 @@ SUBCOMMANDS = {
     "export": ("turn a checkpoint into a Hugging Face folder", "ropepp_lit.convert"),
     "upcycle": ("turn a RoPE checkpoint into a RoPE++ one", "ropepp_lit.convert"),
     "generate": ("let a checkpoint write", "ropepp_lit.generate"),
+    "figures": ("draw the figures of the method", "ropepp_lit.figures"),
 }
 """What each subcommand does, and the module whose `main(arguments)` does it; the subcommand is the first argument."""
 
