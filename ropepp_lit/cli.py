@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "upcycle": ("turn a RoPE checkpoint into a RoPE++ one", "ropepp_lit.convert"),
     "generate": ("let a checkpoint write", "ropepp_lit.generate"),
     "evaluate": ("measure checkpoints at long context", "ropepp_lit.evaluate"),
+    "figures": ("draw the figures of the method", "ropepp_lit.figures"),
 }
 """What each subcommand does, and the module whose `main(arguments)` does it; the subcommand is the first argument."""
 

@@ -135,8 +135,8 @@ def test_generate(mistake, tmp_path):
 
 def test_unknown_subcommand(mistake):
     assert (
-        "no subcommand 'trian'; choose one of fit, validate, plan, prepare, import, export, upcycle, generate"
-        in mistake(subcommand="trian")
+        "no subcommand 'trian'; choose one of fit, validate, plan, prepare, import, export, upcycle, generate, evaluate, "
+        "figures" in mistake(subcommand="trian")
     )
 
 
@@ -156,12 +156,13 @@ def test_help_and_version(run, tmp_path):
     assert run("--version", cwd=tmp_path).stdout.startswith("ropepp-lit 0.")
 
 
-def test_help_imports_nothing_heavy():
+@pytest.mark.parametrize("subcommand", ["generate", "figures"])
+def test_help_imports_nothing_heavy(subcommand):
     code = (
         "import sys; from ropepp_lit.cli import main\n"
-        "try: main(['generate', '--help'])\n"
+        f"try: main(['{subcommand}', '--help'])\n"
         "except SystemExit: pass\n"
-        "print(sorted({'torch', 'lightning', 'tokenizers'} & set(sys.modules)))"
+        "print(sorted({'torch', 'lightning', 'tokenizers', 'numpy', 'matplotlib'} & set(sys.modules)))"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.splitlines()[-1] == "[]"
