@@ -134,10 +134,9 @@ def test_generate(mistake, tmp_path):
 
 
 def test_unknown_subcommand(mistake):
-    assert (
-        "no subcommand 'trian'; choose one of fit, validate, plan, prepare, import, export, upcycle, generate, evaluate, "
-        "figures" in mistake(subcommand="trian")
-    )
+    said = mistake(subcommand="trian")
+    assert "no subcommand 'trian'; choose one of fit, validate, plan, prepare, import, export, upcycle, " in said
+    assert "generate, evaluate, figures" in said
 
 
 def test_help_and_version(run, tmp_path):

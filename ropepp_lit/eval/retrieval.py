@@ -127,7 +127,16 @@ def make_examples(family: str, tokenizer: TextTokenizer, *, length: int, count: 
     Raises:
         UsageError: the length is too short for the family.
     """
-    return [_fit(family, tokenizer, length, seed, number) for number in range(count)]
+    examples = [_fit(family, tokenizer, length, seed, number) for number in range(count)]
+    found = [example for example in examples if example is not None]
+    if len(found) == count:
+        return found
+    least = length
+    while any(_fit(family, tokenizer, least, seed, number) is None for number in range(count)):
+        least += 1 + least // 20
+    raise UsageError(
+        f"lengths: {length} tokens are too few for retrieval:{family} with this tokenizer; give {least} or more"
+    )
 
 
 def answer_tokens(family: str, tokenizer: TextTokenizer, *, seed: int) -> int:
@@ -229,36 +238,31 @@ def _encode(tokenizer: TextTokenizer, text: str) -> list[int]:
     return tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def _fit(family: str, tokenizer: TextTokenizer, length: int, seed: int, number: int) -> Example:
-    """The example, cut so that its prompt and room for the answer have `length` tokens."""
+def _fit(family: str, tokenizer: TextTokenizer, length: int, seed: int, number: int) -> Example | None:
+    """The example, cut so that its prompt and room for the answer have `length` tokens; None where it cannot."""
     opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     room = length - answer_tokens(family, tokenizer, seed=seed) - len(opening)
     probe = list(itertools.islice(draft(family, units=100, seed=str(seed), number=number).fillers, 20))
     per_filler = len(_encode(tokenizer, " ".join(probe))) / len(probe)
     made = draft(family, units=max(1, int(room / per_filler)), seed=str(seed), number=number)
-    fillers = list(itertools.islice(made.fillers, 1))
-    excess, cut = _excess(tokenizer, made, fillers, room)
-    while excess < 0:
-        fillers += itertools.islice(made.fillers, math.ceil(-excess / per_filler))
-        excess, cut = _excess(tokenizer, made, fillers, room)
-    while len(fillers) > 1 and excess > cut:  # what is cut must lie within the first filler of the text
-        spare = excess
-        while len(fillers) > 1 and spare >= (tokens := len(_encode(tokenizer, f" {fillers[-1]}"))):
-            spare -= tokens
-            del fillers[-1]
-        excess, cut = _excess(tokenizer, made, fillers, room)
-    if not 0 <= excess <= cut:
-        least = length + max(excess, 0) + math.ceil(per_filler)
-        raise UsageError(
-            f"lengths: {length} tokens are too few for retrieval:{family} with this tokenizer; give {least} or more"
-        )
+    pool = list(itertools.islice(made.fillers, 1))
+    while _excess(tokenizer, made, pool, room) < 0:
+        pool += itertools.islice(made.fillers, math.ceil(-_excess(tokenizer, made, pool, room) / per_filler))
+    count, spare = len(pool), _excess(tokenizer, made, pool, room)
+    while count > 1 and spare >= (tokens := len(_encode(tokenizer, f" {pool[count - 1]}"))):
+        spare, count = spare - tokens, count - 1
+    while _excess(tokenizer, made, pool[:count], room) < 0:  # tokens at the seams are not quite those of the parts
+        count += 1
+    fillers = pool[:count]
+    if _excess(tokenizer, made, fillers, room) > len(_encode(tokenizer, fillers[-1])):
+        return None  # more would be cut than the first filler
     ids = _encode(tokenizer, made.text(fillers))
     return Example([*opening, *ids[len(ids) - room :]], made.answers, made.ideal, made.depth)
 
 
-def _excess(tokenizer: TextTokenizer, made: Draft, fillers: list[str], room: int) -> tuple[int, int]:
-    """Tokens that the example has beyond the room, and those of the filler that it begins with."""
-    return len(_encode(tokenizer, made.text(fillers))) - room, len(_encode(tokenizer, fillers[-1]))
+def _excess(tokenizer: TextTokenizer, made: Draft, fillers: list[str], room: int) -> int:
+    """Tokens that the example has beyond the room."""
+    return len(_encode(tokenizer, made.text(fillers))) - room
 
 
 def _single(rng: random.Random, depth: float, units: int) -> Draft:

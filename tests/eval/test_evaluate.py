@@ -1,0 +1,154 @@
+"""The command, from checkpoints to a page."""
+
+import csv
+import json
+import shutil
+import time
+
+import pytest
+
+pytestmark = pytest.mark.end_to_end
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(" ".join(f"{number} times {k} is {number * k}." for k in range(60)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(run, small_checkpoints, text, tmp_path_factory):
+    """The folder of an evaluation of two models, one of them with two runs."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    models = [f"{name}={small_checkpoints[key]}" for name, key in (("RoPE", "rope"), ("EC", "ec"), ("EC", "eh"))]
+    tasks = "perplexity,retrieval:single+multikey,noise:perplexity,attention"
+    options = ["--tasks", tasks, "--lengths", "256,512", "--limit", 4, "--text", text, "--noise_std", "0,1"]
+    said = run("evaluate", *models, *options, "--out", "out", cwd=folder).stdout
+    assert "Everything is in out; read out/index.html" in said
+    return folder, [*models, *options]
+
+
+def test_results_hold_what_was_asked_and_what_is_needed_to_repeat_it(evaluated, small_checkpoints):
+    results = json.loads((evaluated[0] / "out" / "results.json").read_text())
+    assert results["command"].startswith("ropepp-lit evaluate RoPE=")
+    assert [model["name"] for model in results["models"]] == ["RoPE", "EC", "EC"]
+    assert all(len(model["fingerprint"]) == len("sha256:") + 64 for model in results["models"])
+    assert [model["kv_cache_bytes_per_token"] for model in results["models"]] == [256, 256, 128]
+    assert results["settings"]["lengths"] == [256, 512]
+    assert results["settings"]["documents"] == 4
+    rows = results["scores"]
+
+    def pick(**wanted):
+        empty = {"position": None, "depth": None, "noise_std": None}
+        return [row for row in rows if all(row[key] == value for key, value in {**empty, **wanted}.items())]
+
+    for model, runs in (("RoPE", 1), ("EC", 2)):
+        for length in (256, 512):
+            (loss,) = pick(model=model, task="perplexity", metric="loss", length=length)
+            assert loss["low"] <= loss["value"] <= loss["high"]
+            assert (loss["examples"], loss["runs"]) == (4, runs)
+            assert (loss["difference"] is None) == (model == "RoPE")
+            for part in ("single", "multikey", "all"):
+                (score,) = pick(model=model, task="retrieval", part=part, length=length)
+                assert score["value"] == 0
+    (quiet,) = pick(model="EC", task="perplexity", metric="loss", length=512, heads="imaginary", noise_std=0.0)
+    (loud,) = pick(model="EC", task="perplexity", metric="loss", length=512, heads="imaginary", noise_std=1.0)
+    (plain,) = pick(model="EC", task="perplexity", metric="loss", length=512)
+    assert quiet["value"] == pytest.approx(plain["value"], abs=1e-5)
+    assert loud["value"] != quiet["value"]
+    assert not pick(model="RoPE", task="perplexity", metric="loss", length=512, heads="imaginary", noise_std=1.0)
+    with (evaluated[0] / "out" / "scores.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+
+
+def test_a_page_plots_and_events_are_there(evaluated):
+    out = evaluated[0] / "out"
+    page = (out / "index.html").read_text()
+    assert "RoPE" in page
+    assert "data:image/png;base64," in page
+    assert len(list(out.glob("attention-*.png"))) == 4  # of each name and length, the last run's
+    assert list((out / "tensorboard").rglob("events.out.*"))
+
+
+def test_the_same_command_takes_up_what_is_kept(evaluated, run, tmp_path):
+    folder, arguments = evaluated
+    shutil.copytree(folder / "out", tmp_path / "out")
+    before = json.loads((tmp_path / "out" / "results.json").read_text())
+    parts = sorted((tmp_path / "out" / "parts").glob("*.json"))
+    parts[0].unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in parts[1:]}
+    started = time.monotonic()
+    run("evaluate", *arguments, "--out", "out", cwd=tmp_path)
+    assert time.monotonic() - started < 60
+    assert {path: path.stat().st_mtime_ns for path in parts[1:]} == stamps
+    assert parts[0].exists()
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["scores"] == before["scores"]
+
+
+def test_text_held_out_by_the_run_and_a_hugging_face_folder(run, tiny, tmp_path):
+    run("fit", *tiny, "--trainer.max_steps", 2, "--trainer.default_root_dir", "trained", cwd=tmp_path)
+    options = ["--tasks", "perplexity", "--lengths", 64, "--out"]
+    run("evaluate", "trained/checkpoints/last.ckpt", *options, "one", cwd=tmp_path)
+    one = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert one["models"][0]["name"] == "trained"
+    assert one["settings"]["text"] == "held-out documents of the first run"
+    assert one["settings"]["documents"] > 3
+    run("export", "trained/checkpoints/last.ckpt", "hf", "--check", "false", cwd=tmp_path)
+    run("evaluate", "trained/checkpoints/last.ckpt", "hf", *options, "two", cwd=tmp_path)
+    two = json.loads((tmp_path / "two" / "results.json").read_text())
+    values = {row["model"]: row["value"] for row in two["scores"] if row["metric"] == "loss" and row["position"] is None}
+    assert values["hf"] == pytest.approx(values["trained"], abs=1e-5)
+    failed = run("evaluate", "hf", *options, "three", cwd=tmp_path, returncode=2).stderr
+    assert "text: hf does not say what text was held out from it; name files by --text" in failed
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tasks", "speed"], "tasks: no task 'speed'; choose of perplexity, retrieval, noise, attention, harness:NAME"),
+        (["--tasks", "retrieval:none"], "tasks: retrieval has no family 'none'; choose of single, multikey"),
+        (["--tasks", "noise:attention"], "tasks: noise is for perplexity and retrieval, not attention"),
+        (["--tasks", ","], "tasks: name at least one of"),
+        (["--lengths", "long"], "lengths: 'long' is no number of tokens such as 512 or 64k"),
+        (["--lengths", "100000000k"], "lengths: 102,400,000,000 tokens need about"),
+        (["--tasks", "retrieval:single", "--lengths", "20"], "lengths: 20 tokens are too few for retrieval:single"),
+        (["--tasks", "attention", "--lengths", "64k"], "text: attention at 65,536 tokens needs a document as long"),
+        (["--limit", "0"], "limit: 0 must be 1 or more"),
+        (["--stride", "4096"], "stride: 4096 must be 1 or more, and no more than the shortest of lengths"),
+        (["--noise_std", "loud"], "noise_std: 'loud' must be numbers with commas"),
+        (["--noise_std=-1"], "noise_std: give standard deviations of 0 or more"),
+        (["--dtype", "int8"], "dtype: 'int8' must be float32 or bfloat16"),
+        (["--text", "nowhere"], "text: nowhere: no such file or folder"),
+        (["--text", "empty.txt"], "text: empty.txt holds no document"),
+        (["--min_tokens", "100000"], "holds no document of 100,000 tokens or more"),
+        (["--out", "taken"], "out: taken holds something else than an evaluation"),
+    ],
+)
+def test_mistakes(mistake, small_checkpoints, text, tmp_path, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("  \n")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("")
+    defaults = {"--tasks": "perplexity", "--lengths": "64", "--text": str(text), "--out": "out"}
+    given = dict(zip(options[::2], options[1::2], strict=True)) if "=" not in options[0] else {}
+    words = [word for pair in {**defaults, **given}.items() for word in pair] + ([] if given else options)
+    assert said in mistake(str(small_checkpoints["ec"]), *words, subcommand="evaluate")
+
+
+def test_checkpoints_that_cannot_be_measured(mistake, small_checkpoints, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "checkpoints: name at least one" in mistake("--out", "out", subcommand="evaluate")
+    assert "none.ckpt: no such checkpoint" in mistake("none.ckpt", "--out", "out", subcommand="evaluate")
+    (tmp_path / "cut.ckpt").write_bytes(small_checkpoints["ec"].read_bytes()[:1000])
+    assert "cut.ckpt: not a readable checkpoint" in mistake("cut.ckpt", "--out", "out", subcommand="evaluate")
+    import torch
+
+    from ropepp_lit.checkpoint import KEY, read_checkpoint
+
+    contents = dict(read_checkpoint(small_checkpoints["ec"]))
+    contents[KEY] = {**contents[KEY], "tokenizer": None}
+    torch.save(contents, "mute.ckpt")
+    assert "mute.ckpt: holds no tokenizer" in mistake("mute.ckpt", "--out", "out", subcommand="evaluate")
+    assert not (tmp_path / "out").exists()

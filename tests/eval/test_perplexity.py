@@ -1,0 +1,87 @@
+"""Loss by length and position, against a plain loop over windows."""
+
+import math
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ropepp_lit.eval.models import load_model
+from ropepp_lit.eval.perplexity import measure, windows
+from ropepp_lit.hf.export import export
+from ropepp_lit.hf.folder import open_checkpoint
+
+
+@pytest.fixture
+def load():
+    return lambda path, dtype=torch.float64: load_model(str(path), dtype=dtype, device=torch.device("cpu"))
+
+
+def plain_loop(model, text, length, stride):
+    """Nats and tokens: a whole forward pass for each window, logits and all."""
+    ids = torch.tensor([model.tokenizer.bos_token_id, *model.encode(text)])
+    nats, tokens, done = 0.0, 0, 0
+    for start in range(0, len(ids), stride):
+        window = ids[start : start + length + 1]
+        if len(window) < 2:
+            break
+        losses = F.cross_entropy(model.decoder(window[None, :-1])[0], window[1:], reduction="none")
+        new = losses[max(0, done - start) :]
+        nats, tokens, done = nats + float(new.sum()), tokens + len(new), start + len(losses)
+    return nats, tokens
+
+
+@pytest.mark.parametrize("stride", [None, 7, 16])
+@pytest.mark.parametrize("variant", ["rope", "eh", "ec"])
+@torch.no_grad()
+def test_the_loss_is_that_of_a_plain_loop(small_checkpoints, documents, load, variant, stride):
+    model = load(small_checkpoints[variant])
+    for length in (16, 50, 1000):
+        loss, perplexity, bits, *by_position = measure(model, documents, length=length, stride=stride)
+        expected = [plain_loop(model, text, length, stride or length) for text in documents]
+        assert loss.denominators == [tokens for _, tokens in expected]
+        assert loss.denominators == [len(text.encode()) for text in documents]  # bytes: each is predicted once
+        assert loss.numerators == pytest.approx([nats for nats, _ in expected], abs=1e-9)
+        assert perplexity.value == pytest.approx(math.exp(loss.value))
+        assert bits.value == pytest.approx(loss.value / math.log(2))
+        assert [sum(item.numerators) for item in by_position] != []
+        assert sum(sum(item.numerators) for item in by_position) == pytest.approx(sum(loss.numerators))
+        assert sum(sum(item.denominators) for item in by_position) == sum(loss.denominators)
+        assert [item.position for item in by_position] == sorted({item.position for item in by_position})
+
+
+@pytest.mark.parametrize("variant", ["rope", "ec"])
+def test_exports_and_the_cache_give_the_same_loss(small_checkpoints, documents, load, tmp_path, variant):
+    path = small_checkpoints[variant]
+    export(open_checkpoint(path), tmp_path / "hf", dtype=None, max_shard_bytes=10**9, check=False)
+    native, exported = (load(source, torch.float32) for source in (path, tmp_path / "hf"))
+    whole = measure(native, documents, length=100)[0]
+    for found in (
+        measure(exported, documents, length=100)[0],
+        measure(native, documents, length=100, chunk_tokens=9)[0],
+    ):
+        assert found.numerators == pytest.approx(whole.numerators, abs=1e-4)
+        assert found.denominators == whole.denominators
+
+
+def test_windows_predict_each_token_once_and_never_read_more_than_their_length():
+    choose = random.Random(0)
+    for _ in range(200):
+        totals = [choose.randint(1, 60) for _ in range(3)]
+        length = choose.randint(1, 70)
+        stride = choose.randint(1, length)
+        predicted = [[] for _ in totals]
+        for window in windows(totals, length=length, stride=stride):
+            assert 0 <= window.start < window.first <= window.end < totals[window.document]
+            assert window.end - window.start <= length
+            predicted[window.document] += range(window.first, window.end + 1)
+        assert predicted == [list(range(1, total)) for total in totals]
+
+
+def test_more_context_is_read_where_windows_overlap(small_checkpoints, documents, load):
+    model = load(small_checkpoints["ec"])
+    apart, overlapping = (measure(model, documents, length=32, stride=stride)[0] for stride in (32, 8))
+    assert apart.denominators == overlapping.denominators
+    assert apart.numerators[:2] == pytest.approx(overlapping.numerators[:2])  # one window holds them
+    assert abs(apart.numerators[-1] - overlapping.numerators[-1]) > 1e-3

@@ -1,0 +1,177 @@
+"""Retrieval: what is asked, and how it is scored."""
+
+import random
+
+import pytest
+import torch
+
+from ropepp_lit.data.tokenizer import byte_tokenizer, train_tokenizer
+from ropepp_lit.errors import UsageError
+from ropepp_lit.eval import retrieval
+from ropepp_lit.eval.models import Model, load_model
+from ropepp_lit.eval.recall import recall_documents
+from ropepp_lit.eval.retrieval import DEPTHS, FAMILIES, answer_tokens, average, make_examples, measure, score
+
+ONCE = ("single", "multikey", "multivalue", "multiquery")
+"""Families whose answers each stand in the context once."""
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe"])
+def tokenizer(request):
+    if request.param == "bytes":
+        return byte_tokenizer()
+    documents = recall_documents(list(FAMILIES), units=(5, 30), seed=3)
+    return train_tokenizer([next(documents) for _ in range(200)], vocab_size=600)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_and_answer_have_the_exact_length(tokenizer, family):
+    decode = tokenizer.tokenizer.decode
+    for length in (1000, 1024, 3333):
+        room = answer_tokens(family, tokenizer, seed=0)
+        examples = make_examples(family, tokenizer, length=length, count=10, seed=0)
+        for example in examples:
+            assert len(example.input_ids) + room == length
+            assert example.input_ids[0] == tokenizer.bos_token_id
+            assert len(tokenizer.tokenizer.encode(example.ideal, add_special_tokens=False).ids) <= room
+            text = decode(example.input_ids)
+            if family in ONCE:
+                assert [text.count(answer) for answer in example.answers] == [1] * len(example.answers)
+            else:
+                assert all(answer in text for answer in example.answers)
+        assert len({decode(example.input_ids) for example in examples}) == 10
+    again = make_examples(family, tokenizer, length=3333, count=2, seed=0)
+    assert again == examples[:2]
+    assert make_examples(family, tokenizer, length=3333, count=1, seed=1)[0] != examples[0]
+
+
+@pytest.mark.parametrize("family", ["single", "multikey"])
+def test_the_answer_lies_as_deep_as_is_said(tokenizer, family):
+    for example in make_examples(family, tokenizer, length=4000, count=10, seed=0):
+        text = tokenizer.tokenizer.decode(example.input_ids)
+        assert text.index(example.answers[0]) / len(text) == pytest.approx(example.depth, abs=0.06)
+    assert {e.depth for e in make_examples(family, tokenizer, length=1000, count=5, seed=0)} == set(DEPTHS)
+
+
+def test_what_is_most_frequent_is_so_in_the_text(tokenizer):
+    for family, count in (("frequent_words", 3), ("common_words", 10)):
+        for length in (1000, 4000):
+            for example in make_examples(family, tokenizer, length=length, count=3, seed=0):
+                words = tokenizer.tokenizer.decode(example.input_ids).partition("The ")[0].replace(",", "").split()
+                counts = sorted(((words.count(word), word) for word in set(words)), reverse=True)
+                assert {word for _, word in counts[:count]} == set(example.answers)
+                assert counts[count - 1][0] > counts[count][0]
+
+
+def test_names_are_handed_on_in_order(tokenizer):
+    for example in make_examples("tracking", tokenizer, length=2000, count=5, seed=0):
+        text = tokenizer.tokenizer.decode(example.input_ids)
+        places = [text.index(f"Let {name} = ") for name in example.answers]
+        assert places == sorted(places)
+        held = [text[place:].split("= ")[1].split(".")[0] for place in places]
+        assert held[1:] == example.answers[:-1]
+        assert text.endswith(f"that equal {held[0]} are")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_short_context_is_refused_with_the_length_that_would_do(tokenizer, family):
+    with pytest.raises(UsageError, match=f"are too few for retrieval:{family} .*; give [0-9]+ or more") as refused:
+        make_examples(family, tokenizer, length=30, count=3, seed=0)
+    least = int(str(refused.value).split("give ")[1].split()[0])
+    assert len(make_examples(family, tokenizer, length=least, count=3, seed=0)) == 3
+
+
+def test_scores():
+    assert score(["12", "34"], " 12, 34.") == 1
+    assert score(["12", "34"], "it is 34") == 0.5
+    assert score(["AB"], "ab") == 1
+    assert score(["12"], "") == 0
+
+
+class Copier(torch.nn.Module):
+    """Continues as the text did after the longest match of its end."""
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.vocab_size = tokenizer.vocab_size
+
+    def allocate_cache(self, *, batch_size, max_tokens):
+        return []
+
+    def forward(self, input_ids, *, cache, logits_to_keep):
+        cache.append(input_ids)
+        logits = torch.zeros(len(input_ids), 1, self.vocab_size)
+        for row, ids in enumerate(torch.cat(cache, dim=1).tolist()):
+            text = "".join(chr(token) for token in ids)
+            size = next(size for size in range(len(ids) - 1, 0, -1) if text[-size:] in text[:-1])
+            logits[row, 0, ids[text[:-1].index(text[-size:]) + size]] = 1
+        return logits
+
+
+@pytest.fixture
+def copier(tokenizer, monkeypatch):
+    monkeypatch.setattr(Model, "device", torch.device("cpu"))
+    return Model(name="copier", path="", decoder=Copier(tokenizer), tokenizer=tokenizer, fingerprint="")
+
+
+@pytest.mark.parametrize("family", ["single", "multikey"])
+def test_a_copier_finds_everything(copier, family):
+    (whole, *by_depth) = measure(copier, family, length=1000, limit=10, seed=0)
+    assert whole.value == 100
+    assert [(item.depth, item.value, sum(item.denominators)) for item in by_depth] == [(d, 100, 2) for d in DEPTHS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_perfect_answer_scores_100_and_a_random_model_nothing(small_checkpoints, monkeypatch, family):
+    model = load_model(str(small_checkpoints["ec"]), dtype=torch.float32, device=torch.device("cpu"))
+    assert measure(model, family, length=1000, limit=5, seed=0)[0].value == 0
+    ideals = iter([e.ideal for e in make_examples(family, model.tokenizer, length=1000, count=5, seed=0)])
+    monkeypatch.setattr(retrieval, "write_answers", lambda model, prompts, **_: [next(ideals) for _ in prompts])
+    assert measure(model, family, length=1000, limit=5, seed=0)[0].value == 100
+
+
+def test_guesses_without_the_context_score_nothing():
+    """The answer of another example is as good a guess as any."""
+    examples = make_examples("single", byte_tokenizer(), length=600, count=50, seed=0)
+    answers = [example.answers for example in examples]
+    guesses = answers[1:] + answers[:1]
+    assert sum(score(right, " ".join(guess)) for right, guess in zip(answers, guesses, strict=True)) == 0
+
+
+@torch.no_grad()
+def test_answers_are_those_of_greedy_decoding_without_a_cache(small_checkpoints):
+    model = load_model(str(small_checkpoints["eh"]), dtype=torch.float64, device=torch.device("cpu"))
+    prompts = torch.randint(2, 258, (3, 40), generator=torch.Generator().manual_seed(0))
+    expected = []
+    for prompt in prompts:
+        ids = prompt[None]
+        for _ in range(12):
+            ids = torch.cat((ids, model.decoder(ids)[:, -1:].argmax(-1)), dim=1)
+        written = ids[0, 40:].tolist()
+        eos = model.tokenizer.eos_token_id
+        written = written[: written.index(eos)] if eos in written else written
+        expected.append(model.tokenizer.tokenizer.decode(written))
+    for chunk_tokens in (None, 11):
+        found = retrieval.write_answers(model, prompts.tolist(), max_new_tokens=12, chunk_tokens=chunk_tokens)
+        assert found == expected
+
+
+def test_the_average_is_over_examples(small_checkpoints):
+    model = load_model(str(small_checkpoints["rope"]), dtype=torch.float32, device=torch.device("cpu"))
+    parts = [measure(model, family, length=700, limit=3, seed=0) for family in ("single", "multikey")]
+    whole = average([item for part in parts for item in part])
+    assert (whole.part, len(whole.numerators), whole.length) == ("all", 6, 700)
+
+
+def test_training_documents_hold_their_answers_and_share_no_value_with_tests():
+    choose = random.Random(0)
+    documents = recall_documents(list(FAMILIES), units=(10, 40), seed=0)
+    texts = [next(documents) for _ in range(70)]
+    assert len(set(texts)) == 70
+    assert all(text.endswith(".") for text in texts)
+    asked = choose.choice([text for text in texts if "code of" in text and "codes" not in text])
+    last = asked.rstrip(".").split(". ")[-1]
+    assert asked.count(last) == 2  # told, and asked
+    tested = make_examples("single", byte_tokenizer(), length=600, count=70, seed=0)
+    told = {word.strip(".,") for text in texts for word in text.split()}
+    assert not told & {example.answers[0] for example in tested}
