@@ -298,11 +298,11 @@ def _fault_of_index(folder: Path, manifest: Manifest, split: str) -> str | None:
     return f"{index}: missing, garbled, or of other chunks than the manifest's"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears under its name only when it is complete."""
+def write_whole(path: Path, contents: str | bytes) -> None:
+    """Write a file that appears under its name only when it is complete; text as UTF-8."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        file.write(contents.encode() if isinstance(contents, str) else contents)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
