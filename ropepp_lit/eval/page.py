@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -256,7 +256,7 @@ def _by_length(
         line=lambda row: row["model"],
         corner="Model",
         group=group,
-        marked=set(trained_contexts(results)) if len(trained_contexts(results)) == 1 else set(),
+        trained=_common_context(results),
     )
 
 
@@ -270,7 +270,7 @@ def _table(
     line: Callable[[Row], str],
     corner: str,
     group: Callable[[Row], str] | None = None,
-    marked: Iterable[Any] = (),
+    trained: int | None = None,
 ) -> dict[str, Any] | None:
     """A table's parts; None without rows.
 
@@ -283,7 +283,7 @@ def _table(
         line: A line's head.
         corner: The head of the lines' heads.
         group: The heading above a group of lines.
-        marked: Columns that are called trained.
+        trained: The column that is called trained.
     """
     if not rows:
         return None
@@ -300,7 +300,7 @@ def _table(
     return {
         "caption": caption,
         "corner": corner,
-        "columns": [{"text": columns[key], "trained": key in set(marked)} for key in sorted(columns)],
+        "columns": [{"text": columns[key], "trained": key == trained} for key in sorted(columns)],
         "groups": [
             {
                 "heading": heading,
@@ -338,8 +338,7 @@ def _verdict(row: Row) -> str:
 
 def _findings(results: dict[str, Any]) -> list[dict[str, str]]:
     """For the trained and for the longest context: which model is best, and how sure that is."""
-    contexts = trained_contexts(results)
-    trained = next(iter(contexts)) if len(contexts) == 1 else None
+    trained = _common_context(results)
     found = []
     for task, part, metric in (("perplexity", "", "loss"), ("retrieval", "all", "score")):
         rows = select(results["scores"], task=task, part=part, metric=metric, **CLEAN)
@@ -373,6 +372,12 @@ def _best(rows: list[Row], first: str) -> str:
         text += f" is {compared['difference']}, 95% interval {compared['spread']}"
         text += "." if compared["mark"] else ", which holds 0: these data do not tell the two apart."
     return text
+
+
+def _common_context(results: dict[str, Any]) -> int | None:
+    """Tokens of the context that all models were trained with; None if it differs or is not known of one."""
+    contexts = {model["context_length"] for model in results["models"]}
+    return contexts.pop() if len(contexts) == 1 else None
 
 
 def _models(results: dict[str, Any]) -> list[dict[str, Any]]:

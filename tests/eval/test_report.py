@@ -190,6 +190,17 @@ def test_findings_name_the_best_model_and_say_where_it_is_not_sure(make, tmp_pat
     assert f"Loss at 2,048 tokens (8 × trained): {said}[−0.200, −0.050]. " in text
 
 
+@pytest.mark.parametrize("other", [512, None])
+def test_lengths_are_called_trained_only_if_all_models_were_trained_with_one(make, tmp_path, other):
+    results = make(names=["first", "second"], tasks=["perplexity"], runs=1)
+    results["models"][1]["context_length"] = other
+    write_report(results, tmp_path)
+    page = Page((tmp_path / "index.html").read_text())
+    assert page.tables["Loss (nats per token), by length in tokens"][0][1:] == ["256", "512", "1,024", "2,048"]
+    assert "trained)" not in page.text
+    assert page.tables["Models"][2][3] == (str(other) if other else "–")
+
+
 def test_page_says_what_was_compared_and_how_to_repeat_it(results, page):
     text = " ".join(page.text.split())
     for model in results["models"]:
