@@ -113,7 +113,7 @@ def measure_attention(
     watches = [_watch(model, text[:length], len(groups), progress) for text in texts]
     found = []
     for group, heads in enumerate(groups):
-        measured = partial(Measurement, task="attention", metric="share", length=length, heads=heads)
+        measured = partial(Measurement, task="attention", metric="attention", length=length, heads=heads)
         rows = [float(watch.num_rows) for watch in watches]
         first = [float(watch.on_first[group]) for watch in watches]
         found.append(measured(part="first token", numerators=first, denominators=rows))

@@ -13,6 +13,9 @@ A row says of one model (all runs of it that bear the same name):
 | `value`, `low`, `high`          | the value, and its 95% interval by bootstrap                                     |
 | `difference`, …`_low`, …`_high` | value - the first model's, and its 95% interval by paired bootstrap; None for it |
 | `examples`, `runs`              | how many examples (documents) and runs (seeds) it is of                          |
+| `run_values`                    | the values of its single runs, a list; not among COLUMNS                         |
+
+Scores and `attention` are percent, losses nats per token.
 """
 
 from __future__ import annotations
@@ -32,6 +35,9 @@ INTERVAL = (2.5, 97.5)
 KEYS = ("task", "part", "metric", "length", "position", "depth", "heads", "noise_std")
 """What tells measurements of one model apart."""
 
+CLEAN = {"position": None, "depth": None, "heads": "", "noise_std": None}
+"""What the rows have that are of whole windows, all depths and heads as they are."""
+
 COLUMNS = (
     "model", *KEYS, "value", "low", "high", "difference", "difference_low", "difference_high", "examples", "runs",
 )  # fmt: skip
@@ -40,6 +46,7 @@ _FINISH: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "perplexity": np.exp,
     "bits_per_byte": lambda ratio: ratio / math.log(2),
     "score": lambda ratio: 100 * ratio,
+    "attention": lambda ratio: 100 * ratio,
 }
 """What makes a metric of sum(numerators) / sum(denominators); others are that ratio."""
 
@@ -75,25 +82,35 @@ class Measurement:
         return dataclasses.asdict(self)
 
 
+def select(rows: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    """Those of the rows that have a value, and the wanted ones in the named columns."""
+    return [
+        row for row in rows if row["value"] is not None and all(row[name] == value for name, value in wanted.items())
+    ]
+
+
 def summarize(runs: Sequence[tuple[str, Iterable[Measurement]]]) -> list[dict[str, Any]]:
     """Rows with confidence intervals.
 
     Examples are drawn again with replacement, the same ones for every model (they saw the same), so differences are
     paired; where a model has several runs, those are drawn again too. With two or three runs that tells little of the
-    spread between seeds: the values of single runs are in `runs` of the results.
+    spread between seeds: the values of the single runs are in `run_values`. Measurements in which nothing counts (all
+    denominators 0) have no value and no row.
 
     Args:
         runs: Name of the model and its measurements; several entries of one name are runs (seeds) of it.
 
     Returns:
-        Dicts with the keys COLUMNS, in the order of the first run's measurements, models in the order of their names'
-        first appearance.
+        Dicts with the keys COLUMNS and `run_values`, in the order of the first run's measurements, models in the order
+        of their names' first appearance.
     """
     found: dict[tuple[Any, ...], dict[str, list[Measurement]]] = {}
     names: dict[str, None] = {}
     for name, measurements in runs:
         names.setdefault(name)
         for measurement in measurements:
+            if not any(measurement.denominators):
+                continue
             found.setdefault(measurement.key, {}).setdefault(name, []).append(measurement)
     rows = []
     for key, models in found.items():
@@ -110,6 +127,7 @@ def summarize(runs: Sequence[tuple[str, Iterable[Measurement]]]) -> list[dict[st
             low, high = (None, None) if differences is None else np.nanpercentile(differences[1:], INTERVAL)
             row["difference_low"], row["difference_high"] = (None if x is None else float(x) for x in (low, high))
             row["examples"], row["runs"] = len(several[0].numerators), len(several)
+            row["run_values"] = [measurement.value for measurement in several]
             rows.append(row)
             first = values if first is None and name == next(iter(names)) else first
     return rows

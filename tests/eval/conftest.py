@@ -1,8 +1,14 @@
+import hashlib
+
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from ropepp_lit.checkpoint import describe_architecture, make_checkpoint, write_checkpoint
 from ropepp_lit.data.tokenizer import byte_tokenizer
+from ropepp_lit.eval.report import write_report
+from ropepp_lit.eval.results import Measurement, summarize
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPE, RoPEPP
 
 SCHEMES = {"rope": RoPE(), "eh": RoPEPP(variant="eh"), "ec": RoPEPP(variant="ec")}
@@ -39,3 +45,129 @@ def small_checkpoints(tmp_path_factory):
 def documents():
     """Texts of different lengths, one of a single character, one with letters beyond ASCII."""
     return ["x", "A short text.", "Größe über alles: ä, ö, ü. " * 5, " ".join(str(n * n) for n in range(150))]
+
+
+LENGTHS = (256, 512, 1024, 2048)
+FAMILIES = ("single", "multikey", "multivalue", "multiquery", "tracking", "common_words", "frequent_words")
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+MODELS = ("RoPE", "RoPE++ EH", "RoPE++ EC")
+
+
+def measurements(model, run, *, tasks, documents=24):
+    """What a run might measure: the models differ little at 256 tokens and much behind it."""
+    noise = np.random.default_rng(100 * model + run)
+    texts = np.random.default_rng(7)  # every model reads the same documents
+    hard = texts.normal(0, 0.25, documents)
+    slope, skill = (0.16, 0.11, 0.1)[model % 3] + 0.01 * (model // 3), (0.5, 0.55, 0.68)[model % 3]
+    seed = noise.normal(0, 0.015)
+
+    def loss(length, extra=0.0):
+        return 4.25 + seed + slope * np.log2(length / 256) + extra + hard + noise.normal(0, 0.03, documents)
+
+    def perplexity(length, *, extra=0.0, **key):
+        losses = length * loss(length, extra)
+        for metric, per in (("loss", length), ("perplexity", length), ("bits_per_byte", 3.1 * length)):
+            yield Measurement(
+                task="perplexity", metric=metric, length=length, **key,
+                numerators=losses.tolist(), denominators=[float(per)] * documents,
+            )  # fmt: skip
+
+    def hits(length, *, lost=0.0, depth=None):
+        odds = skill - 0.16 * np.log2(length / 256) - lost + (0 if depth is None else 0.5 * (depth - 0.5) ** 2)
+        luck = np.random.default_rng([length, int(100 * (depth or 0))]).uniform(size=documents)
+        return (luck + noise.normal(0, 0.05, documents) < np.clip(odds, 0.02, 0.99)).astype(float).tolist()
+
+    def retrieval(length, **key):
+        return Measurement(
+            task="retrieval", metric="score", length=length, denominators=[1.0] * documents,
+            **{"part": "all", "numerators": hits(length)} | key,
+        )  # fmt: skip
+
+    heads = ("real", "imaginary")[: 1 if model == 0 else 2]
+    for length in LENGTHS if "perplexity" in tasks else ():
+        yield from perplexity(length)
+        for position in range(0, length, 64):
+            extra = 1.5 / (1 + position / 8) - 0.1
+            yield Measurement(
+                task="perplexity", metric="loss", length=length, position=position,
+                numerators=(64 * loss(max(256, position), extra)).tolist(), denominators=[64.0] * documents,
+            )  # fmt: skip
+    for length in LENGTHS if "retrieval" in tasks else ():
+        yield retrieval(length)
+        for place, family in enumerate(FAMILIES):
+            yield retrieval(length, part=family, numerators=hits(length, lost=0.04 * place - 0.1))
+        for depth in DEPTHS:
+            yield retrieval(length, depth=depth, numerators=hits(length, depth=depth))
+    for kind in heads if "noise" in tasks else ():
+        for std in (0.0, 0.5, 1.0, 2.0):
+            cost = std * (0.5 if kind == "imaginary" else 0.25)
+            key = {"heads": kind, "noise_std": std}
+            yield from perplexity(1024, extra=cost, **key)
+            yield retrieval(512, numerators=hits(512, lost=cost / 2), **key)
+    for kind in heads if "attention" in tasks else ():
+        ranges = [0, *(2**power for power in range(10))]
+        shares = np.exp(-np.arange(11) / (2.5 if kind == "real" else 8)) + noise.uniform(0, 0.02, 11)
+        for position, share in zip(ranges, shares / shares.sum(), strict=True):
+            yield Measurement(
+                task="attention", metric="attention", length=1024, position=position, heads=kind,
+                numerators=(share + noise.normal(0, 0.01, documents)).tolist(), denominators=[1.0] * documents,
+            )  # fmt: skip
+
+
+def harness(name, place):
+    key = dict.fromkeys(("length", "position", "depth", "noise_std", "difference", "difference_low", "difference_high"))
+    for task, accuracy in (("lambada_openai", 0.31), ("piqa", 0.6)):
+        value = accuracy + 0.01 * place
+        yield {
+            "model": name, "task": "harness", "part": task, "metric": "acc", "heads": "", **key, "value": value,
+            "low": value - 0.02, "high": value + 0.02, "examples": 500, "runs": 1, "run_values": [value],
+        }  # fmt: skip
+
+
+TASKS = ("perplexity", "retrieval", "noise", "attention", "harness")
+
+
+def make_results(*, names=MODELS, tasks=TASKS, runs=2):
+    """Results as `evaluate` hands them over."""
+    found = [(name, measurements(place, run, tasks=tasks)) for place, name in enumerate(names) for run in range(runs)]
+    scores = summarize(found)
+    scores += [row for place, name in enumerate(names) for row in harness(name, place) if "harness" in tasks]
+    return {
+        "format_version": 1,
+        "command": "ropepp-lit evaluate runs/rope/checkpoints/last.ckpt runs/ec/checkpoints/last.ckpt --out runs/page",
+        "date": "2026-11-24T15:00:00+00:00",
+        "versions": {"ropepp-lit": "0.1.0", "python": "3.12.3", "torch": "2.14.1", "numpy": "2.4.6"},
+        "machine": {"device": "cpu", "cores": 2, "cpu": "x86_64"},
+        "settings": {"tasks": list(tasks), "lengths": list(LENGTHS), "limit": 24, "seed": 0, "text": "builtin"},
+        "models": [
+            {
+                "name": name, "path": f"runs/{place}-{run}/checkpoints/last.ckpt",
+                "fingerprint": "sha256:" + hashlib.sha256(f"{name} {run}".encode()).hexdigest(),
+                "positions": f"{name}, base 10000", "parameters": 5310720, "context_length": 256, "tokens_seen": 819200,
+                "kv_cache_bytes_per_token": 1024 if place == 1 else 2048, "seconds": 12.3,
+            }
+            for place, name in enumerate(names) for run in range(runs)
+        ],
+        "scores": scores,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def make():
+    return make_results
+
+
+@pytest.fixture(scope="session")
+def results():
+    return make_results()
+
+
+@pytest.fixture(scope="session")
+def folder(results, tmp_path_factory):
+    """A report of all tasks, in a folder that held a map of attention."""
+    folder = tmp_path_factory.mktemp("report")
+    figure = Figure(figsize=(3, 3))
+    figure.subplots().imshow(np.tril(np.ones((16, 16))))
+    figure.savefig(folder / "attention-RoPE-layer-0.png")
+    write_report(results, folder)
+    return folder

@@ -98,7 +98,9 @@ def test_text_held_out_by_the_run_and_a_hugging_face_folder(run, tiny, tmp_path)
     run("export", "trained/checkpoints/last.ckpt", "hf", "--check", "false", cwd=tmp_path)
     run("evaluate", "trained/checkpoints/last.ckpt", "hf", *options, "two", cwd=tmp_path)
     two = json.loads((tmp_path / "two" / "results.json").read_text())
-    values = {row["model"]: row["value"] for row in two["scores"] if row["metric"] == "loss" and row["position"] is None}
+    values = {
+        row["model"]: row["value"] for row in two["scores"] if row["metric"] == "loss" and row["position"] is None
+    }
     assert values["hf"] == pytest.approx(values["trained"], abs=1e-5)
     failed = run("evaluate", "hf", *options, "three", cwd=tmp_path, returncode=2).stderr
     assert "text: hf does not say what text was held out from it; name files by --text" in failed
@@ -107,7 +109,10 @@ def test_text_held_out_by_the_run_and_a_hugging_face_folder(run, tiny, tmp_path)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--tasks", "speed"], "tasks: no task 'speed'; choose of perplexity, retrieval, noise, attention, harness:NAME"),
+        (
+            ["--tasks", "speed"],
+            "tasks: no task 'speed'; choose of perplexity, retrieval, noise, attention, harness:NAME",
+        ),
         (["--tasks", "retrieval:none"], "tasks: retrieval has no family 'none'; choose of single, multikey"),
         (["--tasks", "noise:attention"], "tasks: noise is for perplexity and retrieval, not attention"),
         (["--tasks", ","], "tasks: name at least one of"),

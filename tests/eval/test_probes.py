@@ -82,14 +82,14 @@ def test_attention_by_distance_is_that_of_the_weights(load, variant, monkeypatch
         mean = torch.stack(weights)[:, group :: len(groups)].mean(dim=(0, 1))  # [queries, keys]
         mine = {item.position: item for item in found if item.heads == heads and not item.part}
         assert list(mine) == [0, 1, 2, 4, 8, 16, 32, 64]
-        assert sum(item.value for item in mine.values()) == pytest.approx(1)
+        assert sum(item.value for item in mine.values()) == pytest.approx(100)
         for first, item in mine.items():
             last = max(1, 2 * first)
             inside = sum(float(mean[q, q - d]) for q in range(50, 100) for d in range(first, min(last, q + 1)))
-            assert item.value == pytest.approx(inside / 50)
+            assert item.value == pytest.approx(2 * inside)
             assert len(item.numerators) == 2
         (on_first,) = [item for item in found if item.heads == heads and item.part]
-        assert on_first.value == pytest.approx(float(mean[50:, 0].mean()))
+        assert on_first.value == pytest.approx(100 * float(mean[50:, 0].mean()))
     assert maps.shape == (2, len(groups), MAP_CELLS, MAP_CELLS)
     torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps.sum(-1)))
     assert not maps.triu(1).any()

@@ -1,0 +1,456 @@
+"""The page of an evaluation: tables, findings and captions, put into `page.html`."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from ropepp_lit.eval.plots import HEADS, MOST_BANDS, Row, model_names, trained_contexts
+from ropepp_lit.eval.results import CLEAN, select
+
+DIGITS = {"loss": 3, "bits_per_byte": 3, "perplexity": 2, "score": 1, "attention": 2}
+"""Behind the decimal point, by metric; others have four."""
+
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
+"""What a metric's name ends with, if the lower value is the better one."""
+
+CAPTIONS = {
+    "loss-by-length": (
+        "Loss by length of the window",
+        "The mean loss of all tokens in windows of each length, and perplexity, its exponential. A model that "
+        "gains from more context falls; one that cannot read past its trained context rises behind the dashed line.",
+    ),
+    "loss-by-position": (
+        "Loss by position",
+        "The same loss, by where the token stands inside the longest windows: at position p the model has read p "
+        "tokens. A point is the mean over a range of positions. The first, where little was read, may lie above the "
+        "plot.",
+    ),
+    "retrieval-by-length": (
+        "Retrieval by length",
+        "The mean of the families' scores. 100 means that every answer asked for was given.",
+    ),
+    "retrieval-families": (
+        "Retrieval by family of tasks",
+        "The same score, each family by itself; its intervals are in the table.",
+    ),
+    "retrieval-by-depth": (
+        "Retrieval by depth",
+        "The score by length of the context (to the right) and by where in it the answer lies: 0% is the start of the "
+        "context, 100% its end, next to the question. Grey fields were not measured.",
+    ),
+    "noise-perplexity": (
+        "Loss under noise",
+        "Gaussian noise on the attention scores of one kind of heads; the other kind is left as it is. The steeper the "
+        "rise, the more the model rests on the heads that got the noise.",
+    ),
+    "noise-retrieval": (
+        "Retrieval under noise",
+        "The same noise; the steeper the fall, the more retrieval rests on the heads that got it.",
+    ),
+    "distance-attention": (
+        "Attention by distance",
+        "How much of their attention heads give to keys in each range of distances, the mean over queries, heads and "
+        "layers. Ranges grow with distance.",
+    ),
+}
+"""Title and explanation of each plot."""
+
+BESIDE = {
+    "loss-by-length": "Right: the difference to {first} in the same documents; below 0 is better.",
+    "retrieval-by-length": "Right: the difference to {first} in the same examples; above 0 is better.",
+}
+"""What is explained too where there are several models."""
+
+FAMILIES = {
+    "single": "one key in a long text, and its value asked for",
+    "multikey": "many keys, the value of one asked for",
+    "multivalue": "one key with several values, all asked for",
+    "multiquery": "several keys, the values of all asked for",
+    "tracking": "variables assigned to one another; asked for all that hold one value",
+    "common_words": "a list of words; asked for those that occur often",
+    "frequent_words": "made-up words of very unequal counts; asked for the most frequent",
+}
+"""What the families of retrieval tasks ask, after RULER (arXiv 2404.06654)."""
+
+METRICS = {"loss": "Loss", "perplexity": "Perplexity", "bits_per_byte": "Bits per byte", "score": "Score"}
+UNITS = {"loss": "nats per token", "score": "0 to 100", "attention": "%"}
+
+
+@dataclass(kw_only=True)
+class Section:
+    """A heading and what stands below it; `more` are tables that open on a click."""
+
+    id: str
+    title: str
+    text: str
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    more: list[dict[str, Any]] = field(default_factory=list)
+    plots: list[dict[str, str]] = field(default_factory=list)
+    maps: list[dict[str, str]] = field(default_factory=list)
+    families: dict[str, str] = field(default_factory=dict)
+
+
+def render_page(results: dict[str, Any], *, plots: dict[str, bytes], maps: dict[str, bytes]) -> str:
+    """One HTML file that needs nothing beside it.
+
+    Args:
+        results: As in results.json.
+        plots: PNGs by the names in `plots.PLOTS`.
+        maps: PNGs of attention maps by the names of their files, without `.png`.
+    """
+    # No loader: page.html is one template, and every value is escaped.
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    names = model_names(results)
+    sections = [build(results, plots) for build in (_perplexity, _retrieval, _noise)]
+    sections += [_attention(results, plots, maps), _harness(results)]
+    return template.render(
+        title=_listed(names) if len(names) <= 4 else f"{len(names)} models",
+        date=_date(results["date"]),
+        results=results,
+        names=names,
+        models=_models(results),
+        findings=_findings(results),
+        sections=[section for section in sections if section.tables or section.plots or section.maps],
+        runs=max((row["runs"] for row in results["scores"]), default=1),
+        contexts=trained_contexts(results),
+        settings={name: _plain(value) for name, value in results["settings"].items()},
+        tasks={row["task"] for row in results["scores"]},
+        resampled=any(row["task"] != "harness" for row in results["scores"]),
+        plotted=bool(plots),
+        most_bands=MOST_BANDS,
+        noisy=any(row["noise_std"] is not None for row in results["scores"]),
+    )
+
+
+def show_value(metric: str, value: float, *, signed: bool = False) -> str:
+    """A value as tables show it, with a true minus sign."""
+    digits = DIGITS.get(metric, 4)
+    if metric == "perplexity" and abs(value) >= 1000:
+        digits = 0
+    text = f"{value:{'+' if signed else ''},.{digits}f}".replace("-", "−")
+    return text if text.strip("+−0.") else text.lstrip("+−")  # what is shown as 0 bears no sign
+
+
+def _perplexity(results: dict[str, Any], plots: dict[str, bytes]) -> Section:
+    rows = select(results["scores"], task="perplexity", part="", **CLEAN)
+    section = Section(
+        id="perplexity",
+        title="Loss and perplexity by length",
+        text=f"How well the models predict the next token of long texts. {_counts(rows, 'documents')}",
+        plots=_images(results, plots, "loss-by-length", "loss-by-position"),
+    )
+    tables = {metric: _by_length(_title(metric), select(rows, metric=metric), results) for metric in METRICS}
+    section.tables = [table for table in [tables.pop("loss")] if table]
+    section.more = [table for table in tables.values() if table]
+    return section
+
+
+def _retrieval(results: dict[str, Any], plots: dict[str, bytes]) -> Section:
+    rows = select(results["scores"], task="retrieval", metric="score", **CLEAN)
+    families = list(dict.fromkeys(row["part"] for row in rows if row["part"] != "all"))
+    section = Section(
+        id="retrieval",
+        title="Retrieval by length",
+        text=f"Whether the models find what a long context holds. {_counts(rows, 'examples')}",
+        plots=_images(results, plots, "retrieval-by-length", "retrieval-families", "retrieval-by-depth"),
+        families={family.replace("_", " "): FAMILIES[family] for family in families if family in FAMILIES},
+    )
+    overall = _by_length("Score (0 to 100), all families", select(rows, part="all"), results)
+    single = [row for row in rows if row["part"] != "all"]
+    by_family = _by_length(
+        "Score (0 to 100), each family", single, results, group=lambda row: row["part"].replace("_", " ")
+    )
+    tables = [table for table in (overall, by_family) if table]
+    section.tables, section.more = tables[:1], tables[1:]
+    return section
+
+
+def _noise(results: dict[str, Any], plots: dict[str, bytes]) -> Section:
+    rows = [row for row in select(results["scores"], position=None, depth=None) if row["noise_std"] is not None]
+    section = Section(
+        id="noise",
+        title="Noise on one kind of heads",
+        text="What it costs when the attention scores of the real heads, or of the imaginary heads, get Gaussian "
+        f"noise. Columns: the noise's standard deviation. {_counts(rows, 'examples')}",
+        plots=_images(results, plots, "noise-perplexity", "noise-retrieval"),
+    )
+    for metric, part in dict.fromkeys((row["metric"], row["part"]) for row in rows):
+        place = section.tables if metric == "loss" or (metric == "score" and part in ("all", "")) else section.more
+        words = [_title(metric), *([] if part in ("all", "") else [part.replace("_", " ")]), "by noise"]
+        table = _table(
+            ", ".join(words),
+            select(rows, metric=metric, part=part),
+            results,
+            across=lambda row: row["noise_std"],
+            heading=lambda row: f"{row['noise_std']:g}",
+            line=_model_and_heads,
+            corner="Model, heads",
+            group=_at_length,
+        )
+        place += [table] if table else []
+    if not section.tables:
+        section.tables, section.more = section.more[:1], section.more[1:]
+    return section
+
+
+def _attention(results: dict[str, Any], plots: dict[str, bytes], maps: dict[str, bytes]) -> Section:
+    rows = select(results["scores"], task="attention", metric="attention")
+    table = _table(
+        "Share of attention (%), by first distance of the range",
+        rows,
+        results,
+        across=lambda row: row["position"],
+        heading=lambda row: f"{row['position']:,}",
+        line=_model_and_heads,
+        corner="Model, heads",
+        group=_at_length,
+    )
+    return Section(
+        id="attention",
+        title="Where attention goes",
+        text=f"How far back the heads look. {_counts(rows, 'documents')}",
+        tables=[table] if table else [],
+        plots=_images(results, plots, "distance-attention"),
+        maps=[{"title": name.removeprefix("attention-"), "src": _data_uri(png)} for name, png in sorted(maps.items())],
+    )
+
+
+def _harness(results: dict[str, Any]) -> Section:
+    rows = select(results["scores"], task="harness")
+    names = model_names(results)
+    table = _table(
+        "Tasks of lm-eval",
+        rows,
+        results,
+        across=lambda row: names.index(row["model"]),
+        heading=lambda row: row["model"],
+        line=lambda row: ", ".join(filter(None, (row["part"], row["metric"]))),
+        corner="Task, metric",
+    )
+    return Section(
+        id="harness",
+        title="Public benchmarks",
+        text="Run by lm-eval (the language model evaluation harness). The intervals come from its standard errors.",
+        tables=[table] if table else [],
+    )
+
+
+def _by_length(
+    caption: str, rows: list[Row], results: dict[str, Any], *, group: Callable[[Row], str] | None = None
+) -> dict[str, Any] | None:
+    return _table(
+        f"{caption}, by length in tokens",
+        rows,
+        results,
+        across=lambda row: row["length"],
+        heading=lambda row: f"{row['length']:,}",
+        line=lambda row: row["model"],
+        corner="Model",
+        group=group,
+        trained=_common_context(results),
+    )
+
+
+def _table(
+    caption: str,
+    rows: list[Row],
+    results: dict[str, Any],
+    *,
+    across: Callable[[Row], Any],
+    heading: Callable[[Row], str],
+    line: Callable[[Row], str],
+    corner: str,
+    group: Callable[[Row], str] | None = None,
+    trained: int | None = None,
+) -> dict[str, Any] | None:
+    """A table's parts; None without rows.
+
+    Args:
+        caption: Its title.
+        rows: What it shows, a cell each.
+        results: Gives the order of the models.
+        across: By what columns are told apart and sorted.
+        heading: A column's head.
+        line: A line's head.
+        corner: The head of the lines' heads.
+        group: The heading above a group of lines.
+        trained: The column that is called trained.
+    """
+    if not rows:
+        return None
+    names = model_names(results)
+    kinds = {"": 0, **{kind: place for place, kind in enumerate(HEADS, 1)}}
+    ordered = sorted(rows, key=lambda row: (names.index(row["model"]), kinds.get(row["heads"], len(kinds))))
+    columns = {across(row): heading(row) for row in ordered}
+    groups: dict[str, dict[str, dict[Any, dict[str, str]]]] = {}
+    for row in rows if group else ():
+        groups.setdefault(group(row), {})  # type: ignore[misc]
+    for row in ordered:
+        lines = groups.setdefault(group(row) if group else "", {})
+        lines.setdefault(line(row), {})[across(row)] = _cell(row)
+    return {
+        "caption": caption,
+        "corner": corner,
+        "columns": [{"text": columns[key], "trained": key == trained} for key in sorted(columns)],
+        "groups": [
+            {
+                "heading": heading,
+                "lines": [
+                    {"head": head, "cells": [cells.get(key) for key in sorted(columns)]}
+                    for head, cells in lines.items()
+                ],
+            }
+            for heading, lines in groups.items()
+        ],
+    }
+
+
+def _cell(row: Row) -> dict[str, str]:
+    metric = row["metric"]
+    difference, low, high = (row[key] for key in ("difference", "difference_low", "difference_high"))
+    cell = {"value": show_value(metric, row["value"]), "interval": "", "difference": "", "spread": "", "mark": ""}
+    if row["low"] is not None and row["high"] is not None:
+        cell["interval"] = f"[{show_value(metric, row['low'])}, {show_value(metric, row['high'])}]"
+    if difference is not None and low is not None and high is not None:
+        cell["difference"] = show_value(metric, difference, signed=True)
+        cell["spread"] = f"[{show_value(metric, low, signed=True)}, {show_value(metric, high, signed=True)}]"
+        cell["mark"] = _verdict(row)
+    return cell
+
+
+def _verdict(row: Row) -> str:
+    """`better` or `worse` than the first model, where the difference's interval excludes 0; attention `differs`."""
+    if row["difference_low"] <= 0 <= row["difference_high"]:
+        return ""
+    if row["task"] == "attention":
+        return "differs"
+    return "better" if (row["difference"] < 0) == row["metric"].endswith(LOWER_IS_BETTER) else "worse"
+
+
+def _findings(results: dict[str, Any]) -> list[dict[str, str]]:
+    """For the trained and for the longest context: which model is best, and how sure that is."""
+    trained = _common_context(results)
+    found = []
+    for task, part, metric in (("perplexity", "", "loss"), ("retrieval", "all", "score")):
+        rows = select(results["scores"], task=task, part=part, metric=metric, **CLEAN)
+        lengths = sorted({row["length"] for row in rows})
+        for length in lengths:
+            if length in (trained, lengths[-1]):
+                times = (
+                    "" if trained is None else "as trained" if length == trained else f"{length / trained:g} × trained"
+                )
+                what = "Loss" if metric == "loss" else "Retrieval"
+                place = f"{what} at {length:,} tokens{f' ({times})' if times else ''}"
+                found.append({"place": place, "text": _best(select(rows, length=length), model_names(results)[0])})
+    return found
+
+
+def _best(rows: list[Row], first: str) -> str:
+    """Which of the models' rows is best, beside the first model's, or beside the second best if it is the first's."""
+    metric = rows[0]["metric"]
+    ranked = sorted(rows, key=lambda row: row["value"] if metric == "loss" else -row["value"])
+    best = ranked[0]
+    value = show_value(metric, best["value"])
+    if len(ranked) == 1:
+        return f"{best['model']} has {value}, 95% interval {_cell(best)['interval']}."
+    beside = next((row for row in rows if row["model"] == first), ranked[1])
+    second = ranked[1] if best is beside else beside
+    compared = _cell(second if best["model"] == first else best)
+    text = f"{best['model']} is {'lowest' if metric == 'loss' else 'highest'} with {value}; {second['model']} has "
+    text += f"{show_value(metric, second['value'])}."
+    if compared["difference"]:
+        text += f" {'Its' if best['model'] == first else 'The'} difference"
+        text += f" is {compared['difference']}, 95% interval {compared['spread']}"
+        text += "." if compared["mark"] else ", which holds 0: these data do not tell the two apart."
+    return text
+
+
+def _common_context(results: dict[str, Any]) -> int | None:
+    """Tokens of the context that all models were trained with; None if it differs or is not known of one."""
+    contexts = {model["context_length"] for model in results["models"]}
+    return contexts.pop() if len(contexts) == 1 else None
+
+
+def _models(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """A line for each name, with what its runs have in common, or each of it."""
+    lines = []
+    for name in model_names(results):
+        runs = [model for model in results["models"] if model["name"] == name]
+        line: dict[str, Any] = {"name": name, "runs": len(runs)}
+        for key in ("positions", "parameters", "context_length", "kv_cache_bytes_per_token", "tokens_seen"):
+            values = [f"{run[key]:,}" if isinstance(run[key], int) else _plain(run[key]) for run in runs]
+            line[key] = ", ".join(dict.fromkeys(values))
+        line["fingerprints"] = [run["fingerprint"].split(":")[-1][:12] for run in runs]
+        lines.append(line)
+    return lines
+
+
+def _images(results: dict[str, Any], plots: dict[str, bytes], *names: str) -> list[dict[str, str]]:
+    models = model_names(results)
+    return [
+        {
+            "src": _data_uri(plots[name]),
+            "title": CAPTIONS[name][0],
+            "text": f"{CAPTIONS[name][1]} {BESIDE.get(name, '').format(first=models[0]) if len(models) > 1 else ''}",
+            "alt": f"{CAPTIONS[name][0]}, of {_listed(models)}; the values are in scores.csv",
+        }
+        for name in names
+        if name in plots
+    ]
+
+
+def _counts(rows: list[Row], what: str) -> str:
+    """How many examples and runs a section's values are of."""
+    if not rows:
+        return ""
+    fewest, most = min(row["examples"] for row in rows), max(row["examples"] for row in rows)
+    several = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    runs = sorted({row["runs"] for row in rows})
+    of_runs = f"{' or '.join(map(str, runs))} run{'s' if runs != [1] else ''}"
+    return f"Each value is of {several} {what} and {of_runs} of a model."
+
+
+def _at_length(row: Row) -> str:
+    return "" if row["length"] is None else f"{row['length']:,} tokens"
+
+
+def _model_and_heads(row: Row) -> str:
+    return f"{row['model']}, {row['heads']}" if row["heads"] else row["model"]
+
+
+def _title(metric: str) -> str:
+    name = METRICS.get(metric, metric.replace("_", " "))
+    return f"{name} ({UNITS[metric]})" if metric in UNITS else name
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def _date(text: str) -> str:
+    date = datetime.fromisoformat(text)
+    return f"{date.day} {date:%B %Y, %H:%M} {date.tzname() or ''}".strip()
+
+
+def _plain(value: Any) -> str:
+    """A setting as people write it; a number as it is given to the command."""
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,0 +1,115 @@
+"""An evaluation's results as files: for programs, for TensorBoard, and a page for people."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from matplotlib.image import imread
+
+from ropepp_lit.data.shards import write_whole
+from ropepp_lit.eval.page import render_page
+from ropepp_lit.eval.plots import PLOTS, model_names, to_png
+from ropepp_lit.eval.results import COLUMNS
+
+FORMAT_VERSION = 1
+
+
+def write_report(results: dict[str, Any], folder: Path) -> None:
+    """Write results.json, scores.csv, plots as PNG, TensorBoard events, and index.html, which needs no other file.
+
+    Each file appears under its name only when it is complete; index.html is the last. Numbers that are not finite
+    become null. Files of an earlier report in the folder are replaced, the folder `tensorboard` as a whole; every
+    attention-*.png that lies there is shown on the page.
+
+    Args:
+        results: `format_version`, `command`, `date` (ISO 8601), `versions` and `settings` (by name), `machine`
+            (`device`, `cpu`, `cores`), `models` (a dict for each run: `name`, `path`, `fingerprint`, `positions`,
+            `parameters`, `context_length` and `tokens_seen` in tokens, `kv_cache_bytes_per_token`, `seconds`, None
+            where it is not known; several of one name are runs of one model) and `scores`, the rows of `summarize`.
+        folder: Where; made if it is missing.
+    """
+    results = _finite(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(folder / "scores.csv", _csv(results["scores"]))
+    plots = {}
+    for name, plot in PLOTS.items():
+        figure = plot(results)
+        if figure is None:
+            (folder / f"{name}.png").unlink(missing_ok=True)
+        else:
+            plots[name] = to_png(figure)
+            write_whole(folder / f"{name}.png", plots[name])
+    _write_tensorboard(results, plots, folder / "tensorboard")
+    maps = {path.stem: path.read_bytes() for path in folder.glob("attention-*.png")}
+    write_whole(folder / "index.html", render_page(results, plots=plots, maps=maps))
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _write_tensorboard(results: dict[str, Any], plots: dict[str, bytes], folder: Path) -> None:
+    """A run of scalars for each model, and one of images; tags are `task/part/metric`, the step is the length."""
+    from torch.utils.tensorboard import SummaryWriter  # heavy: a second
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    names = model_names(results)
+    for name, run in zip(names, _folder_names(names), strict=True):
+        with SummaryWriter(str(partial / run)) as writer:
+            for row in results["scores"]:
+                if row["model"] == name and row["value"] is not None:
+                    writer.add_scalar(*_tag(row))
+    with SummaryWriter(str(partial / "plots")) as writer:
+        for name, png in plots.items():
+            writer.add_image(name, imread(io.BytesIO(png))[..., :3], 0, dataformats="HWC")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _tag(row: dict[str, Any]) -> tuple[str, float, int]:
+    """Tag, value and step of a row: the step is a position or distance if it has one, else a length."""
+    parts = [row["task"], row["part"], row["metric"]]
+    if row["noise_std"] is not None:
+        parts.append(f"noise_{row['heads']}_{row['noise_std']:g}")
+    elif row["heads"]:
+        parts.append(row["heads"])
+    if row["depth"] is not None:
+        parts.append(f"depth_{row['depth']:g}")
+    if row["position"] is not None:
+        parts.append(f"by_position_{row['length']}" if row["length"] is not None else "by_position")
+    step = row["length"] if row["position"] is None else row["position"]
+    return "/".join(filter(None, parts)), row["value"], step or 0
+
+
+def _folder_names(names: list[str]) -> list[str]:
+    """Different names of folders for names of models, which may be any text."""
+    folders: list[str] = []
+    taken = {"plots"}
+    for name in names:
+        base = re.sub(r"[^\w+.-]+", "_", name)[:80].strip("._") or "model"
+        candidates = (base if not number else f"{base}_{number}" for number in range(len(names) + 1))
+        folders.append(next(candidate for candidate in candidates if candidate.lower() not in taken))
+        taken.add(folders[-1].lower())
+    return folders

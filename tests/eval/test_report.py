@@ -1,0 +1,323 @@
+import copy
+import csv
+import io
+import json
+from html.parser import HTMLParser
+
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.image import imread
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ropepp_lit.eval.plots import PLOTS, to_png
+from ropepp_lit.eval.report import write_report
+from ropepp_lit.eval.results import CLEAN, COLUMNS, select
+
+LENGTHS = [256, 512, 1024, 2048]
+
+
+class Page(HTMLParser):
+    """What a page holds: text, ids of headings, cells of tables by their titles, images, and what it refers to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text, self.headings, self.references, self.images = "", [], [], []
+        self.tables, self._rows, self._in_cell = {}, [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.references += [value for name, value in found.items() if name in ("src", "href", "srcset", "action")]
+        if tag == "h2":
+            self.headings.append(found["id"])
+        if tag == "img":
+            self.images.append(found)
+        if found.get("role") == "region":
+            self._rows = self.tables[found["aria-label"]] = []
+        if tag == "tr":
+            self._rows.append([])
+        if tag in ("th", "td"):
+            self._rows[-1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag):
+        self._in_cell = self._in_cell and tag not in ("th", "td")
+
+    def handle_data(self, data):
+        self.text += data
+        if self._in_cell:
+            self._rows[-1][-1] = " ".join(f"{self._rows[-1][-1]} {data}".split())
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return Page((folder / "index.html").read_text())
+
+
+def test_results_come_back_from_json(results, folder):
+    assert json.loads((folder / "results.json").read_text()) == results
+
+
+def test_csv_has_every_row(results, folder):
+    with (folder / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    expected = [{name: "" if row[name] is None else str(row[name]) for name in COLUMNS} for row in results["scores"]]
+    assert rows == expected
+
+
+def test_plots_are_small_and_wide_enough(folder):
+    for name in PLOTS:
+        png = (folder / f"{name}.png").read_bytes()
+        assert 5_000 < len(png) < 80_000, name
+        height, width = imread(io.BytesIO(png)).shape[:2]
+        assert width >= 1000, name
+        assert 0.2 < height / width < 1.2, name
+
+
+def test_nothing_is_left_half_written(folder):
+    assert not list(folder.glob(".*"))
+    assert {path.name for path in folder.iterdir()} == {
+        "results.json", "scores.csv", "index.html", "tensorboard", "attention-RoPE-layer-0.png",
+        *(f"{name}.png" for name in PLOTS),
+    }  # fmt: skip
+
+
+def test_tensorboard_has_a_run_of_scalars_for_each_model(results, folder):
+    runs = {path.name for path in (folder / "tensorboard").iterdir()}
+    assert runs == {"RoPE", "RoPE++_EH", "RoPE++_EC", "plots"}
+    events = EventAccumulator(str(folder / "tensorboard" / "RoPE++_EC"), size_guidance={"scalars": 0})
+    events.Reload()
+    for tag, wanted in {
+        "retrieval/single/score": {"task": "retrieval", "part": "single"} | CLEAN,
+        "retrieval/all/score/depth_0.5": {"task": "retrieval", "part": "all"} | CLEAN | {"depth": 0.5},
+        "retrieval/all/score/noise_imaginary_2": {"task": "retrieval", "heads": "imaginary", "noise_std": 2.0},
+        "perplexity/bits_per_byte": {"task": "perplexity", "metric": "bits_per_byte"} | CLEAN,
+        "attention/attention/real/by_position_1024": {"task": "attention", "heads": "real"},
+        "harness/piqa/acc": {"task": "harness", "part": "piqa"},
+    }.items():
+        rows = select(results["scores"], model="RoPE++ EC", **wanted)
+        expected = {row["length"] if row["position"] is None else row["position"]: row["value"] for row in rows}
+        found = {event.step or (0 if 0 in expected else None): event.value for event in events.Scalars(tag)}
+        assert found == pytest.approx(expected), tag
+
+
+def test_tensorboard_has_the_plots(folder):
+    events = EventAccumulator(str(folder / "tensorboard" / "plots"), size_guidance={"images": 0})
+    events.Reload()
+    assert set(events.Tags()["images"]) == set(PLOTS)
+    for name in PLOTS:
+        image = events.Images(name)[0]
+        assert (image.height, image.width) == imread(folder / f"{name}.png").shape[:2]
+        assert imread(io.BytesIO(image.encoded_image_string)).std() > 0.05, name  # not blank
+
+
+@pytest.mark.parametrize(
+    ("title", "wanted", "digits"),
+    [
+        ("Loss (nats per token), by length in tokens", {"task": "perplexity", "metric": "loss"}, 3),
+        ("Perplexity, by length in tokens", {"task": "perplexity", "metric": "perplexity"}, 2),
+        ("Bits per byte, by length in tokens", {"task": "perplexity", "metric": "bits_per_byte"}, 3),
+        ("Score (0 to 100), all families, by length in tokens", {"task": "retrieval", "part": "all"}, 1),
+    ],
+)
+def test_main_tables_show_each_value_its_interval_and_its_difference(results, page, title, wanted, digits):
+    header, *lines = page.tables[title]
+    assert header[1:] == ["256 trained", "512", "1,024", "2,048"]
+    assert [line[0] for line in lines] == ["RoPE", "RoPE++ EH", "RoPE++ EC"]
+    starred = 0
+    for model, *cells in lines:
+        for length, cell in zip(LENGTHS, cells, strict=True):
+            (row,) = select(results["scores"], model=model, length=length, **wanted, **CLEAN)
+            value, low, high = (f"{row[key]:.{digits}f}" for key in ("value", "low", "high"))
+            expected = f"{value} [{low}, {high}]"
+            if model != "RoPE":
+                keys = ("difference", "difference_low", "difference_high")
+                difference, low, high = (shown(row[key], digits) for key in keys)
+                star = " *" if row["difference_low"] > 0 or row["difference_high"] < 0 else ""
+                starred += bool(star)
+                expected += f" {difference}{star} [{low}, {high}]"
+            assert cell.replace("*", " *").replace("  ", " ") == expected
+    assert 0 < starred < 8  # the example has both
+
+
+def shown(difference, digits):
+    rounded = round(difference, digits)
+    return f"{abs(rounded):.{digits}f}" if rounded == 0 else f"{rounded:+.{digits}f}".replace("-", "−")
+
+
+def test_tables_of_families_noise_attention_and_benchmarks_show_their_values(results, page):
+    for title, wanted, digits in [
+        ("Score (0 to 100), each family, by length in tokens", {"task": "retrieval"} | CLEAN, 1),
+        ("Loss (nats per token), by noise", {"task": "perplexity", "metric": "loss", "position": None}, 3),
+        ("Score (0 to 100), by noise", {"task": "retrieval", "depth": None}, 1),
+        ("Share of attention (%), by first distance of the range", {"task": "attention"}, 2),
+        ("Tasks of lm-eval", {"task": "harness"}, 4),
+    ]:
+        rows = select(results["scores"], **wanted)
+        if "noise" in title:
+            rows = [row for row in rows if row["noise_std"] is not None]
+        if "each family" in title:
+            rows = [row for row in rows if row["part"] != "all"]
+        cells = [cell.split()[0] for line in page.tables[title] for cell in line[1:] if "[" in cell]
+        assert sorted(cells) == sorted(f"{row['value']:.{digits}f}" for row in rows), title
+
+
+def test_better_and_worse_follow_the_metric(make, tmp_path):
+    results = make(names=["first", "second"], tasks=["perplexity", "retrieval"], runs=1)
+    for row in results["scores"]:
+        if row["model"] == "second":
+            row |= {"difference": -1.0, "difference_low": -1.5, "difference_high": -0.5}
+    write_report(results, tmp_path)
+    text = (tmp_path / "index.html").read_text()
+    loss, retrieval = text.index('id="perplexity"'), text.index('id="retrieval"')
+    assert 'title="better than first' in text[loss:retrieval]
+    assert 'title="worse than first' not in text[loss:retrieval]
+    assert 'title="worse than first' in text[retrieval:]
+    assert 'title="better than first' not in text[retrieval:]
+
+
+def test_findings_name_the_best_model_and_say_where_it_is_not_sure(make, tmp_path):
+    results = make(names=["first", "second"], tasks=["perplexity"], runs=1)
+    for length, interval in ((256, (-0.2, 0.1)), (2048, (-0.2, -0.05))):
+        one, two = select(results["scores"], metric="loss", length=length, **CLEAN)
+        one["value"], two["value"], two["difference"] = 4.5, 4.375, -0.125
+        two["difference_low"], two["difference_high"] = interval
+    write_report(results, tmp_path)
+    text = " ".join(Page((tmp_path / "index.html").read_text()).text.split())
+    said = "second is lowest with 4.375; first has 4.500. The difference is −0.125, 95% interval "
+    assert f"Loss at 256 tokens (as trained): {said}[−0.200, +0.100], which holds 0" in text
+    assert f"Loss at 2,048 tokens (8 × trained): {said}[−0.200, −0.050]. " in text
+
+
+@pytest.mark.parametrize("other", [512, None])
+def test_lengths_are_called_trained_only_if_all_models_were_trained_with_one(make, tmp_path, other):
+    results = make(names=["first", "second"], tasks=["perplexity"], runs=1)
+    results["models"][1]["context_length"] = other
+    write_report(results, tmp_path)
+    page = Page((tmp_path / "index.html").read_text())
+    assert page.tables["Loss (nats per token), by length in tokens"][0][1:] == ["256", "512", "1,024", "2,048"]
+    assert "trained)" not in page.text
+    assert page.tables["Models"][2][3] == (str(other) if other else "–")
+
+
+def test_page_says_what_was_compared_and_how_to_repeat_it(results, page):
+    text = " ".join(page.text.split())
+    for model in results["models"]:
+        assert model["fingerprint"] in text
+        assert model["path"] in text
+        assert model["positions"] in text
+    assert results["command"] in text
+    for name, version in results["versions"].items():
+        assert [name, version] in page.tables["Settings, machine and versions"]
+    assert ["lengths", "256, 512, 1024, 2048"] in page.tables["Settings, machine and versions"]
+    assert page.tables["Models"][1][:7] == ["RoPE", "RoPE, base 10000", "5,310,720", "256", "2,048", "819,200", "2"]
+
+
+def test_page_shows_plots_and_maps_with_words_for_them(page):
+    assert len(page.images) == len(PLOTS) + 1
+    assert all(image["alt"] for image in page.images)
+    assert any(image["alt"] == "Attention map RoPE-layer-0" for image in page.images)
+
+
+def test_page_refers_to_nothing_outside_itself(page, folder):
+    outside = [reference for reference in page.references if not reference.startswith(("data:", "#"))]
+    assert outside == []
+    assert "@import" not in (folder / "index.html").read_text()
+    assert "url(" not in (folder / "index.html").read_text()
+
+
+def test_names_are_text_and_nothing_else(make, tmp_path):
+    """HTML, mathematics for matplotlib, an underscore that it hides, letters it lacks, two alike as folders, a path."""
+    names = ['<b>&"', "_under $a_b$", "模型", "x/y", "x y", "../plots"]
+    results = make(names=names, tasks=["perplexity", "retrieval", "harness"], runs=1)
+    results["models"][0] |= {"path": "<i>.ckpt", "positions": "<u>"}
+    results |= {"command": "ropepp-lit evaluate '<s>'", "settings": {"<q>": "<em>"}}
+    write_report(results, tmp_path)
+    text = (tmp_path / "index.html").read_text()
+    for tag in ("<b>", "<i>", "<u>", "<s>", "<q>", "<em>"):
+        assert tag not in text
+    page = Page(text)
+    assert [line[0] for line in page.tables["Loss (nats per token), by length in tokens"][1:]] == names
+    assert page.tables["Tasks of lm-eval"][0][1:] == names
+    for name in PLOTS:
+        if figure := PLOTS[name](results):
+            for legend in figure.legends:
+                assert [label.get_text().strip() for label in legend.get_texts()] == names
+    runs = sorted(path.name for path in (tmp_path / "tensorboard").iterdir())
+    assert runs == sorted(["b", "_under_a_b".strip("_"), "模型", "x_y", "x_y_1", "plots_1", "plots"])
+
+
+@pytest.mark.parametrize(
+    ("task", "sections", "plots"),
+    [
+        ("perplexity", ["findings", "models", "perplexity"], {"loss-by-length", "loss-by-position"}),
+        ("retrieval", ["findings", "models", "retrieval"],
+         {"retrieval-by-length", "retrieval-families", "retrieval-by-depth"}),
+        ("noise", ["models", "noise"], {"noise-perplexity", "noise-retrieval"}),
+        ("attention", ["models", "attention"], {"distance-attention"}),
+        ("harness", ["models", "harness"], set()),
+    ],
+)  # fmt: skip
+def test_a_task_alone_gives_its_section_alone(make, tmp_path, task, sections, plots):
+    for name in PLOTS:
+        (tmp_path / f"{name}.png").write_bytes(b"of an earlier report")
+    write_report(make(names=["RoPE", "RoPE++ EC"], tasks=[task], runs=1), tmp_path)
+    page = Page((tmp_path / "index.html").read_text())
+    assert page.headings == [*sections, "method", "repeat", "limits"]
+    assert {path.stem for path in tmp_path.glob("*.png")} == plots
+    assert len(page.images) == len(plots)
+
+
+def test_one_model_is_compared_with_none(make, tmp_path):
+    write_report(make(names=["alone"], tasks=["perplexity"], runs=1), tmp_path)
+    page = Page((tmp_path / "index.html").read_text())
+    assert "difference to" not in page.text
+    assert "excludes 0" not in page.text
+    assert "Each model is one training run" in page.text
+
+
+def test_numbers_that_are_not_finite_become_null(make, tmp_path):
+    results = make(names=["a", "b"], tasks=["perplexity"], runs=1)
+    broken = select(results["scores"], model="b", metric="perplexity", length=2048)[0]
+    broken |= {"value": float("inf"), "high": float("inf"), "difference": float("nan")}
+    given = copy.deepcopy(results)
+    write_report(results, tmp_path)
+    assert results["scores"][0] == given["scores"][0]  # the caller's are left as they are
+    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    row = next(row for row in written["scores"] if row["model"] == "b" and row["metric"] == "perplexity"
+               and row["length"] == 2048)  # fmt: skip
+    assert (row["value"], row["high"], row["difference"]) == (None, None, None)
+    assert Page((tmp_path / "index.html").read_text()).tables["Perplexity, by length in tokens"][2][4] == "–"
+
+
+def test_a_file_that_cannot_be_written_wholly_leaves_the_earlier_one(make, tmp_path, monkeypatch):
+    (tmp_path / "results.json").write_text("earlier")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_report(make(names=["a"], tasks=["harness"], runs=1), tmp_path)
+    assert (tmp_path / "results.json").read_text() == "earlier"
+
+
+def test_a_model_has_one_colour_in_all_plots(make):
+    results = make(names=[f"model {number}" for number in range(8)], runs=1)
+    colours = {}
+    for name, plot in PLOTS.items():
+        figure = plot(results)
+        for legend in figure.legends:
+            for label, line in zip(legend.get_texts(), legend.get_lines(), strict=True):
+                colours.setdefault(label.get_text(), set()).add(to_hex(line.get_color()))
+        assert name == "retrieval-by-depth" or len(figure.legends) == 1
+    assert len(colours) == 8
+    assert len(set().union(*colours.values())) == 8
+
+
+@pytest.mark.parametrize("name", ["loss-by-length", "retrieval-families", "retrieval-by-depth"])
+def test_plots_of_eight_models_stay_small(make, name):
+    tasks = ["perplexity"] if name == "loss-by-length" else ["retrieval"]
+    results = make(names=[f"model {number}" for number in range(8)], tasks=tasks, runs=1)
+    assert len(to_png(PLOTS[name](results))) < 80_000

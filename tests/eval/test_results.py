@@ -1,0 +1,113 @@
+import numpy as np
+import pytest
+
+from ropepp_lit.eval.results import COLUMNS, KEYS, Measurement, select, summarize
+
+
+def scores(values, counts=None, **key):
+    return Measurement(
+        **{"task": "retrieval", "part": "single", "metric": "score", "length": 512} | key,
+        numerators=list(map(float, values)), denominators=[1.0] * len(values) if counts is None else counts,
+    )  # fmt: skip
+
+
+def losses(values, tokens, metric="loss"):
+    return Measurement(task="perplexity", metric=metric, length=512, numerators=values, denominators=tokens)
+
+
+def test_a_value_is_the_ratio_of_the_sums_and_what_its_metric_makes_of_it():
+    runs = [("a", [losses([30.0, 10.0], [10.0, 2.0]), losses([30.0, 10.0], [10.0, 2.0], "perplexity"),
+                   losses([30.0, 10.0], [40.0, 8.0], "bits_per_byte"), scores([1, 0, 1, 1])])]  # fmt: skip
+    values = {row["metric"]: row["value"] for row in summarize(runs)}
+    ratio = 40 / 12
+    assert values["loss"] == pytest.approx(ratio)
+    assert values["perplexity"] == pytest.approx(np.exp(ratio))
+    assert values["bits_per_byte"] == pytest.approx(40 / 48 / np.log(2))
+    assert values["score"] == pytest.approx(75)
+    for metric, value in values.items():
+        of_one = next(measurement for measurement in runs[0][1] if measurement.metric == metric)
+        assert of_one.value == pytest.approx(value)
+
+
+def test_rows_have_the_columns_and_say_how_many_examples_and_runs():
+    rows = summarize([("a", [scores([1, 0, 1])]), ("b", [scores([1, 1, 1])]), ("a", [scores([0, 0, 1])])])
+    assert [row["model"] for row in rows] == ["a", "b"]
+    assert all(set(row) == {*COLUMNS, "run_values"} for row in rows)
+    assert [(row["examples"], row["runs"]) for row in rows] == [(3, 2), (3, 1)]
+    assert rows[0]["value"] == pytest.approx(50)
+    assert rows[0]["run_values"] == pytest.approx([200 / 3, 100 / 3])
+    assert rows[0]["difference"] is None
+    assert rows[1]["difference"] == pytest.approx(50)
+    assert {name: rows[0][name] for name in KEYS} == {
+        "task": "retrieval", "part": "single", "metric": "score", "length": 512,
+        "position": None, "depth": None, "heads": "", "noise_std": None,
+    }  # fmt: skip
+
+
+def test_intervals_hold_a_known_probability_nineteen_times_of_twenty():
+    held = 0
+    for trial in range(100):
+        drawn = np.random.default_rng(trial).uniform(size=100) < 0.3
+        row = summarize([("a", [scores(drawn)])])[0]
+        held += row["low"] <= 30 <= row["high"]
+    # Binomial(100, 0.95) lies from 88 to 99 in 99 of 100 cases; the percentile bootstrap falls a little short of 95%.
+    assert 88 <= held <= 99
+
+
+def test_the_interval_has_the_width_of_the_normal_approximation():
+    drawn = np.arange(400) % 10 < 3
+    row = summarize([("a", [scores(drawn)])])[0]
+    assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * 100 * np.sqrt(0.3 * 0.7 / 400), rel=0.1)
+
+
+def test_differences_are_paired():
+    """Models that find the same documents hard differ with more certainty than their own intervals say."""
+    hard = np.random.default_rng(0).normal(4, 0.5, 60)
+    noise = np.random.default_rng(1).normal(0, 0.05, (2, 60))
+    first, second = losses(list(hard + noise[0]), [1.0] * 60), losses(list(hard - 0.1 + noise[1]), [1.0] * 60)
+    row, other = summarize([("a", [first]), ("b", [second])])
+    widths = [each["high"] - each["low"] for each in (row, other)]
+    paired = other["difference_high"] - other["difference_low"]
+    assert paired < 0.25 * np.hypot(*widths)
+    assert other["difference_low"] < other["difference"] < other["difference_high"] < 0
+    assert row["high"] > other["low"]  # unpaired, they could not be told apart
+
+
+def test_the_same_measurements_twice_differ_by_nothing():
+    measurement = scores([1, 0, 0, 1, 1])
+    other = summarize([("a", [measurement]), ("b", [measurement])])[1]
+    assert (other["difference"], other["difference_low"], other["difference_high"]) == (0, 0, 0)
+
+
+def test_runs_are_drawn_again_too():
+    """Two runs that differ much make the interval wide, though every example agrees within a run."""
+    runs = [("a", [scores([0] * 20)]), ("a", [scores([1] * 20)])]
+    row = summarize(runs)[0]
+    assert (row["value"], row["low"], row["high"]) == (50, 0, 100)
+    assert summarize(runs[:1])[0]["high"] == 0
+
+
+def test_examples_in_which_nothing_counts_change_nothing_but_the_draws():
+    row = summarize([("a", [losses([6.0, 0.0, 3.0, 0.0], [2.0, 0.0, 1.0, 0.0])])])[0]
+    assert (row["value"], row["low"], row["high"]) == (3, 3, 3)  # draws of empty examples alone are left out
+    assert row["examples"] == 4
+
+
+def test_measurements_in_which_nothing_counts_have_no_row():
+    empty = losses([0.0, 0.0], [0.0, 0.0])
+    assert summarize([("a", [empty])]) == []
+    rows = summarize([("a", [empty]), ("b", [losses([2.0, 4.0], [1.0, 1.0])])])
+    assert [(row["model"], row["value"], row["difference"]) for row in rows] == [("b", 3, None)]
+
+
+def test_the_same_again():
+    drawn = [np.random.default_rng(seed).uniform(size=30) < 0.5 for seed in range(4)]
+    runs = [("ab"[place % 2], [scores(values), scores(values, length=1024)]) for place, values in enumerate(drawn)]
+    assert summarize(runs) == summarize(runs)
+
+
+def test_select():
+    rows = summarize([("a", [scores([1, 0]), scores([1, 1], length=1024), scores([0, 1], depth=0.5)])])
+    assert [row["length"] for row in select(rows, depth=None)] == [512, 1024]
+    assert [row["value"] for row in select(rows, depth=0.5, length=512)] == [50]
+    assert select([{**rows[0], "value": None}]) == []
