@@ -139,14 +139,13 @@ def _measure(
     from ropepp_lit.data.shards import write_whole
     from ropepp_lit.eval import probes
     from ropepp_lit.eval.results import Measurement
-    from ropepp_lit.eval.tasks import averages, check_memory, measure, work_of
+    from ropepp_lit.eval.tasks import averages, check, measure, work_of
 
-    (folder / "parts").mkdir(parents=True, exist_ok=True)
     texts_digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     num_tokens = [len(model.opening) + len(model.encode(text)) for text in texts]
     units = settings.units(model)
-    for length in settings.lengths:
-        check_memory(model, length)
+    check(model, units, settings, num_tokens)
+    (folder / "parts").mkdir(parents=True, exist_ok=True)
     found: list[Measurement] = []
     seconds = 0.0
     work = {unit: work_of(unit, settings, num_tokens) for unit in units}

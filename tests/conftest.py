@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ropepp_lit.cli import main
 from ropepp_lit.data.prepare import Settings, prepare_cached
 
 torch.set_num_threads(2)
@@ -48,3 +49,23 @@ def run(command_path):
         return finished
 
     return run
+
+
+@pytest.fixture
+def mistake(tiny, tmp_path, monkeypatch, capsys):
+    """Runs a subcommand in this process and the test's folder; returns the one line that tells the mistake."""
+
+    def mistake(*options, subcommand="fit", base=None):
+        base = base if base is not None else tiny if subcommand in ("fit", "validate", "plan") else []
+        monkeypatch.chdir(tmp_path)
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as stop:
+            main([subcommand, *base, *map(str, options)])
+        assert stop.value.code == 2
+        assert sorted(tmp_path.rglob("*")) == before
+        errors = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line]
+        assert len(errors) == 1, errors
+        assert errors[0].startswith("ropepp-lit: error: ")
+        return errors[0]
+
+    return mistake

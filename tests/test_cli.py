@@ -7,28 +7,9 @@ import time
 import pytest
 import torch
 
-from ropepp_lit.cli import SUBCOMMANDS, main
+from ropepp_lit.cli import SUBCOMMANDS
 
 pytestmark = pytest.mark.end_to_end
-
-
-@pytest.fixture
-def mistake(tiny, tmp_path, monkeypatch, capsys):
-    """Runs `fit` in this process; returns the one line that tells the mistake."""
-
-    def mistake(*options, subcommand="fit", base=tiny):
-        monkeypatch.chdir(tmp_path)
-        before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(SystemExit) as stop:
-            main([subcommand, *base, *map(str, options)])
-        assert stop.value.code == 2
-        assert sorted(tmp_path.rglob("*")) == before
-        errors = [line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line]
-        assert len(errors) == 1, errors
-        assert errors[0].startswith("ropepp-lit: error: ")
-        return errors[0]
-
-    return mistake
 
 
 STRATEGY = ["--trainer.devices", "2", "--trainer.strategy", "FSDP2Strategy"]

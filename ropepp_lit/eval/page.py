@@ -208,8 +208,8 @@ def _attention(results: dict[str, Any], plots: dict[str, bytes], maps: dict[str,
         "Share of attention (%), by first distance of the range",
         rows,
         results,
-        across=lambda row: row["position"],
-        heading=lambda row: f"{row['position']:,}",
+        across=lambda row: -1 if row["part"] else row["position"],
+        heading=lambda row: row["part"] or f"{row['position']:,}",
         line=_model_and_heads,
         corner="Model, heads",
         group=_at_length,
@@ -239,7 +239,7 @@ def _harness(results: dict[str, Any]) -> Section:
     return Section(
         id="harness",
         title="Public benchmarks",
-        text="Run by lm-eval (the language model evaluation harness). The intervals come from its standard errors.",
+        text="Run by lm-eval (the language model evaluation harness). Intervals by bootstrap over examples.",
         tables=[table] if table else [],
     )
 

@@ -181,7 +181,7 @@ def noise_retrieval(results: dict[str, Any]) -> Figure | None:
 
 def attention_by_distance(results: dict[str, Any]) -> Figure | None:
     """The share of attention that goes to each range of distances, of real and of imaginary heads."""
-    rows = select(results["scores"], task="attention", metric="attention")
+    rows = select(results["scores"], task="attention", metric="attention", part="")
     if not rows:
         return None
     figure, panels = _by_heads(results, rows, x="position", title="{} heads")

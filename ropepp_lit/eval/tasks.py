@@ -133,6 +133,32 @@ def work_of(unit: Unit, settings: Settings, num_tokens: Sequence[int]) -> int:
     return 1
 
 
+def check(model: Model, units: Sequence[Unit], settings: Settings, num_tokens: Sequence[int]) -> None:
+    """Raise what can be known to be wrong before the work begins.
+
+    Args:
+        model: What will be measured.
+        units: What of it.
+        settings: Of the evaluation.
+        num_tokens: Of each document.
+
+    Raises:
+        UsageError: a length is too short for a family, longer than any document, or too long for the memory.
+    """
+    for unit in units:
+        if unit.length is None:
+            continue
+        check_memory(model, unit.length)
+        if unit.task == "retrieval":
+            count = min(settings.limit, len(retrieval.DEPTHS))
+            retrieval.make_examples(unit.part, model.tokenizer, length=unit.length, count=count, seed=settings.seed)
+        elif unit.task == "attention" and max(num_tokens) < unit.length:
+            raise UsageError(
+                f"text: attention at {unit.length:,} tokens needs a document as long, and the longest has "
+                f"{max(num_tokens):,}"
+            )
+
+
 def measure(
     model: Model,
     unit: Unit,
@@ -154,10 +180,8 @@ def measure(
         Measurements; and attention maps, where the unit is of attention.
 
     Raises:
-        UsageError: the length is too short or too long for the unit.
+        UsageError: the length is too short for the unit.
     """
-    if unit.length is not None:
-        check_memory(model, unit.length)
     if unit.task == "harness":
         found = harness.measure(model, unit.part, lengths=settings.lengths, limit=settings.limit, seed=settings.seed)
         progress(1)
@@ -166,11 +190,6 @@ def measure(
     if unit.task == "attention":
         ids = [[*model.opening, *model.encode(text)] for text in texts]
         long_enough = [text for text in ids if len(text) >= unit.length][:ATTENTION_TEXTS]
-        if not long_enough:
-            longest = max(len(text) for text in ids)
-            raise UsageError(
-                f"text: attention at {unit.length:,} tokens needs a document as long, and the longest has {longest:,}"
-            )
         return probes.measure_attention(model, long_enough, length=unit.length, progress=progress)
     if unit.noise_std is None:
         return _measure(model, unit, settings, texts, None, progress), None
