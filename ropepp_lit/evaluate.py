@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ropepp_lit.arguments import call
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from ropepp_lit.eval.models import Model
@@ -102,6 +103,7 @@ def _read_texts(model: Model, text: str | None, min_tokens: int, limit: int) -> 
     from ropepp_lit.errors import UsageError
 
     recipe = model.entry.get("recipe")
+    documents: Iterable[str | None]
     if text is not None:
         documents = (record.text for _, record in Reader(find_files(text.split(","), key="text")))
     elif recipe is None:
@@ -109,9 +111,7 @@ def _read_texts(model: Model, text: str | None, min_tokens: int, limit: int) -> 
     else:
         data = TokenData(**recipe["data"])
         data.setup("evaluate")
-        decode = model.tokenizer.tokenizer.decode
-        ids = (ids for name in data.validation_sets for ids in data.held_out_documents(name))
-        documents = (decode(document.tolist()) for document in ids)
+        documents = data.held_out_texts(limit, min_tokens=min_tokens)
     chosen: list[str] = []
     for document in documents:
         if document and document.strip() and len(model.encode(document)) >= min_tokens:

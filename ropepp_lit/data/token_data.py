@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -243,6 +245,18 @@ class TokenData(LightningDataModule):
             yield from documents
         if len(rest):
             yield rest
+
+    def held_out_texts(self, limit: int, *, min_tokens: int = 0) -> Iterator[str]:
+        """The first documents of the validation sets, one set behind the other, as text.
+
+        Args:
+            limit: Documents at most.
+            min_tokens: Leave out those of fewer tokens.
+        """
+        tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        documents = (ids for name in self.validation_sets for ids in self.held_out_documents(name))
+        texts = (tokenizer.decode(ids.tolist()) for ids in documents if len(ids) - 2 >= min_tokens)
+        return itertools.islice((text for text in texts if text.strip()), limit)
 
     def predicted_tokens(self, tokens: TokenSet) -> int:
         """Tokens that count as labels: where documents don't see each other, none foresees another."""

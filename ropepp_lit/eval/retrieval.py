@@ -23,7 +23,7 @@ import random
 import string
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -361,28 +361,29 @@ def _noise(rng: random.Random) -> Iterator[str]:
 
 
 def _keys(rng: random.Random) -> Iterator[str]:
-    """Pairs of words, none twice."""
-    pairs = [f"{first}-{second}" for first in _FIRST for second in _SECOND]
+    """Pairs of words, none twice; with a number behind them when all are used up."""
+    pairs = len(_FIRST) * len(_SECOND)
     for turn in itertools.count(1):
-        rng.shuffle(pairs)
-        yield from pairs if turn == 1 else (f"{pair}-{turn}" for pair in pairs)
+        for pair in _unseen(lambda: rng.randrange(pairs), pairs):
+            key = f"{_FIRST[pair % len(_FIRST)]}-{_SECOND[pair // len(_FIRST)]}"
+            yield key if turn == 1 else f"{key}-{turn}"
 
 
 def _values(rng: random.Random) -> Iterator[str]:
     """Numbers of five digits, none twice."""
-    seen: set[int] = set()
-    while True:
-        value = rng.randrange(10_000, 100_000)
-        if value not in seen:
-            seen.add(value)
-            yield str(value)
+    return (str(value) for value in _unseen(lambda: rng.randrange(10_000, 100_000), 90_000))
 
 
 def _letters(rng: random.Random, count: int, alphabet: str) -> Iterator[str]:
     """Words of random letters, none twice."""
-    seen: set[str] = set()
-    while True:
-        word = "".join(rng.choice(alphabet) for _ in range(count))
-        if word not in seen:
-            seen.add(word)
-            yield word
+    return _unseen(lambda: "".join(rng.choice(alphabet) for _ in range(count)), len(alphabet) ** count)
+
+
+def _unseen(draw: Callable[[], Any], count: int) -> Iterator[Any]:
+    """What a function draws, each of its `count` results once."""
+    seen: set[Any] = set()
+    while len(seen) < count:
+        drawn = draw()
+        if drawn not in seen:
+            seen.add(drawn)
+            yield drawn

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -235,6 +237,13 @@ class CausalLM(LightningModule):
         self._gradient_norm = None
         for name, value in values.items():
             self.log(name, value, prog_bar=name in _IN_PROGRESS_BAR, rank_zero_only=True)
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Stop the clock of training for something else."""
+        self._timer.pause()
+        yield
+        self._timer.resume()
 
     def on_validation_start(self) -> None:
         """Stop the clock of training."""

@@ -33,6 +33,7 @@ from ropepp_lit.nn import Decoder, Frequencies, PositionScheme, RoPEPP
 from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import LAST, Checkpoints, folder_of, newest, saved_steps
+from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.optimizer import AdamW, OptimizerConfig
 from ropepp_lit.train.schedule import Schedule, WarmupStableDecay
@@ -90,6 +91,7 @@ class RecipeCLI(LightningCLI):
         """Callbacks with options of their own; default classes, so that one setting of theirs can be given alone."""
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(TextSample, "sample")
+        parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.set_defaults({key: {"class_path": default.__name__} for key, (_, default) in CLASSES.items()})
 
     def _parse_ckpt_path(self) -> None:
@@ -181,6 +183,9 @@ class RecipeCLI(LightningCLI):
         tokens, vocab_size = self.datamodule.manifest.vocab_size, self.model.config.vocab_size
         if tokens > vocab_size:
             raise UsageError(f"model.decoder.vocab_size: {vocab_size} is below the {tokens} tokens of the tokenizer")
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Evaluation):
+                callback.check(self._skeleton(), self.datamodule)
 
     def _check_checkpoint(self, path: str | None) -> None:
         """Compare what the checkpoint holds with what the recipe wants; the recipe rules where the shapes allow."""

@@ -238,3 +238,22 @@ def test_mixtures_that_cannot_be(make, mixture, source, tmp_path):
         make(source={long: 1, str(tmp_path / "bpe"): 1}, tokenizer=None)
     with pytest.raises(UsageError, match=rf"data\.source: two sources are called {source.name}"):
         make(source={str(source): 1, str(source) + "/": 1})
+
+
+def test_held_out_documents_are_the_very_documents(tmp_path, texts):
+    data = TokenData(
+        source=str(texts), tokenizer="bytes", context_length=64, batch_size=2, validation_fraction=0.2,
+        cache_dir=str(tmp_path),
+    )  # fmt: skip
+    data.setup("evaluate")
+    (name,) = data.validation_sets
+    found = list(data.held_out_texts(1000))
+    originals = {path.read_text() for path in texts.iterdir()}
+    assert len(found) == len(set(found)) == data.validation_sets[name].documents
+    assert set(found) < originals
+    ids = list(data.held_out_documents(name))
+    assert sum(map(len, ids)) == data.validation_sets[name].tokens
+    assert all(document[-1] == data.manifest.eos_token_id for document in ids)
+    long = sorted(map(len, found))[len(found) // 2]
+    assert set(data.held_out_texts(1000, min_tokens=long)) == {text for text in found if len(text) >= long}
+    assert list(data.held_out_texts(2)) == found[:2]
