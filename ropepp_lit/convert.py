@@ -174,7 +174,7 @@ def _report(path: Path, checkpoint: dict[str, Any]) -> None:
     fragment = path.with_suffix(".yaml")
     write_whole(fragment, yaml.safe_dump(recipe, sort_keys=False))
     print(
-        f"""{path}: {decoder.scheme}, {decoder.frequencies}, {decoder.num_parameters:,} parameters
+        f"""{path}: {decoder.positions_in_words}, {decoder.num_parameters:,} parameters
 {layout.num_query_heads} query projections → {layout.num_attention_heads} attention heads, \
 {layout.num_key_value_heads} key/value heads of {decoder.config.head_dim}; made to read \
 {ours["context_length"] or 0:,} tokens

@@ -136,6 +136,11 @@ class Decoder(nn.Module):
         self.init_weights()
 
     @property
+    def positions_in_words(self) -> str:
+        """Scheme, and base and scaling where they have an effect, such as `RoPE++ EC, base 10000`."""
+        return f"{self.scheme}, {self.frequencies}" if self.scheme.uses_frequencies else str(self.scheme)
+
+    @property
     def context_parallel_size(self) -> int:
         """Ranks that share the tokens of a row."""
         block = self.model.layers[0]

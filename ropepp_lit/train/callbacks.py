@@ -30,12 +30,11 @@ class Banner(Callback):
 def banner(trainer: pl.Trainer, model: CausalLM) -> str:
     """Variant, base and scaling, parameters, context and tokens per step, as a block of lines."""
     decoder, data = model.decoder, getattr(trainer, "datamodule", None)
-    frequencies = f", {model.frequencies}" if model.scheme.uses_frequencies else ""
     layout = decoder.head_layout
     replicas = replica_of(trainer)["num_replicas"]
     embedding = decoder.config.hidden_size * decoder.config.vocab_size
     lines = [
-        ("positions", f"{model.scheme}{frequencies}"),
+        ("positions", decoder.positions_in_words),
         (
             "heads",
             f"{layout.num_query_heads} query projections → {layout.num_attention_heads} attention heads, "
