@@ -173,9 +173,8 @@ def _report(path: Path, checkpoint: dict[str, Any]) -> None:
         recipe["data"] |= {"tokenizer": str(path), "train_tokenizer": None}
     fragment = path.with_suffix(".yaml")
     write_whole(fragment, yaml.safe_dump(recipe, sort_keys=False))
-    scheme = names["positions"] + (f" {decoder.scheme.variant.upper()}" if hasattr(decoder.scheme, "variant") else "")
     print(
-        f"""{path}: {scheme}, {decoder.frequencies}, {decoder.num_parameters:,} parameters
+        f"""{path}: {decoder.positions_in_words}, {decoder.num_parameters:,} parameters
 {layout.num_query_heads} query projections → {layout.num_attention_heads} attention heads, \
 {layout.num_key_value_heads} key/value heads of {decoder.config.head_dim}; made to read \
 {ours["context_length"] or 0:,} tokens

@@ -2,7 +2,20 @@ import pytest
 
 from ropepp_lit import checkpoint
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn import Frequencies, Linear, Llama3, PositionScheme, RoPE, RoPEPP, Yarn, YarnByRotations
+from ropepp_lit.nn import (
+    ALiBi,
+    FoPE,
+    Frequencies,
+    Linear,
+    Llama3,
+    NoPE,
+    PartialRoPE,
+    PositionScheme,
+    RoPE,
+    RoPEPP,
+    Yarn,
+    YarnByRotations,
+)
 
 
 @pytest.mark.parametrize(
@@ -10,6 +23,10 @@ from ropepp_lit.nn import Frequencies, Linear, Llama3, PositionScheme, RoPE, RoP
     [
         (RoPE(), PositionScheme),
         (RoPEPP(variant="eh"), PositionScheme),
+        (PartialRoPE(partial_rotary_factor=0.5), PositionScheme),
+        (FoPE(context_length=512), PositionScheme),
+        (ALiBi(), PositionScheme),
+        (NoPE(), PositionScheme),
         (Frequencies(rope_theta=7e5), Frequencies),
         (Linear(factor=3), Frequencies),
         (YarnByRotations(rope_theta=2e4, factor=32, beta_fast=20, original_max_position_embeddings=100), Frequencies),

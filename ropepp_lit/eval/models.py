@@ -14,7 +14,7 @@ from ropepp_lit.checkpoint import KEY, load_decoder
 from ropepp_lit.data.tokenizer import TextTokenizer
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.folder import open_checkpoint
-from ropepp_lit.nn import Decoder, RoPEPP
+from ropepp_lit.nn import Decoder
 
 TOKENS_AT_ONCE = 16_384
 """Rows are read together as long as they have no more tokens than this."""
@@ -53,14 +53,13 @@ class Model:
     def describe(self) -> dict[str, Any]:
         """What results say of it."""
         decoder = self.decoder
-        scheme, config, layout = decoder.scheme, decoder.config, decoder.head_layout
-        positions = f"RoPE++ {scheme.variant.upper()}" if isinstance(scheme, RoPEPP) else type(scheme).__name__
+        config, layout = decoder.config, decoder.head_layout
         cache = decoder.allocate_cache(batch_size=1, max_tokens=1)
         return {
             "name": self.name,
             "path": self.path,
             "fingerprint": f"sha256:{self.fingerprint}",
-            "positions": f"{positions}, {decoder.frequencies}",
+            "positions": decoder.positions_in_words,
             "parameters": decoder.num_parameters,
             "layers": config.num_hidden_layers,
             "attention_heads": layout.num_attention_heads,

@@ -171,7 +171,9 @@ def write_config(architecture: Architecture) -> dict[str, Any]:
     """
     config, scheme = architecture.decoder, architecture.scheme
     if type(scheme) not in (RoPE, RoPEPP):
-        raise UsageError(f"model.positions: transformers has no model with {type(scheme).__name__}")
+        raise UsageError(
+            f"model.positions: {type(scheme).__name__} has no place in an export; only RoPE and RoPEPP have"
+        )
     rotary = _write_frequencies(architecture.frequencies)
     values = config.to_dict()
     fields: dict[str, Any] = {field: values[field] for field in (*GEOMETRY, *HEADS)}

@@ -36,7 +36,10 @@ def upcycle(
     """
     old = architecture_of(checkpoint)
     if type(old.scheme) is not RoPE:
-        raise UsageError("source: only a checkpoint with plain RoPE can be turned into RoPE++")
+        raise UsageError(
+            "source: only a checkpoint with plain RoPE can be turned into RoPE++, "
+            f"and this one has {type(old.scheme).__name__}"
+        )
     scheme = RoPEPP(variant=variant)
     config = old.decoder
     scheme.head_layout(num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads)

@@ -1,20 +1,25 @@
-"""Decoders with RoPE and RoPE++ in plain PyTorch: no Lightning, no data, no files."""
+"""Decoders with RoPE, RoPE++ and other position schemes in plain PyTorch: no Lightning, no data, no files."""
 
 from ropepp_lit.nn.attention import Probe
 from ropepp_lit.nn.config import DecoderConfig
 from ropepp_lit.nn.decoder import Decoder
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.frequencies import Frequencies, Linear, Llama3, Yarn, YarnByRotations
+from ropepp_lit.nn.other_positions import ALiBi, FoPE, NoPE, PartialRoPE
 from ropepp_lit.nn.positions import HeadLayout, PositionScheme, RoPE, RoPEPP
 
 __all__ = [
+    "ALiBi",
     "Decoder",
     "DecoderConfig",
     "Documents",
+    "FoPE",
     "Frequencies",
     "HeadLayout",
     "Linear",
     "Llama3",
+    "NoPE",
+    "PartialRoPE",
     "PositionScheme",
     "Probe",
     "RoPE",

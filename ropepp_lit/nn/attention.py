@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, H attention heads (real and imaginary), K key/value h
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 
 from ropepp_lit.nn.config import DecoderConfig
-from ropepp_lit.nn.context_parallel import heads_to_tokens, tokens_to_heads
+from ropepp_lit.nn.context_parallel import heads_of_rank, heads_to_tokens, tokens_to_heads
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.positions import PositionScheme
 
@@ -122,10 +123,13 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        self.rotate = scheme.rotate
+        self.rotate, self.scale = scheme.rotate, 1 / math.sqrt(config.head_dim)
         layout = scheme.head_layout(
             num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads
         )
+        self.extra_dims = layout.extra_dims
+        self.constants: tuple[str, ...] = ()
+        """Names of the buffers with the position scheme's constants."""
         width, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(width, layout.num_query_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, layout.num_key_value_heads * self.head_dim, bias=bias)
@@ -143,6 +147,12 @@ class Attention(nn.Module):
     def context_parallel_size(self) -> int:
         """Ranks that share the tokens of a row."""
         return 1 if self.context_group is None else self.context_group.size()
+
+    def set_constants(self, constants: dict[str, Tensor]) -> None:
+        """Keep what :meth:`PositionScheme.constants` made, as buffers, so that it is saved with the weights."""
+        for name, value in constants.items():
+            self.register_buffer(name, value.to(self.q_proj.weight.device))
+        self.constants = tuple(constants)
 
     def forward(
         self,
@@ -175,25 +185,39 @@ class Attention(nn.Module):
         if group is not None:
             # Before the rotation: an imaginary query is made of its real one, so it need not travel.
             queries, keys, values = (tokens_to_heads(x, group) for x in (queries, keys, values))
-        queries, keys = self.rotate(queries, keys, tables)
-        if cache is None:
-            if self.probe is not None:
-                output = self._attend_in_the_open(queries, keys, values, _mask_of(queries, documents))
-            else:
-                output = attend(queries, keys, values, documents)
-            if group is not None:
-                output = heads_to_tokens(output, group)
-            return self.o_proj(output.flatten(-2))
+        constants = [self.get_buffer(name) for name in self.constants]
+        if group is not None:
+            constants = [heads_of_rank(constant, group) for constant in constants]
+        queries, keys = self.rotate(queries, keys, (*tables, *constants))
+        if self.extra_dims:
+            values = F.pad(values, (0, self.extra_dims))  # kernels of linear memory want one size of all three
+        if cache is not None:
+            output = self._attend_cached(queries, keys, values, cache, mask)
+        elif self.probe is not None:
+            output = self._attend_in_the_open(queries, keys, values, _mask_of(queries, documents))
+        else:
+            output = attend(queries, keys, values, documents, scale=self.scale)
+        if self.extra_dims:
+            output = output[..., : self.head_dim]
+        if group is not None:
+            output = heads_to_tokens(output, group)
+        return self.o_proj(output.flatten(-2))
+
+    def _attend_cached(
+        self, queries: Tensor, keys: Tensor, values: Tensor, cache: KVCache, mask: Tensor | None
+    ) -> Tensor:
+        """Attention over the cache and the new tokens; [B, T, heads, D] each; returns [B, T, H, D]."""
         queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
         keys, values = cache.update(self.layer, keys, values)
         causal = mask is None and queries.shape[2] == keys.shape[2]
         if self.probe is not None:
             visible = _mask_of(queries.transpose(1, 2), None) if causal else mask
             queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
-            output = self._attend_in_the_open(queries, keys, values, visible)
-            return self.o_proj(output.flatten(-2))
-        output = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, enable_gqa=True)
-        return self.o_proj(output.transpose(1, 2).flatten(-2))
+            return self._attend_in_the_open(queries, keys, values, visible)
+        output = F.scaled_dot_product_attention(
+            queries, keys, values, mask, is_causal=causal, scale=self.scale, enable_gqa=True
+        )
+        return output.transpose(1, 2)
 
     def _attend_in_the_open(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Attention through the probe; [B, T, heads, D] each, mask [B or 1, 1, T, S] or None; returns [B, T, H, D]."""
@@ -216,7 +240,9 @@ def _mask_of(queries: Tensor, documents: Documents | None) -> Tensor:
     return causal & (documents.ids[:, None, :, None] == documents.ids[:, None, None, :])
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents | None) -> Tensor:
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, documents: Documents | None, *, scale: float | None = None
+) -> Tensor:
     """Causal attention over whole rows, or inside each document.
 
     Args:
@@ -224,17 +250,21 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents |
         keys: [B, T, K, D].
         values: [B, T, K, D].
         documents: Bounds of packed documents; None means that every row is one.
+        scale: Of the scores; None means 1 / √D.
 
     Returns:
         [B, T, H, D].
     """
     if documents is not None:
-        return attend_within_documents(queries, keys, values, documents)
+        return attend_within_documents(queries, keys, values, documents, scale=scale)
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
-    return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True).transpose(1, 2)
+    output = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale, enable_gqa=True)
+    return output.transpose(1, 2)
 
 
-def attend_within_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
+def attend_within_documents(
+    queries: Tensor, keys: Tensor, values: Tensor, documents: Documents, *, scale: float | None = None
+) -> Tensor:
     """Causal attention that stays inside each document.
 
     On CUDA in half precision the package flash-attn where it is installed, else torch's `varlen_attn`; in other
@@ -245,6 +275,7 @@ def attend_within_documents(queries: Tensor, keys: Tensor, values: Tensor, docum
         keys: [B, T, K, D].
         values: [B, T, K, D].
         documents: Bounds of the documents.
+        scale: Of the scores; None means 1 / √D.
 
     Returns:
         [B, T, H, D].
@@ -253,22 +284,23 @@ def attend_within_documents(queries: Tensor, keys: Tensor, values: Tensor, docum
         bounds, longest = documents.cu_seqlens, queries.shape[1]  # an upper bound: to know better costs a wait
         q, k, v = (x.flatten(0, 1) for x in (queries, keys, values))
         if flash_attn_varlen_func is not None:
-            output = flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, causal=True)
+            output = flash_attn_varlen_func(q, k, v, bounds, bounds, longest, longest, softmax_scale=scale, causal=True)
         else:
             grouped: dict[str, Any] = {"enable_gqa": True} if VARLEN_IS_GROUPED else {}
             if not VARLEN_IS_GROUPED:
                 k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
             # Causal is a window with nothing to its right.
-            output = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), **grouped)
+            output = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **grouped)
         return output.view_as(queries)
     if queries.device.type != "cpu":
         mask = _mask_of(queries, documents)
         queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
-        return F.scaled_dot_product_attention(queries, keys, values, mask, enable_gqa=True).transpose(1, 2)
+        output = F.scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=True)
+        return output.transpose(1, 2)
     # One call per document skips what a mask would only hide.
     lengths = documents.cu_seqlens.diff().tolist()
     outputs = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         for q, k, v in zip(
             *(x.flatten(0, 1).transpose(0, 1)[None].split(lengths, dim=2) for x in (queries, keys, values)), strict=True
         )

@@ -24,6 +24,12 @@ def tokens_to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _trade(x, group).permute(1, 0, 2, 3, 4).flatten(1, 2)
 
 
+def heads_of_rank(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """What goes with the heads that :func:`tokens_to_heads` gives this rank, of x [heads, …] that every rank has."""
+    heads = math.lcm(x.shape[0], group.size())
+    return x.repeat_interleave(heads // x.shape[0], dim=0).chunk(group.size())[group.rank()]
+
+
 def heads_to_tokens(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[B, T, heads / ranks, D] to [B, T / ranks, heads, D]."""
     x = x.unflatten(1, (group.size(), -1)).transpose(0, 1)  # ranks, B, T / ranks, heads / ranks, D

@@ -136,6 +136,11 @@ class Decoder(nn.Module):
         self.init_weights()
 
     @property
+    def positions_in_words(self) -> str:
+        """Scheme, and base and scaling where they have an effect, such as `RoPE++ EC, base 10000`."""
+        return f"{self.scheme}, {self.frequencies}" if self.scheme.uses_frequencies else str(self.scheme)
+
+    @property
     def context_parallel_size(self) -> int:
         """Ranks that share the tokens of a row."""
         block = self.model.layers[0]
@@ -178,7 +183,10 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal weights of standard deviation `initializer_range`, zero biases, norms of one (the paper's setting)."""
+        """Normal weights of standard deviation `initializer_range`, zero biases, norms of one (the paper's setting).
+
+        The position scheme's constants are drawn last, so that one seed gives all schemes the same weights.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(std=self.config.initializer_range)
@@ -186,6 +194,10 @@ class Decoder(nn.Module):
                     module.bias.zero_()
             elif isinstance(module, nn.RMSNorm):
                 module.weight.fill_(1.0)
+        for block in self.model.layers:
+            assert isinstance(block, Block)
+            constants = self.scheme.constants(self.frequencies, layout=self.head_layout, head_dim=self.config.head_dim)
+            block.self_attn.set_constants(constants)
 
     def save_memory(
         self, *, checkpoint_every: int = 0, offload: bool = False, mlp_chunk_tokens: int | None = None
@@ -270,7 +282,7 @@ class Decoder(nn.Module):
             batch_size=batch_size,
             num_key_value_heads=self.head_layout.num_key_value_heads,
             max_tokens=max_tokens,
-            head_dim=self.config.head_dim,
+            head_dim=self.config.head_dim + self.head_layout.extra_dims,
             dtype=weight.dtype,
             device=weight.device,
         )

@@ -30,6 +30,9 @@ class HeadLayout(NamedTuple):
     num_key_value_heads: int
     """Heads that the key and value projections make and the cache keeps."""
 
+    extra_dims: int = 0
+    """Dimensions that the scheme adds to queries and keys. Values are padded to the same size; the cache keeps all."""
+
 
 class PositionScheme(ABC):
     """What a position scheme answers. Subclass it in a file of your own and name it in a recipe.
@@ -38,6 +41,9 @@ class PositionScheme(ABC):
     write the scheme down and make it again.
     """
 
+    uses_frequencies: bool = True
+    """Whether base and scaling of the rotary frequencies have an effect."""
+
     def head_layout(self, *, num_attention_heads: int, num_key_value_heads: int) -> HeadLayout:
         """Head counts for a decoder whose plain RoPE model has these.
 
@@ -45,6 +51,25 @@ class PositionScheme(ABC):
             UsageError: the variant cannot be built with these counts.
         """
         return HeadLayout(num_attention_heads, num_attention_heads, num_key_value_heads)
+
+    def constants(self, frequencies: Frequencies, *, layout: HeadLayout, head_dim: int) -> dict[str, Tensor]:
+        """Tensors that one attention layer keeps for `rotate`: saved with the weights, never trained.
+
+        Asked for each layer when a decoder is made, after its weights are drawn.
+
+        Args:
+            frequencies: Base and scaling.
+            layout: What :meth:`head_layout` returned.
+            head_dim: D.
+
+        Returns:
+            Tensors by name. Their first dimension is heads, attention heads or key/value heads: where heads are shared
+            among ranks, `rotate` gets those of its rank.
+
+        Raises:
+            UsageError: the scheme cannot be built with heads of this size or these frequencies.
+        """
+        return {}
 
     @abstractmethod
     def tables(
@@ -66,12 +91,16 @@ class PositionScheme(ABC):
         Args:
             queries: [B, T, num_query_heads, D].
             keys: [B, T, num_key_value_heads, D].
-            tables: What :meth:`tables` returned.
+            tables: What :meth:`tables` returned, and behind it the layer's :meth:`constants`.
 
         Returns:
-            Queries [B, T, num_attention_heads, D] and keys [B, T, num_key_value_heads, D]. The heads that share a
-            key/value head are consecutive.
+            Queries [B, T, num_attention_heads, D] and keys [B, T, num_key_value_heads, D], D grown by the layout's
+            `extra_dims`. The heads that share a key/value head are consecutive. Scores are divided by the root of
+            `head_dim`, not of the grown size.
         """
+
+    def __str__(self) -> str:
+        return type(self).__name__
 
 
 class RoPE(PositionScheme):
@@ -94,7 +123,7 @@ class RoPE(PositionScheme):
     def rotate(self, queries: Tensor, keys: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """A_re = (R_t q)ᵀ (R_s k)."""
         cos, sin = tables
-        return _turn(queries, cos, sin), _turn(keys, cos, sin)
+        return turn(queries, cos, sin), turn(keys, cos, sin)
 
 
 class RoPEPP(RoPE):
@@ -123,6 +152,9 @@ class RoPEPP(RoPE):
                 raise UsageError(f"model.decoder.{name}: RoPE++ EH halves it, so {value} must be even; use variant ec")
         return HeadLayout(num_attention_heads // 2, num_attention_heads, num_key_value_heads // 2)
 
+    def __str__(self) -> str:
+        return f"RoPE++ {self.variant.upper()}"
+
     def rotate(self, queries: Tensor, keys: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Real and imaginary queries, head by head, and the rotated keys that both read."""
         queries, keys = super().rotate(queries, keys, tables)
@@ -131,7 +163,7 @@ class RoPEPP(RoPE):
         return torch.stack((queries, imaginary), dim=-2).flatten(-3, -2), keys
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Multiply the complex numbers of each head by cos + i·sin; x is [B, T, heads, D], cos and sin [B, T, 1, D/2]."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

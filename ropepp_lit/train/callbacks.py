@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 from ropepp_lit.data.token_data import TokenData, replica_of
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.generation import check_sampling, generate
-from ropepp_lit.nn.positions import RoPEPP
 from ropepp_lit.train.causal_lm import CausalLM
 
 
@@ -31,14 +30,11 @@ class Banner(Callback):
 def banner(trainer: pl.Trainer, model: CausalLM) -> str:
     """Variant, base and scaling, parameters, context and tokens per step, as a block of lines."""
     decoder, data = model.decoder, getattr(trainer, "datamodule", None)
-    variant = type(model.scheme).__name__
-    if isinstance(model.scheme, RoPEPP):
-        variant = f"RoPE++ {model.scheme.variant.upper()}"
     layout = decoder.head_layout
     replicas = replica_of(trainer)["num_replicas"]
     embedding = decoder.config.hidden_size * decoder.config.vocab_size
     lines = [
-        ("positions", f"{variant}, {model.frequencies}"),
+        ("positions", decoder.positions_in_words),
         (
             "heads",
             f"{layout.num_query_heads} query projections → {layout.num_attention_heads} attention heads, "

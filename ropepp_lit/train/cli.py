@@ -172,7 +172,7 @@ class RecipeCLI(LightningCLI):
                 "model.offload_activations: moves activations from a GPU to the CPU, and this run has no GPU"
             )
         reach, context = self.model.frequencies.reach, self.datamodule.context_length
-        if reach is not None and context > reach:
+        if self.model.scheme.uses_frequencies and reach is not None and context > reach:
             raise UsageError(
                 f"data.context_length: {context:,} is beyond the {reach:,} tokens (factor × "
                 "original_max_position_embeddings) that model.frequencies is made for"
@@ -369,4 +369,7 @@ def main(arguments: list[str]) -> None:
         arguments: The subcommand and its options.
     """
     quiet()
+    # Before anything is computed, as threads inherit it. CPUs are slow on weights near 1e-40, which ALiBi's softmax
+    # gives to many far keys.
+    torch.set_flush_denormal(True)
     RecipeCLI(arguments)

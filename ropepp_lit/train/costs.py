@@ -51,15 +51,16 @@ def training_flops_per_token(config: DecoderConfig, layout: HeadLayout, context_
     """Operations of forward and backward pass per token, recomputation not counted (PaLM's convention).
 
     Six for each parameter of a matrix, and for each attention head, of which EC has twice as many, twelve for each
-    dimension and each of the context_length / 2 tokens that a token sees on average.
+    dimension (ALiBi adds eight) and each of the context_length / 2 tokens that a token sees on average.
     """
-    scores = layout.num_attention_heads * config.head_dim * context_length / 2
+    scores = layout.num_attention_heads * (config.head_dim + layout.extra_dims) * context_length / 2
     return 6 * matrix_parameters(config, layout) + 12 * config.num_hidden_layers * scores
 
 
 def cache_bytes_per_token(config: DecoderConfig, layout: HeadLayout, *, itemsize: int = 2) -> int:
     """Bytes of keys and values per token, by default in bfloat16."""
-    return 2 * config.num_hidden_layers * layout.num_key_value_heads * config.head_dim * itemsize
+    head = config.head_dim + layout.extra_dims
+    return 2 * config.num_hidden_layers * layout.num_key_value_heads * head * itemsize
 
 
 class Memory(NamedTuple):
@@ -116,6 +117,8 @@ def memory_of_step(
     # What the backward pass of a block reads: both norms' inputs, outputs and what they scale, projections before and
     # after the rotation, the attention's output, and the SwiGLU layer's gate, its activation, up and their product.
     attention = 6 * width + head * (queries + 2 * heads + 3 * caches)
+    if layout.extra_dims:  # longer queries, keys and outputs, and values copied to be padded
+        attention += layout.extra_dims * (2 * heads + 2 * caches) + head * caches
     chunk = context_length / context_parallel_size
     is_chunked = mlp_chunk_tokens is not None and mlp_chunk_tokens < chunk
     mlp = 0.0 if is_chunked else 4.0 * inner

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn import Decoder, RoPE, RoPEPP
+from ropepp_lit.nn import Decoder, PositionScheme, RoPE, RoPEPP
 from ropepp_lit.sizes import parse_bytes
 from ropepp_lit.train.cli import RecipeCLI, quiet
 from ropepp_lit.train.costs import (
@@ -119,32 +119,34 @@ class Recipe:
         flops = training_flops_per_token(self.config, self.layout, context)
         tokens = self.tokens_per_step * steps
         days = flops * tokens / (self.devices * peak * utilization) / 86400
+        frequencies = f", {self.model.frequencies}" if self.scheme.uses_frequencies else ""
         print(
             f"""parameters        {self.num_parameters:,}
-context           {context:,} tokens, {self.model.frequencies}
+context           {context:,} tokens{frequencies}
 tokens per step   {self.tokens_per_step:,} ({self.data.batch_size} rows × {self.trainer.accumulate_grad_batches} \
 accumulated × {self.replicas} replicas; {self.devices} devices)
 tokens in all     {tokens:,} in {steps:,} steps
 FLOPs per token   {flops:.3e} (forward and backward, no recomputation), {flops * tokens:.2e} in all
 time              {days:.2f} days on {self.devices} × {device} at {utilization:.0%} of its dense bfloat16 peak
 
-| scheme     | query projections | attention heads | key/value heads | KV cache per token | FLOPs per token |
-|------------|-------------------|-----------------|-----------------|--------------------|-----------------|"""
+| scheme      | query projections | attention heads | key/value heads | KV cache per token | FLOPs per token |
+|-------------|-------------------|-----------------|-----------------|--------------------|-----------------|"""
         )
-        for name, scheme in (
-            ("RoPE", RoPE()),
-            ("RoPE++ EH", RoPEPP(variant="eh")),
-            ("RoPE++ EC", RoPEPP(variant="ec")),
-        ):
+        schemes: dict[str, PositionScheme] = {
+            str(scheme): scheme for scheme in (RoPE(), RoPEPP(variant="eh"), RoPEPP(variant="ec"))
+        }
+        if str(self.scheme) not in schemes:
+            schemes[type(self.scheme).__name__] = self.scheme
+        for name, scheme in schemes.items():
             try:
                 layout = layout_of(self.config, scheme)
             except UsageError:
-                print(f"| {name:<10} | cannot be built with {self.config.num_attention_heads} heads |")
+                print(f"| {name:<11} | cannot be built with {self.config.num_attention_heads} heads |")
                 continue
             cost = training_flops_per_token(self.config, layout, context)
             cache = cache_bytes_per_token(self.config, layout)
             print(
-                f"| {name:<10} | {layout.num_query_heads:>17} | {layout.num_attention_heads:>15} | "
+                f"| {name:<11} | {layout.num_query_heads:>17} | {layout.num_attention_heads:>15} | "
                 f"{layout.num_key_value_heads:>15} | {cache:>12,} bytes | {cost:>15.3e} |"
             )
         memory = self.memory()

@@ -6,7 +6,7 @@ import torch
 from ropepp_lit.checkpoint import KEY, describe_architecture, load_decoder, make_checkpoint
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.upcycle import upcycle
-from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPE, RoPEPP
+from ropepp_lit.nn import ALiBi, Decoder, DecoderConfig, FoPE, Frequencies, NoPE, PartialRoPE, RoPE, RoPEPP
 
 
 def make(scheme=None, **changes):
@@ -81,6 +81,9 @@ def test_eh_is_exact_where_the_paired_heads_are_equal():
 def test_what_cannot_be_upcycled():
     with pytest.raises(UsageError, match=r"source: only a checkpoint with plain RoPE can be turned into RoPE\+\+"):
         upcycle(make(RoPEPP(variant="ec")), variant="ec")
+    for scheme in (ALiBi(), FoPE(), NoPE(), PartialRoPE()):
+        with pytest.raises(UsageError, match=f"source: only .* and this one has {type(scheme).__name__}"):
+            upcycle(make(scheme), variant="ec")
     with pytest.raises(UsageError, match=r"num_attention_heads: RoPE\+\+ EH halves it, so 9 must be even"):
         upcycle(make(num_attention_heads=9, num_key_value_heads=3), variant="eh")
 

@@ -71,6 +71,10 @@ VARIANTS = {
     "rope": ["--model.positions", "RoPE"],
     "eh": ["--model.positions.variant", "eh"],
     "ec": ["--model.positions.variant", "ec"],
+    "alibi": ["--model.positions", "ALiBi"],
+    "fope": ["--model.positions", "FoPE", "--model.positions.context_length", 64],
+    "nope": ["--model.positions", "NoPE"],
+    "partial": ["--model.positions", "PartialRoPE"],
 }
 
 

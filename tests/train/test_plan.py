@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ropepp_lit.cli import main
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPE, RoPEPP
+from ropepp_lit.nn import ALiBi, Decoder, DecoderConfig, FoPE, Frequencies, NoPE, PartialRoPE, RoPE, RoPEPP
 from ropepp_lit.train.costs import cache_bytes_per_token, memory_of_step, peak_flops, training_flops_per_token
 from ropepp_lit.train.plan import plan
 
@@ -14,20 +14,24 @@ GEOMETRY = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_
 CONFIG = DecoderConfig(**GEOMETRY, num_attention_heads=4, num_key_value_heads=2)
 
 
-@pytest.mark.parametrize("scheme", [RoPE(), RoPEPP(variant="eh"), RoPEPP(variant="ec")])
+SCHEMES = [RoPE(), RoPEPP(variant="eh"), RoPEPP(variant="ec"), PartialRoPE(), ALiBi(), NoPE()]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_flops_are_those_that_torch_counts(scheme):
     """Torch counts attention as if it were not causal, so with twice the scores."""
     decoder = Decoder(CONFIG, scheme, Frequencies())
     tokens = torch.randint(500, (1, 129))
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         decoder(tokens[:, :-1], labels=tokens[:, 1:]).backward()
-    scores = 12 * 3 * decoder.head_layout.num_attention_heads * 16 * 128 / 2
-    expected = training_flops_per_token(CONFIG, decoder.head_layout, 128) + scores
+    layout = decoder.head_layout
+    scores = 12 * 3 * layout.num_attention_heads * (16 + layout.extra_dims) * 128 / 2
+    expected = training_flops_per_token(CONFIG, layout, 128) + scores
     assert counter.get_total_flops() / 128 == pytest.approx(expected, rel=1e-9)
 
 
 def test_cache_is_that_which_is_allocated():
-    for scheme in (RoPE(), RoPEPP(variant="eh"), RoPEPP(variant="ec")):
+    for scheme in (*SCHEMES, FoPE()):
         decoder = Decoder(CONFIG, scheme, Frequencies())
         cache = decoder.allocate_cache(batch_size=1, max_tokens=10)
         assert cache.nbytes == 10 * cache_bytes_per_token(CONFIG, decoder.head_layout, itemsize=4)
@@ -73,6 +77,17 @@ def test_a_plan_shows_the_first_batch_where_data_are_prepared(texts, tmp_path, c
     second = capsys.readouterr().out
     assert "first batch: (8, 64)" in second
     assert "word" in second
+
+
+def test_a_plan_shows_the_recipes_own_scheme(texts, tmp_path, capsys):
+    """Two bytes, three layers, keys and values of four heads of 16, to which ALiBi adds 8."""
+    for scheme, size, frequencies in (("ALiBi", 2 * 2 * 3 * 4 * 24, ""), ("PartialRoPE", 2 * 2 * 3 * 4 * 16, ", base")):
+        plan([*options(texts, tmp_path), "--model.positions", scheme])
+        printed = capsys.readouterr().out
+        row = next(line for line in printed.splitlines() if line.startswith(f"| {scheme}"))
+        assert f"{size:,} bytes" in row
+        assert f"context           512 tokens{frequencies}" in printed
+        assert ("base" in printed) == bool(frequencies)
 
 
 def test_what_would_fit(texts, tmp_path, capsys):
