@@ -71,6 +71,7 @@ def evaluate(
     from ropepp_lit.eval.models import load_model
     from ropepp_lit.eval.tasks import Settings
 
+    torch.set_flush_denormal(True)  # far keys may get weights near 1e-40, on which CPUs are slow
     settings = Settings(
         tasks=tuple(word.strip() for word in tasks.split(",") if word.strip()),
         lengths=sizes, limit=limit, stride=stride, noise_std=deviations, seed=seed,
