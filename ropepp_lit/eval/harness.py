@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ropepp_lit.errors import UsageError
-from ropepp_lit.eval.models import Model
+from ropepp_lit.eval.models import TOKENS_AT_ONCE, Model
 from ropepp_lit.eval.results import Measurement
 from ropepp_lit.hf.export import export
 from ropepp_lit.hf.folder import open_checkpoint
@@ -24,24 +22,18 @@ def check_harness() -> None:
         raise UsageError("tasks: harness needs lm-eval: pip install 'ropepp-lit[eval]'") from error
 
 
-def measure(
-    model: Model, task: str, *, lengths: Sequence[int], limit: int, seed: int, batch_size: int = 8
-) -> list[Measurement]:
-    """What lm-eval finds for a task.
+def run(model: Model, task: str, *, lengths: Sequence[int], limit: int, seed: int) -> dict[str, Any]:
+    """Run a task of lm-eval; its own results, with samples.
 
     Args:
         model: What is exported and measured.
-        task: Its name, or a file of its own kind.
+        task: Its name.
         lengths: Tokens of the context, for tasks that have lengths (RULER's); others don't look at them.
         limit: Examples (for each length).
         seed: Of the order and choice of examples.
-        batch_size: Rows at once.
-
-    Returns:
-        One measurement per metric that has a value for each example, examples in lm-eval's order.
 
     Raises:
-        UsageError: no such task, or the model cannot be exported.
+        UsageError: no such task, a library that it needs is missing, or the model cannot be exported.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -50,18 +42,18 @@ def measure(
         exported = Path(folder) / "model"
         export(open_checkpoint(model.path), exported, dtype=None, max_shard_bytes=10**10, check=False)
         metadata = {"max_seq_lengths": list(lengths), "tokenizer": str(exported), "pretrained": str(exported)}
+        manager = TaskManager(metadata=metadata)
+        if task not in manager.all_tasks:
+            raise UsageError(f"tasks: lm-eval knows no task {task!r}; see: lm_eval ls tasks")
+        dtype = str(model.decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
         try:
-            manager = TaskManager(metadata=metadata)
-            if task not in manager.all_tasks:
-                raise UsageError(f"tasks: lm-eval knows no task {task!r}; see: lm_eval ls tasks")
-            dtype = str(model.decoder.model.embed_tokens.weight.dtype).removeprefix("torch.")
-            found: dict[str, Any] = simple_evaluate(
+            return simple_evaluate(
                 model="hf",
                 model_args={"pretrained": str(exported), "trust_remote_code": True, "dtype": dtype},
                 tasks=[task],
                 limit=limit,
-                batch_size=batch_size,
-                device="cuda" if torch.cuda.is_available() else "cpu",
+                batch_size=max(1, TOKENS_AT_ONCE // max(lengths)),
+                device=str(model.device),
                 task_manager=manager,
                 metadata=metadata,
                 random_seed=seed,
@@ -72,7 +64,16 @@ def measure(
                 log_samples=True,
             )
         except ImportError as error:
-            raise UsageError(f"tasks: {task}: {error}") from error
+            raise UsageError(f"tasks: {task}: {error}; pip install 'ropepp-lit[eval]'") from error
+
+
+def measure(model: Model, task: str, *, lengths: Sequence[int], limit: int, seed: int) -> list[Measurement]:
+    """What lm-eval finds for a task; see :func:`run`.
+
+    Returns:
+        One measurement per metric that has a value for each example, examples in lm-eval's order.
+    """
+    found = run(model, task, lengths=lengths, limit=limit, seed=seed)
     measurements = []
     for name, samples in found["samples"].items():
         for metric in dict.fromkeys(metric for sample in samples for metric in sample["metrics"]):

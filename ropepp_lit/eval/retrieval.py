@@ -2,10 +2,10 @@
 
 | family           | the context holds                             | asked for       | RULER's name      |
 |------------------|-----------------------------------------------|-----------------|-------------------|
-| `single`         | one code among repeated sentences             | it              | `niah_single`     |
-| `multikey`       | nothing but codes, each of another key        | that of one key | `niah_multikey`   |
-| `multivalue`     | four codes of one key                         | all four        | `niah_multivalue` |
-| `multiquery`     | four codes of four keys                       | all four        | `niah_multiquery` |
+| `single`         | one value among repeated sentences            | it              | `niah_single`     |
+| `multikey`       | nothing but values of other keys              | that of one key | `niah_multikey`   |
+| `multivalue`     | four values of one key                        | all four        | `niah_multivalue` |
+| `multiquery`     | four values of four keys                      | all four        | `niah_multiquery` |
 | `tracking`       | a value handed from name to name, and a decoy | its names       | `vt`              |
 | `common_words`   | ten words often, others seldom                | the ten         | `cwe`             |
 | `frequent_words` | made-up words, numbers by Zipf's law, α = 2   | the first three | `fwe`             |
@@ -267,26 +267,26 @@ def _excess(tokenizer: TextTokenizer, made: Draft, fillers: list[str], room: int
 
 def _single(rng: random.Random, depth: float, units: int) -> Draft:
     key, value = next(_keys(rng)), next(_values(rng))
-    return Draft(_noise(rng), [(depth, _code(key, value))], f"The code of {key} is", [value], depth)
+    return Draft(_noise(rng), [(depth, _entry(key, value))], f"{key}:", [value], depth)
 
 
 def _multikey(rng: random.Random, depth: float, units: int) -> Draft:
     keys, values = _keys(rng), _values(rng)
     key, value = next(keys), next(values)
-    fillers = (_code(key, value) for key, value in zip(keys, values, strict=False))
-    return Draft(fillers, [(depth, _code(key, value))], f"The code of {key} is", [value], depth)
+    fillers = (_entry(key, value) for key, value in zip(keys, values, strict=False))
+    return Draft(fillers, [(depth, _entry(key, value))], f"{key}:", [value], depth)
 
 
 def _multivalue(rng: random.Random, depth: float, units: int) -> Draft:
     key, values = next(_keys(rng)), list(itertools.islice(_values(rng), 4))
-    needles = [(rng.random(), _code(key, value)) for value in values]
-    return Draft(_noise(rng), needles, f"The {len(values)} codes of {key} are", values, None)
+    needles = [(rng.random(), _entry(key, value)) for value in values]
+    return Draft(_noise(rng), needles, f"The {len(values)} values of {key}:", values, None)
 
 
 def _multiquery(rng: random.Random, depth: float, units: int) -> Draft:
     keys, values = (list(itertools.islice(source(rng), 4)) for source in (_keys, _values))
-    needles = [(rng.random(), _code(key, value)) for key, value in zip(keys, values, strict=True)]
-    return Draft(_noise(rng), needles, f"The codes of {', '.join(keys)} are", values, None)
+    needles = [(rng.random(), _entry(key, value)) for key, value in zip(keys, values, strict=True)]
+    return Draft(_noise(rng), needles, f"{', '.join(keys)}:", values, None)
 
 
 def _tracking(rng: random.Random, depth: float, units: int) -> Draft:
@@ -351,8 +351,8 @@ FAMILIES: dict[str, Callable[[random.Random, float, int], Draft]] = {
 }
 
 
-def _code(key: str, value: str) -> str:
-    return f"The code of {key} is {value}."
+def _entry(key: str, value: str) -> str:
+    return f"{key}: {value}."
 
 
 def _noise(rng: random.Random) -> Iterator[str]:

@@ -1,0 +1,161 @@
+"""Train RoPE, RoPE++ EH and EC alike, continue them at 8 times the context, measure all and write pages of it.
+
+    python tools/study.py --out runs/study                      # three seeds of each
+    python tools/study.py --out runs/study --seeds 2 --schemes RoPE,EH,EC,ALiBi,FoPE,PartialRoPE,NoPE
+
+Equal data, steps and settings for all; a seed decides the weights. Stopped, the same command goes on. Writes
+OUT/pre-trained and OUT/continued, a page in each (index.html), and OUT/times.json.
+
+At the paper's size on GPUs, with data of your own prepared before (a run then takes all devices, one after the other):
+
+    python tools/study.py --out runs/376m --jobs 1 --pretrain recipes/paper/pretrain.yaml \
+        --continued recipes/paper/long.yaml,recipes/frequencies/ntk.yaml --lengths 4k,8k,16k,32k,64k
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jsonargparse
+from tqdm import tqdm
+
+from ropepp_lit.checkpoint import read_checkpoint
+from ropepp_lit.data.shards import write_whole
+from ropepp_lit.eval.recall import recall_documents
+
+RECIPES = Path(__file__).parent.parent / "recipes" / "study"
+FAMILIES = ["multikey", "single", "multikey", "multivalue", "multikey", "multiquery", "multikey"]
+"""Of the documents to learn from; `multikey` asks for many answers, so it teaches most."""
+
+SCHEMES = {
+    "RoPE": ["--model.positions", "RoPE"],
+    "EH": ["--model.positions", "RoPEPP", "--model.positions.variant", "eh"],
+    "EC": ["--model.positions", "RoPEPP", "--model.positions.variant", "ec"],
+    "ALiBi": ["--model.positions", "ALiBi"],
+    "PartialRoPE": ["--model.positions", "PartialRoPE"],
+    "FoPE": ["--model.positions", "FoPE", "--model.positions.context_length", "256"],
+    "NoPE": ["--model.positions", "NoPE"],
+}
+
+
+def study(
+    *,
+    out: Path,
+    seeds: int = 3,
+    schemes: str = "RoPE,EH,EC",
+    pretrain: str = "",
+    continued: str = "",
+    lengths: str = "256,512,1k,2k,4k",
+    limit: int = 100,
+    min_tokens: int = 2048,
+    jobs: int = os.cpu_count() or 1,
+) -> None:
+    """Run the study.
+
+    Args:
+        out: The folder that is written.
+        seeds: Runs of each scheme.
+        schemes: With commas; differences are to the first.
+        pretrain: Recipes of the first stage, layered, with commas; empty means recipes/study and its data.
+        continued: Recipes layered over those for the second stage.
+        lengths: At which all are measured.
+        limit: Documents, and examples of each family.
+        min_tokens: Of a document that is read for perplexity.
+        jobs: Runs at once, each with its share of the cores.
+    """
+    names = schemes.split(",")
+    for name in names:
+        if name not in SCHEMES:
+            sys.exit(f"schemes: no scheme {name!r}; choose of {', '.join(SCHEMES)}")
+    first = pretrain.split(",") if pretrain else [str(RECIPES / "pretrain.yaml")]
+    second = continued.split(",") if continued else [str(RECIPES / "continue.yaml")]
+    sources: dict[str, list[str]] = {"pretrain": [], "continue": []}
+    if not pretrain:
+        _prepare(out / "data")
+        for stage, recall in (("pretrain", "recall"), ("continue", "recall-long")):
+            mixture = {str(out / "data" / "text"): 0.2, str(out / "data" / recall): 0.8}
+            sources[stage] = ["--data.source", json.dumps(mixture)]
+    times = out / "times.json"
+    taken = json.loads(times.read_text()) if times.is_file() else {}
+    runs = list(itertools.product(range(seeds), names))
+
+    def train(seed: int, name: str) -> None:
+        """Both stages of a run."""
+        for stage, recipes in (("pretrain", first), ("continue", [*first, *second])):
+            folder = out / "runs" / f"{name}-{seed}" / stage
+            options = [*SCHEMES[name], "--seed_everything", str(seed), *sources[stage]]
+            if stage == "continue":
+                options += ["--model.init_from", str(folder.parent / "pretrain" / "checkpoints" / "last.ckpt")]
+            seconds = _fit(folder, recipes, options, threads=max(1, (os.cpu_count() or 1) // jobs))
+            if seconds:
+                taken[f"{name}-{seed}-{stage}"] = seconds
+                write_whole(times, json.dumps(taken, indent=1))
+
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit=" runs", desc="training") as bar:
+        for done in [pool.submit(train, seed, name) for seed, name in runs]:
+            done.result()
+            bar.update()
+    options = ["--lengths", lengths, "--limit", str(limit), "--min_tokens", str(min_tokens)]
+    options += ["--tasks", "perplexity,retrieval:single+multikey+multivalue+multiquery"]
+    for stage, page in (("pretrain", "pre-trained"), ("continue", "continued")):
+        checkpoints = [f"{n}={out}/runs/{n}-{s}/{stage}/checkpoints/last.ckpt" for n in names for s in range(seeds)]
+        _run(["evaluate", *checkpoints, *options, "--out", str(out / page)])
+        print(f"Read {out / page / 'index.html'}")
+
+
+def _fit(folder: Path, recipes: Sequence[str], options: Sequence[str], *, threads: int) -> float:
+    """Train, or go on where it was stopped; seconds of this part, 0 where all was done before."""
+    finished = folder / "finished"
+    if finished.exists():
+        return 0.0
+    started = time.monotonic()
+    configs = itertools.chain.from_iterable(("--config", name) for name in recipes)
+    command = ["fit", *configs, *options, "--trainer.default_root_dir", str(folder), "--ckpt_path", "auto"]
+    _run(command, log=folder.parent / f"{folder.name}.log", threads=threads)
+    write_whole(finished, f"step {read_checkpoint(folder / 'checkpoints' / 'last.ckpt')['global_step']}\n")
+    return time.monotonic() - started
+
+
+def _prepare(folder: Path) -> None:
+    """Text of Python's standard library, and documents to learn retrieval from, with one tokenizer for all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, units, count, seed in (("recall", (1, 10), 60_000, 0), ("recall-long", (30, 160), 4_000, 1)):
+        documents = itertools.islice(recall_documents(FAMILIES, units=units, seed=seed), count)
+        if not (folder / f"{name}.jsonl").exists():
+            write_whole(folder / f"{name}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in documents))
+    sample = folder / "sample.jsonl"
+    if not sample.exists():
+        with (folder / "recall.jsonl").open() as file:
+            write_whole(sample, "".join(itertools.islice(file, 5_000)))
+    _run(["prepare", "builtin", str(sample), "--out", str(folder / "tokenizer"), "--train_tokenizer", "2048"])
+    tokenizer = ["--tokenizer", str(folder / "tokenizer" / "tokenizer.json")]
+    text = ["--out", str(folder / "text"), "--validation_fraction", "0.1"]
+    _run(["prepare", "builtin", *text, *tokenizer])
+    for name in ("recall", "recall-long"):
+        _run(["prepare", str(folder / f"{name}.jsonl"), "--out", str(folder / name), *tokenizer])
+
+
+def _run(command: Sequence[str], *, log: Path | None = None, threads: int | None = None) -> None:
+    """A subcommand of ropepp-lit; leaves with its code where it fails."""
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    words = [sys.executable, "-m", "ropepp_lit", *command]
+    if log is None:
+        code = subprocess.run(words, env=environment, check=False).returncode  # noqa: S603 (our own command)
+    else:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            code = subprocess.run(words, env=environment, stdout=file, stderr=file, check=False).returncode  # noqa: S603
+    if code:
+        sys.exit(f"`ropepp-lit {command[0]}` ended with {code}" + (f"; see {log}" if log else ""))
+
+
+if __name__ == "__main__":
+    jsonargparse.auto_cli(study, as_positional=False)
