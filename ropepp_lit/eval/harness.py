@@ -28,7 +28,7 @@ def run(model: Model, task: str, *, lengths: Sequence[int], limit: int, seed: in
     Args:
         model: What is exported and measured.
         task: Its name.
-        lengths: Tokens of the context, for tasks that have lengths (RULER's); others don't look at them.
+        lengths: Tokens of the context, for tasks that have lengths (RULER's); others may read as much as the longest.
         limit: Examples (for each length).
         seed: Of the order and choice of examples.
 
@@ -49,7 +49,13 @@ def run(model: Model, task: str, *, lengths: Sequence[int], limit: int, seed: in
         try:
             return simple_evaluate(
                 model="hf",
-                model_args={"pretrained": str(exported), "trust_remote_code": True, "dtype": dtype},
+                model_args={
+                    "pretrained": str(exported),
+                    "trust_remote_code": True,
+                    "dtype": dtype,
+                    # Else lm-eval cuts prompts to the trained context, from their start, without a word.
+                    "max_length": max(*lengths, model.entry.get("context_length") or 0),
+                },
                 tasks=[task],
                 limit=limit,
                 batch_size=max(1, TOKENS_AT_ONCE // max(lengths)),
