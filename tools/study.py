@@ -32,7 +32,7 @@ from ropepp_lit.data.shards import write_whole
 from ropepp_lit.eval.recall import recall_documents
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "study"
-FAMILIES = ["multikey", "single", "multikey", "multivalue", "multikey", "multiquery", "multikey"]
+FAMILIES = ["multikey"] * 7 + ["single"]
 """Of the documents to learn from; `multikey` asks for many answers, so it teaches most."""
 
 SCHEMES = {
@@ -81,7 +81,7 @@ def study(
     if not pretrain:
         _prepare(out / "data")
         for stage, recall in (("pretrain", "recall"), ("continue", "recall-long")):
-            mixture = {str(out / "data" / "text"): 0.2, str(out / "data" / recall): 0.8}
+            mixture = {str(out / "data" / "text"): 0.15, str(out / "data" / recall): 0.85}
             sources[stage] = ["--data.source", json.dumps(mixture)]
     times = out / "times.json"
     taken = json.loads(times.read_text()) if times.is_file() else {}
@@ -104,7 +104,7 @@ def study(
             done.result()
             bar.update()
     options = ["--lengths", lengths, "--limit", str(limit), "--min_tokens", str(min_tokens)]
-    options += ["--tasks", "perplexity,retrieval:single+multikey+multivalue+multiquery"]
+    options += ["--tasks", "perplexity,retrieval:single+multikey"]
     for stage, page in (("pretrain", "pre-trained"), ("continue", "continued")):
         checkpoints = [f"{n}={out}/runs/{n}-{s}/{stage}/checkpoints/last.ckpt" for n in names for s in range(seeds)]
         _run(["evaluate", *checkpoints, *options, "--out", str(out / page)])

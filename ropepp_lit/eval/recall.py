@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from ropepp_lit.eval.retrieval import draft
 
-MAX_QUESTIONS = 8
+MAX_QUESTIONS = 12
 
 
 def recall_documents(families: Sequence[str], *, units: tuple[int, int], seed: int) -> Iterator[str]:
