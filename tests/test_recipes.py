@@ -17,8 +17,9 @@ STACKS = {
     "paper": ["paper/pretrain"],
     "paper-decay": ["paper/pretrain", "paper/decay"],
     **{f"paper-{name}": [*LONG, f"frequencies/{name}"] for name in FREQUENCIES},
-    "study": ["study/pretrain"],
-    "study-continued": ["study/pretrain", "study/continue"],
+    "study": ["study/recall"],
+    "study-pretrain": ["study/recall", "study/pretrain"],
+    "study-continue": ["study/recall", "study/pretrain", "study/continue"],
     "llama-8b": ["upcycle/llama-8b"],
     "llama-8b-128k": ["upcycle/llama-8b", "upcycle/128k"],
 }

@@ -75,26 +75,29 @@ def study(
     for name in names:
         if name not in SCHEMES:
             sys.exit(f"schemes: no scheme {name!r}; choose of {', '.join(SCHEMES)}")
-    first = pretrain.split(",") if pretrain else [str(RECIPES / "pretrain.yaml")]
-    second = continued.split(",") if continued else [str(RECIPES / "continue.yaml")]
-    sources: dict[str, list[str]] = {"pretrain": [], "continue": []}
+    stages = {"pretrain": pretrain.split(","), "continue": [*pretrain.split(","), *continued.split(",")]}
+    sources: dict[str, list[str]] = {}
     if not pretrain:
         _prepare(out / "data")
-        for stage, recall in (("pretrain", "recall"), ("continue", "recall-long")):
-            mixture = {str(out / "data" / "text"): 0.15, str(out / "data" / recall): 0.85}
-            sources[stage] = ["--data.source", json.dumps(mixture)]
+        files = [str(RECIPES / f"{name}.yaml") for name in ("recall", "pretrain", "continue")]
+        stages = {name: files[: number + 1] for number, name in enumerate(("recall", "pretrain", "continue"))}
+        text, recall, long = (str(out / "data" / name) for name in ("text", "recall", "recall-long"))
+        mixtures = {"recall": {recall: 1}, "pretrain": {text: 0.5, recall: 0.5}, "continue": {text: 0.5, long: 0.5}}
+        sources = {stage: ["--data.source", json.dumps(mixture)] for stage, mixture in mixtures.items()}
     times = out / "times.json"
     taken = json.loads(times.read_text()) if times.is_file() else {}
     runs = list(itertools.product(range(seeds), names))
 
     def train(seed: int, name: str) -> None:
-        """Both stages of a run."""
-        for stage, recipes in (("pretrain", first), ("continue", [*first, *second])):
+        """All stages of a run, each from the weights of the one before."""
+        before: Path | None = None
+        for stage, recipes in stages.items():
             folder = out / "runs" / f"{name}-{seed}" / stage
-            options = [*SCHEMES[name], "--seed_everything", str(seed), *sources[stage]]
-            if stage == "continue":
-                options += ["--model.init_from", str(folder.parent / "pretrain" / "checkpoints" / "last.ckpt")]
+            options = [*SCHEMES[name], "--seed_everything", str(seed), *sources.get(stage, [])]
+            if before is not None:
+                options += ["--model.init_from", str(before / "checkpoints" / "last.ckpt")]
             seconds = _fit(folder, recipes, options, threads=max(1, (os.cpu_count() or 1) // jobs))
+            before = folder
             if seconds:
                 taken[f"{name}-{seed}-{stage}"] = seconds
                 write_whole(times, json.dumps(taken, indent=1))
@@ -140,7 +143,8 @@ def _prepare(folder: Path) -> None:
     text = ["--out", str(folder / "text"), "--validation_fraction", "0.1"]
     _run(["prepare", "builtin", *text, *tokenizer])
     for name in ("recall", "recall-long"):
-        _run(["prepare", str(folder / f"{name}.jsonl"), "--out", str(folder / name), *tokenizer])
+        held_out = ["--validation_fraction", "0.01"]
+        _run(["prepare", str(folder / f"{name}.jsonl"), "--out", str(folder / name), *held_out, *tokenizer])
 
 
 def _run(command: Sequence[str], *, log: Path | None = None, threads: int | None = None) -> None:
