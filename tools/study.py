@@ -29,11 +29,15 @@ from tqdm import tqdm
 
 from ropepp_lit.checkpoint import read_checkpoint
 from ropepp_lit.data.shards import write_whole
+from ropepp_lit.data.tokenizer import BOS
 from ropepp_lit.eval.recall import recall_documents
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "study"
 FAMILIES = ["multikey"] * 7 + ["single"]
 """Of the documents to learn from; `multikey` asks for many answers, so it teaches most."""
+
+RECALL = {"few": ((1, 4), 90_000, 0), "some": ((1, 10), 15_000, 1), "many": ((30, 160), 2_000, 2)}
+"""Fewest and most values in a document, documents, and seed. With few to choose from, choosing is learned soonest."""
 
 SCHEMES = {
     "RoPE": ["--model.positions", "RoPE"],
@@ -81,8 +85,8 @@ def study(
         _prepare(out / "data")
         files = [str(RECIPES / f"{name}.yaml") for name in ("recall", "pretrain", "continue")]
         stages = {name: files[: number + 1] for number, name in enumerate(("recall", "pretrain", "continue"))}
-        text, recall, long = (str(out / "data" / name) for name in ("text", "recall", "recall-long"))
-        mixtures = {"recall": {recall: 1}, "pretrain": {text: 0.5, recall: 0.5}, "continue": {text: 0.5, long: 0.5}}
+        text, few, some, many = (str(out / "data" / name) for name in ("text", *RECALL))
+        mixtures = {"recall": {few: 1}, "pretrain": {text: 0.5, some: 0.5}, "continue": {text: 0.5, many: 0.5}}
         sources = {stage: ["--data.source", json.dumps(mixture)] for stage, mixture in mixtures.items()}
     times = out / "times.json"
     taken = json.loads(times.read_text()) if times.is_file() else {}
@@ -130,19 +134,19 @@ def _fit(folder: Path, recipes: Sequence[str], options: Sequence[str], *, thread
 def _prepare(folder: Path) -> None:
     """Text of Python's standard library, and documents to learn retrieval from, with one tokenizer for all."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, units, count, seed in (("recall", (1, 10), 60_000, 0), ("recall-long", (30, 160), 4_000, 1)):
+    for name, (units, count, seed) in RECALL.items():
         documents = itertools.islice(recall_documents(FAMILIES, units=units, seed=seed), count)
         if not (folder / f"{name}.jsonl").exists():
             write_whole(folder / f"{name}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in documents))
     sample = folder / "sample.jsonl"
     if not sample.exists():
-        with (folder / "recall.jsonl").open() as file:
-            write_whole(sample, "".join(itertools.islice(file, 5_000)))
+        with (folder / "few.jsonl").open() as file:
+            write_whole(sample, "".join(itertools.islice(file, 10_000)))
     _run(["prepare", "builtin", str(sample), "--out", str(folder / "tokenizer"), "--train_tokenizer", "2048"])
-    tokenizer = ["--tokenizer", str(folder / "tokenizer" / "tokenizer.json")]
+    tokenizer = ["--tokenizer", str(folder / "tokenizer" / "tokenizer.json"), "--bos_token", BOS]
     text = ["--out", str(folder / "text"), "--validation_fraction", "0.1"]
     _run(["prepare", "builtin", *text, *tokenizer])
-    for name in ("recall", "recall-long"):
+    for name in RECALL:
         held_out = ["--validation_fraction", "0.01"]
         _run(["prepare", str(folder / f"{name}.jsonl"), "--out", str(folder / name), *held_out, *tokenizer])
 
