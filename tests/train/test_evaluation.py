@@ -13,7 +13,7 @@ OPTIONS = [*TASKS, "--evaluation.lengths", "128,256", "--evaluation.limit", 4]
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_it_logs_what_evaluate_finds_and_leaves_training_alone(run, tiny, tmp_path, devices):
     common = [*tiny, "--trainer.max_steps", 4, "--trainer.devices", devices, "--data.batch_size", 2]
     common += ["--trainer.strategy", "fsdp2"] if devices > 1 else []
