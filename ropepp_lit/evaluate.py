@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from ropepp_lit.data.sources import Record
     from ropepp_lit.eval.models import Model
     from ropepp_lit.eval.results import Measurement
     from ropepp_lit.eval.tasks import Settings
@@ -93,7 +94,7 @@ def evaluate(
         "documents": len(texts), "min_tokens": min_tokens, "limit": limit, "stride": stride,
         "noise_std": list(deviations), "seed": seed, "dtype": dtype,
     }  # fmt: skip
-    write(folder, runs, descriptions, said)
+    _write(folder, runs, descriptions, said)
     print(f"\nEverything is in {out}; read {folder / 'index.html'}")
 
 
@@ -104,9 +105,9 @@ def _read_texts(model: Model, text: str | None, min_tokens: int, limit: int) -> 
     from ropepp_lit.errors import UsageError
 
     recipe = model.entry.get("recipe")
-    documents: Iterable[str | None]
+    documents: Iterable[str]
     if text is not None:
-        documents = (record.text for _, record in Reader(find_files(text.split(","), key="text")))
+        documents = (_text_of(record) for _, record in Reader(find_files(text.split(","), key="text")))
     elif recipe is None:
         raise UsageError(f"text: {model.path} does not say what text was held out from it; name files by --text")
     else:
@@ -115,7 +116,7 @@ def _read_texts(model: Model, text: str | None, min_tokens: int, limit: int) -> 
         documents = data.held_out_texts(limit, min_tokens=min_tokens)
     chosen: list[str] = []
     for document in documents:
-        if document and document.strip() and len(model.encode(document)) >= min_tokens:
+        if document.strip() and len(model.encode(document)) >= min_tokens:
             chosen.append(document)
         if len(chosen) == limit:
             break
@@ -123,6 +124,14 @@ def _read_texts(model: Model, text: str | None, min_tokens: int, limit: int) -> 
         said = f" of {min_tokens:,} tokens or more" if min_tokens else ""
         raise UsageError(f"text: {text or 'the held-out text'} holds no document{said}")
     return chosen
+
+
+def _text_of(record: Record) -> str:
+    from ropepp_lit.errors import UsageError
+
+    if record.text is None:
+        raise UsageError(f"text: {record.where}: {record.problem}; mend it, or leave it out")
+    return record.text
 
 
 def _measure(
@@ -184,7 +193,7 @@ def _measure(
     return [*found, *averages(found)], seconds
 
 
-def write(
+def _write(
     folder: Path,
     runs: list[tuple[str, list[Measurement]]],
     models: list[dict[str, Any]],

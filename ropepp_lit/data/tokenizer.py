@@ -38,6 +38,13 @@ class TextTokenizer(NamedTuple):
         """Largest token id + 1, added tokens included."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
+    @classmethod
+    def from_json(cls, text: str, *, bos_token_id: int | None, eos_token_id: int) -> TextTokenizer:
+        """A tokenizer that a checkpoint or prepared data carry."""
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.encode_special_tokens = True  # a text that spells a special token does not end its document
+        return cls(tokenizer, bos_token_id, eos_token_id)
+
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of whole documents, opening and closing tokens included; int32, one array per text."""
         opening = [] if self.bos_token_id is None else [self.bos_token_id]
@@ -132,9 +139,9 @@ def _of_checkpoint(path: Path) -> TextTokenizer:
     ours = read_checkpoint(path)[KEY]
     if ours["tokenizer"] is None or ours["eos_token_id"] is None:
         raise UsageError(f"tokenizer: {path}: holds no tokenizer that says what closes a document")
-    tokenizer = Tokenizer.from_str(ours["tokenizer"])
-    tokenizer.encode_special_tokens = True  # a text that spells a special token does not end its document
-    return TextTokenizer(tokenizer, ours["bos_token_id"], ours["eos_token_id"])
+    return TextTokenizer.from_json(
+        ours["tokenizer"], bos_token_id=ours["bos_token_id"], eos_token_id=ours["eos_token_id"]
+    )
 
 
 def _fetch(name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,8 @@ from ropepp_lit.hf.folder import open_checkpoint
 
 def check_harness() -> None:
     """Raise UsageError where lm-eval is not installed."""
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise UsageError("tasks: harness needs lm-eval: pip install 'ropepp-lit[eval]'") from error
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("tasks: harness needs lm-eval: pip install 'ropepp-lit[eval]'")
 
 
 def run(model: Model, task: str, *, lengths: Sequence[int], limit: int, seed: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from ropepp_lit.checkpoint import KEY, load_decoder
 from ropepp_lit.data.tokenizer import TextTokenizer
@@ -87,13 +86,13 @@ def load_model(source: str, *, trust: str | None = None, dtype: torch.dtype, dev
     entry = contents[KEY]
     if entry["tokenizer"] is None or entry["eos_token_id"] is None:
         raise UsageError(f"{path}: holds no tokenizer that says what closes a document, so it cannot read text")
-    tokenizer = Tokenizer.from_str(entry["tokenizer"])
-    tokenizer.encode_special_tokens = True  # a text that spells a special token does not end its document
     return Model(
         name=name or _name_of(Path(path)),
         path=path,
         decoder=load_decoder(contents, trust=trust).to(dtype).to(device),
-        tokenizer=TextTokenizer(tokenizer, entry["bos_token_id"], entry["eos_token_id"]),
+        tokenizer=TextTokenizer.from_json(
+            entry["tokenizer"], bos_token_id=entry["bos_token_id"], eos_token_id=entry["eos_token_id"]
+        ),
         fingerprint=_fingerprint(Path(path)),
         entry=entry,
     )

@@ -245,7 +245,7 @@ def _harness(results: dict[str, Any]) -> Section:
 
 
 def _by_length(
-    caption: str, rows: list[Row], results: dict[str, Any], *, group: Callable[[Row], str] | None = None
+    caption: str, rows: list[Row], results: dict[str, Any], *, group: Callable[[Row], str] = lambda row: ""
 ) -> dict[str, Any] | None:
     return _table(
         f"{caption}, by length in tokens",
@@ -269,7 +269,7 @@ def _table(
     heading: Callable[[Row], str],
     line: Callable[[Row], str],
     corner: str,
-    group: Callable[[Row], str] | None = None,
+    group: Callable[[Row], str] = lambda row: "",
     trained: int | None = None,
 ) -> dict[str, Any] | None:
     """A table's parts; None without rows.
@@ -292,11 +292,10 @@ def _table(
     ordered = sorted(rows, key=lambda row: (names.index(row["model"]), kinds.get(row["heads"], len(kinds))))
     columns = {across(row): heading(row) for row in ordered}
     groups: dict[str, dict[str, dict[Any, dict[str, str]]]] = {}
-    for row in rows if group else ():
-        groups.setdefault(group(row), {})  # type: ignore[misc]
+    for row in rows:
+        groups.setdefault(group(row), {})
     for row in ordered:
-        lines = groups.setdefault(group(row) if group else "", {})
-        lines.setdefault(line(row), {})[across(row)] = _cell(row)
+        groups[group(row)].setdefault(line(row), {})[across(row)] = _cell(row)
     return {
         "caption": caption,
         "corner": corner,

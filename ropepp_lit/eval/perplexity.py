@@ -3,8 +3,7 @@
 Each document is read whole, once for each length: in windows of so many tokens, one behind the other (`stride` is the
 length) or overlapping. Every token behind the first is predicted once and counts once, in the first window that reaches
 it, so all lengths are measured on the same tokens. The sum of the losses is divided by the number of tokens that were
-predicted: a token that a later window only reads as context is in neither. (The published script of RoPE++ divides by
-the number of windows times their length.)
+predicted: a token that a later window only reads as context is in neither.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Documents from which a small model can learn to retrieve, to be mixed into its training text.
 
 They have the form of :mod:`ropepp_lit.eval.retrieval`, with the answers, and come from other random numbers than any
-test: keys may be the same words, values never are what a test will ask.
+test. Words and numbers are of one stock, so each is met in training; which value a key has is drawn anew in every
+document, so nothing learned by heart helps in a test.
 """
 
 from __future__ import annotations

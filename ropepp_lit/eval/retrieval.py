@@ -111,7 +111,9 @@ def draft(family: str, *, units: int, seed: str, number: int = 0) -> Draft:
     return FAMILIES[family](random.Random(f"{seed}/{family}/{number}"), DEPTHS[number % len(DEPTHS)], units)  # noqa: S311
 
 
-def make_examples(family: str, tokenizer: TextTokenizer, *, length: int, count: int, seed: int) -> list[Example]:
+def make_examples(
+    family: str, tokenizer: TextTokenizer, *, length: int, numbers: Sequence[int], seed: int
+) -> list[Example]:
     """Examples whose prompt and room for the answer have exactly `length` tokens together.
 
     A context is made a little too long and cut at its start, where only filler lies, as a document read from its
@@ -121,18 +123,18 @@ def make_examples(family: str, tokenizer: TextTokenizer, *, length: int, count: 
         family: One of FAMILIES.
         tokenizer: Of the model.
         length: Tokens of prompt and answer.
-        count: Examples.
+        numbers: Of the examples; the same number is the same example.
         seed: Of what they say.
 
     Raises:
         UsageError: the length is too short for the family.
     """
-    examples = [_fit(family, tokenizer, length, seed, number) for number in range(count)]
+    examples = [_fit(family, tokenizer, length, seed, number) for number in numbers]
     found = [example for example in examples if example is not None]
-    if len(found) == count:
+    if len(found) == len(numbers):
         return found
     least = length
-    while any(_fit(family, tokenizer, least, seed, number) is None for number in range(count)):
+    while any(_fit(family, tokenizer, least, seed, number) is None for number in numbers):
         least += 1 + least // 20
     raise UsageError(
         f"lengths: {length} tokens are too few for retrieval:{family} with this tokenizer; give {least} or more"
@@ -198,12 +200,14 @@ def measure(
     Raises:
         UsageError: the length is too short for the family.
     """
-    examples = make_examples(family, model.tokenizer, length=length, count=limit, seed=seed)
     max_new_tokens = answer_tokens(family, model.tokenizer, seed=seed)
     scores: list[float] = []
+    depths: list[float | None] = []
     size = max(1, TOKENS_AT_ONCE // length)
-    for start in range(0, limit, size):
-        batch = examples[start : start + size]
+    for start in range(0, limit, size):  # made batch by batch, so that memory does not grow with the limit
+        numbers = range(start, min(start + size, limit))
+        batch = make_examples(family, model.tokenizer, length=length, numbers=numbers, seed=seed)
+        depths += [example.depth for example in batch]
         prompts = [example.input_ids for example in batch]
         written = write_answers(model, prompts, max_new_tokens=max_new_tokens, chunk_tokens=chunk_tokens)
         scores += [score(example.answers, text) for example, text in zip(batch, written, strict=True)]
@@ -211,7 +215,7 @@ def measure(
     measured = partial(Measurement, task="retrieval", part=family, metric="score", length=length)
     found = [measured(numerators=scores, denominators=[1.0] * limit)]
     for depth in DEPTHS:
-        here = [float(example.depth == depth) for example in examples]
+        here = [float(place == depth) for place in depths]
         if any(here):
             numerators = [score * inside for score, inside in zip(scores, here, strict=True)]
             found.append(measured(depth=depth, numerators=numerators, denominators=here))

@@ -133,26 +133,25 @@ def work_of(unit: Unit, settings: Settings, num_tokens: Sequence[int]) -> int:
     return 1
 
 
-def check(model: Model, units: Sequence[Unit], settings: Settings, num_tokens: Sequence[int]) -> None:
+def check(model: Model, units: Sequence[Unit], settings: Settings, num_tokens: Sequence[int] = ()) -> None:
     """Raise what can be known to be wrong before the work begins.
 
     Args:
         model: What will be measured.
         units: What of it.
         settings: Of the evaluation.
-        num_tokens: Of each document.
+        num_tokens: Of each document, where attention is measured.
 
     Raises:
         UsageError: a length is too short for a family, longer than any document, or too long for the memory.
     """
+    for length in settings.lengths:
+        check_memory(model, length)
+    shortest = min(settings.lengths)  # longer ones hold what it holds
+    for family in dict.fromkeys(unit.part for unit in units if unit.task == "retrieval"):
+        retrieval.make_examples(family, model.tokenizer, length=shortest, numbers=range(5), seed=settings.seed)
     for unit in units:
-        if unit.length is None:
-            continue
-        check_memory(model, unit.length)
-        if unit.task == "retrieval":
-            count = min(settings.limit, len(retrieval.DEPTHS))
-            retrieval.make_examples(unit.part, model.tokenizer, length=unit.length, count=count, seed=settings.seed)
-        elif unit.task == "attention" and max(num_tokens) < unit.length:
+        if unit.task == "attention" and unit.length is not None and max(num_tokens) < unit.length:
             raise UsageError(
                 f"text: attention at {unit.length:,} tokens needs a document as long, and the longest has "
                 f"{max(num_tokens):,}"

@@ -71,6 +71,11 @@ def banner(trainer: pl.Trainer, model: CausalLM) -> str:
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar without what never changes."""
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """All batches of the run; Lightning's would count the steps that are left after a resume."""
+        return self.trainer.num_training_batches
+
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Metrics for the bar, numbers short."""
         metrics = super().get_metrics(trainer, pl_module)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from tokenizers import Tokenizer
 
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.data.tokenizer import TextTokenizer
@@ -58,8 +56,7 @@ class Evaluation(Callback):
             return
         try:
             model = self._model(decoder, data)
-            texts = [model.encode(text) for text in self._texts(data)]
-            check(model, self.settings.units(model), self.settings, [len(ids) for ids in texts])
+            check(model, self.settings.units(model), self.settings)
         except UsageError as error:
             raise UsageError(f"evaluation.{error}") from error
 
@@ -67,15 +64,13 @@ class Evaluation(Callback):
         """Evaluate, on every rank alike: weights that are spread over ranks need all of them."""
         step = trainer.global_step
         is_last = step >= trainer.max_steps
-        if not self.every_n_steps or step == self._evaluated_step or (step % self.every_n_steps and not is_last):
-            return
-        if step == 0:
+        if not self.every_n_steps or step in (0, self._evaluated_step) or (step % self.every_n_steps and not is_last):
             return
         self._evaluated_step = step
         assert isinstance(pl_module, CausalLM)
         data = trainer.datamodule  # type: ignore[attr-defined]
         model = self._model(pl_module.decoder, data)
-        texts = list(self._texts(data)) if self.settings.needs_text else []
+        texts = list(data.held_out_texts(self.settings.limit)) if self.settings.needs_text else []
         with pl_module.untimed():
             found = [
                 item
@@ -90,12 +85,8 @@ class Evaluation(Callback):
 
     @staticmethod
     def _model(decoder: Decoder, data: TokenData) -> Model:
-        tokenizer = Tokenizer.from_str(data.tokenizer_json)
-        tokenizer.encode_special_tokens = True  # a text that spells a special token does not end its document
-        ids = data.manifest.bos_token_id, data.manifest.eos_token_id
-        return Model(name="", path="", decoder=decoder, tokenizer=TextTokenizer(tokenizer, *ids), fingerprint="")
-
-    def _texts(self, data: TokenData) -> Iterator[str]:
-        """The first documents that are held out."""
-        if self.settings.needs_text:
-            yield from data.held_out_texts(self.settings.limit)
+        manifest = data.manifest
+        tokenizer = TextTokenizer.from_json(
+            data.tokenizer_json, bos_token_id=manifest.bos_token_id, eos_token_id=manifest.eos_token_id
+        )
+        return Model(name="", path="", decoder=decoder, tokenizer=tokenizer, fingerprint="")

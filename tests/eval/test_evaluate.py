@@ -127,6 +127,7 @@ def test_text_held_out_by_the_run_and_a_hugging_face_folder(run, tiny, tmp_path)
         (["--dtype", "int8"], "dtype: 'int8' must be float32 or bfloat16"),
         (["--text", "nowhere"], "text: nowhere: no such file or folder"),
         (["--text", "empty.txt"], "text: empty.txt holds no document"),
+        (["--text", "latin.txt"], "text: latin.txt: not UTF-8"),
         (["--min_tokens", "100000"], "holds no document of 100,000 tokens or more"),
         (["--out", "taken"], "out: taken holds something else than an evaluation"),
     ],
@@ -134,6 +135,7 @@ def test_text_held_out_by_the_run_and_a_hugging_face_folder(run, tiny, tmp_path)
 def test_mistakes(mistake, small_checkpoints, text, tmp_path, monkeypatch, options, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("  \n")
+    (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("")
     defaults = {"--tasks": "perplexity", "--lengths": "64", "--text": str(text), "--out": "out"}
