@@ -396,9 +396,11 @@ def _mark_trained(
         colour = styles[names[0]].colour if len(names) == 1 and len(contexts) > 1 else GREY
         axes.axvline(length, color=colour, linestyle=(0, (4, 3)), linewidth=1.1, zorder=1)
         if label:
+            is_right = axes.transAxes.inverted().transform(axes.transData.transform((length, 0)))[0] > 0.5
             axes.annotate(
                 f"trained: {short_length(length)}", (length, 1), xycoords=axes.get_xaxis_transform(),
-                xytext=(4, 0), textcoords="offset points", va="top", fontsize=8, color=colour,
+                xytext=(-4 if is_right else 4, 0), textcoords="offset points", va="top", fontsize=8, color=colour,
+                ha="right" if is_right else "left",
             )  # fmt: skip
 
 

@@ -291,6 +291,7 @@ Everything is in {folder}: checkpoints, recipe.yaml, tensorboard.
 Next:
   ropepp-lit generate {checkpoint} --prompt {prompt}
   ropepp-lit validate --config {recipe} --ckpt_path {checkpoint}
+  ropepp-lit evaluate {checkpoint} --out {Path(folder) / "evaluation"}
   ropepp-lit fit --config {recipe} --ckpt_path auto --trainer.max_steps {2 * self.trainer.max_steps}
   tensorboard --logdir {folder}"""
         )
