@@ -248,7 +248,19 @@ def _fit(family: str, tokenizer: TextTokenizer, length: int, seed: int, number: 
     room = length - answer_tokens(family, tokenizer, seed=seed) - len(opening)
     probe = list(itertools.islice(draft(family, units=100, seed=str(seed), number=number).fillers, 20))
     per_filler = len(_encode(tokenizer, " ".join(probe))) / len(probe)
-    made = draft(family, units=max(1, int(room / per_filler)), seed=str(seed), number=number)
+    units = max(1, int(room / per_filler))
+    while True:
+        made = draft(family, units=units, seed=str(seed), number=number)
+        ids = _cut(tokenizer, made, room, per_filler)
+        if ids is not None:
+            return Example([*opening, *ids], made.answers, made.ideal, made.depth)
+        if units == 1:
+            return None
+        units = units * 9 // 10  # what is repeated may be longer than what fills: repeat it less often
+
+
+def _cut(tokenizer: TextTokenizer, made: Draft, room: int, per_filler: float) -> list[int] | None:
+    """The last `room` tokens of a draft with as many fillers as that takes; None where they would not hold all else."""
     pool = list(itertools.islice(made.fillers, 1))
     while _excess(tokenizer, made, pool, room) < 0:
         pool += itertools.islice(made.fillers, math.ceil(-_excess(tokenizer, made, pool, room) / per_filler))
@@ -257,11 +269,10 @@ def _fit(family: str, tokenizer: TextTokenizer, length: int, seed: int, number: 
         spare, count = spare - tokens, count - 1
     while _excess(tokenizer, made, pool[:count], room) < 0:  # tokens at the seams are not quite those of the parts
         count += 1
-    fillers = pool[:count]
-    if _excess(tokenizer, made, fillers, room) > len(_encode(tokenizer, fillers[-1])):
+    ids = _encode(tokenizer, made.text(pool[:count]))
+    if len(ids) - room > len(_encode(tokenizer, pool[count - 1])):
         return None  # more would be cut than the first filler
-    ids = _encode(tokenizer, made.text(fillers))
-    return Example([*opening, *ids[len(ids) - room :]], made.answers, made.ideal, made.depth)
+    return ids[len(ids) - room :]
 
 
 def _excess(tokenizer: TextTokenizer, made: Draft, fillers: list[str], room: int) -> int:

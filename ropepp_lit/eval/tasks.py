@@ -149,7 +149,9 @@ def check(model: Model, units: Sequence[Unit], settings: Settings, num_tokens: S
         check_memory(model, length)
     shortest = min(settings.lengths)  # longer ones hold what it holds
     for family in dict.fromkeys(unit.part for unit in units if unit.task == "retrieval"):
-        retrieval.make_examples(family, model.tokenizer, length=shortest, numbers=range(5), seed=settings.seed)
+        # In short contexts words a few tokens longer may be too long, so all are tried.
+        numbers = range(settings.limit if shortest <= 4096 else len(retrieval.DEPTHS))
+        retrieval.make_examples(family, model.tokenizer, length=shortest, numbers=numbers, seed=settings.seed)
     for unit in units:
         if unit.task == "attention" and unit.length is not None and max(num_tokens) < unit.length:
             raise UsageError(

@@ -65,6 +65,11 @@ def test_what_is_most_frequent_is_so_in_the_text(tokenizer):
                 assert counts[count - 1][0] > counts[count][0]
 
 
+def test_many_examples_fit_where_few_do(tokenizer):
+    examples = make_examples("frequent_words", tokenizer, length=512, numbers=range(60), seed=0)
+    assert len({len(example.input_ids) for example in examples}) == 1
+
+
 def test_names_are_handed_on_in_order(tokenizer):
     for example in make_examples("tracking", tokenizer, length=2000, numbers=range(5), seed=0):
         text = tokenizer.tokenizer.decode(example.input_ids)
