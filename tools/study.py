@@ -19,9 +19,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import jsonargparse
@@ -90,7 +91,7 @@ def study(
         sources = {stage: ["--data.source", json.dumps(mixture)] for stage, mixture in mixtures.items()}
     times = out / "times.json"
     taken = json.loads(times.read_text()) if times.is_file() else {}
-    runs = list(itertools.product(range(seeds), names))
+    runs, writing = list(itertools.product(range(seeds), names)), threading.Lock()
 
     def train(seed: int, name: str) -> None:
         """All stages of a run, each from the weights of the one before."""
@@ -103,11 +104,12 @@ def study(
             seconds = _fit(folder, recipes, options, threads=max(1, (os.cpu_count() or 1) // jobs))
             before = folder
             if seconds:
-                taken[f"{name}-{seed}-{stage}"] = seconds
-                write_whole(times, json.dumps(taken, indent=1))
+                with writing:
+                    taken[f"{name}-{seed}-{stage}"] = seconds
+                    write_whole(times, json.dumps(taken, indent=1))
 
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit=" runs", desc="training") as bar:
-        for done in [pool.submit(train, seed, name) for seed, name in runs]:
+        for done in as_completed([pool.submit(train, seed, name) for seed, name in runs]):
             done.result()
             bar.update()
     options = ["--lengths", lengths, "--limit", str(limit), "--min_tokens", str(min_tokens)]
