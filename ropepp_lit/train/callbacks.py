@@ -86,6 +86,8 @@ class ProgressBar(TQDMProgressBar):
         """A run is one long epoch: its number says nothing."""
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description("Training")
+        # After a resume the rate and the time left are of the batches since then.
+        self.train_progress_bar.initial = trainer.fit_loop.epoch_loop.batch_progress.current.completed
 
 
 class TextSample(Callback):
