@@ -124,7 +124,6 @@ def render_page(results: dict[str, Any], *, plots: dict[str, bytes], maps: dict[
         contexts=trained_contexts(results),
         settings={name: _plain(value) for name, value in results["settings"].items()},
         tasks={row["task"] for row in results["scores"]},
-        resampled=any(row["task"] != "harness" for row in results["scores"]),
         plotted=bool(plots),
         most_bands=MOST_BANDS,
         noisy=any(row["noise_std"] is not None for row in results["scores"]),
