@@ -1,7 +1,9 @@
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -49,6 +51,34 @@ def run(command_path):
         return finished
 
     return run
+
+
+@pytest.fixture
+def start_training():
+    """Starts a command that trains into the folder `run`; returns its psutil.Popen once it has saved a checkpoint.
+
+    What is still alive at the end of the test is killed, with its children.
+    """
+    started = []
+
+    def start_training(*command, cwd):
+        process = psutil.Popen(
+            [str(word) for word in command], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        started.append(process)
+        last, deadline = cwd / "run/checkpoints/last.ckpt", time.monotonic() + 120
+        while not last.exists():
+            assert time.monotonic() < deadline, "no checkpoint in two minutes"
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        return process
+
+    yield start_training
+    for process in started:
+        if process.poll() is None:
+            for rank in [*process.children(recursive=True), process]:
+                rank.kill()
+        process.communicate()
 
 
 @pytest.fixture

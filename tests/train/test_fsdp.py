@@ -3,10 +3,8 @@
 import itertools
 import json
 import random
-import subprocess
 import time
 
-import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -233,7 +231,7 @@ def test_the_table_of_contents_of_a_sharded_folder_runs_nothing(fit, tmp_path, c
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(20))
 @pytest.mark.parametrize("kind", [SHARDED, STRATEGY], ids=["sharded", "one file"])
-def test_killed_while_it_saves_at_every_step(run, tiny, tmp_path, command_path, kind, number):
+def test_killed_while_it_saves_at_every_step(start_training, run, tiny, tmp_path, command_path, kind, number):
     options = [
         *tiny,
         *kind,
@@ -245,14 +243,10 @@ def test_killed_while_it_saves_at_every_step(run, tiny, tmp_path, command_path, 
         "run",
     ]
     command = [command_path, "fit", *options, "--trainer.max_steps", 100_000, "--model.schedule.total_steps", 100_000]
-    process = subprocess.Popen(
-        [str(word) for word in command], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    last, deadline = tmp_path / "run/checkpoints/last.ckpt", time.monotonic() + 120
-    while not last.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    process = start_training(*command, cwd=tmp_path)
+    last = tmp_path / "run/checkpoints/last.ckpt"
     time.sleep(random.Random(number).uniform(0, 1.5))
-    for rank in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+    for rank in [*process.children(recursive=True), process]:
         rank.kill()
     process.wait()
     step = read_checkpoint(last)["global_step"]

@@ -2,11 +2,8 @@
 
 import re
 import signal
-import subprocess
 import sys
-import time
 
-import psutil
 import pytest
 import torch
 
@@ -105,23 +102,13 @@ def test_killed_within_an_accumulation_window(fit, tmp_path):
     assert_same_run(tmp_path, "whole", "killed")
 
 
-def ranks_of(process):
-    """The process and those that it started, in the order of their ranks."""
-    return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-
-
-def stop_run(command_path, tiny, folder, number, *, devices=1, to="first"):
+def stop_run(start_training, command_path, tiny, folder, number, *, devices=1, to="first"):
     """Start a run, send it a signal when it has saved something, and return its exit code, output and errors."""
     options = ["--trainer.max_steps", "100000", "--model.schedule.total_steps", "100000"]
-    options += ["--trainer.default_root_dir", "run", "--trainer.devices", str(devices)]
+    options += ["--trainer.default_root_dir", "run", "--trainer.devices", devices]
     options += ["--trainer.strategy", "fsdp2"] if devices > 1 else []
-    process = subprocess.Popen(
-        [command_path, "fit", *tiny, *options], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not (folder / "run/checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    ranks = ranks_of(process)
+    process = start_training(command_path, "fit", *tiny, *options, cwd=folder)
+    ranks = [process, *process.children(recursive=True)]
     assert len(ranks) == devices
     for rank in {"first": ranks[:1], "last": ranks[-1:], "all": ranks}[to]:
         rank.send_signal(number)
@@ -129,9 +116,9 @@ def stop_run(command_path, tiny, folder, number, *, devices=1, to="first"):
     return process.returncode, output, errors
 
 
-def stop_and_go_on(command_path, tiny, run, folder, number, **how):
+def stop_and_go_on(start_training, command_path, tiny, run, folder, number, **how):
     """A run stopped by a signal saves, says so, and ends in the same bits as one that was not stopped."""
-    returncode, output, errors = stop_run(command_path, tiny, folder, number, **how)
+    returncode, output, errors = stop_run(start_training, command_path, tiny, folder, number, **how)
     assert returncode == 128 + number, errors
     assert "Traceback" not in errors
     last = output.strip().splitlines()[-1]
@@ -150,36 +137,31 @@ def stop_and_go_on(command_path, tiny, run, folder, number, **how):
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGUSR1))]
 )
-def test_stopped_by_a_signal(command_path, tiny, run, tmp_path, number):
-    stop_and_go_on(command_path, tiny, run, tmp_path, number)
+def test_stopped_by_a_signal(start_training, command_path, tiny, run, tmp_path, number):
+    stop_and_go_on(start_training, command_path, tiny, run, tmp_path, number)
 
 
-def test_two_processes_are_stopped_by_a_signal_to_one(command_path, tiny, run, tmp_path):
-    stop_and_go_on(command_path, tiny, run, tmp_path, signal.SIGTERM, devices=2, to="last")
+def test_two_processes_are_stopped_by_a_signal_to_one(start_training, command_path, tiny, run, tmp_path):
+    stop_and_go_on(start_training, command_path, tiny, run, tmp_path, signal.SIGTERM, devices=2, to="last")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["first", "last", "all"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("again", range(10))
-def test_two_processes_are_stopped_ten_times_of_ten(command_path, tiny, tmp_path, number, to, again):
-    returncode, output, errors = stop_run(command_path, tiny, tmp_path, number, devices=2, to=to)
+def test_two_processes_are_stopped_ten_times_of_ten(start_training, command_path, tiny, tmp_path, number, to, again):
+    returncode, output, errors = stop_run(start_training, command_path, tiny, tmp_path, number, devices=2, to=to)
     assert returncode == 128 + number, errors
     assert f"Stopped by {number.name} at step" in output.strip().splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_torchrun_is_stopped_by_a_signal(tiny, run, tmp_path):
+def test_torchrun_is_stopped_by_a_signal(start_training, tiny, run, tmp_path):
     """torchrun gives a SIGTERM to its ranks, which save before they end."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ropepp_lit", "fit", *tiny]
     options = ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--model.schedule.total_steps", "100000"]
-    process = subprocess.Popen(
-        [*launch, *options, "--trainer.max_steps", "100000", "--trainer.default_root_dir", "run"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    last, deadline = tmp_path / "run/checkpoints/last.ckpt", time.monotonic() + 120
-    while not last.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    length = ["--trainer.max_steps", "100000", "--trainer.default_root_dir", "run"]
+    process = start_training(*launch, *options, *length, cwd=tmp_path)
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
     assert process.returncode != 0
