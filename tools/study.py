@@ -37,7 +37,7 @@ RECIPES = Path(__file__).parent.parent / "recipes" / "study"
 FAMILIES = ["multikey"] * 7 + ["single"]
 """Of the documents to learn from; `multikey` asks for many answers, so it teaches most."""
 
-RECALL = {"few": ((1, 4), 90_000, 0), "some": ((1, 10), 15_000, 1), "many": ((30, 160), 2_000, 2)}
+RECALL = {"few": ((1, 4), 140_000, 0), "some": ((1, 10), 15_000, 1), "many": ((10, 100), 2_000, 2)}
 """Fewest and most values in a document, documents, and seed. With few to choose from, choosing is learned soonest."""
 
 SCHEMES = {
@@ -58,8 +58,8 @@ def study(
     schemes: str = "RoPE,EH,EC",
     pretrain: str = "",
     continued: str = "",
-    lengths: str = "256,512,1k,2k,4k",
-    limit: int = 100,
+    lengths: str = "256,512,1k,2k",
+    limit: int = 40,
     min_tokens: int = 2048,
     jobs: int = os.cpu_count() or 1,
 ) -> None:
@@ -87,7 +87,8 @@ def study(
         files = [str(RECIPES / f"{name}.yaml") for name in ("recall", "pretrain", "continue")]
         stages = {name: files[: number + 1] for number, name in enumerate(("recall", "pretrain", "continue"))}
         text, few, some, many = (str(out / "data" / name) for name in ("text", *RECALL))
-        mixtures = {"recall": {few: 1}, "pretrain": {text: 0.5, some: 0.5}, "continue": {text: 0.5, many: 0.5}}
+        mixtures = {"recall": {few: 1}, "pretrain": {text: 0.5, some: 0.5}}
+        mixtures["continue"] = {text: 0.5, some: 0.25, many: 0.25}
         sources = {stage: ["--data.source", json.dumps(mixture)] for stage, mixture in mixtures.items()}
     times = out / "times.json"
     taken = json.loads(times.read_text()) if times.is_file() else {}

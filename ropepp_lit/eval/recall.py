@@ -11,9 +11,11 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 
-from ropepp_lit.eval.retrieval import draft
+from ropepp_lit.eval.retrieval import draft, place
 
 MAX_QUESTIONS = 12
+SHARE_IN_ORDER = 0.5
+"""Of `multikey`: questions in the order of the text, from the first one on, which is easier to learn than any order."""
 
 
 def recall_documents(families: Sequence[str], *, units: tuple[int, int], seed: int) -> Iterator[str]:
@@ -38,6 +40,9 @@ def recall_documents(families: Sequence[str], *, units: tuple[int, int], seed: i
         made = made._replace(needles=list(zip(depths, needles, strict=True)))
         text = made.text(fillers) + made.ideal
         if family == "multikey":
-            asked = rng.sample(fillers, min(MAX_QUESTIONS, len(fillers)))
-            text = " ".join([text, *asked])
+            behind = place(depths[0], len(fillers)) + 1
+            told = fillers[::-1]
+            in_order = rng.random() < SHARE_IN_ORDER
+            asked = [*told[behind:], *told[:behind]] if in_order else rng.sample(told, len(told))
+            text = " ".join([text, *asked[:MAX_QUESTIONS]])
         yield text

@@ -86,8 +86,13 @@ class Draft(NamedTuple):
         """The example with these fillers, first the last of the context; the first unit of the text is a filler."""
         units: list[list[str]] = [[filler] for filler in reversed(fillers)]
         for depth, needle in sorted(self.needles, key=lambda pair: pair[0]):
-            units[round(depth * (len(units) - 1))].append(needle)
+            units[place(depth, len(units))].append(needle)
         return " ".join([*itertools.chain.from_iterable(units), self.question])
+
+
+def place(depth: float, units: int) -> int:
+    """Index of the unit behind which a needle of this depth (0 to 1) stands."""
+    return round(depth * (units - 1))
 
 
 class Example(NamedTuple):

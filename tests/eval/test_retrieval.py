@@ -1,5 +1,6 @@
 """Retrieval: what is asked, and how it is scored."""
 
+import itertools
 import random
 import re
 import tracemalloc
@@ -187,6 +188,17 @@ def test_training_documents_hold_their_answers_and_no_entry_of_a_test():
         tested = re.findall(r"[a-z]+-[a-z]+: [0-9]{5}", tokenizer.tokenizer.decode(example.input_ids))
         assert len(tested) > 50
         assert not told & set(tested)
+
+
+def test_training_documents_ask_in_the_order_of_the_text_half_of_the_time():
+    in_order = 0
+    for text in itertools.islice(recall_documents(["multikey"], units=(4, 9), seed=0), 100):
+        entries = re.findall(r"[a-z]+-[a-z]+: [0-9]{5}", text)
+        told, asked = entries[: len(entries) // 2], entries[len(entries) // 2 :]
+        assert sorted(told) == sorted(asked)
+        first = told.index(asked[0])
+        in_order += asked == told[first:] + told[:first]
+    assert 40 < in_order < 60
 
 
 def test_memory_does_not_grow_with_the_number_of_examples(small_checkpoints):
