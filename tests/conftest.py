@@ -89,6 +89,7 @@ def mistake(tiny, tmp_path, monkeypatch, capsys):
         base = base if base is not None else tiny if subcommand in ("fit", "validate", "plan") else []
         monkeypatch.chdir(tmp_path)
         before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()  # what the test itself printed
         with pytest.raises(SystemExit) as stop:
             main([subcommand, *base, *map(str, options)])
         assert stop.value.code == 2

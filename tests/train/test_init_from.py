@@ -75,15 +75,14 @@ def test_the_run_says_what_changes_at_a_longer_context(run, tiny, rope, tmp_path
     assert changes in said
 
 
-def test_weights_that_do_not_fit(run, tiny, rope, tmp_path):
+def test_weights_that_do_not_fit(run, mistake, tiny, rope, tmp_path):
     last = rope / "rope" / "checkpoints" / "last.ckpt"
-    failed = run("fit", *tiny, "--model.init_from", last, cwd=tmp_path, returncode=2).stderr
-    assert "its weights do not fit the recipe's model (model.positions RoPE → RoPEPP" in failed
-    failed = run("fit", *tiny, "--model.init_from", "none.ckpt", cwd=tmp_path, returncode=2).stderr
-    assert "none.ckpt: no such checkpoint" in failed
+    said = mistake("--model.init_from", last)
+    assert "its weights do not fit the recipe's model (model.positions RoPE → RoPEPP" in said
+    assert "none.ckpt: no such checkpoint" in mistake("--model.init_from", "none.ckpt")
     run("upcycle", last, "ec.ckpt", "--variant", "ec", cwd=tmp_path)
-    failed = run("fit", *tiny, "--ckpt_path", "ec.ckpt", cwd=tmp_path, returncode=2).stderr
-    assert "ckpt_path: ec.ckpt holds weights alone; begin with them by --model.init_from ec.ckpt" in failed
+    said = mistake("--ckpt_path", "ec.ckpt")
+    assert "ckpt_path: ec.ckpt holds weights alone; begin with them by --model.init_from ec.ckpt" in said
     checked = run("validate", *tiny, "--ckpt_path", "ec.ckpt", cwd=tmp_path).stdout
     assert "bits per byte" in checked
 
