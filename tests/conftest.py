@@ -57,19 +57,19 @@ def run(command_path):
 def start_training():
     """Starts a command that trains into the folder `run`; returns its psutil.Popen once it has saved a checkpoint.
 
-    What is still alive at the end of the test is killed, with its children.
+    It prints into the files `output` and `errors`: a pipe that nobody reads would fill and hold it up. What is still
+    alive at the end of the test is killed, with its children.
     """
     started = []
 
     def start_training(*command, cwd):
-        process = psutil.Popen(
-            [str(word) for word in command], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        with (cwd / "output").open("w") as output, (cwd / "errors").open("w") as errors:
+            process = psutil.Popen([str(word) for word in command], cwd=cwd, stdout=output, stderr=errors)
         started.append(process)
         last, deadline = cwd / "run/checkpoints/last.ckpt", time.monotonic() + 120
         while not last.exists():
             assert time.monotonic() < deadline, "no checkpoint in two minutes"
-            assert process.poll() is None, process.stderr.read()
+            assert process.poll() is None, (cwd / "errors").read_text()
             time.sleep(0.02)
         return process
 
@@ -78,7 +78,7 @@ def start_training():
         if process.poll() is None:
             for rank in [*process.children(recursive=True), process]:
                 rank.kill()
-        process.communicate()
+        process.wait()
 
 
 @pytest.fixture

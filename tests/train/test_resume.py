@@ -112,8 +112,8 @@ def stop_run(start_training, command_path, tiny, folder, number, *, devices=1, t
     assert len(ranks) == devices
     for rank in {"first": ranks[:1], "last": ranks[-1:], "all": ranks}[to]:
         rank.send_signal(number)
-    output, errors = process.communicate(timeout=60)
-    return process.returncode, output, errors
+    process.wait(timeout=60)
+    return process.returncode, *((folder / name).read_text() for name in ("output", "errors"))
 
 
 def stop_and_go_on(start_training, command_path, tiny, run, folder, number, **how):
@@ -163,7 +163,8 @@ def test_torchrun_is_stopped_by_a_signal(start_training, tiny, run, tmp_path):
     length = ["--trainer.max_steps", "100000", "--trainer.default_root_dir", "run"]
     process = start_training(*launch, *options, *length, cwd=tmp_path)
     process.send_signal(signal.SIGTERM)
-    output, errors = process.communicate(timeout=60)
+    process.wait(timeout=60)
+    output, errors = ((tmp_path / name).read_text() for name in ("output", "errors"))
     assert process.returncode != 0
     found = re.search(r"Stopped by SIGTERM at step ([\d,]+), saved as .*--ckpt_path auto", output)
     assert found, output + errors
