@@ -244,7 +244,10 @@ def instantiate(description: dict[str, Any], base: type[T], *, trust: str | None
     """
     class_path = description["class_path"]
     module, _, name = class_path.rpartition(".")
-    if not module.startswith("ropepp_lit.nn.") and class_path != trust:
+    is_ours = module.startswith("ropepp_lit.nn.")
+    if is_ours:
+        module = "ropepp_lit.nn"  # its public classes, wherever a version of it keeps them
+    elif class_path != trust:
         raise UsageError(
             f"the checkpoint was made with {class_path}, which is not part of ropepp-lit; "
             f"if you trust that code and it can be imported here, add: --trust {class_path}"

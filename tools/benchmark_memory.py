@@ -49,7 +49,7 @@ LEVERS: dict[str, dict[str, int]] = {
 
 def step(decoder: Decoder, tokens: int) -> None:
     input_ids = torch.randint(decoder.config.vocab_size, (1, tokens + 1))
-    decoder(input_ids[:, :-1], labels=input_ids[:, 1:]).backward()
+    decoder.loss(input_ids[:, :-1], input_ids[:, 1:]).backward()
 
 
 def measure(name: str, levers: dict[str, int], tokens: int, result: Connection) -> None:

@@ -147,7 +147,7 @@ def read(model: Model, input_ids: Tensor, labels: Tensor, *, chunk_tokens: int |
     """
     size = chunk_tokens or input_ids.shape[1]
     if size >= input_ids.shape[1]:
-        return model.decoder(input_ids, labels=labels, reduction="none")
+        return model.decoder.loss(input_ids, labels, reduction="none")
     cache = model.decoder.allocate_cache(batch_size=input_ids.shape[0], max_tokens=input_ids.shape[1])
     parts = zip(input_ids.split(size, dim=1), labels.split(size, dim=1), strict=True)
-    return torch.cat([model.decoder(ids, labels=wanted, reduction="none", cache=cache) for ids, wanted in parts], dim=1)
+    return torch.cat([model.decoder.loss(ids, wanted, reduction="none", cache=cache) for ids, wanted in parts], dim=1)

@@ -34,7 +34,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], text: Path | None) ->
         decoder = load_in_float32(checkpoint)
         probe = torch.randint(decoder.config.vocab_size, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
         logits.append(decoder(probe))
-        losses.append(sum(float(decoder(row[:, :-1], labels=row[:, 1:], reduction="sum")) for row in rows))
+        losses.append(sum(float(decoder.loss(row[:, :-1], row[:, 1:], reduction="sum")) for row in rows))
         del decoder
     share = float((logits[1] - logits[0]).abs().max() / logits[0].abs().max())
     lines = [f"Logits of {PROBE_TOKENS} random tokens differ by {share:.1e} of the largest."]

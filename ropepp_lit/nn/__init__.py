@@ -1,12 +1,12 @@
 """Decoders with RoPE, RoPE++ and other position schemes in plain PyTorch: no Lightning, no data, no files."""
 
-from ropepp_lit.nn.attention import Probe
+from ropepp_lit.nn.baselines import ALiBi, FoPE, NoPE, PartialRoPE
 from ropepp_lit.nn.config import DecoderConfig
 from ropepp_lit.nn.decoder import Decoder
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.frequencies import Frequencies, Linear, Llama3, Yarn, YarnByRotations
-from ropepp_lit.nn.other_positions import ALiBi, FoPE, NoPE, PartialRoPE
 from ropepp_lit.nn.positions import HeadLayout, PositionScheme, RoPE, RoPEPP
+from ropepp_lit.nn.probe import Probe
 
 __all__ = [
     "ALiBi",

@@ -20,12 +20,15 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn.attention import Attention, KVCache, Probe
+from ropepp_lit.nn.attention import Attention
+from ropepp_lit.nn.cache import KVCache
 from ropepp_lit.nn.config import DecoderConfig
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.frequencies import Frequencies
 from ropepp_lit.nn.loss import IGNORE_INDEX, linear_cross_entropy, token_cross_entropy
 from ropepp_lit.nn.positions import PositionScheme
+from ropepp_lit.nn.precision import activation_dtype, at_least_float32
+from ropepp_lit.nn.probe import Probe
 
 
 class MLP(nn.Module):
@@ -41,6 +44,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, T, hidden_size] to the same."""
+        hidden = hidden.to(activation_dtype(hidden))
         if self.chunk_tokens is None or hidden.shape[1] <= self.chunk_tokens:
             return self._compute(hidden)
         parts = hidden.split(self.chunk_tokens, dim=1)
@@ -94,6 +98,27 @@ class Block(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
+class OutputLayer(nn.Linear):
+    """The output layer: logits, or the loss without ever holding all logits."""
+
+    def loss(
+        self, hidden: Tensor, labels: Tensor, *, reduction: Literal["mean", "sum", "none"], places: Tensor | None
+    ) -> Tensor:
+        """Cross-entropy of the next tokens; arguments and result are those of :meth:`Decoder.loss`.
+
+        Args:
+            hidden: [B, T, hidden_size], after the last norm.
+            labels: [B, T].
+            reduction: See there.
+            places: See there.
+        """
+        flat = hidden.flatten(0, 1), self.weight, labels.flatten()
+        if reduction == "none":
+            return token_cross_entropy(*flat).view_as(labels)
+        loss = linear_cross_entropy(*flat, places=places)
+        return loss / (labels != IGNORE_INDEX).sum() if reduction == "mean" else loss
+
+
 class Trunk(nn.Module):
     """Embedding, blocks and the last norm: `model.` in Hugging Face's names."""
 
@@ -130,7 +155,7 @@ class Decoder(nn.Module):
             num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads
         )
         self.model = Trunk(config, scheme)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = OutputLayer(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.init_weights()
@@ -171,7 +196,7 @@ class Decoder(nn.Module):
 
     @contextmanager
     def probed(self, probe: Probe) -> Iterator[None]:
-        """Let a probe see, and change, the scores of every layer; attention is then computed in the open."""
+        """Let a probe see, and change, the scores of every layer; attention then holds all of them."""
         layers = [module for module in self.modules() if isinstance(module, Attention)]
         for attention in layers:
             attention.probe = probe
@@ -225,32 +250,66 @@ class Decoder(nn.Module):
         self,
         input_ids: Tensor,
         *,
-        labels: Tensor | None = None,
-        reduction: Literal["mean", "sum", "none"] = "mean",
         positions: Tensor | None = None,
         documents: Documents | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
     ) -> Tensor:
-        """Logits, or the loss where labels are given (then logits are never held all at once).
+        """Logits of the next tokens.
 
         Args:
             input_ids: [B, T] integers below `vocab_size`.
-            labels: [B, T] int64: the token that should come *next* at each place (already shifted); -100 is ignored.
-            reduction: Of the loss: over the labels that count; `none` gives each token's, without gradients.
-            positions: [B, T] integers; empty means those of `documents`, else 0, 1, … behind what the cache holds.
-            documents: Bounds of packed documents that must not see each other; empty means one document per row.
+            positions: [B, T] integers; None means those of `documents`, else 0, 1, … after what the cache holds.
+            documents: Bounds of packed documents that must not see each other; None means one document per row.
             cache: Keys and values so far; gets the new ones.
             logits_to_keep: Compute logits of the last so many tokens only; 0 means all.
 
         Returns:
-            Logits [B, T or logits_to_keep, vocab_size] of the weights' dtype, or the loss, a scalar (or [B, T]) of
-            float32 (float64 in a float64 model), in nats.
+            [B, T or logits_to_keep, vocab_size] of the weights' dtype, or of autocast's.
 
         Raises:
-            UsageError: a token id outside the vocabulary (seen on CPU; on a GPU the kernel asserts).
+            UsageError: a token id outside the vocabulary (checked on CPU; on a GPU the kernel asserts).
             ValueError: the cache is full.
         """
+        return self.lm_head(self._hidden(input_ids, positions, documents, cache)[:, -logits_to_keep:])
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        places: Tensor | None = None,
+        positions: Tensor | None = None,
+        documents: Documents | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Cross-entropy of the next tokens; logits are never held all at once.
+
+        Args:
+            input_ids: See :meth:`forward`.
+            labels: [B, T] int64: the token that should come *next* at each place (already shifted); -100 is ignored.
+            reduction: Over the labels that are not ignored; `none` gives the loss of each token, without gradients.
+            places: [M] int64: indices of the labels that are not ignored, in the flattened batch; the other tokens are
+                then dropped before the output layer. None computes all of them.
+            positions: See :meth:`forward`.
+            documents: See :meth:`forward`.
+            cache: See :meth:`forward`.
+
+        Returns:
+            Scalar, or [B, T] for `none`: nats, float32 (float64 in a float64 model).
+
+        Raises:
+            UsageError: see :meth:`forward`.
+            ValueError: see :meth:`forward`.
+        """
+        hidden = self._hidden(input_ids, positions, documents, cache)
+        return self.lm_head.loss(hidden, labels, reduction=reduction, places=places)
+
+    def _hidden(
+        self, input_ids: Tensor, positions: Tensor | None, documents: Documents | None, cache: KVCache | None
+    ) -> Tensor:
+        """[B, T, hidden_size] after the last norm."""
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_ids(input_ids)
         mask = None
@@ -262,17 +321,12 @@ class Decoder(nn.Module):
         if cache is not None:
             mask = cache.extend(input_ids.shape[1], documents.ids if documents is not None else None)
         hidden = self.model.embed_tokens(input_ids)
-        tables = self.scheme.tables(positions, self.frequencies, head_dim=self.config.head_dim, dtype=hidden.dtype)
+        tables = self.scheme.tables(
+            positions, self.frequencies, head_dim=self.config.head_dim, dtype=at_least_float32(hidden.dtype)
+        )
         for block in self.model.layers:
             hidden = block(hidden, tables, documents=documents, cache=cache, mask=mask)
-        hidden = self.model.norm(hidden)
-        if labels is None:
-            return self.lm_head(hidden[:, -logits_to_keep:])
-        if reduction == "none":
-            losses = token_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
-            return losses.view_as(labels)
-        loss = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
-        return loss / (labels != IGNORE_INDEX).sum() if reduction == "mean" else loss
+        return self.model.norm(hidden)
 
     def allocate_cache(self, *, batch_size: int, max_tokens: int) -> KVCache:
         """An empty cache for `batch_size` rows of up to `max_tokens` tokens, prompt and answer together."""

@@ -11,7 +11,7 @@ from torch import Tensor
 class Documents(NamedTuple):
     """Bounds of the documents that are packed in the rows of a batch. B batch, T tokens, N documents in all.
 
-    Attention stays inside a document. Made once per batch, on the CPU, so that no GPU has to be asked for the bounds.
+    Attention stays inside a document. Computed once per batch, on the CPU, so that no GPU has to be waited for.
     """
 
     ids: Tensor
@@ -22,6 +22,9 @@ class Documents(NamedTuple):
 
     positions: Tensor
     """[B, T] int64: positions, restarting at 0 with each document."""
+
+    longest: int
+    """Tokens of the longest document."""
 
     @classmethod
     def from_eos(cls, input_ids: Tensor, eos_token_id: int) -> Documents:
@@ -59,4 +62,5 @@ class Documents(NamedTuple):
             ids=numbers.to(torch.int32).repeat_interleave(lengths).view_as(starts),
             cu_seqlens=cu_seqlens.to(torch.int32),
             positions=(slots - bounds.repeat_interleave(lengths)).view_as(starts),
+            longest=int(lengths.max()),
         )

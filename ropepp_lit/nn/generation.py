@@ -75,6 +75,5 @@ def generate(
         yield tokens
         input_ids = tokens[:, None]
         if documents is not None:
-            documents = Documents(
-                documents.ids[:, -1:], documents.cu_seqlens[:0], documents.positions[:, -1:] + 1
-            )  # with a cache only the ids and positions are read
+            # With a cache only the ids and positions are read.
+            documents = documents._replace(ids=documents.ids[:, -1:], positions=documents.positions[:, -1:] + 1)

@@ -1,19 +1,39 @@
-"""Cross-entropy over the output layer without ever holding all logits."""
+"""Cross-entropy over the output layer without ever holding all logits.
+
+Shapes: N tokens, M tokens whose labels count, V words of the vocabulary.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ropepp_lit.nn.precision import activation_dtype, at_least_float32
+
 IGNORE_INDEX = -100
 """Labels that do not count (torch's and transformers' convention)."""
 
 MAX_LOGITS = 2**25
-"""Logits held at once: 128 MiB in float32, enough rows to keep the matrix products busy."""
+"""Logits that a CPU holds at once: 128 MiB in float32, enough rows to keep its cores busy."""
+
+MIN_ROWS_ON_GPU = 4096
+"""Rows that a GPU computes at once, at least: fewer leave its matrix units idle and read the weights too often."""
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def rows_per_chunk(vocab_size: int, device_type: str) -> int:
+    """Tokens whose logits are held at once.
+
+    On a CPU as many as `MAX_LOGITS` allows; on other devices a multiple of 256, and at least `MIN_ROWS_ON_GPU`.
+    """
+    rows = max(1, MAX_LOGITS // vocab_size)
+    return rows if device_type == "cpu" else max(MIN_ROWS_ON_GPU, rows // 256 * 256)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, places: Tensor | None = None) -> Tensor:
     """Sum of the cross-entropy of `hidden @ weight.T` against `labels`, computed in chunks of tokens.
 
     Gradients are computed chunk by chunk in the forward pass, so nothing is computed twice and no logits are kept.
@@ -21,22 +41,22 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     inputs. Differentiable once.
 
     Args:
-        hidden: [tokens, hidden_size], floating.
-        weight: [vocab_size, hidden_size], the output layer.
-        labels: [tokens] int64; IGNORE_INDEX does not count.
+        hidden: [N, hidden_size], floating.
+        weight: [V, hidden_size], the output layer.
+        labels: [N] int64; IGNORE_INDEX does not count.
+        places: [M] int64: where the labels count. The other tokens are then left out of the matrix products. None
+            computes all tokens. It is an argument because a GPU would have to be waited for to know M.
 
     Returns:
         Scalar, float32 (float64 for float64): nats, summed over the labels that count.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    return _LinearCrossEntropy.apply(hidden, weight, labels)
+    dtype = activation_dtype(hidden)
+    return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels, places)
 
 
 @torch.no_grad()
 def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy of each token, in chunks of tokens; to measure, not to train.
+    """The cross-entropy of each token, in chunks of tokens; for evaluation, without gradients.
 
     Args:
         hidden: See :func:`linear_cross_entropy`.
@@ -44,50 +64,73 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tenso
         labels: See there.
 
     Returns:
-        [tokens] float32 (float64 for float64): nats, 0 where the label does not count.
+        [N] float32 (float64 for float64): nats, 0 where the label does not count.
     """
-    precision = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    size = max(1, MAX_LOGITS // weight.shape[0])
+    dtype = activation_dtype(hidden)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
     losses = [
-        F.cross_entropy((part @ weight.T).to(precision), wanted, ignore_index=IGNORE_INDEX, reduction="none")
-        for part, wanted in zip(hidden.split(size), labels.split(size), strict=True)
+        F.cross_entropy(_logits(hidden[rows], weight), labels[rows], ignore_index=IGNORE_INDEX, reduction="none")
+        for rows in _chunks(None, labels, weight)
     ]
-    return torch.cat(losses)
+    return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=at_least_float32(dtype))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        precision = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, places: Tensor | None) -> Tensor:
+        precision = at_least_float32(hidden.dtype)
         total = hidden.new_zeros((), dtype=precision)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        empty = torch.empty_like if places is None else torch.zeros_like
+        grad_hidden = empty(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=precision) if ctx.needs_input_grad[1] else None
-        size = max(1, MAX_LOGITS // weight.shape[0])
-        for start in range(0, hidden.shape[0], size):
-            rows = slice(start, start + size)
-            logits = (hidden[rows] @ weight.T).to(precision)
-            log_probabilities = logits.log_softmax(dim=-1)
-            total += F.nll_loss(log_probabilities, labels[rows], ignore_index=IGNORE_INDEX, reduction="sum")
+        for rows in _chunks(places, labels, weight):
+            inputs, targets = hidden[rows], labels[rows]
+            log_probabilities = _logits(inputs, weight).log_softmax(dim=-1)
+            total += F.nll_loss(log_probabilities, targets, ignore_index=IGNORE_INDEX, reduction="sum")
             if grad_hidden is None and grad_weight is None:
                 continue
             # d loss / d logits = softmax - one-hot, and zero where the label does not count.
-            counts = labels[rows] != IGNORE_INDEX
             grad = log_probabilities.exp_()
-            grad[torch.arange(grad.shape[0], device=grad.device), labels[rows].where(counts, 0)] -= 1
-            grad = grad.mul_(counts[:, None]).to(hidden.dtype)
+            counts = targets != IGNORE_INDEX
+            grad[torch.arange(grad.shape[0], device=grad.device), targets.where(counts, 0)] -= 1
+            grad = (grad if places is not None else grad.mul_(counts[:, None])).to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
-                grad_weight += grad.T @ hidden[rows]
+                _add_product(grad_weight, grad.T, inputs)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad_output.to(grad_hidden.dtype),
             None if grad_weight is None else grad_weight * grad_output.to(grad_weight.dtype),
             None,
+            None,
         )
+
+
+def _chunks(places: Tensor | None, labels: Tensor, weight: Tensor) -> Iterator[slice | Tensor]:
+    """Indices of the tokens of each chunk: slices, or parts of `places`."""
+    size = rows_per_chunk(weight.shape[0], weight.device.type)
+    count = len(labels) if places is None else len(places)
+    for start, end in pairwise([*range(0, count, size), count]):
+        yield slice(start, end) if places is None else places[start:end]
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Hidden @ weight.T in float32 (float64 for float64); on CUDA not rounded to bfloat16 on the way."""
+    if hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return (hidden @ weight.T).to(at_least_float32(hidden.dtype))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Total += left @ right in the dtype of `total`, in one pass where the device can."""
+    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right

@@ -81,7 +81,8 @@ class PositionScheme(ABC):
             positions: [B, T], integers; restart at each packed document.
             frequencies: Base and scaling.
             head_dim: D.
-            dtype: dtype of the model's activations.
+            dtype: float32, or float64 in a float64 model, whatever the dtype of the activations: bfloat16 holds no
+                position beyond 256, and its cosines break the relativity of scores (arXiv 2411.13476).
         """
 
     @abstractmethod
@@ -95,8 +96,8 @@ class PositionScheme(ABC):
 
         Returns:
             Queries [B, T, num_attention_heads, D] and keys [B, T, num_key_value_heads, D], D grown by the layout's
-            `extra_dims`. The heads that share a key/value head are consecutive. Scores are divided by the root of
-            `head_dim`, not of the grown size.
+            `extra_dims`, in the dtype of the arguments. The heads that share a key/value head are consecutive. Scores
+            are divided by the root of `head_dim`, not of the grown size.
         """
 
     def __str__(self) -> str:
@@ -109,16 +110,11 @@ class RoPE(PositionScheme):
     def tables(
         self, positions: Tensor, frequencies: Frequencies, *, head_dim: int, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        """Cos and sin of position × frequency, each [B, T, 1, D/2] of `dtype`.
-
-        Angles are computed in float32, or float64 for a float64 model: bfloat16 holds no position beyond 256.
-        """
-        precision = torch.float64 if dtype == torch.float64 else torch.float32
+        """Cos and sin of position × frequency, each [B, T, 1, D/2] of `dtype`."""
         with torch.autocast(positions.device.type, enabled=False):
-            inverse = frequencies.inverse_frequencies(head_dim, dtype=precision, device=positions.device)
-            angles = (positions.to(precision)[..., None] * inverse).unsqueeze(-2)
-            factor = frequencies.attention_factor
-            return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+            inverse = frequencies.inverse_frequencies(head_dim, dtype=dtype, device=positions.device)
+            angles = (positions.to(dtype)[..., None] * inverse).unsqueeze(-2)
+            return angles.cos() * frequencies.attention_factor, angles.sin() * frequencies.attention_factor
 
     def rotate(self, queries: Tensor, keys: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """A_re = (R_t q)ᵀ (R_s k)."""
@@ -164,6 +160,16 @@ class RoPEPP(RoPE):
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Multiply the complex numbers of each head by cos + i·sin; x is [B, T, heads, D], cos and sin [B, T, 1, D/2]."""
+    """Multiply the complex numbers of each head by cos + i·sin, in the precision of cos and sin.
+
+    Args:
+        x: [B, T, heads, D].
+        cos: [B, T, 1, D/2], float32 or float64.
+        sin: The same.
+
+    Returns:
+        [B, T, heads, D] of the dtype of x.
+    """
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    halves = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat([half.to(x.dtype) for half in halves], dim=-1)

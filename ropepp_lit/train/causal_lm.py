@@ -195,7 +195,7 @@ class CausalLM(LightningModule):
 
     def _summed_loss(self, batch: Batch) -> Tensor:
         batch = self._slice(batch)
-        return self.decoder(batch.input_ids, labels=batch.labels, documents=batch.documents, reduction="sum")
+        return self.decoder.loss(batch.input_ids, batch.labels, documents=batch.documents, reduction="sum")
 
     def _slice(self, batch: Batch) -> Batch:
         """The tokens that this rank computes; bounds of documents stay those of whole rows."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ropepp_lit.nn import DecoderConfig, HeadLayout, PositionScheme
-from ropepp_lit.nn.loss import MAX_LOGITS
+from ropepp_lit.nn.loss import rows_per_chunk
 
 PEAK_TFLOPS = {
     "B200": 2250,
@@ -130,7 +130,7 @@ def memory_of_step(
     # The loss comes when the forward pass has kept what it keeps: with three copies of a chunk of logits.
     precise = max(4, itemsize)
     forward = (layers - kept) * block + kept * boundary
-    logits = 3.0 * min(MAX_LOGITS, tokens * config.vocab_size) * precise
+    logits = 3.0 * min(rows_per_chunk(config.vocab_size, "cuda"), tokens) * config.vocab_size * precise
     # The backward pass computes blocks again, the last of those that kept their input first, and makes gradients.
     whole = max(layers - kept, kept * activation_checkpointing - kept + 1 if kept else 0)
     gradients_in_work = tokens * itemsize * (2 * width + max(0 if is_chunked else 2 * inner, 3 * heads * head))

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -164,6 +164,7 @@ def shard(decoder: Decoder, mesh: DeviceMesh, *, mixed_dtype: torch.dtype | None
     for block in decoder.model.layers:
         fully_shard(block, mesh=fsdp, mp_policy=policy)
     fully_shard(decoder, mesh=fsdp, mp_policy=policy)
+    register_fsdp_forward_method(decoder, "loss")
     if mesh["context"].size() > 1:
         decoder.set_context_group(mesh["context"].get_group())
 

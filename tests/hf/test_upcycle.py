@@ -47,7 +47,7 @@ def test_ec_has_the_output_of_the_original(changes):
 def test_gradients_reach_the_imaginary_columns_at_once():
     decoder = load_decoder(upcycle(make(), variant="ec")).train()
     input_ids = torch.randint(300, (2, 40))
-    decoder(input_ids[:, :-1], labels=input_ids[:, 1:]).backward()
+    decoder.loss(input_ids[:, :-1], input_ids[:, 1:]).backward()
     for block in decoder.model.layers:
         columns = block.self_attn.o_proj.weight.grad.unflatten(1, (-1, 2, 16))
         assert (columns.norm(dim=(0, 3)) > 0).all()

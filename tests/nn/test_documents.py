@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ropepp_lit.nn import Decoder, DecoderConfig, Documents, Frequencies, RoPE, RoPEPP
-from ropepp_lit.nn.attention import attend_within_documents
 from ropepp_lit.nn.generation import generate
+from ropepp_lit.nn.kernels import attend
 
 CONFIG = DecoderConfig(
     vocab_size=64,
@@ -49,7 +49,8 @@ def test_bounds_and_positions(packed):
     assert documents.ids[0].tolist() == [0] * 9 + [1] + [2] * 14 + [3] * 6
     assert documents.positions[0].tolist() == [*range(9), 0, *range(14), *range(6)]
     again = Documents.from_ids(documents.ids)
-    assert all(torch.equal(a, b) for a, b in zip(documents, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(documents[:3], again[:3], strict=True))
+    assert documents.longest == again.longest == 30
 
 
 def test_logits_equal_each_document_alone(decoder, rows, packed):
@@ -61,12 +62,12 @@ def test_logits_equal_each_document_alone(decoder, rows, packed):
 
 def test_loss_and_gradients_equal_each_document_alone(decoder, rows, packed):
     labels = torch.randint(0, 64, packed.shape)
-    decoder(packed, labels=labels, documents=Documents.from_eos(packed, EOS), reduction="sum").backward()
+    decoder.loss(packed, labels, documents=Documents.from_eos(packed, EOS), reduction="sum").backward()
     found = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
     decoder.zero_grad()
     for row, row_labels in zip(rows, labels, strict=True):
         for document, targets in zip(row, row_labels.split([len(d) for d in row]), strict=True):
-            decoder(document[None], labels=targets[None], reduction="sum").backward()
+            decoder.loss(document[None], targets[None], reduction="sum").backward()
     for name, parameter in decoder.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-4, rtol=1e-4)
 
@@ -86,7 +87,7 @@ def test_cached_logits_equal_uncached_ones(decoder, packed):
     parts, start = [], 0
     for size in (11, 1, 18):
         part = slice(start, start + size)
-        piece = Documents(documents.ids[:, part], documents.cu_seqlens, documents.positions[:, part])
+        piece = documents._replace(ids=documents.ids[:, part], positions=documents.positions[:, part])
         parts.append(decoder(packed[:, part], documents=piece, cache=cache))
         start += size
     torch.testing.assert_close(torch.cat(parts, 1), decoder(packed, documents=documents), atol=1e-5, rtol=0)
@@ -110,26 +111,25 @@ def test_one_call_per_document_equals_a_mask(packed):
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (queries, keys, values)), mask, enable_gqa=True
     ).transpose(1, 2)
-    found = attend_within_documents(queries, keys, values, documents)
+    found = attend(queries, keys, values, documents=documents)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(
-    ("dtype", "has_flash_attn"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)]
+    ("dtype", "implementation"), [(torch.float32, None), (torch.bfloat16, "varlen"), (torch.bfloat16, "flash_attn")]
 )
-def test_attention_on_a_gpu_equals_that_on_the_cpu(packed, dtype, has_flash_attn, monkeypatch):
-    # bfloat16 goes through flash-attn where it is installed, else through varlen_attn; float32 through the mask.
-    if not has_flash_attn:
-        monkeypatch.setattr("ropepp_lit.nn.attention.flash_attn_varlen_func", None)
+def test_attention_on_a_gpu_equals_that_on_the_cpu(packed, dtype, implementation):
+    if implementation == "flash_attn":
+        pytest.importorskip("flash_attn")
     torch.manual_seed(0)
     documents = Documents.from_eos(packed, EOS)
     heads = [torch.randn(3, 30, heads, 32).to(dtype).requires_grad_() for heads in (4, 2, 2)]
-    expected = attend_within_documents(*heads, documents)
+    expected = attend(*heads, documents=documents)
     expected.sum().backward()
-    on_gpu = Documents(*(part.cuda() for part in documents))
+    on_gpu = Documents(*(part.cuda() if isinstance(part, torch.Tensor) else part for part in documents))
     copies = [x.detach().cuda().requires_grad_() for x in heads]
-    found = attend_within_documents(*copies, on_gpu)
+    found = attend(*copies, documents=on_gpu, implementation=implementation)
     found.sum().backward()
     tolerance = {"atol": 1e-5 if dtype == torch.float32 else 2e-2, "rtol": 1e-2}
     torch.testing.assert_close(found.cpu(), expected, **tolerance)

@@ -45,7 +45,7 @@ def test_logits(golden):
 def test_loss_and_gradients(golden):
     decoder, io = golden
     labels = torch.nn.functional.pad(io["labels_shifted"], (0, 1), value=-100)
-    loss = decoder(io["input_ids"], labels=labels)
+    loss = decoder.loss(io["input_ids"], labels)
     torch.testing.assert_close(loss[None], io["loss"], atol=1e-5, rtol=0)
     loss.backward()
     gradients = {name.removeprefix("grad."): value for name, value in io.items() if name.startswith("grad.")}

@@ -29,11 +29,42 @@ def test_imaginary_query_equals_the_second_rotation_bit_for_bit(dtype):
     assert torch.equal(found[:, :, 0::2], RoPE().rotate(queries, keys, tables)[0])
 
 
-def test_tables_in_bfloat16_tell_far_positions_apart():
-    positions = torch.tensor([[30_000, 30_001]])
-    cos, sin = RoPE().tables(positions, Frequencies(), head_dim=16, dtype=torch.bfloat16)
-    assert cos.dtype == sin.dtype == torch.bfloat16
-    assert not torch.equal(cos[:, 0], cos[:, 1])
+@pytest.mark.parametrize("scheme", [RoPE(), RoPEPP(variant="ec")])
+def test_rotation_in_bfloat16_is_the_exact_one_rounded_once(scheme):
+    torch.manual_seed(0)
+    queries, keys = torch.randn(2, 1, 400, 2, 64, dtype=torch.bfloat16)
+    positions = torch.randint(0, 1000, (1, 400))
+
+    def rotated(tables_dtype, dtype):
+        tables = scheme.tables(positions, Frequencies(), head_dim=64, dtype=tables_dtype)
+        return scheme.rotate(queries.to(dtype), keys.to(dtype), tables)[0]
+
+    found = rotated(torch.float32, torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    # Angles of float32 change few roundings; cosines of bfloat16 would change about half of them.
+    assert (found == rotated(torch.float64, torch.float64).bfloat16()).double().mean() > 0.99
+
+
+@pytest.mark.parametrize("scheme", [RoPE(), RoPEPP(variant="ec"), RoPEPP(variant="eh")])
+def test_scores_in_bfloat16_depend_on_the_distance_alone(scheme):
+    torch.manual_seed(0)
+    distance, tokens, shift = 37, 64, 100_000
+    queries, keys = torch.randn(2, 1, 1, 1, 64, dtype=torch.bfloat16).expand(-1, -1, tokens, -1, -1)
+
+    def scores(first):
+        """Of query first + distance + i and key first + i."""
+        rotated = []
+        for x, start in ((queries, first + distance), (keys, first)):
+            tables = scheme.tables(
+                torch.arange(start, start + tokens)[None], Frequencies(), head_dim=64, dtype=torch.float32
+            )
+            rotated.append(scheme.rotate(x, x, tables))
+        return torch.einsum("bthd,btkd->bth", rotated[0][0].double(), rotated[1][1].double()) / 8
+
+    near, far = scores(0), scores(shift)
+    assert near.std(dim=1).max() < 0.02
+    torch.testing.assert_close(near.mean(1), far.mean(1), atol=0.02, rtol=0)
+    torch.testing.assert_close(near, far, atol=0.08, rtol=0)
 
 
 def test_tables_follow_base_and_scaling():

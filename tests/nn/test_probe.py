@@ -55,8 +55,8 @@ def test_losses_of_single_tokens_are_those_of_the_logits():
     decoder = decoder_of(RoPE())
     input_ids, labels = torch.randint(0, 50, (2, 2, 30))
     labels[0, :5] = -100
-    losses = decoder(input_ids, labels=labels, reduction="none")
+    losses = decoder.loss(input_ids, labels, reduction="none")
     logits = decoder(input_ids)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
     torch.testing.assert_close(losses.flatten(), expected)
-    torch.testing.assert_close(losses.sum(), decoder(input_ids, labels=labels, reduction="sum"))
+    torch.testing.assert_close(losses.sum(), decoder.loss(input_ids, labels, reduction="sum"))

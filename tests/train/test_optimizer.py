@@ -24,7 +24,7 @@ def descend(decoder, optimizer, steps):
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
         input_ids = torch.randint(0, 64, (2, 16), generator=generator)
-        decoder(input_ids, labels=input_ids.roll(-1, 1)).backward()
+        decoder.loss(input_ids, input_ids.roll(-1, 1)).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -63,7 +63,7 @@ def test_muon_equals_its_two_parts():
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         input_ids = torch.randint(0, 64, (2, 16), generator=generator)
-        apart(input_ids, labels=input_ids.roll(-1, 1)).backward()
+        apart.loss(input_ids, input_ids.roll(-1, 1)).backward()
         for part in (muon, adamw):
             part.step()
             part.zero_grad()

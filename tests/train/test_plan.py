@@ -23,7 +23,7 @@ def test_flops_are_those_that_torch_counts(scheme):
     decoder = Decoder(CONFIG, scheme, Frequencies())
     tokens = torch.randint(500, (1, 129))
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        decoder(tokens[:, :-1], labels=tokens[:, 1:]).backward()
+        decoder.loss(tokens[:, :-1], tokens[:, 1:]).backward()
     layout = decoder.head_layout
     scores = 12 * 3 * layout.num_attention_heads * (16 + layout.extra_dims) * 128 / 2
     expected = training_flops_per_token(CONFIG, layout, 128) + scores

@@ -25,7 +25,7 @@ def test_from_training_to_text(name, tiny, tmp_path, monkeypatch, capsys):
     main(["fit", *options, "run", "--trainer.max_steps", "2"])
     assert banner in capsys.readouterr().out
     checkpoint = read_checkpoint("run/checkpoints/last.ckpt")
-    assert checkpoint[KEY]["architecture"]["positions"]["class_path"] == f"ropepp_lit.nn.other_positions.{name}"
+    assert checkpoint[KEY]["architecture"]["positions"]["class_path"] == f"ropepp_lit.nn.baselines.{name}"
     main(["fit", *options, "run", "--trainer.max_steps", "4", "--ckpt_path", "auto"])
     main(["fit", *options, "whole", "--trainer.max_steps", "4"])
     halves, whole = (decoder_weights(read_checkpoint(f"{run}/checkpoints/last.ckpt")) for run in ("run", "whole"))

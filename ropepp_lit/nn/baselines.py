@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.frequencies import Frequencies
 from ropepp_lit.nn.positions import HeadLayout, PositionScheme, RoPE, turn
+from ropepp_lit.nn.precision import at_least_float32
 
 NOISE_GAIN = 0.3
 """Gain of the Xavier-normal noise in FoPE's matrices."""
@@ -144,11 +145,9 @@ class FoPE(RoPE):
     def tables(
         self, positions: Tensor, frequencies: Frequencies, *, head_dim: int, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        """Cos and sin of position × kept frequency, each [B, T, N] of float32, or float64 for a float64 model."""
-        precision = torch.float64 if dtype == torch.float64 else torch.float32
-        cos, sin = super().tables(positions, frequencies, head_dim=head_dim, dtype=precision)
-        kept = self._num_kept(frequencies, head_dim)
-        return cos[..., 0, :kept], sin[..., 0, :kept]
+        """Cos and sin of position × frequency, each [B, T, D/2] of `dtype`; the first N are kept."""
+        cos, sin = super().tables(positions, frequencies, head_dim=head_dim, dtype=dtype)
+        return cos.squeeze(2), sin.squeeze(2)
 
     def rotate(self, queries: Tensor, keys: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Multiply queries and keys by the mixtures of their key/value head."""
@@ -157,8 +156,7 @@ class FoPE(RoPE):
             _mix(waves, coefficients, keys.shape[-1] // 2) for waves, coefficients in ((cos, cos_coef), (sin, sin_coef))
         )
         groups = queries.unflatten(2, (keys.shape[2], -1))
-        turned = turn(groups.to(cos.dtype), cos.unsqueeze(3), sin.unsqueeze(3)).flatten(2, 3)
-        return turned.to(queries.dtype), turn(keys.to(cos.dtype), cos, sin).to(keys.dtype)
+        return turn(groups, cos.unsqueeze(3), sin.unsqueeze(3)).flatten(2, 3), turn(keys, cos, sin)
 
     def __str__(self) -> str:
         return f"FoPE for {self.context_length:,} tokens"
@@ -170,10 +168,10 @@ class FoPE(RoPE):
 
 
 def _mix(waves: Tensor, coefficients: Tensor, num_pairs: int) -> Tensor:
-    """[B, T, N] times [K, N, W], filled up with ones to [B, T, K, num_pairs]."""
-    precision = torch.float64 if coefficients.dtype == torch.float64 else torch.float32
+    """The first N of [B, T, D/2] times [K, N, W], filled up with ones to [B, T, K, num_pairs]."""
+    waves = waves[..., : coefficients.shape[1]]
     with torch.autocast(waves.device.type, enabled=False):
-        mixed = torch.einsum("btn,knw->btkw", waves.to(precision), coefficients.to(precision))
+        mixed = torch.einsum("btn,knw->btkw", waves, coefficients.to(waves.dtype))
     return F.pad(mixed, (0, num_pairs - mixed.shape[-1]), value=1.0)
 
 
@@ -217,7 +215,7 @@ class ALiBi(PositionScheme):
     def rotate(self, queries: Tensor, keys: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Put eight dimensions in front; queries and keys themselves stay as they are."""
         positions, exponents = tables
-        precision = torch.float64 if queries.dtype == torch.float64 else torch.float32
+        precision = at_least_float32(queries.dtype)
         slopes = exponents.to(precision).exp2() * math.sqrt(queries.shape[-1])  # attention divides by this root
         own, own_rest = _split(slopes * positions.to(precision)[..., None] / 256)
         coarse, fine = (part.expand_as(own) for part in _split(slopes))

@@ -202,7 +202,7 @@ def test_a_probe_sees_the_biases_of_alibi():
 
 def test_a_linear_kernel_takes_every_scheme(decoder):
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where it is not to be had
-        decoder(torch.randint(0, 64, (1, 300)), labels=torch.randint(0, 64, (1, 300))).backward()
+        decoder.loss(torch.randint(0, 64, (1, 300)), torch.randint(0, 64, (1, 300))).backward()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.02)])
@@ -282,7 +282,7 @@ def test_fope_matrices_differ_and_are_not_trained():
     assert held == {id(parameter) for parameter in decoder.parameters()}
     assert not held & {id(buffer) for buffer in decoder.buffers()}
     input_ids = torch.randint(0, 64, (2, 20))
-    decoder(input_ids[:, :-1], labels=input_ids[:, 1:]).backward()
+    decoder.loss(input_ids[:, :-1], input_ids[:, 1:]).backward()
     optimizer.step()
     for name, value in decoder.state_dict().items():
         assert torch.equal(value, before[name]) == ("coef" in name), name
