@@ -6,6 +6,7 @@ import glob
 import itertools
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ropepp_lit.data import prepare
+from ropepp_lit.data.batch import Batch
 from ropepp_lit.data.plan import PATTERN_SAMPLES, BlockPlan, Mixture
 from ropepp_lit.data.remote import RemoteFolder, is_remote
 from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenSet, TokenShards
@@ -26,19 +28,6 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.loss import IGNORE_INDEX
 from ropepp_lit.sizes import parse_bytes
-
-
-class Batch(NamedTuple):
-    """What a step reads. B batch, T context length."""
-
-    input_ids: Tensor
-    """[B, T] int64."""
-
-    labels: Tensor
-    """[B, T] int64: the next token at each place; -100 where none counts."""
-
-    documents: Documents | None
-    """Bounds of packed documents; None where rows are plain causal ones."""
 
 
 class TokenData(LightningDataModule):
@@ -282,8 +271,8 @@ class TokenData(LightningDataModule):
             self._train,
             batch_size=self.batch_size,
             num_batches=trainer.max_steps * trainer.accumulate_grad_batches,
-            num_workers=self.num_workers,
             identity=self.identity,
+            **self._loading(),
             **replica_of(trainer),
         )
 
@@ -294,10 +283,19 @@ class TokenData(LightningDataModule):
         for blocks in self._validation:
             num_batches = -(-len(blocks) // (self.batch_size * replica["num_replicas"]))
             batches = _Batches(0, num_batches, batch_size=self.batch_size, **replica)
-            loaders.append(
-                DataLoader(blocks, batch_sampler=batches, num_workers=self.num_workers, collate_fn=blocks.collate)
-            )
+            loaders.append(_loader(blocks, batches, **self._loading()))
         return loaders
+
+    def _loading(self) -> dict[str, Any]:
+        """Arguments of :func:`_loader` that depend on the trainer."""
+        strategy = getattr(self._trainer(), "strategy", None)
+        part = getattr(strategy, "tokens_of_rank", None)
+        device = getattr(strategy, "root_device", None)
+        return {
+            "num_workers": self.num_workers,
+            "tokens": None if part is None else part(self.context_length),
+            "pin_memory": device is not None and device.type == "cuda",
+        }
 
     def tokens_per_step(self, *, accumulate_grad_batches: int, num_replicas: int) -> int:
         """Tokens read for one step of the optimizer by all replicas, which read different data, together."""
@@ -333,12 +331,12 @@ class TrainLoader:
         num_batches: int,
         num_replicas: int,
         rank: int,
-        num_workers: int,
         identity: dict[str, Any],
+        **loading: Any,
     ) -> None:
         self._blocks, self._batch_size, self._num_batches = blocks, batch_size, num_batches
         self._replica = {"num_replicas": num_replicas, "rank": rank}
-        self._num_workers, self._identity = num_workers, identity
+        self._identity, self._loading = identity, loading
         self.samples = 0
 
     def __len__(self) -> int:
@@ -346,10 +344,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         batches = _Batches(self.samples, self._num_batches, batch_size=self._batch_size, **self._replica)
-        loader = DataLoader(
-            self._blocks, batch_sampler=batches, num_workers=self._num_workers, collate_fn=self._blocks.collate
-        )
-        for batch in loader:
+        for batch in _loader(self._blocks, batches, **self._loading):
             self.samples += self._batch_size * self._replica["num_replicas"]
             yield batch
 
@@ -360,6 +355,22 @@ class TrainLoader:
     def load_state_dict(self, state: dict) -> None:
         """Continue at the position of a checkpoint; from the start where data, context or seed are others now."""
         self.samples = state["samples"] if state["identity"] == self._identity else 0
+
+
+def _loader(
+    blocks: _Blocks, batches: _Batches, *, num_workers: int, tokens: Tensor | slice | None, pin_memory: bool
+) -> DataLoader:
+    """A loader of batches.
+
+    Args:
+        blocks: The samples.
+        batches: Which of them make a batch.
+        num_workers: Processes that read ahead.
+        tokens: Which tokens of a row this rank computes; None means all.
+        pin_memory: Give batches in pinned memory, which a GPU copies while the host goes on.
+    """
+    collate = partial(blocks.collate, tokens=tokens)
+    return DataLoader(blocks, batch_sampler=batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory)
 
 
 class _Batches:
@@ -428,13 +439,14 @@ class _Blocks(Dataset):
             row[end:] = IGNORE_INDEX
         return torch.from_numpy(tokens)
 
-    def collate(self, tokens: Any) -> Batch:
+    def collate(self, samples: Any, tokens: Tensor | slice | None = None) -> Batch:
         """A batch of what `__getitems__` gave: inputs, labels shifted by one, and the bounds of documents."""
-        input_ids, labels = tokens[:, :-1], tokens[:, 1:]
+        input_ids, labels = samples[:, :-1], samples[:, 1:]
         if self._in_order:
             input_ids = input_ids.clamp(min=0)  # where validation has run out of tokens
         if not self._intra_document_masking:
-            return Batch(input_ids, labels, None)
+            return Batch.create(input_ids, labels, None, tokens=tokens)
         # What follows the end of a document is another document, which it cannot foresee.
         labels = labels.masked_fill(input_ids == self._eos_token_id, IGNORE_INDEX)
-        return Batch(input_ids, labels, Documents.from_eos(input_ids, self._eos_token_id))
+        documents = Documents.from_eos(input_ids, self._eos_token_id)
+        return Batch.create(input_ids, labels, documents, tokens=tokens)

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, decoder_weights, describe_architecture, read_checkpoint
-from ropepp_lit.data.token_data import Batch, TokenData, replica_of
+from ropepp_lit.data.batch import Batch
+from ropepp_lit.data.token_data import TokenData, replica_of
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
-from ropepp_lit.nn.loss import IGNORE_INDEX
-from ropepp_lit.train.costs import device_name, peak_flops, training_flops_per_token
-from ropepp_lit.train.fsdp import FSDP2Strategy, context_slice, materialize, shard, whole
+from ropepp_lit.train.fsdp import FSDP2Strategy, materialize, shard, whole
 from ropepp_lit.train.metrics import TokenLoss
 from ropepp_lit.train.optimizer import OptimizerConfig
 from ropepp_lit.train.schedule import Schedule
+from ropepp_lit.train.throughput import Throughput
 
 _IN_PROGRESS_BAR = {"train/loss", "val/loss", "tokens_per_second", "lr", "gradient_norm"}
 
@@ -92,7 +91,8 @@ class CausalLM(LightningModule):
         self._val_losses: dict[str, TokenLoss] = {}
         self._loaded_step = 0
         self._gradient_norm: Tensor | None = None
-        self._timer = _Timer()
+        self._throughput: Throughput | None = None
+        self._validation = ExitStack()
 
     def setup(self, stage: str) -> None:
         """One loss for each validation set."""
@@ -172,7 +172,7 @@ class CausalLM(LightningModule):
                 group.update(recipe, initial_lr=recipe["lr"])
                 group["lr"] = recipe["lr"] * self._lr_factor(self.global_step)
             scheduler.base_lrs = [recipe["lr"] for recipe in self._recipe_groups]
-        self._timer.start(self.tokens_seen)
+        self._throughput = Throughput(self.config, self.decoder.head_layout, self.trainer.world_size)
 
     def _schedulers(self) -> list[Any]:
         return [config.scheduler for config in self.trainer.lr_scheduler_configs]
@@ -184,23 +184,22 @@ class CausalLM(LightningModule):
         micro-batches and ranks.
         """
         loss = self._summed_loss(batch)
-        self.train_loss.update(loss, (self._slice(batch).labels != IGNORE_INDEX).sum())
-        self.tokens_seen += batch.input_ids.numel() * replica_of(self.trainer)["num_replicas"]
-        return loss / self._slice(batch).labels.numel()
+        self.train_loss.update(loss, batch.num_labels)
+        replicas = replica_of(self.trainer)["num_replicas"]
+        self.tokens_seen += batch.num_tokens * replicas
+        if self._throughput is not None:
+            self._throughput.add(batch.num_tokens * replicas, batch.visible_pairs * replicas)
+        return loss / batch.labels.numel()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect the loss over the labels that count, for each validation set."""
         metric = list(self._val_losses.values())[dataloader_idx]
-        metric.update(self._summed_loss(batch), (self._slice(batch).labels != IGNORE_INDEX).sum())
+        metric.update(self._summed_loss(batch), batch.num_labels)
 
     def _summed_loss(self, batch: Batch) -> Tensor:
-        batch = self._slice(batch)
-        return self.decoder.loss(batch.input_ids, batch.labels, documents=batch.documents, reduction="sum")
-
-    def _slice(self, batch: Batch) -> Batch:
-        """The tokens that this rank computes; bounds of documents stay those of whole rows."""
-        tokens = context_slice(self._mesh, batch.input_ids.shape[1])
-        return batch._replace(input_ids=batch.input_ids[:, tokens], labels=batch.labels[:, tokens])
+        return self.decoder.loss(
+            batch.input_ids, batch.labels, documents=batch.documents, places=batch.places, reduction="sum"
+        )
 
     def configure_gradient_clipping(
         self,
@@ -208,11 +207,19 @@ class CausalLM(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm, and keep the norm to be logged."""
-        if gradient_clip_algorithm == "value":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        limit = gradient_clip_val if gradient_clip_val and gradient_clip_algorithm != "value" else math.inf
-        self._gradient_norm = whole(torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), limit))
+        """Clip by norm or by value, and keep the norm to be logged.
+
+        With `precision: 16-mixed` gradients are multiplied by the loss scale until the optimizer steps; Lightning
+        leaves that to optimizers that divide by it themselves, such as fused AdamW, which would be clipped too early.
+        """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(optimizer)
+        by_value = gradient_clip_algorithm == "value"
+        if by_value and gradient_clip_val:
+            torch.nn.utils.clip_grad_value_(self.decoder.parameters(), gradient_clip_val)
+        limit = gradient_clip_val if gradient_clip_val and not by_value else math.inf
+        self._gradient_norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), limit)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Every `log_every_n_steps` optimizer steps, log what happened since the last time."""
@@ -221,38 +228,55 @@ class CausalLM(LightningModule):
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self._gradient_norm is None or self.global_step % interval:
             return
-        loss, _ = self.train_loss.compute()
+        assert self._throughput is not None
+        # The only place of a step where the host waits for the device: one copy of two numbers.
+        loss, norm = torch.stack([self.train_loss.compute()[0], whole(self._gradient_norm).double()]).tolist()
         self.train_loss.reset()
+        self._gradient_norm = None
         data = getattr(self.trainer, "datamodule", None)
         values = _figures("train/", loss, data.bytes_per_token() if isinstance(data, TokenData) else None)
-        values["step"] = float(self.global_step)  # else Lightning counts from 0
-        values["tokens_per_second"] = self._timer.rate(self.tokens_seen)
-        values["tokens_seen"] = float(self.tokens_seen)
-        peak = peak_flops(device_name() or "")
-        if peak is not None:
-            flops = training_flops_per_token(self.config, self.decoder.head_layout, batch.input_ids.shape[1])
-            values["model_flops_utilization"] = flops * values["tokens_per_second"] / (peak * self.trainer.world_size)
+        values |= self._throughput.read()
+        values["tokens_seen"] = self.tokens_seen
         values["lr"] = self._schedulers()[0].get_last_lr()[0]
-        values["gradient_norm"] = self._gradient_norm
-        self._gradient_norm = None
-        for name, value in values.items():
-            self.log(name, value, prog_bar=name in _IN_PROGRESS_BAR, rank_zero_only=True)
+        values["gradient_norm"] = norm
+        self.log_figures(values, self.global_step)
 
-    @contextmanager
-    def untimed(self) -> Iterator[None]:
+    def log_figures(self, values: dict[str, float], step: int) -> None:
+        """Log numbers to the loggers, the progress bar and `trainer.callback_metrics`.
+
+        Not by Lightning's `log`: it keeps numbers on the device and reads them back after every batch that follows.
+        TensorBoard gets integers in float64, as float32 holds none beyond 2²⁴ exactly.
+
+        Args:
+            values: By name.
+            step: Optimizer steps taken.
+        """
+        for logger in self.trainer.loggers:
+            others = values
+            if isinstance(logger, TensorBoardLogger):
+                others = {name: value for name, value in values.items() if not isinstance(value, int)}
+                if self.trainer.is_global_zero:
+                    for name in values.keys() - others.keys():
+                        logger.experiment.add_scalar(name, values[name], step, new_style=True, double_precision=True)
+            logger.log_metrics(others, step)
+        tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+        self.trainer.callback_metrics.update(tensors)
+        self.trainer.logged_metrics.update(tensors)
+        self.trainer.progress_bar_metrics.update({k: v for k, v in values.items() if k in _IN_PROGRESS_BAR})
+
+    def untimed(self) -> AbstractContextManager[None]:
         """Stop the clock of training for something else."""
-        self._timer.pause()
-        yield
-        self._timer.resume()
+        return nullcontext() if self._throughput is None else self._throughput.paused()
 
     def on_validation_start(self) -> None:
         """Stop the clock of training."""
-        self._timer.pause()
+        self._validation.enter_context(self.untimed())
 
     def on_validation_epoch_end(self) -> None:
         """Log loss, perplexity and bits per byte over each whole validation set, and the loss over all of them."""
         data = getattr(self.trainer, "datamodule", None)
-        values, nats, total = {"step": float(self.steps_taken)}, 0.0, 0.0
+        values: dict[str, float] = {}
+        nats = total = 0.0
         for name, metric in self._val_losses.items():
             loss, tokens = (float(value) for value in metric.compute())
             metric.reset()
@@ -261,14 +285,14 @@ class CausalLM(LightningModule):
             prefix = "val/" if len(self._val_losses) == 1 else f"val/{name}/"
             values |= {prefix + figure: value for figure, value in found.items()}
             if not self.trainer.sanity_checking:
-                self.last_validation[name] = found | {"tokens": tokens, "step": values["step"]}
+                self.last_validation[name] = found | {"tokens": tokens, "step": float(self.steps_taken)}
         values["val/loss"] = nats / total if total else math.nan
-        for name, value in values.items():
-            self.log(name, value, prog_bar=name in _IN_PROGRESS_BAR, rank_zero_only=True)
+        if not self.trainer.sanity_checking:
+            self.log_figures(values, self.steps_taken)
 
     def on_validation_end(self) -> None:
         """Let the clock of training run on."""
-        self._timer.resume()
+        self._validation.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what :mod:`ropepp_lit.checkpoint` describes."""
@@ -302,34 +326,9 @@ class CausalLM(LightningModule):
             counts.update({"ready": batches, "started": batches, "processed": batches, "completed": batches - behind})
 
 
-def _figures(prefix: str, loss: Any, bytes_per_token: float | None) -> dict[str, Any]:
+def _figures(prefix: str, loss: float, bytes_per_token: float | None) -> dict[str, Any]:
     """Loss in nats per token, its perplexity, and bits per byte where the bytes are known."""
-    loss = float(loss)
     values = {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(min(loss, 700.0))}
     if bytes_per_token is not None:
         values[f"{prefix}bits_per_byte"] = loss / math.log(2) / bytes_per_token
     return values
-
-
-class _Timer:
-    """Tokens per second of training, validation not counted."""
-
-    def __init__(self) -> None:
-        self._paused_at: float | None = None
-
-    def start(self, tokens: int) -> None:
-        self._since, self._tokens = time.perf_counter(), tokens
-
-    def pause(self) -> None:
-        self._paused_at = time.perf_counter()
-
-    def resume(self) -> None:
-        if self._paused_at is not None and hasattr(self, "_since"):
-            self._since += time.perf_counter() - self._paused_at
-        self._paused_at = None
-
-    def rate(self, tokens: int) -> float:
-        now = time.perf_counter()
-        rate = (tokens - self._tokens) / (now - self._since)
-        self.start(tokens)
-        return rate

@@ -47,14 +47,25 @@ def matrix_parameters(config: DecoderConfig, layout: HeadLayout) -> int:
     return config.num_hidden_layers * (attention + 3 * width * config.intermediate_size) + width * config.vocab_size
 
 
-def training_flops_per_token(config: DecoderConfig, layout: HeadLayout, context_length: int) -> float:
-    """Operations of forward and backward pass per token, recomputation not counted (PaLM's convention).
+def training_flops(config: DecoderConfig, layout: HeadLayout, *, tokens: float, pairs: float) -> float:
+    """Operations of forward and backward pass, recomputation not counted (PaLM's convention, arXiv 2204.02311).
 
-    Six for each parameter of a matrix, and for each attention head, of which EC has twice as many, twelve for each
-    dimension (ALiBi adds eight) and each of the context_length / 2 tokens that a token sees on average.
+    Six for each token and parameter of a matrix, and twelve for each dimension of an attention head, of which EC has
+    twice as many (ALiBi adds eight dimensions), and each pair of a query and a key that it sees.
+
+    Args:
+        config: Geometry.
+        layout: Head counts.
+        tokens: Tokens of the batch.
+        pairs: Pairs of a query and a key that it sees, in each head.
     """
-    scores = layout.num_attention_heads * (config.head_dim + layout.extra_dims) * context_length / 2
-    return 6 * matrix_parameters(config, layout) + 12 * config.num_hidden_layers * scores
+    dims = layout.num_attention_heads * (config.head_dim + layout.extra_dims)
+    return 6 * matrix_parameters(config, layout) * tokens + 12 * config.num_hidden_layers * dims * pairs
+
+
+def training_flops_per_token(config: DecoderConfig, layout: HeadLayout, context_length: int) -> float:
+    """:func:`training_flops` of a token in a row of one document: it sees context_length / 2 tokens on average."""
+    return training_flops(config, layout, tokens=1, pairs=context_length / 2)
 
 
 def cache_bytes_per_token(config: DecoderConfig, layout: HeadLayout, *, itemsize: int = 2) -> int:

@@ -78,10 +78,12 @@ class Evaluation(Callback):
                 for item in measure(model, unit, self.settings, texts)[0]
                 if item.position is None and item.depth is None
             ]
+        values = {}
         for item in [*found, *averages(found)]:
             noise = "" if item.noise_std is None else f"/noise_{item.heads}_{item.noise_std:g}"
             name = "/".join(filter(None, ("eval", item.task, item.part, str(item.length), item.metric)))
-            pl_module.log(f"{name}{noise}", item.value, rank_zero_only=True)
+            values[f"{name}{noise}"] = float(item.value)
+        pl_module.log_figures(values, step)
 
     @staticmethod
     def _model(decoder: Decoder, data: TokenData) -> Model:

@@ -77,6 +77,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         replicate, shard = (ranks.get_local_rank(name) for name in ("replicate", "shard"))
         return {"num_replicas": ranks.size(), "rank": replicate * ranks.size(1) + shard}
 
+    def tokens_of_rank(self, num_tokens: int) -> slice:
+        """The tokens of a row that this rank computes."""
+        ranks, rank = self.device_mesh["context"].size(), self.device_mesh.get_local_rank("context")
+        return slice(rank * num_tokens // ranks, (rank + 1) * num_tokens // ranks)
+
     def setup_environment(self) -> None:
         """Make the processes known to each other, and the mesh (replicate, shard, context)."""
         ParallelStrategy.setup_environment(self)
@@ -183,14 +188,6 @@ def materialize(decoder: Decoder, weights: dict[str, Tensor] | None, device: tor
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     state: dict[str, Any] = dict(weights or {})
     set_model_state_dict(decoder, state, options=options)
-
-
-def context_slice(mesh: DeviceMesh | None, num_tokens: int) -> slice:
-    """The tokens of a row that this rank computes."""
-    if mesh is None or mesh.mesh_dim_names is None or "context" not in mesh.mesh_dim_names:
-        return slice(0, num_tokens)
-    ranks, rank = mesh["context"].size(), mesh.get_local_rank("context")
-    return slice(rank * num_tokens // ranks, (rank + 1) * num_tokens // ranks)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ class TokenLoss(Metric):
         self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, nats: Tensor, tokens: Tensor) -> None:
-        """Add a batch.
+    def update(self, nats: Tensor, tokens: int) -> None:
+        """Add a batch; the device is not waited for.
 
         Args:
             nats: Cross-entropy summed over the labels that count.

@@ -1,19 +1,29 @@
 """The LightningModule under a plain Trainer, as from a script of one's own."""
 
 import math
+import time
+import traceback
+from unittest.mock import patch
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import MixedPrecision
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ropepp_lit.data.token_data import TokenData
-from ropepp_lit.nn import DecoderConfig, Frequencies, RoPEPP
+from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPEPP, kernels
+from ropepp_lit.train import throughput
 from ropepp_lit.train.callbacks import TextSample
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.costs import training_flops_per_token
-from ropepp_lit.train.optimizer import AdamW
+from ropepp_lit.train.costs import training_flops
+from ropepp_lit.train.optimizer import AdamW, Muon
 from ropepp_lit.train.schedule import Cosine
+from ropepp_lit.train.throughput import Throughput
 
 CONFIG = DecoderConfig(
     vocab_size=258,
@@ -84,15 +94,120 @@ def test_gradient_norm_is_logged_before_clipping(train):
     assert clipped.logged_metrics["gradient_norm"].item() == pytest.approx(norm)
 
 
-def test_utilization_of_a_known_device_is_logged(train, monkeypatch):
-    monkeypatch.setattr("ropepp_lit.train.causal_lm.device_name", lambda: "NVIDIA H100 80GB HBM3")
-    model, trainer = train(max_steps=2)
-    metrics = trainer.logged_metrics
-    flops = training_flops_per_token(model.config, model.decoder.head_layout, 64)
-    expected = metrics["tokens_per_second"] * flops / 989e12
-    assert metrics["model_flops_utilization"] == pytest.approx(float(expected), rel=1e-5)
-    monkeypatch.setattr("ropepp_lit.train.causal_lm.device_name", lambda: None)
+def test_utilization_of_a_known_device_counts_the_attention_that_is_computed(train, monkeypatch):
+    monkeypatch.setattr(throughput, "device_name", lambda: "NVIDIA H100 80GB HBM3")
+    read = []
+    monkeypatch.setattr(Throughput, "add", lambda self, tokens, pairs: read.append((self, tokens, pairs)))
+    model, _ = train(max_steps=2)
+    for _, tokens, pairs in read:
+        assert tokens == 2 * 64
+        assert tokens < pairs <= 2 * 64 * 65 // 2
+    clock = read[-1][0]
+    monkeypatch.undo()
+    clock.add(1000, 5000)
+    figures = clock.read()
+    flops = training_flops(model.config, model.decoder.head_layout, tokens=1000, pairs=5000)
+    utilization = figures["tokens_per_second"] / 1000 * flops / 989e12
+    assert figures["model_flops_utilization"] == pytest.approx(utilization)
     assert "model_flops_utilization" not in train(max_steps=1)[1].logged_metrics
+
+
+def test_the_clock_goes_on_when_what_it_waits_for_fails():
+    clock = Throughput(CONFIG, RoPEPP().head_layout(num_attention_heads=4, num_key_value_heads=2), 1)
+
+    def fail():
+        with clock.paused():
+            time.sleep(0.2)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    clock.add(1000, 0)
+    assert clock.read()["tokens_per_second"] > 1000 / 0.15
+
+
+class HostReads(TorchDispatchMode):
+    """Where a value of a tensor is read, such as by `item`, `float` or `tolist`."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = []
+
+    def __enter__(self):
+        self.patch = patch.object(
+            torch.Tensor, "tolist", lambda tensor: [value.item() for value in tensor]
+        )  # on a CPU it passes no dispatcher
+        self.patch.start()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        self.patch.stop()
+        return super().__exit__(*exception)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.places.append("".join(traceback.format_stack(limit=12)))
+        return func(*args, **(kwargs or {}))
+
+
+class WatchHostReads(Callback):
+    """Reads of a value from the device in each micro-batch, from the transfer of the batch to the loop's next one."""
+
+    def __init__(self):
+        self.counts, self.mode = [], None
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if self.mode is not None:
+            self.mode.__exit__(None, None, None)
+            self.counts.append(self.mode.places)
+        self.mode = HostReads().__enter__()
+
+    def on_train_end(self, trainer, module):
+        self.mode.__exit__(None, None, None)
+
+
+def test_no_micro_batch_waits_for_the_device_but_to_log(train, monkeypatch):
+    # On a CPU attention reads the lengths of documents and ids are checked; on a GPU neither is done.
+    monkeypatch.setattr(Decoder, "_check_ids", lambda self, input_ids: None)
+    monkeypatch.setattr(kernels, "attend_packed", lambda q, k, v, segments, **_: q)
+    watch = WatchHostReads()
+    train(max_steps=6, accumulate_grad_batches=2, log_every_n_steps=3, gradient_clip_val=1.0, callbacks=[watch])
+    # Batches are made on the CPU, before they are copied.
+    reads = [[place for place in places if "collate" not in place] for places in watch.counts]
+    assert [len(places) > 0 for places in reads] == [False] * 5 + [True] + [False] * 5, reads
+    assert len(reads[5]) == 2
+
+
+@pytest.mark.parametrize("optimizer", [AdamW(lr=0.01), Muon(lr=0.01)])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_scaled_gradients_are_clipped_at_their_true_size(train, optimizer, algorithm):
+    # AdamW divides by the scale itself, when it is too late to clip; Muon's gradients are divided by Lightning.
+    runs = []
+    for scale in (None, 2.0**10):
+        scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+        precision = MixedPrecision("bf16-mixed", "cpu", scaler=None)
+        precision.scaler = scaler
+        model, trainer = train(
+            precision=None, plugins=[precision], optimizer=optimizer, max_steps=3, gradient_clip_val=0.05,
+            gradient_clip_algorithm=algorithm,
+        )  # fmt: skip
+        runs.append((trainer.logged_metrics["gradient_norm"].item(), model.state_dict()))
+    (plain_norm, plain), (scaled_norm, scaled) = runs
+    assert scaled_norm == pytest.approx(plain_norm, rel=1e-2)
+    for name, value in plain.items():
+        torch.testing.assert_close(scaled[name], value, atol=2e-3, rtol=0)
+
+
+def test_tokens_are_logged_exactly(train, tmp_path):
+    class ManyTokens(Callback):
+        def on_train_start(self, trainer, module):
+            module.tokens_seen = 2**24 + 1
+
+    train(max_steps=1, callbacks=[ManyTokens()], logger=TensorBoardLogger(tmp_path, name="", version=""))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (event,) = events.Tensors("tokens_seen")
+    assert tensor_util.make_ndarray(event.tensor_proto).item() == 2**24 + 1 + 2 * 64
+    assert {"train/loss", "gradient_norm", "tokens_per_second", "lr"} <= set(events.Tags()["scalars"])
 
 
 class NormAtStep(Callback):

@@ -1,0 +1,64 @@
+"""What a training step reads, with all that a GPU would have to be waited for computed on the CPU.
+
+Shapes: B rows, T tokens of each row that this rank computes, M labels that count.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ropepp_lit.nn.documents import Documents
+from ropepp_lit.nn.loss import IGNORE_INDEX
+
+
+class Batch(NamedTuple):
+    """A micro-batch of one rank."""
+
+    input_ids: Tensor
+    """[B, T] int64."""
+
+    labels: Tensor
+    """[B, T] int64: the next token at each place; -100 where none counts."""
+
+    documents: Documents | None
+    """Bounds of packed documents in whole rows; None where rows are plain causal ones."""
+
+    places: Tensor | None
+    """[M] int64: where the labels count, in the flattened batch; None where all do."""
+
+    num_labels: int
+    """M."""
+
+    num_tokens: int
+    """Tokens of whole rows."""
+
+    visible_pairs: int
+    """Pairs of a query and a key that it sees, in whole rows: Σ n (n + 1) / 2 over documents of n tokens."""
+
+    @classmethod
+    def create(
+        cls, input_ids: Tensor, labels: Tensor, documents: Documents | None, *, tokens: Tensor | slice | None = None
+    ) -> Batch:
+        """A batch of whole rows on the CPU.
+
+        Args:
+            input_ids: [B, row] int64.
+            labels: [B, row] int64.
+            documents: Bounds of packed documents.
+            tokens: Which tokens of a row this rank computes; None means all.
+        """
+        rows, length = input_ids.shape
+        if documents is None:
+            pairs = rows * length * (length + 1) // 2
+        else:
+            lengths = documents.cu_seqlens.diff().long()
+            pairs = int((lengths * (lengths + 1)).sum()) // 2
+        num_tokens = input_ids.numel()
+        if tokens is not None:
+            input_ids, labels = input_ids[:, tokens], labels[:, tokens]
+        counts = (labels != IGNORE_INDEX).flatten()
+        num_labels = int(counts.sum())
+        places = None if num_labels == len(counts) else counts.nonzero().flatten()
+        return cls(input_ids, labels, documents, places, num_labels, num_tokens, pairs)

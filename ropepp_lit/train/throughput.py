@@ -1,0 +1,61 @@
+"""How fast training runs: tokens per second, and the share of the GPUs' peak that the model's arithmetic reaches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ropepp_lit.nn import DecoderConfig, HeadLayout
+from ropepp_lit.train.costs import device_name, peak_flops, training_flops
+
+
+class Throughput:
+    """A clock of training that stops for validation, samples and evaluation.
+
+    Args:
+        config: Geometry of the decoder.
+        layout: Head counts.
+        num_devices: Devices that train together.
+    """
+
+    def __init__(self, config: DecoderConfig, layout: HeadLayout, num_devices: int) -> None:
+        self._config, self._layout = config, layout
+        peak = peak_flops(device_name() or "")
+        self._peak = None if peak is None else peak * num_devices
+        self._restart()
+
+    def add(self, tokens: int, pairs: int) -> None:
+        """Count a micro-batch.
+
+        Args:
+            tokens: Tokens of all devices.
+            pairs: Pairs of a query and a key that it sees, of all devices.
+        """
+        self._tokens += tokens
+        self._flops += training_flops(self._config, self._layout, tokens=tokens, pairs=pairs)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock, also when what runs inside fails."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - started
+
+    def read(self) -> dict[str, float]:
+        """Figures since the last call, and start again.
+
+        Returns:
+            `tokens_per_second`, and `model_flops_utilization` (arXiv 2204.02311) where the peak of the GPU is known.
+        """
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        figures = {"tokens_per_second": self._tokens / seconds}
+        if self._peak is not None:
+            figures["model_flops_utilization"] = self._flops / seconds / self._peak
+        self._restart()
+        return figures
+
+    def _restart(self) -> None:
+        self._since, self._tokens, self._flops = time.perf_counter(), 0, 0.0

@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from ropepp_lit.data.batch import Batch
+from ropepp_lit.nn import Documents
+
+EOS = 1
+INPUT_IDS = torch.tensor([[5, 1, 7, 7, 7, 1], [7] * 6])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_visible_pairs_equal_those_of_a_mask(packed):
+    documents = Documents.from_eos(INPUT_IDS, EOS) if packed else None
+    ids = documents.ids if packed else torch.zeros_like(INPUT_IDS)
+    batch = Batch.create(INPUT_IDS, INPUT_IDS, documents)
+    assert batch.visible_pairs == (ids[:, :, None] == ids[:, None]).tril().sum()
+    assert batch.num_tokens == 12
+
+
+@pytest.mark.parametrize("tokens", [None, slice(2, 5), torch.tensor([0, 1, 4, 5])])
+def test_places_are_those_of_the_labels_that_count_on_this_rank(tokens):
+    labels = INPUT_IDS.masked_fill(INPUT_IDS == EOS, -100)
+    batch = Batch.create(INPUT_IDS, labels, None, tokens=tokens)
+    expected = (batch.labels.flatten() != -100).nonzero().flatten()
+    assert batch.num_labels == len(expected)
+    if batch.places is not None:
+        assert torch.equal(batch.places, expected)
+    assert (batch.places is None) == (len(expected) == batch.labels.numel())
+    assert batch.input_ids.shape == batch.labels.shape
+    assert batch.num_tokens == 12  # of whole rows
+
+
+def test_no_places_where_all_labels_count():
+    assert Batch.create(INPUT_IDS, INPUT_IDS, None).places is None
