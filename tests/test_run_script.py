@@ -1,6 +1,5 @@
 """`tools/run` on a project that installs without a network in seconds."""
 
-
 import shutil
 import subprocess
 import sys
@@ -128,7 +127,7 @@ def test_mistakes(project, environment, message):
     (project.parent / "full").mkdir()
     (project.parent / "full" / "file").touch()
     environment = {key: value.format(tools=tools) for key, value in environment.items()}
-    output, errors = finish(start(project, "small", **environment), 2)
+    _, errors = finish(start(project, "small", **environment), 2)
     assert errors.startswith("tools/run: error: ")
     assert message in errors
     assert errors.count("\n") == 1
