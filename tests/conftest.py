@@ -1,3 +1,4 @@
+import functools
 import itertools
 import json
 import os
@@ -84,12 +85,12 @@ def command_server():
 
 
 @pytest.fixture(scope="session")
-def run(command_path, command_server, free_port, tmp_path_factory):
-    """Runs the installed command in a process of its own and a given folder; returns the finished process."""
+def run_file(command_server, free_port, tmp_path_factory):
+    """Runs a Python file in a process of its own and a given folder; returns the finished process."""
     output, errors = (tmp_path_factory.mktemp("run") / name for name in ("output", "errors"))
 
-    def run(*arguments, cwd, returncode=0, timeout=600):
-        command = [command_path, *map(str, arguments)]
+    def run_file(*command, cwd, returncode=0, timeout=600):
+        command = [str(word) for word in command]
         environment = {**os.environ, "MASTER_PORT": str(free_port())}
         job = {"command": command, "cwd": str(cwd), "environment": environment}
         print(json.dumps({**job, "output": str(output), "errors": str(errors)}), file=command_server.stdin, flush=True)
@@ -101,7 +102,13 @@ def run(command_path, command_server, free_port, tmp_path_factory):
         assert finished.returncode == returncode, finished.stdout + finished.stderr
         return finished
 
-    return run
+    return run_file
+
+
+@pytest.fixture(scope="session")
+def run(run_file, command_path):
+    """Runs the installed command in a process of its own and a given folder; returns the finished process."""
+    return functools.partial(run_file, command_path)
 
 
 @pytest.fixture
