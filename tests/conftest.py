@@ -12,14 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from ropepp_lit.cli import main
-from ropepp_lit.data.prepare import Settings, prepare_cached
 
-# The models are tiny, and the tests run in parallel: more threads would only wait for one another.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # processes that tests start
+# For PyTorch, which nothing has imported yet, here and in the processes that tests start: the models are tiny, and the
+# tests run in parallel.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -48,6 +46,8 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(texts, tmp_path_factory):
     """Options of `fit` and `validate` for a model of a few thousand parameters on a folder of text."""
+    from ropepp_lit.data.prepare import Settings, prepare_cached  # imports PyTorch
+
     recipe = Path(__file__).parent / "train" / "tiny.yaml"
     cache = tmp_path_factory.mktemp("cache")
     settings = Settings(tokenizer="bytes", validation_fraction=0.2, on_error="skip")  # those of tiny.yaml
