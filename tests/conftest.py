@@ -1,16 +1,36 @@
+import functools
+import itertools
+import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from ropepp_lit.cli import main
-from ropepp_lit.data.prepare import Settings, prepare_cached
 
-torch.set_num_threads(2)
+# For PyTorch, which nothing has imported yet, here and in the processes that tests start: the models are tiny, and the
+# tests run in parallel.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Processes that run the tests: one per core, four at most; none beside pytest's own for a single file."""
+    if len(config.args) == 1 and Path(config.args[0].split("::")[0]).is_file():
+        return 0
+    return min(4, os.cpu_count() or 1)
+
+
+def pytest_collection_modifyitems(items):
+    """Files that start processes come first, so that no long one begins when the others are done."""
+    long = {item.path for item in items if item.get_closest_marker("end_to_end")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +46,8 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(texts, tmp_path_factory):
     """Options of `fit` and `validate` for a model of a few thousand parameters on a folder of text."""
+    from ropepp_lit.data.prepare import Settings, prepare_cached  # imports PyTorch
+
     recipe = Path(__file__).parent / "train" / "tiny.yaml"
     cache = tmp_path_factory.mktemp("cache")
     settings = Settings(tokenizer="bytes", validation_fraction=0.2, on_error="skip")  # those of tiny.yaml
@@ -40,21 +62,57 @@ def command_path():
 
 
 @pytest.fixture(scope="session")
-def run(command_path):
-    """Runs the installed command in a fresh process and a given folder; returns the finished process."""
+def free_port():
+    """Returns a free TCP port that no other worker takes, for the processes of a distributed run to meet at."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    ports = itertools.cycle(range(10_000 + 1_000 * worker, 11_000 + 1_000 * worker))  # below those that systems assign
+    for _ in range(os.getpid() % 1_000):  # other runs of the tests on this machine begin elsewhere
+        next(ports)
 
-    def run(*arguments, cwd, returncode=0, timeout=600):
-        finished = subprocess.run(
-            [command_path, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, timeout=timeout
-        )
+    def is_free(port):
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) != 0
+
+    return lambda: next(filter(is_free, ports))
+
+
+@pytest.fixture(scope="session")
+def command_server():
+    """The process of `command_server.py`."""
+    command = [sys.executable, Path(__file__).with_name("command_server.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def run_file(command_server, free_port, tmp_path_factory):
+    """Runs a Python file in a process of its own and a given folder; returns the finished process."""
+    output, errors = (tmp_path_factory.mktemp("run") / name for name in ("output", "errors"))
+
+    def run_file(*command, cwd, returncode=0, timeout=600):
+        command = [str(word) for word in command]
+        environment = {**os.environ, "MASTER_PORT": str(free_port())}
+        job = {"command": command, "cwd": str(cwd), "environment": environment}
+        print(json.dumps({**job, "output": str(output), "errors": str(errors)}), file=command_server.stdin, flush=True)
+        timer = threading.Timer(timeout, os.kill, [int(command_server.stdout.readline()), signal.SIGKILL])
+        timer.start()
+        code = int(command_server.stdout.readline())
+        timer.cancel()
+        finished = subprocess.CompletedProcess(command, code, output.read_text(), errors.read_text())
         assert finished.returncode == returncode, finished.stdout + finished.stderr
         return finished
 
-    return run
+    return run_file
+
+
+@pytest.fixture(scope="session")
+def run(run_file, command_path):
+    """Runs the installed command in a process of its own and a given folder; returns the finished process."""
+    return functools.partial(run_file, command_path)
 
 
 @pytest.fixture
-def start_training():
+def start_training(free_port):
     """Starts a command that trains into the folder `run`; returns its psutil.Popen once it has saved a checkpoint.
 
     It prints into the files `output` and `errors`: a pipe that nobody reads would fill and hold it up. What is still
@@ -64,7 +122,10 @@ def start_training():
 
     def start_training(*command, cwd):
         with (cwd / "output").open("w") as output, (cwd / "errors").open("w") as errors:
-            process = psutil.Popen([str(word) for word in command], cwd=cwd, stdout=output, stderr=errors)
+            process = psutil.Popen(
+                [str(word) for word in command], cwd=cwd, stdout=output, stderr=errors,
+                env={**os.environ, "MASTER_PORT": str(free_port())},
+            )  # fmt: skip
         started.append(process)
         last, deadline = cwd / "run/checkpoints/last.ckpt", time.monotonic() + 120
         while not last.exists():

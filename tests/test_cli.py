@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -120,20 +119,20 @@ def test_unknown_subcommand(mistake):
     assert "generate, evaluate, figures" in said
 
 
-def test_help_and_version(run, tmp_path):
-    start = time.perf_counter()
-    printed = run("--help", cwd=tmp_path).stdout
-    assert time.perf_counter() - start < 2
+def test_help_and_version(run, command_path, tmp_path):
+    def fresh(*words):
+        """What the command prints in a process that is started for it, in at most two seconds."""
+        return subprocess.run([command_path, *words], capture_output=True, text=True, check=True, timeout=2).stdout
+
+    printed = fresh("--help")
     for name in SUBCOMMANDS:
         assert name in printed
-    start = time.perf_counter()
-    assert "--max_new_tokens" in run("generate", "--help", cwd=tmp_path).stdout
-    assert time.perf_counter() - start < 2
+    assert "--max_new_tokens" in fresh("generate", "--help")
     for name in ("fit", "validate"):
         printed = run(name, "--help", cwd=tmp_path).stdout
         for key in ("--model.decoder.size", "--data.context_length", "--checkpoints.every_n_steps", "--ckpt_path"):
             assert key in printed, (name, key)
-    assert run("--version", cwd=tmp_path).stdout.startswith("ropepp-lit 0.")
+    assert fresh("--version").startswith("ropepp-lit 0.")
 
 
 @pytest.mark.parametrize("subcommand", ["generate", "figures"])

@@ -244,43 +244,49 @@ print("left", left)
 """
 
 
-def killed_at(moment, source, out):
-    arguments = [sys.executable, "-c", KILLED, str(moment), source, str(out)]
-    return subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
+@pytest.fixture(scope="module")
+def kill_at(run_file, tmp_path_factory):
+    """Prepares a source in a process that is killed at a moment; returns the moments left if it was not reached."""
+    folder = tmp_path_factory.mktemp("script")
+    (folder / "killed.py").write_text(KILLED)
+
+    def kill_at(moment, source, out, *, returncode=0):
+        printed = run_file(folder / "killed.py", moment, source, out, cwd=folder, returncode=returncode).stdout
+        return int(printed.split()[-1]) if returncode == 0 else 0
+
+    return kill_at
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(kill_at, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     source = store(folder / "texts", "jsonl.zst", [*DOCUMENTS, *DOCUMENTS[:30]])
-    finished = killed_at(10_000, source, folder / "out")
-    assert finished.returncode == 0, finished.stderr
-    return source, contents(folder / "out"), 10_000 - int(finished.stdout.split()[-1])
+    left = kill_at(10_000, source, folder / "out")
+    return source, contents(folder / "out"), 10_000 - left
 
 
-def kill_and_resume(undisturbed, tmp_path, moment):
+def kill_and_resume(kill_at, undisturbed, tmp_path, moment):
     source, expected, _ = undisturbed
-    assert killed_at(moment, source, tmp_path / "out").returncode == -signal.SIGKILL
-    finished = killed_at(10_000, source, tmp_path / "out")
-    assert finished.returncode == 0, finished.stderr
+    kill_at(moment, source, tmp_path / "out", returncode=-signal.SIGKILL)
+    kill_at(10_000, source, tmp_path / "out")
     assert contents(tmp_path / "out") == expected
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
 
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("share", [0.3, 0.99])
-def test_killed_and_resumed(undisturbed, tmp_path, share):
-    kill_and_resume(undisturbed, tmp_path, round(share * undisturbed[2]))
+def test_killed_and_resumed(kill_at, undisturbed, tmp_path, share):
+    kill_and_resume(kill_at, undisturbed, tmp_path, round(share * undisturbed[2]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(40))
-def test_killed_at_any_moment_and_resumed(undisturbed, tmp_path, number):
-    kill_and_resume(undisturbed, tmp_path, random.Random(number).randrange(1, undisturbed[2] + 1))
+def test_killed_at_any_moment_and_resumed(kill_at, undisturbed, tmp_path, number):
+    kill_and_resume(kill_at, undisturbed, tmp_path, random.Random(number).randrange(1, undisturbed[2] + 1))
 
 
 @pytest.mark.end_to_end
-def test_the_installed_command_is_killed_and_goes_on(command_path, tmp_path):
+def test_the_installed_command_is_killed_and_goes_on(command_path, run_file, tmp_path):
     source = store(tmp_path / "texts", "jsonl", DOCUMENTS * 2000)
     command = [command_path, "prepare", source, "--tokenizer", "bytes", "--chunk_size", "1MB", "--out"]
     process = subprocess.Popen([*command, tmp_path / "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -289,14 +295,14 @@ def test_the_installed_command_is_killed_and_goes_on(command_path, tmp_path):
     process.kill()
     process.wait()
     assert not (tmp_path / "out").exists()
-    finished = subprocess.run([*command, tmp_path / "out"], capture_output=True, text=True, check=True)
-    subprocess.run([*command, tmp_path / "whole", "--workers", "1"], capture_output=True, check=True)
+    printed = run_file(*command, tmp_path / "out", cwd=tmp_path).stdout
+    run_file(*command, tmp_path / "whole", "--workers", "1", cwd=tmp_path)
     (tmp_path / "out/lengths.png").unlink()
     (tmp_path / "whole/lengths.png").unlink()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert "120,000" in finished.stdout
-    assert "share of tokens" in finished.stdout
-    verified = subprocess.run([command_path, "prepare", "--verify", tmp_path / "out"], capture_output=True, text=True)
+    assert "120,000" in printed
+    assert "share of tokens" in printed
+    verified = run_file(command_path, "prepare", "--verify", tmp_path / "out", cwd=tmp_path)
     assert "tokens are as they were written" in verified.stdout
 
 
