@@ -11,18 +11,17 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, decoder_weights, describe_architecture, read_checkpoint
+from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, describe_architecture, read_checkpoint
 from ropepp_lit.data.token_data import Batch, TokenData, replica_of
 from ropepp_lit.errors import UsageError
-from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
 from ropepp_lit.nn.loss import IGNORE_INDEX
 from ropepp_lit.train.costs import device_name, peak_flops, training_flops_per_token
-from ropepp_lit.train.fsdp import FSDP2Strategy, context_slice, materialize, shard, whole
+from ropepp_lit.train.fsdp import FSDP2Strategy, whole
 from ropepp_lit.train.metrics import TokenLoss
 from ropepp_lit.train.optimizer import OptimizerConfig
+from ropepp_lit.train.parallel import build_decoder
 from ropepp_lit.train.schedule import Schedule
 
 _IN_PROGRESS_BAR = {"train/loss", "val/loss", "tokens_per_second", "lr", "gradient_norm"}
@@ -41,7 +40,7 @@ class CausalLM(LightningModule):
         offload_activations: Keep those inputs in the CPU's memory; for GPUs, with activation_checkpointing.
         mlp_chunk_tokens: Tokens of a row that the SwiGLU layers compute at once, and again in the backward pass; empty
             computes all and keeps what they need.
-        compile: Compile each block by torch.compile.
+        compile: Compile each block by torch.compile; empty compiles on CUDA only.
         init_from: A checkpoint or a Hugging Face folder whose weights training begins with; optimizer, schedule and
             data begin anew. Its geometry and variant must be the recipe's; base and scaling may be others.
         init_optimizer: Take the optimizer's state from there too (of a checkpoint in one file).
@@ -59,7 +58,7 @@ class CausalLM(LightningModule):
         activation_checkpointing: int = 0,
         offload_activations: bool = False,
         mlp_chunk_tokens: int | None = None,
-        compile: bool = False,
+        compile: bool | None = None,
         init_from: str | None = None,
         init_optimizer: bool = False,
     ) -> None:
@@ -80,6 +79,8 @@ class CausalLM(LightningModule):
         self.activation_checkpointing, self.offload_activations = activation_checkpointing, offload_activations
         self.mlp_chunk_tokens, self.compile_blocks = mlp_chunk_tokens, compile
         self.init_from, self.init_optimizer = init_from, init_optimizer
+        self.loads_checkpoint = False
+        """Whether a checkpoint's weights follow, so that none need be drawn; the command sets it."""
         self.recipe: dict[str, Any] | None = None
         """The run's whole recipe; the command sets it, and checkpoints carry it."""
         self.settings: dict[str, str | None] = {}
@@ -106,42 +107,18 @@ class CausalLM(LightningModule):
         """Build the decoder (Lightning calls this once the precision and the strategy are known)."""
         if hasattr(self, "decoder"):
             return
-        mesh = self._mesh
-        if mesh is None:
-            self.decoder = self._build()
-            return
-        with torch.device("meta"):
-            self.decoder = Decoder(self.config, self.scheme, self.frequencies)
-        self._set_levers(self.decoder)
-        is_mixed = self.trainer.precision == "bf16-mixed"
-        shard(self.decoder, mesh, mixed_dtype=torch.bfloat16 if is_mixed else None)
-        # Rank 0 draws the weights, the very ones of a single process, and the others get their shards from it.
-        weights = self._build().state_dict() if self.trainer.is_global_zero else None
-        materialize(self.decoder, weights, self.trainer.strategy.root_device)
-
-    def _build(self) -> Decoder:
-        """The whole decoder with its first weights."""
-        decoder = Decoder(self.config, self.scheme, self.frequencies)
-        if self.init_from is not None:
-            decoder.load_state_dict(decoder_weights(open_checkpoint(self.init_from)))
-        self._set_levers(decoder)
-        return decoder
-
-    def _set_levers(self, decoder: Decoder) -> None:
-        decoder.save_memory(
-            checkpoint_every=self.activation_checkpointing,
-            offload=self.offload_activations,
-            mlp_chunk_tokens=self.mlp_chunk_tokens,
-        )
-        if self.compile_blocks:
-            for block in decoder.model.layers:
-                block.compile()
-
-    @property
-    def _mesh(self) -> DeviceMesh | None:
-        """The devices of FSDP2; None with other strategies."""
         strategy = self.trainer.strategy if self._trainer is not None else None
-        return strategy.device_mesh if isinstance(strategy, FSDP2Strategy) else None
+        self.decoder = build_decoder(
+            lambda: Decoder(self.config, self.scheme, self.frequencies),
+            device=torch.device("cpu") if strategy is None else strategy.root_device,
+            shard=strategy.shard if isinstance(strategy, FSDP2Strategy) else None,
+            activation_checkpointing=self.activation_checkpointing,
+            offload_activations=self.offload_activations,
+            mlp_chunk_tokens=self.mlp_chunk_tokens,
+            compile=self.compile_blocks,
+            init_from=self.init_from,
+            loads_checkpoint=self.loads_checkpoint,
+        )
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule by steps."""
@@ -199,7 +176,10 @@ class CausalLM(LightningModule):
 
     def _slice(self, batch: Batch) -> Batch:
         """The tokens that this rank computes; bounds of documents stay those of whole rows."""
-        tokens = context_slice(self._mesh, batch.input_ids.shape[1])
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, FSDP2Strategy):
+            return batch
+        tokens = strategy.dims.context_slice(batch.input_ids.shape[1])
         return batch._replace(input_ids=batch.input_ids[:, tokens], labels=batch.labels[:, tokens])
 
     def configure_gradient_clipping(
