@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.attention import Attention
@@ -85,6 +86,8 @@ class Block(nn.Module):
         """[B, T, hidden_size] to the same; the other arguments are those of :meth:`Attention.forward`."""
         if not (self.is_checkpointed and torch.is_grad_enabled()) or cache is not None:
             return self._compute(hidden, tables, documents, cache, mask)
+        # A partial, because torch.compile takes no other function here.
+        selective: dict[str, Any] = {"context_fn": partial(keep_attention)} if self.keeps_attention else {}
         # Inside the block and not around it, so that parameter names stay as they are.
         with save_on_cpu(pin_memory=True) if self.is_offloaded else nullcontext():
             return checkpoint(
@@ -94,7 +97,7 @@ class Block(nn.Module):
                 documents,
                 use_reentrant=False,
                 preserve_rng_state=False,
-                context_fn=keep_attention if self.keeps_attention else noop_context_fn,
+                **selective,
             )
 
     def _compute(

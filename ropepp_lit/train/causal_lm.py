@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -36,11 +36,13 @@ class CausalLM(LightningModule):
         frequencies: Base and scaling of the rotary frequencies.
         optimizer: Optimizer and its settings.
         activation_checkpointing: Every so many blocks one keeps its input alone and is computed again in the backward
-            pass: 1 means every block, 0 none.
+            pass: 1 means every block, 0 none. `attention` means every block, but the outputs of attention are kept
+            too, and attention is not computed again.
         offload_activations: Keep those inputs in the CPU's memory; for GPUs, with activation_checkpointing.
         mlp_chunk_tokens: Tokens of a row that the SwiGLU layers compute at once, and again in the backward pass; empty
             computes all and keeps what they need.
-        compile: Compile each block by torch.compile; empty compiles on CUDA only.
+        compile: Compile each block by torch.compile; empty compiles on CUDA only, and not with
+            offload_activations.
         init_from: A checkpoint or a Hugging Face folder whose weights training begins with; optimizer, schedule and
             data begin anew. Its geometry and variant must be the recipe's; base and scaling may be others.
         init_optimizer: Take the optimizer's state from there too (of a checkpoint in one file).
@@ -55,7 +57,7 @@ class CausalLM(LightningModule):
         frequencies: Frequencies,
         optimizer: OptimizerConfig,
         schedule: Schedule,
-        activation_checkpointing: int = 0,
+        activation_checkpointing: int | Literal["attention"] = 0,
         offload_activations: bool = False,
         mlp_chunk_tokens: int | None = None,
         compile: bool | None = None,
@@ -68,14 +70,22 @@ class CausalLM(LightningModule):
         self.frequencies = frequencies
         self.optimizer_config = optimizer
         self.schedule = schedule
-        if activation_checkpointing < 0:
-            raise UsageError(f"model.activation_checkpointing: {activation_checkpointing} must be 0 (none) or more")
+        if isinstance(activation_checkpointing, int) and activation_checkpointing < 0:
+            raise UsageError(
+                f"model.activation_checkpointing: {activation_checkpointing} must be 0 (none) or more, or attention"
+            )
         if mlp_chunk_tokens is not None and mlp_chunk_tokens < 1:
             raise UsageError(f"model.mlp_chunk_tokens: {mlp_chunk_tokens} must be 1 or more")
         if offload_activations and not activation_checkpointing:
             raise UsageError(
                 "model.offload_activations: moves what activation_checkpointing keeps; set that to 1 or more"
             )
+        if offload_activations and activation_checkpointing == "attention":
+            raise UsageError(
+                "model.offload_activations: does not move what attention keeps; set activation_checkpointing to 1"
+            )
+        if offload_activations and compile:
+            raise UsageError("model.compile: torch.compile cannot trace offload_activations; choose one of them")
         self.activation_checkpointing, self.offload_activations = activation_checkpointing, offload_activations
         self.mlp_chunk_tokens, self.compile_blocks = mlp_chunk_tokens, compile
         self.init_from, self.init_optimizer = init_from, init_optimizer

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -72,7 +73,7 @@ def build_decoder(
     *,
     device: torch.device,
     shard: Callable[[Decoder], None] | None = None,
-    activation_checkpointing: int = 0,
+    activation_checkpointing: int | Literal["attention"] = 0,
     offload_activations: bool = False,
     mlp_chunk_tokens: int | None = None,
     compile: bool | None = None,
@@ -105,9 +106,12 @@ def build_decoder(
         with torch.device("meta"):
             decoder = make()
     decoder.save_memory(
-        checkpoint_every=activation_checkpointing, offload=offload_activations, mlp_chunk_tokens=mlp_chunk_tokens
+        checkpoint_every=1 if activation_checkpointing == "attention" else activation_checkpointing,
+        keep_attention=activation_checkpointing == "attention",
+        offload=offload_activations,
+        mlp_chunk_tokens=mlp_chunk_tokens,
     )
-    if device.type == "cuda" if compile is None else compile:
+    if (device.type == "cuda" and not offload_activations) if compile is None else compile:
         compile_blocks(decoder)
     if shard is not None:
         shard(decoder)
@@ -132,6 +136,8 @@ def draw_weights(make: Callable[[], Decoder]) -> Decoder:
 
 def compile_blocks(decoder: Decoder) -> None:
     """Compile each block by torch.compile; blocks are alike, so they share one graph."""
+    # It would warn of operations in place under selective checkpointing; blocks have none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for block in decoder.model.layers:
         block.compile()
 
