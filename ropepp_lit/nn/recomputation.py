@@ -104,18 +104,15 @@ class _Chunks(torch.autograd.Function):
         parameters = [parameter for parameter in ctx.layer.parameters() if parameter.requires_grad]
         needs_input_grad = ctx.needs_input_grad[4]
         grad_hidden = torch.empty_like(hidden) if needs_input_grad else None
-        totals: list[Tensor] | None = None
+        totals: list[Tensor] = []
         for start in range(0, hidden.shape[1], ctx.size):
             tokens = slice(start, start + ctx.size)
             part = hidden[:, tokens].detach().requires_grad_(needs_input_grad)
             with torch.enable_grad(), torch.autocast(**ctx.autocast):
                 output = ctx.function(part)
             inputs = [part, *parameters] if needs_input_grad else parameters
-            grads = torch.autograd.grad(output, inputs, grad[:, tokens])
+            grads = list(torch.autograd.grad(output, inputs, grad[:, tokens]))
             if grad_hidden is not None:
-                grad_hidden[:, tokens], *grads = grads
-            if totals is None:
-                totals = list(grads)
-            else:
-                torch._foreach_add_(totals, grads)
-        return None, None, None, None, grad_hidden, *(totals or ())
+                grad_hidden[:, tokens] = grads.pop(0)
+            totals = [total.add_(new) for total, new in zip(totals, grads, strict=True)] if totals else grads
+        return None, None, None, None, grad_hidden, *totals

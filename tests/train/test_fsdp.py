@@ -149,11 +149,13 @@ class Probe(Callback):
 
 def test_each_rank_holds_half_reads_its_own_rows_and_reduces_once_a_step(run, tiny, tmp_path):
     (tmp_path / "probe.py").write_text(PROBE)
-    options = ["--trainer.devices", 2, "--trainer.strategy", "fsdp2", "--trainer.callbacks+", "probe.Probe"]
+    options = ["--trainer.devices", 2, *STRATEGY, "--trainer.strategy.reduce_each_micro_batch", "false"]
+    options += ["--trainer.callbacks+", "probe.Probe"]
     run("fit", *tiny, *COMMON, *options, "--trainer.max_steps", 3, cwd=tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     for found in ranks:
-        assert found["reductions"] == 3 * (2 + 1)  # two blocks and the rest, in each step of two micro-batches
+        # Two blocks, embedding, output layer and the rest, in each step of two micro-batches.
+        assert found["reductions"] == 3 * (2 + 3)
         assert found["share"] == pytest.approx(0.5, abs=0.02)
         assert len(set(found["batches"])) == 6
     assert not set(ranks[0]["batches"]) & set(ranks[1]["batches"])
