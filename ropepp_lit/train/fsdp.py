@@ -79,9 +79,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def precision_plugin(self, plugin: Precision | None) -> None:
         if isinstance(plugin, MixedPrecision):
             if plugin.precision != "bf16-mixed":
-                raise UsageError(
-                    f"trainer.precision: fsdp2 does not scale gradients; replace {plugin.precision} by bf16-mixed"
-                )
+                raise UsageError(f"trainer.precision: {plugin.precision} does not work with fsdp2; use bf16-mixed")
             plugin = ParameterCasts()
         self._precision_plugin = plugin
 
