@@ -27,6 +27,8 @@ import inspect
 import os
 import pickle
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,6 +58,9 @@ _OTHER_TYPES = {
     ("pathlib._local", "PosixPath"),
 }
 
+_STATE_DICT = "state_dict."
+"""What stands before the names of weights in a folder of shards."""
+
 WEIGHTS_PREFIX = "decoder."
 """What the LightningModule puts before the decoder's parameter names."""
 
@@ -71,7 +76,7 @@ def read_checkpoint(path: str | Path, *, shapes_only: bool = False) -> dict[str,
         UsageError: no such file, or not a checkpoint of ours.
     """
     path = Path(path)
-    if (path / SHARDED_METADATA).is_file():
+    if is_sharded(path):
         return _check_entry(path, _read_sharded(path, shapes_only))
     if not path.is_file():
         raise UsageError(f"{path}: no such checkpoint; name a .ckpt file, or a folder in Hugging Face's format")
@@ -91,21 +96,53 @@ def _check_entry(path: Path, checkpoint: Any) -> dict[str, Any]:
     return checkpoint
 
 
+def is_sharded(path: str | Path) -> bool:
+    """Whether a checkpoint is a folder of shards."""
+    return (Path(path) / SHARDED_METADATA).is_file()
+
+
+def load_shards(path: str | Path, weights: dict[str, Tensor], *, is_distributed: bool) -> None:
+    """Read weights from a folder of shards into tensors.
+
+    Args:
+        path: The folder.
+        weights: Tensors by their names in the checkpoint, changed in place; of a DTensor this rank's part is read.
+        is_distributed: Whether all ranks call this together; then an error of one is raised on all.
+
+    Raises:
+        UsageError: a shard is damaged or missing, or does not have such a tensor.
+    """
+    with _damage(path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is meant
+        distributed_checkpoint.load(
+            {_STATE_DICT + name: value for name, value in weights.items()},
+            storage_reader=_Reader(path),
+            no_dist=not is_distributed,
+        )
+
+
 def _read_sharded(path: Path, shapes_only: bool) -> dict[str, Any]:
     """What a folder of shards holds, weights assembled in memory; optimizer states are left on the disk."""
-    try:
+    with _damage(path):
         checkpoint = torch.load(path / SHARDED_METADATA, map_location="cpu", weights_only=True)
-        reader = _Reader(path)
-        prefix = "state_dict."
         tensors = {
-            name: torch.empty(stored.size, dtype=stored.properties.dtype, device="meta" if shapes_only else "cpu")
-            for name, stored in reader.read_metadata().state_dict_metadata.items()
-            if name.startswith(prefix) and isinstance(stored, TensorStorageMetadata)
+            name.removeprefix(_STATE_DICT): torch.empty(
+                stored.size, dtype=stored.properties.dtype, device="meta" if shapes_only else "cpu"
+            )
+            for name, stored in _Reader(path).read_metadata().state_dict_metadata.items()
+            if name.startswith(_STATE_DICT) and isinstance(stored, TensorStorageMetadata)
         }
-        if not shapes_only:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is meant
-                distributed_checkpoint.load(dict(tensors), storage_reader=reader, no_dist=True)
+    if not shapes_only:
+        load_shards(path, tensors, is_distributed=False)
+    checkpoint["state_dict"] = tensors
+    return checkpoint
+
+
+@contextmanager
+def _damage(path: str | Path) -> Iterator[None]:
+    """Report what goes wrong while a folder of shards is read."""
+    try:
+        yield
     except (
         OSError,
         RuntimeError,
@@ -116,8 +153,6 @@ def _read_sharded(path: Path, shapes_only: bool) -> dict[str, Any]:
         CheckpointException,
     ) as error:
         raise UsageError(f"{path}: not a readable checkpoint: a shard is damaged or missing") from error
-    checkpoint["state_dict"] = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return checkpoint
 
 
 class _Reader(FileSystemReader):

@@ -45,16 +45,17 @@ def find_folder(source: str) -> Path:
         ) from error
 
 
-def open_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
+def open_checkpoint(path: str | Path, *, shapes_only: bool = False, **options: Any) -> dict[str, Any]:
     """A checkpoint of ours, or a Hugging Face folder read as one.
 
     Args:
-        path: A .ckpt file, or a folder with a config.json.
+        path: A .ckpt file or folder, or a folder with a config.json.
+        shapes_only: See :func:`~ropepp_lit.checkpoint.read_checkpoint`.
         options: Those of :func:`read_folder`.
     """
     if (Path(path) / CONFIG).is_file():
         return read_folder(Path(path), **options)
-    return read_checkpoint(path)
+    return read_checkpoint(path, shapes_only=shapes_only)
 
 
 def read_folder(

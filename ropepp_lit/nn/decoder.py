@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from ropepp_lit.nn.loss import IGNORE_INDEX, linear_cross_entropy, token_cross_e
 from ropepp_lit.nn.positions import PositionScheme
 from ropepp_lit.nn.precision import activation_dtype, at_least_float32
 from ropepp_lit.nn.probe import Probe
+from ropepp_lit.nn.recomputation import compute_in_chunks, keep_attention
 
 
 class MLP(nn.Module):
@@ -47,8 +49,10 @@ class MLP(nn.Module):
         hidden = hidden.to(activation_dtype(hidden))
         if self.chunk_tokens is None or hidden.shape[1] <= self.chunk_tokens:
             return self._compute(hidden)
-        parts = hidden.split(self.chunk_tokens, dim=1)
-        return torch.cat([checkpoint(self._compute, part, use_reentrant=False) for part in parts], dim=1)
+        if torch.compiler.is_compiling():  # a graph knows by itself what it has computed again
+            parts = hidden.split(self.chunk_tokens, dim=1)
+            return torch.cat([checkpoint(self._compute, part, use_reentrant=False) for part in parts], dim=1)
+        return compute_in_chunks(self, self._compute, hidden, self.chunk_tokens)
 
     def _compute(self, hidden: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
@@ -65,6 +69,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.is_checkpointed = False
         """Keep the input alone for the backward pass, and compute the rest again there."""
+        self.keeps_attention = False
+        """Then keep the results of attention too."""
         self.is_offloaded = False
         """Keep that input in the CPU's memory."""
 
@@ -80,9 +86,19 @@ class Block(nn.Module):
         """[B, T, hidden_size] to the same; the other arguments are those of :meth:`Attention.forward`."""
         if not (self.is_checkpointed and torch.is_grad_enabled()) or cache is not None:
             return self._compute(hidden, tables, documents, cache, mask)
+        # A partial, because torch.compile takes no other function here.
+        selective: dict[str, Any] = {"context_fn": partial(keep_attention)} if self.keeps_attention else {}
         # Inside the block and not around it, so that parameter names stay as they are.
         with save_on_cpu(pin_memory=True) if self.is_offloaded else nullcontext():
-            return checkpoint(self._compute, hidden, tables, documents, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(
+                self._compute,
+                hidden,
+                tables,
+                documents,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                **selective,
+            )
 
     def _compute(
         self,
@@ -225,20 +241,26 @@ class Decoder(nn.Module):
             block.self_attn.set_constants(constants)
 
     def save_memory(
-        self, *, checkpoint_every: int = 0, offload: bool = False, mlp_chunk_tokens: int | None = None
+        self,
+        *,
+        checkpoint_every: int = 0,
+        keep_attention: bool = False,
+        offload: bool = False,
+        mlp_chunk_tokens: int | None = None,
     ) -> None:
         """Trade time for memory in training; results stay the same.
 
         Args:
             checkpoint_every: Every so many blocks one keeps its input alone and is computed again in the backward pass;
                 1 means all blocks, 0 none.
+            keep_attention: These blocks keep the results of attention too, which costs most to compute again.
             offload: Inputs that are kept go to the CPU's memory (for a GPU).
             mlp_chunk_tokens: Tokens of a row that the SwiGLU layers compute at once, and again in the backward pass.
         """
         for number, block in enumerate(self.model.layers, start=1):
             assert isinstance(block, Block)
             block.is_checkpointed = checkpoint_every > 0 and number % checkpoint_every == 0
-            block.is_offloaded = offload
+            block.keeps_attention, block.is_offloaded = keep_attention, offload
             block.mlp.chunk_tokens = mlp_chunk_tokens
 
     @property

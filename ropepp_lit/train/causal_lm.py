@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, decoder_weights, describe_architecture, read_checkpoint
+from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, describe_architecture, read_checkpoint
 from ropepp_lit.data.batch import Batch
 from ropepp_lit.data.token_data import TokenData, replica_of
 from ropepp_lit.errors import UsageError
-from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
-from ropepp_lit.train.fsdp import FSDP2Strategy, materialize, shard, whole
+from ropepp_lit.train.fsdp import FSDP2Strategy, whole
 from ropepp_lit.train.metrics import TokenLoss
 from ropepp_lit.train.optimizer import OptimizerConfig
+from ropepp_lit.train.parallel import build_decoder
 from ropepp_lit.train.schedule import Schedule
 from ropepp_lit.train.throughput import Throughput
 
@@ -36,11 +35,13 @@ class CausalLM(LightningModule):
         frequencies: Base and scaling of the rotary frequencies.
         optimizer: Optimizer and its settings.
         activation_checkpointing: Every so many blocks one keeps its input alone and is computed again in the backward
-            pass: 1 means every block, 0 none.
+            pass: 1 means every block, 0 none. `attention` means every block, but the outputs of attention are kept
+            too, and attention is not computed again.
         offload_activations: Keep those inputs in the CPU's memory; for GPUs, with activation_checkpointing.
         mlp_chunk_tokens: Tokens of a row that the SwiGLU layers compute at once, and again in the backward pass; empty
             computes all and keeps what they need.
-        compile: Compile each block by torch.compile.
+        compile: Compile each block by torch.compile; empty compiles on CUDA only, and not with
+            offload_activations.
         init_from: A checkpoint or a Hugging Face folder whose weights training begins with; optimizer, schedule and
             data begin anew. Its geometry and variant must be the recipe's; base and scaling may be others.
         init_optimizer: Take the optimizer's state from there too (of a checkpoint in one file).
@@ -55,10 +56,10 @@ class CausalLM(LightningModule):
         frequencies: Frequencies,
         optimizer: OptimizerConfig,
         schedule: Schedule,
-        activation_checkpointing: int = 0,
+        activation_checkpointing: int | Literal["attention"] = 0,
         offload_activations: bool = False,
         mlp_chunk_tokens: int | None = None,
-        compile: bool = False,
+        compile: bool | None = None,
         init_from: str | None = None,
         init_optimizer: bool = False,
     ) -> None:
@@ -68,17 +69,27 @@ class CausalLM(LightningModule):
         self.frequencies = frequencies
         self.optimizer_config = optimizer
         self.schedule = schedule
-        if activation_checkpointing < 0:
-            raise UsageError(f"model.activation_checkpointing: {activation_checkpointing} must be 0 (none) or more")
+        if isinstance(activation_checkpointing, int) and activation_checkpointing < 0:
+            raise UsageError(
+                f"model.activation_checkpointing: {activation_checkpointing} must be 0 (none) or more, or attention"
+            )
         if mlp_chunk_tokens is not None and mlp_chunk_tokens < 1:
             raise UsageError(f"model.mlp_chunk_tokens: {mlp_chunk_tokens} must be 1 or more")
         if offload_activations and not activation_checkpointing:
             raise UsageError(
                 "model.offload_activations: moves what activation_checkpointing keeps; set that to 1 or more"
             )
+        if offload_activations and activation_checkpointing == "attention":
+            raise UsageError(
+                "model.offload_activations: does not move what attention keeps; set activation_checkpointing to 1"
+            )
+        if offload_activations and compile:
+            raise UsageError("model.compile: torch.compile cannot trace offload_activations; choose one of them")
         self.activation_checkpointing, self.offload_activations = activation_checkpointing, offload_activations
         self.mlp_chunk_tokens, self.compile_blocks = mlp_chunk_tokens, compile
         self.init_from, self.init_optimizer = init_from, init_optimizer
+        self.loads_checkpoint = False
+        """Whether a checkpoint's weights follow, so that none need be drawn; the command sets it."""
         self.recipe: dict[str, Any] | None = None
         """The run's whole recipe; the command sets it, and checkpoints carry it."""
         self.settings: dict[str, str | None] = {}
@@ -106,42 +117,18 @@ class CausalLM(LightningModule):
         """Build the decoder (Lightning calls this once the precision and the strategy are known)."""
         if hasattr(self, "decoder"):
             return
-        mesh = self._mesh
-        if mesh is None:
-            self.decoder = self._build()
-            return
-        with torch.device("meta"):
-            self.decoder = Decoder(self.config, self.scheme, self.frequencies)
-        self._set_levers(self.decoder)
-        is_mixed = self.trainer.precision == "bf16-mixed"
-        shard(self.decoder, mesh, mixed_dtype=torch.bfloat16 if is_mixed else None)
-        # Rank 0 draws the weights, the very ones of a single process, and the others get their shards from it.
-        weights = self._build().state_dict() if self.trainer.is_global_zero else None
-        materialize(self.decoder, weights, self.trainer.strategy.root_device)
-
-    def _build(self) -> Decoder:
-        """The whole decoder with its first weights."""
-        decoder = Decoder(self.config, self.scheme, self.frequencies)
-        if self.init_from is not None:
-            decoder.load_state_dict(decoder_weights(open_checkpoint(self.init_from)))
-        self._set_levers(decoder)
-        return decoder
-
-    def _set_levers(self, decoder: Decoder) -> None:
-        decoder.save_memory(
-            checkpoint_every=self.activation_checkpointing,
-            offload=self.offload_activations,
-            mlp_chunk_tokens=self.mlp_chunk_tokens,
-        )
-        if self.compile_blocks:
-            for block in decoder.model.layers:
-                block.compile()
-
-    @property
-    def _mesh(self) -> DeviceMesh | None:
-        """The devices of FSDP2; None with other strategies."""
         strategy = self.trainer.strategy if self._trainer is not None else None
-        return strategy.device_mesh if isinstance(strategy, FSDP2Strategy) else None
+        self.decoder = build_decoder(
+            lambda: Decoder(self.config, self.scheme, self.frequencies),
+            device=torch.device("cpu") if strategy is None else strategy.root_device,
+            shard=strategy.shard if isinstance(strategy, FSDP2Strategy) else None,
+            activation_checkpointing=self.activation_checkpointing,
+            offload_activations=self.offload_activations,
+            mlp_chunk_tokens=self.mlp_chunk_tokens,
+            compile=self.compile_blocks,
+            init_from=self.init_from,
+            loads_checkpoint=self.loads_checkpoint,
+        )
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule by steps."""

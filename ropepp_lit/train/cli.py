@@ -138,6 +138,7 @@ class RecipeCLI(LightningCLI):
             found = newest(folder)
             options.ckpt_path = str(found) if found else None
         self._check_checkpoint(options.ckpt_path)
+        self.model.loads_checkpoint = options.ckpt_path is not None
         steps = saved_steps(folder)
         if steps and options.ckpt_path is None:
             raise UsageError(
@@ -157,6 +158,7 @@ class RecipeCLI(LightningCLI):
             raise UsageError("ckpt_path is missing: name the checkpoint to validate by --ckpt_path")
         self._check()
         self._check_checkpoint(options.ckpt_path)
+        self.model.loads_checkpoint = True
 
     def _check(self) -> None:
         layout = self._skeleton().head_layout
@@ -218,7 +220,7 @@ class RecipeCLI(LightningCLI):
             if self.model.init_optimizer:
                 raise UsageError("model.init_optimizer: takes the optimizer's state of model.init_from; name that too")
             return
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, shapes_only=True)
         if self.model.init_optimizer and not checkpoint.get("optimizer_states"):
             raise UsageError(f"model.init_optimizer: {path} is no file with an optimizer's state")
         if self.model.init_optimizer and checkpoint[KEY]["optimizer"] != type(self.model.optimizer_config).__name__:

@@ -102,6 +102,7 @@ def memory_of_step(
     optimizer_states: float = 2.0,
     accumulates: bool = False,
     activation_checkpointing: int = 0,
+    keeps_attention: bool = False,
     mlp_chunk_tokens: int | None = None,
     offload_activations: bool = False,
 ) -> Memory:
@@ -119,6 +120,7 @@ def memory_of_step(
         optimizer_states: Float32 numbers that the optimizer keeps for each parameter.
         accumulates: Whether a step has several micro-batches; whole gradients are then held on each device.
         activation_checkpointing: See :class:`~ropepp_lit.train.causal_lm.CausalLM`.
+        keeps_attention: Whether blocks that are computed again keep the outputs of attention.
         mlp_chunk_tokens: See there.
         offload_activations: See there.
     """
@@ -138,6 +140,7 @@ def memory_of_step(
     layers = config.num_hidden_layers
     kept = layers // activation_checkpointing if activation_checkpointing else 0
     boundary = 0.0 if offload_activations else tokens * itemsize * width
+    boundary += tokens * itemsize * heads * head if keeps_attention else 0.0
     # The loss comes when the forward pass has kept what it keeps: with three copies of a chunk of logits.
     precise = max(4, itemsize)
     forward = (layers - kept) * block + kept * boundary

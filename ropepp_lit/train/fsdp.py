@@ -1,7 +1,7 @@
-"""FSDP2: weights, gradients and optimizer states sharded over devices, rows of tokens too where they are long.
+"""FSDP2: weights, gradients and optimizer states sharded over devices; optionally the tokens of a row too.
 
-Lightning's `ModelParallelStrategy` with the defaults that training needs: it shards over all devices, skips the
-reduction of gradients while they accumulate, and begins with the very weights that a single process begins with.
+Lightning's `ModelParallelStrategy` with the defaults that training needs: it shards over all devices, and starts from
+the same weights as a single process.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy, StrategyRegistry
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -18,26 +19,38 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder
+from ropepp_lit.train.parallel import ParallelDims, set_gradient_reduction, shard_decoder
+
+
+class ParameterCasts(Precision):
+    """`bf16-mixed` by FSDP2: it casts parameters as it gathers them, so autocast would only cast again."""
+
+    precision = "bf16-mixed"
 
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Shards the model over all devices, by torch's `fully_shard`.
 
     With `precision: bf16-mixed` weights and optimizer states stay in float32 and are cast to bfloat16 as they are
-    gathered; gradients are reduced in float32.
+    gathered; all activations are bfloat16, without autocast; gradients are reduced in float32.
 
     Args:
         context_parallel_size: Devices that share the tokens of each row (sequence parallelism over attention heads);
             must divide the query heads and the context length.
         replicate_size: Copies of the sharded model (HSDP): shards stay within a copy, and gradients are averaged over
             copies. 1 shards over all devices.
+        reduce_each_micro_batch: While gradients accumulate, reduce them after each micro-batch, so that each device
+            keeps only its shards of them. False reduces once per step: half of the communication of the other
+            micro-batches, for 4 bytes per parameter of the whole model on each device.
+        reshard_after_forward: Free the gathered parameters of a layer after its forward pass and gather them again in
+            the backward pass. False gathers them once per step (ZeRO-2), for 2 bytes (4 in float32) per parameter of
+            the whole model on each device.
         save_distributed_checkpoint: Save a folder to which each device writes its shards, instead of one file that
             rank 0 writes. Both continue on any number of devices.
     """
@@ -47,10 +60,28 @@ class FSDP2Strategy(ModelParallelStrategy):
         *,
         context_parallel_size: int = 1,
         replicate_size: int = 1,
+        reduce_each_micro_batch: bool = True,
+        reshard_after_forward: bool = True,
         save_distributed_checkpoint: bool = False,
     ) -> None:
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
         self.context_parallel_size, self.replicate_size = context_parallel_size, replicate_size
+        self.reduce_each_micro_batch, self.reshard_after_forward = reduce_each_micro_batch, reshard_after_forward
+        self._dims: ParallelDims | None = None
+        self._was_last: bool | None = None
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """Lightning's, but no autocast where FSDP2 casts parameters itself."""
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        if isinstance(plugin, MixedPrecision):
+            if plugin.precision != "bf16-mixed":
+                raise UsageError(f"trainer.precision: {plugin.precision} does not work with fsdp2; use bf16-mixed")
+            plugin = ParameterCasts()
+        self._precision_plugin = plugin
 
     def check(self, *, world_size: int, num_query_heads: int, context_length: int) -> None:
         """Find what does not divide before anything is started.
@@ -71,35 +102,53 @@ class FSDP2Strategy(ModelParallelStrategy):
                 raise UsageError(f"trainer.strategy.{name}: {value} must divide the {total:,} {things}")
 
     @property
+    def dims(self) -> ParallelDims:
+        """How the ranks share the work; known once the processes are connected."""
+        assert self._dims is not None
+        return self._dims
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Devices that share rows read the same rows."""
-        ranks = self.device_mesh["replicate", "shard"]
-        replicate, shard = (ranks.get_local_rank(name) for name in ("replicate", "shard"))
-        return {"num_replicas": ranks.size(), "rank": replicate * ranks.size(1) + shard}
+        return {"num_replicas": self.dims.num_replicas, "rank": self.dims.replica}
 
     def tokens_of_rank(self, num_tokens: int) -> slice:
         """The tokens of a row that this rank computes."""
-        ranks, rank = self.device_mesh["context"].size(), self.device_mesh.get_local_rank("context")
-        return slice(rank * num_tokens // ranks, (rank + 1) * num_tokens // ranks)
+        return self.dims.context_slice(num_tokens)
 
     def setup_environment(self) -> None:
-        """Make the processes known to each other, and the mesh (replicate, shard, context)."""
+        """Connect the processes, and make the groups of ranks that share work."""
         ParallelStrategy.setup_environment(self)
         self._setup_distributed()
-        copies, context = self.replicate_size, self.context_parallel_size
-        shape = (copies, self.world_size // (copies * context), context)
-        names = ("replicate", "shard", "context")
-        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        if self._dims is None:
+            self._dims = ParallelDims.create(
+                self.root_device.type,
+                context_parallel_size=self.context_parallel_size,
+                replicate_size=self.replicate_size,
+            )
+        self._device_mesh = self._dims.mesh
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
 
+    def shard(self, decoder: Decoder) -> None:
+        """Shard a decoder on the meta device."""
+        mixed_dtype = torch.bfloat16 if isinstance(self.precision_plugin, ParameterCasts) else None
+        shard_decoder(decoder, self.dims, mixed_dtype=mixed_dtype, reshard_after_forward=self.reshard_after_forward)
+
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """Reduce gradients in the last micro-batch of a step alone."""
+        """Say whether the backward pass reduces gradients."""
         assert self.lightning_module is not None
         is_last = not self.lightning_module.trainer.fit_loop._should_accumulate()
-        for module in self.lightning_module.modules():
-            if isinstance(module, FSDPModule):
-                module.set_requires_gradient_sync(is_last, recurse=False)
+        if is_last != self._was_last:
+            self._was_last = is_last
+            for decoder in self.lightning_module.children():
+                if isinstance(decoder, FSDPModule):
+                    set_gradient_reduction(
+                        decoder,
+                        is_last=is_last,
+                        reduce_each_micro_batch=self.reduce_each_micro_batch,
+                        reshard_after_forward=self.reshard_after_forward,
+                    )
         super().pre_backward(closure_loss)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -150,44 +199,10 @@ def _rename(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
 
 for _name in ("fsdp2", "fsdp2strategy"):  # Lightning writes what it is given in small letters
     StrategyRegistry.register(_name, FSDP2Strategy, description="FSDP2, sharded over all devices")
-
-
-def shard(decoder: Decoder, mesh: DeviceMesh, *, mixed_dtype: torch.dtype | None) -> None:
-    """Shard a decoder on the meta device: each block, then the rest.
-
-    Args:
-        decoder: Changed in place; its parameters are still without memory.
-        mesh: With the dimensions replicate, shard and context.
-        mixed_dtype: What parameters are cast to for computing; None computes in theirs.
-    """
-    fsdp = mesh["shard", "context"]._flatten("fsdp")
-    if mesh["replicate"].size() > 1:
-        fsdp = mesh["replicate", "fsdp"]
-    policy = MixedPrecisionPolicy()
-    if mixed_dtype is not None:
-        policy = MixedPrecisionPolicy(param_dtype=mixed_dtype, reduce_dtype=torch.float32)
-    for block in decoder.model.layers:
-        fully_shard(block, mesh=fsdp, mp_policy=policy)
-    fully_shard(decoder, mesh=fsdp, mp_policy=policy)
-    register_fsdp_forward_method(decoder, "loss")
-    if mesh["context"].size() > 1:
-        decoder.set_context_group(mesh["context"].get_group())
-
-
-def materialize(decoder: Decoder, weights: dict[str, Tensor] | None, device: torch.device) -> None:
-    """Give a sharded decoder memory, and the weights that rank 0 holds.
-
-    Args:
-        decoder: Sharded, on the meta device.
-        weights: On rank 0 all of them, elsewhere None.
-        device: Of this rank.
-    """
-    decoder.to_empty(device=device)
-    if decoder.config.tie_word_embeddings:
-        decoder.lm_head.weight = decoder.model.embed_tokens.weight
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    state: dict[str, Any] = dict(weights or {})
-    set_model_state_dict(decoder, state, options=options)
+# Also what `auto` takes for several devices. Without the option each gradient exists twice, by itself and in a bucket.
+StrategyRegistry.register(
+    "ddp", DDPStrategy, override=True, gradient_as_bucket_view=True, description="DDP, gradients as views of buckets"
+)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz  # torch offers no public names of these
 
 from ropepp_lit.errors import UsageError
 
@@ -87,7 +93,7 @@ class Muon(OptimizerConfig):
         matrices, rest = split_parameters(decoder, output_layer_is_matrix=False)
         is_sharded = any(isinstance(parameter, DTensor) for parameter in matrices)
         return _Together(
-            (_GatheredMuon if is_sharded else torch.optim.Muon)(
+            (_ShardedMuon if is_sharded else torch.optim.Muon)(
                 matrices,
                 lr=self.lr,
                 momentum=self.momentum,
@@ -119,31 +125,99 @@ def split_parameters(
     return matrices, rest
 
 
-class _GatheredMuon(torch.optim.Muon):
-    """Muon for matrices that are spread over devices: each is orthogonalized whole, by every device."""
+class _ShardedMuon(torch.optim.Muon):
+    """Muon for matrices that FSDP2 shards by rows: each rank orthogonalizes its share of the matrices.
+
+    Matrices are processed in rounds of one per rank. In a round every rank sends its rows of each matrix to the
+    matrix's owner, and receives its rows of the result after the owner's Newton-Schulz iteration: two all-to-alls in
+    bfloat16, the dtype in which torch's Muon iterates. With replicas (HSDP) rounds are shared among replicas, and
+    broadcasts spread the results. From equal gradients the updates are those of one process, bit for bit.
+    """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step; a matrix of shards alone would be orthogonalized to something else."""
+        """One step, which all ranks take together."""
         assert closure is None, "only `_Together` steps this"
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter.grad)
-                state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(state["momentum_buffer"], group["momentum"]).full_tensor()
-                # Muon itself, without momentum, on a matrix of zeros: it becomes what is to be added.
-                change = torch.zeros_like(update).requires_grad_()
-                change.grad = update
-                settings = {key: group[key] for key in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
-                torch.optim.Muon([change], weight_decay=0.0, momentum=0.0, nesterov=False, **settings).step()
-                mesh, placements = parameter.device_mesh, parameter.placements
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(distribute_tensor(change.detach(), mesh, placements, src_data_rank=None))
+            parameters: list[DTensor] = []
+            gradients: list[DTensor] = []
+            momenta: list[DTensor] = []
+            self._init_group(group, parameters, gradients, momenta)  # type: ignore[arg-type]
+            # Matrices of one shape are neighbors, so that the ranks of a round have equal work.
+            order = sorted(range(len(parameters)), key=lambda i: (-parameters[i].numel(), parameters[i].shape))
+            matrices = [_Matrix(parameters[i], gradients[i], momenta[i], group) for i in order]
+            for matrix in matrices:
+                matrix.momentum.lerp_(matrix.gradient, 1 - group["momentum"])
+            if matrices:
+                _orthogonalize(matrices, parameters[0].device_mesh, parameters[0].placements)
         return None
+
+
+class _Matrix:
+    """One rank's rows of a matrix that is sharded by rows, and of its gradient and momentum."""
+
+    def __init__(self, parameter: DTensor, gradient: DTensor, momentum: DTensor, settings: dict[str, Any]) -> None:
+        self.shape = parameter.shape
+        self.rows, self.gradient, self.momentum = parameter.to_local(), gradient.to_local(), momentum.to_local()
+        self._settings = settings
+
+    def sizes(self, num_ranks: int) -> list[int]:
+        """Numbers that each rank holds: chunks of equally many rows, the last ones smaller or empty."""
+        chunk = -(-self.shape[0] // num_ranks)
+        starts = (min(rank * chunk, self.shape[0]) for rank in range(num_ranks + 1))
+        return [(end - start) * self.shape[1] for start, end in pairwise(starts)]
+
+    def direction(self) -> Tensor:
+        """This rank's rows of what is orthogonalized, flat, in bfloat16."""
+        momentum = self._settings["momentum"]
+        update = self.gradient.lerp(self.momentum, momentum) if self._settings["nesterov"] else self.momentum
+        return update.bfloat16().flatten()
+
+    def orthogonalize(self, direction: Tensor) -> Tensor:
+        """The whole matrix of :meth:`direction` orthogonalized; both flat."""
+        coefficients, steps, eps = (self._settings[key] for key in ("ns_coefficients", "ns_steps", "eps"))
+        return _zeropower_via_newtonschulz(direction.view(self.shape), coefficients, steps, eps).reshape(-1)
+
+    def update(self, orthogonalized: Tensor) -> None:
+        """Decay this rank's rows, and move them against the flat update."""
+        lr = self._settings["lr"]
+        self.rows.mul_(1 - lr * self._settings["weight_decay"])
+        adjusted = _adjust_lr(lr, self._settings["adjust_lr_fn"], self.shape)
+        self.rows.add_(orthogonalized.view_as(self.rows), alpha=-adjusted)
+
+
+def _orthogonalize(matrices: list[_Matrix], mesh: DeviceMesh, placements: Sequence[Placement]) -> None:
+    """Update all matrices, each orthogonalized by one rank of the mesh."""
+    (dimension,) = (i for i, placement in enumerate(placements) if placement.is_shard())
+    shards = mesh.get_group(dimension)
+    replicas = mesh.get_group(1 - dimension) if mesh.ndim == 2 else None
+    num_replicas, replica = (replicas.size(), replicas.rank()) if replicas is not None else (1, 0)
+    rounds = [matrices[start : start + shards.size()] for start in range(0, len(matrices), shards.size())]
+    for first in range(0, len(rounds), num_replicas):
+        results = []
+        for number, matrices_of_round in enumerate(rounds[first : first + num_replicas]):
+            size = sum(matrix.rows.numel() for matrix in matrices_of_round)
+            results.append(matrices[0].rows.new_empty(size, dtype=torch.bfloat16))
+            if number == replica:
+                _orthogonalize_round(matrices_of_round, results[-1], shards)
+        for number, (matrices_of_round, result) in enumerate(zip(rounds[first:], results, strict=False)):
+            if replicas is not None:
+                dist.broadcast(result, group=replicas, group_src=number)
+            parts = result.split([matrix.rows.numel() for matrix in matrices_of_round])
+            for matrix, part in zip(matrices_of_round, parts, strict=True):
+                matrix.update(part)
+
+
+def _orthogonalize_round(matrices: list[_Matrix], result: Tensor, shards: dist.ProcessGroup) -> None:
+    """Orthogonalize matrix i on rank i of the group; `result` gets this rank's rows of all, flat, one after another."""
+    num_ranks, rank = shards.size(), shards.rank()
+    rows = [matrix.rows.numel() for matrix in matrices] + [0] * (num_ranks - len(matrices))
+    own = matrices[rank] if rank < len(matrices) else None
+    sizes = own.sizes(num_ranks) if own is not None else [0] * num_ranks
+    direction = result.new_empty(sum(sizes))
+    dist.all_to_all_single(direction, torch.cat([matrix.direction() for matrix in matrices]), sizes, rows, shards)
+    whole = own.orthogonalize(direction) if own is not None else direction
+    dist.all_to_all_single(result, whole, rows, sizes, shards)
 
 
 class _Together(torch.optim.Optimizer):

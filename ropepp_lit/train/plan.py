@@ -74,7 +74,7 @@ class Recipe:
         strategy = trainer.strategy
         if strategy in ("fsdp2", "fsdp2strategy"):
             strategy = FSDP2Strategy()
-        self.context_parallel_size, self.shards = 1, 1
+        self.context_parallel_size, self.shards, self.reduces_each_micro_batch = 1, 1, False
         if isinstance(strategy, FSDP2Strategy):
             strategy.check(
                 world_size=self.devices,
@@ -82,6 +82,7 @@ class Recipe:
                 context_length=self.data.context_length,
             )
             self.context_parallel_size = strategy.context_parallel_size
+            self.reduces_each_micro_batch = strategy.reduce_each_micro_batch
             self.shards = self.devices // strategy.replicate_size
         self.replicas = self.devices // self.context_parallel_size
         matrices, others = split_parameters(decoder, output_layer_is_matrix=False)
@@ -98,6 +99,7 @@ class Recipe:
     def memory(self, **changes: Any) -> Memory:
         """Per device, with some settings other than the recipe's."""
         model = self.model
+        keeps_attention = model.activation_checkpointing == "attention"
         settings: dict[str, Any] = {
             "num_parameters": self.num_parameters,
             "rows": self.data.batch_size,
@@ -106,8 +108,9 @@ class Recipe:
             "context_parallel_size": self.context_parallel_size,
             "itemsize": 2 if str(self.trainer.precision or "32").startswith(("bf16", "16")) else 4,
             "optimizer_states": self.optimizer_states,
-            "accumulates": self.trainer.accumulate_grad_batches > 1,
-            "activation_checkpointing": model.activation_checkpointing,
+            "accumulates": self.trainer.accumulate_grad_batches > 1 and not self.reduces_each_micro_batch,
+            "activation_checkpointing": 1 if keeps_attention else model.activation_checkpointing,
+            "keeps_attention": keeps_attention,
             "mlp_chunk_tokens": model.mlp_chunk_tokens,
             "offload_activations": model.offload_activations,
         }

@@ -25,6 +25,7 @@ COMMON = [
 DOUBLE = ["--trainer.precision", "64-true"]
 STRATEGY = ["--trainer.strategy", "FSDP2Strategy"]
 CONTEXT = [*STRATEGY, "--trainer.strategy.context_parallel_size", 2]
+WHOLE_GRADIENTS = ["--trainer.strategy.reduce_each_micro_batch", "false"]
 SHARDED = [*STRATEGY, "--trainer.strategy.save_distributed_checkpoint", "true"]
 
 
@@ -100,20 +101,27 @@ def test_processes_end_where_one_does(fit, model, options, devices, rows):
         ["--model.optimizer", "Muon"],
         ["--model.decoder.tie_word_embeddings", "true"],
         ["--model.activation_checkpointing", 1, "--model.mlp_chunk_tokens", 16],
+        ["--model.activation_checkpointing", "attention"],
         ["--data.intra_document_masking", "false"],
         ["--model.compile", "true"],
     ],
-    ids=["Muon", "tied", "levers", "plain rows", "compiled"],
+    ids=["Muon", "tied", "levers", "attention", "plain rows", "compiled"],
 )
 @pytest.mark.parametrize(
-    ("options", "rows"), [(["--trainer.strategy", "fsdp2"], 2), (CONTEXT, 4)], ids=["fsdp", "context"]
+    ("options", "rows"),
+    [
+        (["--trainer.strategy", "fsdp2"], 2),
+        ([*STRATEGY, *WHOLE_GRADIENTS, "--trainer.strategy.reshard_after_forward", "false"], 2),
+        (CONTEXT, 4),
+    ],
+    ids=["fsdp", "gathered once", "context"],
 )
 def test_every_setting_ends_where_one_process_does(fit, changes, options, rows):
     assert_equal(fit(*DOUBLE, *changes), fit(*DOUBLE, *changes, *options, devices=2, rows=rows))
 
 
 def test_memory_levers_change_no_bit_of_a_result(fit):
-    levers = ["--model.activation_checkpointing", 2, "--model.mlp_chunk_tokens", 16]
+    levers = ["--model.activation_checkpointing", "attention", "--model.mlp_chunk_tokens", 16]
     assert_equal(fit(*VARIANTS["ec"], *DOUBLE), fit(*VARIANTS["ec"], *DOUBLE, *levers), tolerance=1e-12)
 
 
@@ -149,11 +157,13 @@ class Probe(Callback):
 
 def test_each_rank_holds_half_reads_its_own_rows_and_reduces_once_a_step(run, tiny, tmp_path):
     (tmp_path / "probe.py").write_text(PROBE)
-    options = ["--trainer.devices", 2, "--trainer.strategy", "fsdp2", "--trainer.callbacks+", "probe.Probe"]
+    options = ["--trainer.devices", 2, *STRATEGY, *WHOLE_GRADIENTS]
+    options += ["--trainer.callbacks+", "probe.Probe"]
     run("fit", *tiny, *COMMON, *options, "--trainer.max_steps", 3, cwd=tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     for found in ranks:
-        assert found["reductions"] == 3 * (2 + 1)  # two blocks and the rest, in each step of two micro-batches
+        # Two blocks, embedding, output layer and the rest, in each step of two micro-batches.
+        assert found["reductions"] == 3 * (2 + 3)
         assert found["share"] == pytest.approx(0.5, abs=0.02)
         assert len(set(found["batches"])) == 6
     assert not set(ranks[0]["batches"]) & set(ranks[1]["batches"])
@@ -202,6 +212,9 @@ def test_a_sharded_folder_is_a_checkpoint_everywhere(fit, run, tmp_path):
     ]
     assert read_checkpoint(last)[KEY]["tokens_seen"] == 4 * 2 * 2 * 2 * 64
     run("generate", last, "--max_new_tokens", 4, cwd=tmp_path)
+    begun = fit("--model.init_from", last, "--model.optimizer.lr", 1e-12, steps=1, folder=tmp_path / "begun")
+    for name, value in weights(folder).items():
+        torch.testing.assert_close(weights(begun)[name], value, atol=1e-9, rtol=0, msg=name)
     run("export", last, "hf", "--check", "false", cwd=tmp_path)
     failed = run("fit", "--config", folder / "recipe.yaml", "--trainer.strategy", "auto", "--trainer.devices", 1,
                  "--ckpt_path", "auto", cwd=tmp_path, returncode=2)  # fmt: skip

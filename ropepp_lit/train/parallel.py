@@ -1,0 +1,226 @@
+"""What is applied to a decoder before it trains: memory options, compilation, sharding and weights, a function each.
+
+:func:`build_decoder` calls them in the order in which they must be called.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from ropepp_lit.checkpoint import WEIGHTS_PREFIX, decoder_weights, is_sharded, load_shards
+from ropepp_lit.hf.folder import open_checkpoint
+from ropepp_lit.nn import Decoder
+
+
+class ParallelDims(NamedTuple):
+    """How the ranks of a run share the work; consecutive ranks share the tokens of a row."""
+
+    mesh: DeviceMesh
+    """Ranks for `fully_shard`: `fsdp`, or with several replicas (HSDP) `replicate` and `fsdp`."""
+
+    replica: int
+    """Which rows this rank reads, of `num_replicas`."""
+
+    num_replicas: int
+    """Groups of ranks that read different rows."""
+
+    context_rank: int
+    """Which tokens of a row this rank computes, of `context_parallel_size`."""
+
+    context_parallel_size: int
+    """Ranks that share the tokens of a row."""
+
+    context_group: dist.ProcessGroup | None
+    """These ranks; None where each rank computes whole rows."""
+
+    @classmethod
+    def create(cls, device_type: str, *, context_parallel_size: int = 1, replicate_size: int = 1) -> ParallelDims:
+        """Make the process groups; all ranks must call it.
+
+        Args:
+            device_type: Of the mesh, such as `cuda`.
+            context_parallel_size: Ranks that share the tokens of each row.
+            replicate_size: Copies of the sharded model.
+        """
+        world_size, rank, context = dist.get_world_size(), dist.get_rank(), context_parallel_size
+        shape: tuple[int, ...] = (world_size,)
+        names: tuple[str, ...] = ("fsdp",)
+        if replicate_size > 1:
+            shape, names = (replicate_size, world_size // replicate_size), ("replicate", "fsdp")
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+        group = dist.new_subgroups(context)[0] if context > 1 else None
+        return cls(mesh, rank // context, world_size // context, rank % context, context, group)
+
+    def context_slice(self, num_tokens: int) -> slice:
+        """The tokens of a row that this rank computes."""
+        start, end = (
+            index * num_tokens // self.context_parallel_size for index in (self.context_rank, self.context_rank + 1)
+        )
+        return slice(start, end)
+
+
+def build_decoder(
+    make: Callable[[], Decoder],
+    *,
+    device: torch.device,
+    shard: Callable[[Decoder], None] | None = None,
+    activation_checkpointing: int | Literal["attention"] = 0,
+    offload_activations: bool = False,
+    mlp_chunk_tokens: int | None = None,
+    compile: bool | None = None,
+    init_from: str | None = None,
+    loads_checkpoint: bool = False,
+) -> Decoder:
+    """A decoder that is ready to train.
+
+    Args:
+        make: Makes the decoder with its first weights on the default device.
+        device: Of this rank.
+        shard: Shards a decoder without weights, such as :func:`shard_decoder` with its arguments; None keeps it whole.
+        activation_checkpointing: See :class:`~ropepp_lit.train.causal_lm.CausalLM`.
+        offload_activations: See there.
+        mlp_chunk_tokens: See there.
+        compile: See there.
+        init_from: See there.
+        loads_checkpoint: A checkpoint will be loaded: allocate the weights, and leave them uninitialized.
+
+    Returns:
+        The decoder. A whole one with weights that were drawn is on the CPU, others are on `device`.
+
+    Raises:
+        UsageError: `init_from` cannot be read.
+    """
+    is_drawn = init_from is None and not loads_checkpoint
+    if is_drawn and shard is None:
+        decoder = draw_weights(make)
+    else:
+        with torch.device("meta"):
+            decoder = make()
+    decoder.save_memory(
+        checkpoint_every=1 if activation_checkpointing == "attention" else activation_checkpointing,
+        keep_attention=activation_checkpointing == "attention",
+        offload=offload_activations,
+        mlp_chunk_tokens=mlp_chunk_tokens,
+    )
+    if (device.type == "cuda" and not offload_activations) if compile is None else compile:
+        compile_blocks(decoder)
+    if shard is not None:
+        shard(decoder)
+    if not is_drawn or shard is not None:
+        allocate(decoder, device)
+    if is_drawn and shard is not None:
+        distribute_weights(decoder, draw_weights(make).state_dict() if dist.get_rank() == 0 else {})
+    elif init_from is not None and not loads_checkpoint:
+        load_weights(decoder, init_from)
+    return decoder
+
+
+def draw_weights(make: Callable[[], Decoder]) -> Decoder:
+    """A decoder on the CPU whose weights depend on the run's seed alone: the same for any device and strategy.
+
+    Random numbers of a CPU and a GPU differ. The state of torch's generators is left as it is.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(torch.initial_seed())
+        return make()
+
+
+def compile_blocks(decoder: Decoder) -> None:
+    """Compile each block by torch.compile; blocks are alike, so they share one graph."""
+    # It would warn of operations in place under selective checkpointing; blocks have none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    for block in decoder.model.layers:
+        block.compile()
+
+
+def shard_decoder(
+    decoder: Decoder, dims: ParallelDims, *, mixed_dtype: torch.dtype | None = None, reshard_after_forward: bool = True
+) -> None:
+    """Shard a decoder by FSDP2: embedding, each block, output layer, and the rest.
+
+    Embedding and output layer that share a weight stay with the rest, which is gathered during a whole step.
+
+    Args:
+        decoder: On the meta device; changed in place.
+        dims: How the ranks share the work.
+        mixed_dtype: What parameters are cast to as they are gathered, so that all activations have it too; gradients
+            are then reduced in float32. None computes in the parameters' dtype.
+        reshard_after_forward: Free the gathered parameters after the forward pass and gather them again in the backward
+            pass.
+    """
+    # A position scheme's float32 tables are inputs of the blocks and must stay float32.
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if mixed_dtype is not None:
+        policy = MixedPrecisionPolicy(mixed_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    embedding, output = decoder.model.embed_tokens, decoder.lm_head
+    for module in (embedding, *decoder.model.layers, output):
+        if module in (embedding, output) and decoder.config.tie_word_embeddings:
+            continue
+        # The backward pass begins with the output layer, so to free it would only mean to gather it at once again.
+        frees = reshard_after_forward and module is not output
+        fully_shard(module, mesh=dims.mesh, mp_policy=policy, reshard_after_forward=frees)
+    fully_shard(decoder, mesh=dims.mesh, mp_policy=policy)
+    if isinstance(embedding, FSDPModule):
+        embedding.set_unshard_in_backward(False)  # its gradient does not depend on its weights
+    register_fsdp_forward_method(decoder, "loss")
+    register_fsdp_forward_method(output, "loss")
+    decoder.set_context_group(dims.context_group)
+
+
+def set_gradient_reduction(
+    decoder: FSDPModule, *, is_last: bool, reduce_each_micro_batch: bool, reshard_after_forward: bool
+) -> None:
+    """Say what the next backward pass of a sharded decoder does with gradients and gathered parameters.
+
+    Args:
+        decoder: Sharded by :func:`shard_decoder`.
+        is_last: Whether an optimizer step follows.
+        reduce_each_micro_batch: Reduce-scatter gradients in each backward pass instead of the last one alone. Replicas
+            (HSDP) are averaged over in the last one in either case.
+        reshard_after_forward: As given to :func:`shard_decoder`. Parameters that stay gathered after a forward pass
+            stay so until the last backward pass.
+    """
+    decoder.set_requires_gradient_sync(is_last or reduce_each_micro_batch)
+    decoder.set_requires_all_reduce(is_last)
+    decoder.set_reshard_after_backward(is_last or reshard_after_forward)
+
+
+def allocate(decoder: Decoder, device: torch.device) -> None:
+    """Give a decoder on the meta device memory, without initial values."""
+    decoder.to_empty(device=device)
+    if decoder.config.tie_word_embeddings:
+        decoder.lm_head.weight = decoder.model.embed_tokens.weight
+
+
+def distribute_weights(decoder: Decoder, weights: dict[str, Tensor]) -> None:
+    """Copy rank 0's weights into a sharded decoder, one tensor at a time; other ranks give an empty dictionary."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state: dict[str, Any] = dict(weights)
+    set_model_state_dict(decoder, state, options=options)
+
+
+def load_weights(decoder: Decoder, path: str) -> None:
+    """Load the weights of a checkpoint or a Hugging Face folder into a decoder, sharded or not.
+
+    From a sharded checkpoint each rank reads its own shards; anything else is read by rank 0, which distributes it.
+
+    Raises:
+        UsageError: the checkpoint is missing or damaged.
+    """
+    is_distributed = isinstance(decoder, FSDPModule)
+    if is_sharded(path):
+        weights = {WEIGHTS_PREFIX + name: value for name, value in decoder.state_dict().items()}
+        load_shards(path, weights, is_distributed=is_distributed)
+    elif is_distributed:
+        distribute_weights(decoder, decoder_weights(open_checkpoint(path)) if dist.get_rank() == 0 else {})
+    else:
+        decoder.load_state_dict(decoder_weights(open_checkpoint(path)))

@@ -1,0 +1,280 @@
+"""Checks that need several processes, all in one start of them: `python on_ranks.py FOLDER RANKS CHECK…`.
+
+Every rank writes what failed, or an empty text, for each check into FOLDER/RANK.json.
+"""
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from ropepp_lit import checkpoint
+from ropepp_lit.nn import Decoder, DecoderConfig, FoPE, Frequencies, RoPEPP
+from ropepp_lit.nn.attention import Attention
+from ropepp_lit.train.fsdp import whole
+from ropepp_lit.train.optimizer import Muon, _ShardedMuon
+from ropepp_lit.train.parallel import (
+    ParallelDims,
+    build_decoder,
+    load_weights,
+    set_gradient_reduction,
+    shard_decoder,
+)
+
+CPU = torch.device("cpu")
+VOCABULARY, TOKENS = 64, 32
+
+
+def make(scheme=None, **changes):
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 50,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return Decoder(DecoderConfig(**{**settings, **changes}), scheme or RoPEPP(), Frequencies())
+
+
+def batch(number, rows=1):
+    ids = torch.randint(0, VOCABULARY, (rows, TOKENS + 1), generator=torch.Generator().manual_seed(number))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def sharded(dims, make=make, **options):
+    return build_decoder(make, device=CPU, shard=partial(shard_decoder, dims=dims, **options))
+
+
+def full(decoder):
+    return {name: whole(value) for name, value in decoder.state_dict().items()}
+
+
+def first_weights(folder, dims):
+    """Those of one process, whatever the default device is and however many random numbers were drawn before."""
+    for change in ({}, {"tie_word_embeddings": True}, {"scheme": FoPE(context_length=64)}):
+        torch.manual_seed(5)
+        expected = make(**change).state_dict()
+        torch.manual_seed(5)
+        torch.rand(3)
+        before = torch.get_rng_state()
+        with torch.device("meta"):  # as Lightning makes a GPU the default device
+            one = build_decoder(partial(make, **change), device=CPU)
+        several = sharded(dims, partial(make, **change))
+        assert torch.equal(before, torch.get_rng_state())
+        for decoder in (one, several):
+            found = full(decoder)
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                assert torch.equal(found[name], value), (change, name)
+        assert isinstance(several.model.embed_tokens, FSDPModule) == ("tie_word_embeddings" not in change)
+
+
+def gradients(folder, dims):
+    """Every choice of reduction gives the gradients of one process, with the collectives that it promises."""
+    torch.set_default_dtype(torch.float64)
+    replicas, micro_batches, layers = ParallelDims.create("cpu", replicate_size=2), 3, 2
+    expected = {}
+    for tied in (False, True):
+        torch.manual_seed(0)
+        one = make(tie_word_embeddings=tied)
+        for number in range(micro_batches * dist.get_world_size()):
+            (one.loss(*batch(number)) / dist.get_world_size()).backward()
+        expected[tied] = [parameter.grad for parameter in one.parameters()]
+    for ranks, each, frees, tied in (
+        (dims, True, True, False),
+        (dims, False, True, False),
+        (dims, True, False, False),
+        (dims, False, False, True),
+        (replicas, True, True, False),
+        (replicas, False, True, False),
+    ):
+        torch.manual_seed(0)
+        decoder = sharded(ranks, partial(make, tie_word_embeddings=tied), reshard_after_forward=frees)
+        counts = []
+        for number in range(micro_batches):
+            with CommDebugMode() as communication:
+                loss = decoder.loss(*batch(number * dist.get_world_size() + dist.get_rank()))
+                options = {"reduce_each_micro_batch": each, "reshard_after_forward": frees}
+                set_gradient_reduction(decoder, is_last=number == micro_batches - 1, **options)
+                loss.backward()
+            found = {str(kind): count for kind, count in communication.get_comm_counts().items()}
+            counts.append(tuple(sum(n for kind, n in found.items() if word in kind) for word in
+                                ("allgather", "reduce_scatter", "allreduce")))  # fmt: skip
+            if number == 0 and frees:
+                is_kept = [isinstance(parameter.grad, DTensor) for parameter in decoder.parameters()]
+                assert all(is_kept) if each and ranks is dims else not any(is_kept)
+        for parameter, value in zip(decoder.parameters(), expected[tied], strict=True):
+            torch.testing.assert_close(whole(parameter.grad), value, atol=1e-12, rtol=0)
+        groups = layers + (1 if tied else 3)  # the root, and by themselves embedding and output layer
+        if ranks is replicas:  # averaged over once per step
+            assert [count[2] for count in counts] == [0, 0, groups], counts
+        if ranks is replicas and dist.get_world_size() == 2:
+            continue  # each rank holds all parameters
+        # Embedding, output layer and root are gathered once, blocks twice if they are freed.
+        gathered = groups + (layers if frees else 0)
+        assert [count[0] for count in counts] == ([gathered] * 3 if frees else [gathered, 0, 0]), counts
+        assert [count[1] for count in counts] == ([groups] * 3 if each else [0, 0, groups]), counts
+
+
+def dtypes(folder, dims):
+    """Without autocast everything between the blocks is bfloat16, a scheme's tables are not, and the loss agrees."""
+    for scheme in (RoPEPP(), FoPE(context_length=64)):
+        torch.manual_seed(0)
+        one, several = make(scheme), sharded(dims, partial(make, scheme), mixed_dtype=torch.bfloat16)
+        seen, attention = {}, F.scaled_dot_product_attention
+
+        def attend(queries, keys, values, *arguments, seen=seen, attention=attention, **keywords):
+            seen.setdefault("attention", set()).update(x.dtype for x in (queries, keys, values))
+            return attention(queries, keys, values, *arguments, **keywords)
+
+        def hook(module, arguments, seen=seen):
+            seen.setdefault("hidden", set()).add(arguments[0].dtype)
+            seen.setdefault("tables", set()).update(x.dtype for x in arguments[1])
+            seen.setdefault("constants", set()).update(x.dtype for x in module.buffers())
+
+        for module in several.modules():
+            if isinstance(module, Attention):
+                module.register_forward_pre_hook(hook)
+        F.scaled_dot_product_attention = attend
+        try:
+            loss = several.loss(*batch(dist.get_rank()))
+        finally:
+            F.scaled_dot_product_attention = attention
+        loss.backward()
+        assert seen["attention"] == seen["hidden"] == {torch.bfloat16}, seen
+        assert seen["tables"] == {torch.float32}, seen
+        assert seen["constants"] <= {torch.float32}, seen
+        assert {parameter.grad.dtype for parameter in several.parameters()} == {torch.float32}
+        with torch.autocast("cpu", torch.bfloat16):
+            other = one.loss(*batch(dist.get_rank()))
+        torch.testing.assert_close(loss, other, atol=5e-3, rtol=0)
+
+
+def shards(folder, dims):
+    """Weights in shards are read in parts by a sharded decoder, and whole by one that is not."""
+    for tied in (False, True):
+        torch.manual_seed(dist.get_world_size())
+        path = Path(folder) / f"{tied}.ckpt"
+        saved = sharded(dims, partial(make, tie_word_embeddings=tied))
+        state = {f"decoder.{name}": value for name, value in saved.state_dict().items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            distributed_checkpoint.save({"state_dict": state}, checkpoint_id=path)
+        (path / checkpoint.SHARDED_METADATA).touch()
+        sizes, read_data = [], checkpoint._Reader.read_data
+
+        def counted(self, plan, planner, sizes=sizes, read_data=read_data):
+            sizes.append(sum(item.lengths.numel() for item in plan.items))
+            return read_data(self, plan, planner)
+
+        checkpoint._Reader.read_data = counted
+        try:
+            torch.manual_seed(99)
+            others = [
+                sharded(dims, partial(make, tie_word_embeddings=tied), mixed_dtype=torch.bfloat16),
+                make(tie_word_embeddings=tied),
+            ]
+            for other in others:
+                load_weights(other, str(path))
+        finally:
+            checkpoint._Reader.read_data = read_data
+        for other in others:
+            assert all(torch.equal(value, full(saved)[name]) for name, value in full(other).items())
+        total = sum(value.numel() for value in others[1].state_dict().values())
+        assert sizes[1] == total
+        assert abs(sizes[0] / total - 1 / dist.get_world_size()) < 0.02
+
+
+def muon(folder, dims):
+    """The very matrices of one process, with odd sizes, more and fewer matrices than ranks."""
+    world_size = dist.get_world_size()
+    all_dims = [dims, *([ParallelDims.create("cpu", replicate_size=2)] if world_size % 2 == 0 else [])]
+    shapes = [(7, 5), (5, 5), (5, 12), (1, 3), (7, 5), (2, 9), (16, 4)]
+    for ranks in all_dims:
+        for dtype in (torch.float32, torch.float64):
+            torch.manual_seed(0)
+            one, several = (
+                nn.Sequential(*(nn.Linear(*shape, bias=False, dtype=dtype) for shape in shapes)) for _ in range(2)
+            )
+            several.load_state_dict(one.state_dict())
+            fully_shard(several, mesh=ranks.mesh)
+            settings = {"lr": 0.1, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
+            optimizers = torch.optim.Muon(one.parameters(), **settings), _ShardedMuon(several.parameters(), **settings)
+            for step in range(3):
+                generator = torch.Generator().manual_seed(step)
+                for a, b in zip(one.parameters(), several.parameters(), strict=True):
+                    a.grad = torch.randn(a.shape, generator=generator, dtype=dtype)
+                    b.grad = distribute_tensor(a.grad, b.device_mesh, b.placements)
+                with CommDebugMode() as communication:
+                    for optimizer in optimizers:
+                        optimizer.step()
+            for a, b in zip(one.parameters(), several.parameters(), strict=True):
+                assert torch.equal(a, whole(b)), (a - whole(b)).abs().max()
+            size = ranks.mesh.size(ranks.mesh.ndim - 1)
+            rounds = -(-len(shapes) // size)
+            counts = {str(kind): count for kind, count in communication.get_comm_counts().items()}
+            exchanges = sum(count for kind, count in counts.items() if "alltoall" in kind)
+            replicas = world_size // size
+            mine = len(range(dist.get_rank() // size, rounds, replicas))
+            assert exchanges == 2 * mine, counts
+    decoder = sharded(dims)
+    optimizer = Muon(lr=0.01).build(decoder)
+    decoder.loss(*batch(0)).backward()
+    optimizer.step()
+    states = {id(parameter): state for parameter, state in optimizer.state.items()}
+    assert len(states) == len(list(decoder.parameters()))
+
+
+def ranks_and_meshes(folder, dims):
+    """No slice of a mesh that torch is about to remove."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        context = ParallelDims.create("cpu", context_parallel_size=2)
+        copies = ParallelDims.create("cpu", replicate_size=2)
+        shard_decoder(make(), copies)
+        decoder = sharded(context)
+    assert (dims.replica, dims.num_replicas, dims.context_slice(64)) == (rank, world_size, slice(0, 64))
+    assert (context.replica, context.num_replicas) == (rank // 2, world_size // 2)
+    assert context.context_slice(64) == (slice(0, 32), slice(32, 64))[rank % 2]
+    assert dist.get_process_group_ranks(context.context_group) == [rank // 2 * 2, rank // 2 * 2 + 1]
+    assert decoder.context_parallel_size == 2
+    assert copies.mesh.mesh_dim_names == ("replicate", "fsdp")
+    assert copies.mesh.shape == (2, world_size // 2)
+    assert (copies.replica, copies.num_replicas) == (rank, world_size)
+
+
+def main(rank, folder, world_size, names):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    dims, found = ParallelDims.create("cpu"), {}
+    for name in names:
+        try:
+            globals()[name](folder, dims)
+            found[name] = ""
+        except Exception:  # every check reports
+            found[name] = traceback.format_exc()
+        torch.set_default_dtype(torch.float32)
+        dist.barrier()
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    folder, world_size, *names = sys.argv[1:]
+    mp.start_processes(main, (folder, int(world_size), names), nprocs=int(world_size), start_method="fork")
