@@ -210,6 +210,12 @@ class Decoder(nn.Module):
             assert isinstance(block, Block)
             block.self_attn.context_group = group
 
+    def set_attention(self, implementation: str | None) -> None:
+        """Let all layers compute attention by what :func:`ropepp_lit.nn.kernels.select_implementation` returned."""
+        for block in self.model.layers:
+            assert isinstance(block, Block)
+            block.self_attn.implementation = implementation
+
     @contextmanager
     def probed(self, probe: Probe) -> Iterator[None]:
         """Let a probe see, and change, the scores of every layer; attention then holds all of them."""

@@ -97,6 +97,32 @@ def _is_installed(module: str) -> bool:
         return False
 
 
+def describe(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """What computes attention, in words, such as `varlen (torch.nn.attention.varlen) in bfloat16`.
+
+    Args:
+        name: What :func:`select_implementation` returned.
+        device: Where attention runs.
+        dtype: Of the activations.
+    """
+    name = _implementation(name, device.type, dtype)
+    what = {
+        "sdpa": "scaled_dot_product_attention",
+        "varlen": "torch.nn.attention.varlen",
+        "flash_attn": "package flash-attn",
+        "fa3": "FlashAttention 3 by torch",
+        "fa4": "FlashAttention 4 by torch",
+    }[name]
+    return f"{name} ({what}) in {str(dtype).removeprefix('torch.')}"
+
+
+def _implementation(name: str | None, device_type: str, dtype: torch.dtype) -> str:
+    """What runs for tensors of a device and a dtype."""
+    if device_type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return "sdpa"
+    return name or _built_in()
+
+
 def attend(
     queries: Tensor,
     keys: Tensor,
@@ -122,11 +148,7 @@ def attend(
     Returns:
         [B, T, H, D].
     """
-    is_half = queries.is_cuda and queries.dtype in (torch.float16, torch.bfloat16)
-    if not is_half:
-        implementation = "sdpa"
-    elif implementation is None:
-        implementation = _built_in()
+    implementation = _implementation(implementation, queries.device.type, queries.dtype)
     if documents is not None and mask is None:
         bounds, longest = documents.cu_seqlens, documents.longest
         segments = Segments(bounds, bounds, longest, longest)

@@ -42,6 +42,8 @@ class CausalLM(LightningModule):
             computes all and keeps what they need.
         compile: Compile each block by torch.compile; empty compiles on CUDA only, and not with
             offload_activations.
+        attention: What computes attention on CUDA in half precision, of :mod:`ropepp_lit.nn.kernels`; empty chooses by
+            what the GPU, torch and the installed packages offer.
         init_from: A checkpoint or a Hugging Face folder whose weights training begins with; optimizer, schedule and
             data begin anew. Its geometry and variant must be the recipe's; base and scaling may be others.
         init_optimizer: Take the optimizer's state from there too (of a checkpoint in one file).
@@ -60,6 +62,7 @@ class CausalLM(LightningModule):
         offload_activations: bool = False,
         mlp_chunk_tokens: int | None = None,
         compile: bool | None = None,
+        attention: Literal["sdpa", "varlen", "flash_attn", "fa3", "fa4"] | None = None,
         init_from: str | None = None,
         init_optimizer: bool = False,
     ) -> None:
@@ -87,6 +90,7 @@ class CausalLM(LightningModule):
             raise UsageError("model.compile: torch.compile cannot trace offload_activations; choose one of them")
         self.activation_checkpointing, self.offload_activations = activation_checkpointing, offload_activations
         self.mlp_chunk_tokens, self.compile_blocks = mlp_chunk_tokens, compile
+        self.attention = attention
         self.init_from, self.init_optimizer = init_from, init_optimizer
         self.loads_checkpoint = False
         """Whether a checkpoint's weights follow, so that none need be drawn; the command sets it."""
@@ -126,6 +130,7 @@ class CausalLM(LightningModule):
             offload_activations=self.offload_activations,
             mlp_chunk_tokens=self.mlp_chunk_tokens,
             compile=self.compile_blocks,
+            attention=self.attention,
             init_from=self.init_from,
             loads_checkpoint=self.loads_checkpoint,
         )

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from ropepp_lit.checkpoint import WEIGHTS_PREFIX, decoder_weights, is_sharded, load_shards
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder
+from ropepp_lit.nn.kernels import select_implementation
 
 
 class ParallelDims(NamedTuple):
@@ -77,6 +78,7 @@ def build_decoder(
     offload_activations: bool = False,
     mlp_chunk_tokens: int | None = None,
     compile: bool | None = None,
+    attention: str | None = None,
     init_from: str | None = None,
     loads_checkpoint: bool = False,
 ) -> Decoder:
@@ -90,6 +92,7 @@ def build_decoder(
         offload_activations: See there.
         mlp_chunk_tokens: See there.
         compile: See there.
+        attention: See there.
         init_from: See there.
         loads_checkpoint: A checkpoint will be loaded: allocate the weights, and leave them uninitialized.
 
@@ -97,7 +100,7 @@ def build_decoder(
         The decoder. A whole one with weights that were drawn is on the CPU, others are on `device`.
 
     Raises:
-        UsageError: `init_from` cannot be read.
+        UsageError: `init_from` cannot be read, or `attention` cannot run here.
     """
     is_drawn = init_from is None and not loads_checkpoint
     if is_drawn and shard is None:
@@ -111,6 +114,7 @@ def build_decoder(
         offload=offload_activations,
         mlp_chunk_tokens=mlp_chunk_tokens,
     )
+    decoder.set_attention(select_implementation(attention, device))
     if (device.type == "cuda" and not offload_activations) if compile is None else compile:
         compile_blocks(decoder)
     if shard is not None:
