@@ -24,7 +24,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import activate_flash_attention_impl
+from torch.nn.attention import (
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+)
 from torch.nn.attention.varlen import varlen_attn
 
 from ropepp_lit.errors import UsageError
@@ -74,6 +78,8 @@ def select_implementation(name: str | None, device: torch.device) -> str:
         if torch.cuda.get_device_capability(device)[0] not in capabilities:
             raise UsageError(f"model.attention: {chosen} does not run on {torch.cuda.get_device_name(device)}")
         activate_flash_attention_impl(chosen.upper())
+    elif current_flash_attention_impl() is not None:
+        restore_flash_attention_impl()
     return chosen
 
 
