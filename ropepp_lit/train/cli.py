@@ -107,9 +107,11 @@ class RecipeCLI(LightningCLI):
             )
         if config.enable_progress_bar is not False:
             kwargs["callbacks"] = [*(config.callbacks or []), ProgressBar()]
-        if config.precision == "64-true" and isinstance(config.strategy, FSDP2Strategy):
-            # Lightning has the plugin, and refuses its name where the strategy is an object.
-            kwargs |= {"precision": None, "plugins": [*(config.plugins or []), DoublePrecision()]}
+        if isinstance(config.strategy, FSDP2Strategy):
+            if config.precision == "64-true":
+                # Lightning has the plugin, and refuses its name where the strategy is an object.
+                kwargs |= {"precision": None, "plugins": [*(config.plugins or []), DoublePrecision()]}
+            config.strategy.check_precision(str(config.precision))
         if config.logger in (None, True):
             folder = config.default_root_dir or "."
             kwargs["logger"] = TensorBoardLogger(folder, name="tensorboard", version="")

@@ -78,10 +78,15 @@ class FSDP2Strategy(ModelParallelStrategy):
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         if isinstance(plugin, MixedPrecision):
-            if plugin.precision != "bf16-mixed":
-                raise UsageError(f"trainer.precision: {plugin.precision} does not work with fsdp2; use bf16-mixed")
+            self.check_precision(plugin.precision)
             plugin = ParameterCasts()
         self._precision_plugin = plugin
+
+    @staticmethod
+    def check_precision(precision: str) -> None:
+        """Raise UsageError for a precision that scales gradients, which would be reduced before they are unscaled."""
+        if precision in ("16", "16-mixed"):
+            raise UsageError("trainer.precision: 16-mixed does not work with fsdp2; use bf16-mixed")
 
     def check(self, *, world_size: int, num_query_heads: int, context_length: int) -> None:
         """Find what does not divide before anything is started.

@@ -117,9 +117,12 @@ def test_fsdp2_casts_parameters_and_needs_no_autocast(strategy):
     assert trainer(strategy(), precision="32-true").precision == "32-true"
 
 
-def test_fsdp2_refuses_a_precision_that_scales_gradients():
-    with pytest.raises(UsageError, match=r"trainer\.precision: 16-mixed does not work with fsdp2; use bf16-mixed"):
-        FSDP2Strategy().precision_plugin = MixedPrecision("16-mixed", "cuda")
+def test_fsdp2_refuses_a_precision_that_scales_gradients(mistake):
+    expected = "trainer.precision: 16-mixed does not work with fsdp2; use bf16-mixed"
+    strategy = ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.replicate_size", 1]
+    assert expected in mistake(*strategy, "--trainer.precision", "16-mixed")
+    with pytest.raises(UsageError, match=expected):  # as Lightning does for the name fsdp2 on a GPU
+        FSDP2Strategy().precision_plugin = MixedPrecision("16-mixed", "cpu")
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp"])
