@@ -279,18 +279,31 @@ def instantiate(description: dict[str, Any], base: type[T], *, trust: str | None
     """
     class_path = description["class_path"]
     module, _, name = class_path.rpartition(".")
-    is_ours = module.startswith("ropepp_lit.nn.")
-    if is_ours:
-        module = "ropepp_lit.nn"  # its public classes, wherever a version of it keeps them
+    if module.startswith("ropepp_lit.nn."):
+        class_path = f"ropepp_lit.nn.{name}"  # its public classes, wherever a version of it keeps them
     elif class_path != trust:
         raise UsageError(
             f"the checkpoint was made with {class_path}, which is not part of ropepp-lit; "
             f"if you trust that code and it can be imported here, add: --trust {class_path}"
         )
+    return import_class(class_path, base)(**description["init_args"])
+
+
+def import_class(class_path: str, base: type[T]) -> type[T]:
+    """The class that `module.Class` names.
+
+    Args:
+        class_path: The name.
+        base: What the class must derive from.
+
+    Raises:
+        UsageError: it cannot be imported, or is something else.
+    """
+    module, _, name = class_path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UsageError(f"{class_path}: cannot be imported ({error}); run where its file is") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise UsageError(f"{class_path} is not a {base.__name__}")
-    return found(**description["init_args"])
+    return found

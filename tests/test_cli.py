@@ -43,7 +43,12 @@ CONTEXT = [*STRATEGY, "--trainer.strategy.context_parallel_size"]
         ),
         (["--model.decoder.size", "7b"], "model.decoder.size: no size '7b'"),
         (["--model.positions.variant", "xy"], "variant"),
-        (["--model.positions", "RoPEPlus"], "RoPEPlus"),
+        (["--model.positions", "RoPEPlus"], "model.positions: no class 'RoPEPlus'; choose one of RoPE, RoPEPP, "),
+        (["--model.positions=PositionScheme"], "model.positions: no class 'PositionScheme'; choose one of RoPE, "),
+        (["--model.optimizer.class_path", "Adam"], "model.optimizer: no class 'Adam'; choose one of AdamW, Muon, or"),
+        (["--model.schedule", "nowhere.Linear"], "model.schedule: nowhere.Linear: cannot be imported (No module named"),
+        (["--model.frequencies", "torch.nn.Linear"], "model.frequencies: torch.nn.Linear is not a Frequencies"),
+        (["--model.positions"], "expected one argument"),
         (
             ["--model.positions.variant", "eh", "--model.decoder.num_key_value_heads", "1"],
             "model.decoder.num_key_value_heads: RoPE++ EH halves it, so 1 must be even",
@@ -54,22 +59,49 @@ CONTEXT = [*STRATEGY, "--trainer.strategy.context_parallel_size"]
             ["--model.frequencies", "Yarn", "--model.frequencies.factor", "2", "--data.context_length", "10000"],
             "data.context_length: 10,000 is beyond the 8,192 tokens (factor × original_max_position_embeddings)",
         ),
-        (["--trainer.accelerator", "gpu"], "trainer: "),
         (["--model.init_optimizer", "true"], "model.init_optimizer: takes the optimizer's state of model.init_from"),
-        (["--data.source", "nowhere"], "data.source: nowhere: no such file or folder"),
+        (["--trainer.enable_checkpointing", "false"], "trainer.enable_checkpointing: a run always saves its last step"),
         (["--data.context_length", "1000000"], "data.context_length: 1000000 is longer than"),
         (["--checkpoints.every_n_steps", "0"], "checkpoints.every_n_steps: 0 must be 1 or more"),
         (["--sample.top_p", "2"], "sample.top_p: 2.0 must be above 0"),
-        (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt: no such checkpoint"),
     ],
 )
 def test_mistakes(mistake, options, expected):
+    said = mistake(*options)
+    assert expected in said
+    assert mistake(*options, subcommand="plan") == said
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--trainer.accelerator", "gpu"], "trainer: "),
+        (["--trainer.strategy", "fsdp3"], "trainer: You selected an invalid strategy name"),
+        (["--data.source", "nowhere"], "data.source: nowhere: no such file or folder"),
+        (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt: no such checkpoint"),
+    ],
+)
+def test_mistakes_that_are_none_where_only_a_plan_is_made(mistake, options, expected):
     assert expected in mistake(*options)
 
 
-def test_misspelt_key_in_a_recipe(mistake, tmp_path):
-    (tmp_path / "mine.yaml").write_text("model:\n  positions:\n    class_path: RoPEPP\n    init_args: {varient: eh}\n")
-    assert "varient" in mistake("--config", "mine.yaml")
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        ("{class_path: RoPEPP, init_args: {varient: eh}}", "varient"),
+        (
+            "{class_path: RoPEPlus, init_args: {variant: eh}}",
+            "model.positions: no class 'RoPEPlus'; choose one of RoPE",
+        ),
+        ("RoPEPlus", "model.positions: no class 'RoPEPlus'; choose one of RoPE"),
+        ("3", "model.positions: no class '3'; choose one of RoPE"),
+        ("[", "mine.yaml: not valid YAML: while parsing a flow node"),
+    ],
+)
+def test_mistakes_in_a_recipe(mistake, tmp_path, positions, expected):
+    (tmp_path / "mine.yaml").write_text(f"model:\n  positions: {positions}\n")
+    for option in ("--config", "-c"):
+        assert expected in mistake(option, "mine.yaml")
 
 
 def test_empty_folder(mistake, tmp_path):
@@ -98,7 +130,10 @@ def test_checkpoints_that_do_not_fit(mistake, run, tiny, tmp_path):
     assert "model.positions.variant ec → eh" in mistake(*other, "--model.positions.variant", "eh")
     assert "model.positions.variant ec → none" in mistake(*other, "--model.positions", "RoPE")
     muon = mistake(*other, "--model.optimizer", "Muon")
-    assert f"model.optimizer: {path} holds the state of AdamW, which Muon cannot continue" in muon
+    assert f"model.optimizer: {path} stores the state of AdamW, which Muon cannot continue" in muon
+    for options in (["--ckpt_path", path], ["--model.init_from", path]):
+        wider = [*options, "--trainer.default_root_dir", "other", "--model.decoder.hidden_size", "64"]
+        assert mistake(*wider, subcommand="plan") == mistake(*wider)
     again = mistake("--trainer.default_root_dir", "run")
     assert "holds checkpoints of an earlier run (step 1); continue it by --ckpt_path auto" in again
     (tmp_path / "cut.ckpt").write_bytes((tmp_path / path).read_bytes()[:-1000])

@@ -118,7 +118,7 @@ def _batches(several: Iterator[Window]) -> Iterator[list[Window]]:
         yield batch
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not in inference mode, whose tensors FSDP2 would reuse in training
 def _losses(model: Model, documents: list[list[int]], batch: list[Window], chunk_tokens: int | None) -> Tensor:
     """[windows, tokens] nats; 0 where a token was predicted before or the window has ended."""
     longest = max(window.end - window.start for window in batch)

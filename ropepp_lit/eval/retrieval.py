@@ -31,6 +31,7 @@ from ropepp_lit.data.tokenizer import TextTokenizer
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval.models import TOKENS_AT_ONCE, Model
 from ropepp_lit.eval.results import Measurement
+from ropepp_lit.nn.generation import generate
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Where the answer lies in examples that have one place for it, in turn."""
@@ -152,7 +153,6 @@ def answer_tokens(family: str, tokenizer: TextTokenizer, *, seed: int) -> int:
     return 2 * len(_encode(tokenizer, ideal)) + 8
 
 
-@torch.inference_mode()
 def write_answers(
     model: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, chunk_tokens: int | None = None
 ) -> list[str]:
@@ -164,19 +164,17 @@ def write_answers(
         max_new_tokens: Tokens of an answer at most.
         chunk_tokens: Tokens of a prompt in one forward pass; empty means all.
     """
+    eos, written = model.tokenizer.eos_token_id, []
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     input_ids = torch.tensor(prompts, device=model.device)
-    cache = model.decoder.allocate_cache(batch_size=len(prompts), max_tokens=input_ids.shape[1] + max_new_tokens)
-    for part in input_ids.split(chunk_tokens or input_ids.shape[1], dim=1):
-        logits = model.decoder(part, cache=cache, logits_to_keep=1)
-    written = [logits[:, -1].argmax(dim=-1)]
-    ended = written[0] == model.tokenizer.eos_token_id
-    while len(written) < max_new_tokens and not ended.all():
-        logits = model.decoder(written[-1][:, None], cache=cache, logits_to_keep=1)
-        written.append(logits[:, -1].argmax(dim=-1))
-        ended |= written[-1] == model.tokenizer.eos_token_id
+    for tokens in generate(model.decoder, input_ids, max_new_tokens=max_new_tokens, chunk_tokens=chunk_tokens):
+        written.append(tokens)
+        ended = ended | (tokens == eos)
+        if ended.all():
+            break
     answers = []
     for row in torch.stack(written, dim=1).tolist():
-        end = row.index(model.tokenizer.eos_token_id) if model.tokenizer.eos_token_id in row else len(row)
+        end = row.index(eos) if eos in row else len(row)
         answers.append(model.tokenizer.tokenizer.decode(row[:end]))
     return answers
 

@@ -217,6 +217,18 @@ class Decoder(nn.Module):
             block.self_attn.implementation = implementation
 
     @contextmanager
+    def whole_rows(self) -> Iterator[None]:
+        """Compute whole rows on every rank, as if :meth:`set_context_group` had not been called."""
+        block = self.model.layers[0]
+        assert isinstance(block, Block)
+        group = block.self_attn.context_group
+        self.set_context_group(None)
+        try:
+            yield
+        finally:
+            self.set_context_group(group)
+
+    @contextmanager
     def probed(self, probe: Probe) -> Iterator[None]:
         """Let a probe see, and change, the scores of every layer; attention then holds all of them."""
         layers = [module for module in self.modules() if isinstance(module, Attention)]

@@ -1,4 +1,4 @@
-"""What a run shows: a banner, a progress bar, samples of text."""
+"""What a run prints: a banner, a progress bar, samples of text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from tokenizers import Tokenizer
 
 from ropepp_lit.data.token_data import TokenData, replica_of
 from ropepp_lit.errors import UsageError
+from ropepp_lit.nn import Decoder
 from ropepp_lit.nn.generation import check_sampling, generate
 from ropepp_lit.train.causal_lm import CausalLM
+from ropepp_lit.train.evaluation import evaluating
 
 
 class Banner(Callback):
-    """Prints what decides a run's result before it starts."""
+    """Prints the settings that decide a run's result before it starts."""
 
     @rank_zero_only
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -28,52 +30,63 @@ class Banner(Callback):
 
 
 def banner(trainer: pl.Trainer, model: CausalLM) -> str:
-    """Variant, base and scaling, parameters, context and tokens per step, as a block of lines."""
-    decoder, data = model.decoder, getattr(trainer, "datamodule", None)
-    layout = decoder.head_layout
-    replicas = replica_of(trainer)["num_replicas"]
-    embedding = decoder.config.hidden_size * decoder.config.vocab_size
-    lines = [
-        ("positions", decoder.positions_in_words),
-        (
-            "heads",
-            f"{layout.num_query_heads} query projections → {layout.num_attention_heads} attention heads, "
-            f"{layout.num_key_value_heads} key/value heads of {decoder.config.head_dim}",
-        ),
-        ("parameters", f"{decoder.num_parameters:,} (embedding: {embedding:,})"),
-    ]
+    """A block of lines: a name and its text each."""
+    data = getattr(trainer, "datamodule", None)
+    lines = _model_lines(model.decoder)
+    lines["precision"] = precision_in_words(str(trainer.precision), trainer.strategy.root_device)
     if isinstance(data, TokenData):
-        accumulated = trainer.accumulate_grad_batches
-        tokens = data.tokens_per_step(accumulate_grad_batches=accumulated, num_replicas=replicas)
-        masking = "documents don't see each other" if data.intra_document_masking else "plain causal rows"
-        share, size = sum(data.weights.values()), trainer.world_size // replicas
-        groups = f"{replicas} devices" if size == 1 else f"{replicas} groups of {size} devices"
-        lines += [
-            ("context", f"{data.context_length:,} tokens, {masking}"),
-            (
-                "tokens per step",
-                f"{tokens:,} ({data.batch_size} rows × {accumulated} accumulated × {groups})",
-            ),
-            *(
-                (
-                    "data",
-                    f"{name}: {manifest.splits['train'].documents:,} documents, "
-                    f"{manifest.splits['train'].tokens:,} tokens"
-                    + (f", {weight / share:.1%} of the samples" if len(data.weights) > 1 else ""),
-                )
-                for (name, manifest), weight in zip(data.manifests.items(), data.weights.values(), strict=True)
-            ),
-            ("steps", f"{trainer.max_steps:,}: {tokens * trainer.max_steps:,} tokens"),
-        ]
-    return "\n".join(f"{name:>16}  {text}" for name, text in lines)
+        lines |= _data_lines(trainer, data)
+    return "\n".join(f"{name:>16}  {text}" for name, texts in lines.items() for text in texts.splitlines())
+
+
+def _model_lines(decoder: Decoder) -> dict[str, str]:
+    layout, embedding = decoder.head_layout, decoder.config.hidden_size * decoder.config.vocab_size
+    return {
+        "positions": decoder.positions_in_words,
+        "heads": f"{layout.num_query_heads} query projections → {layout.num_attention_heads} attention heads, "
+        f"{layout.num_key_value_heads} key/value heads of {decoder.config.head_dim}",
+        "parameters": f"{decoder.num_parameters:,} (embedding: {embedding:,})",
+    }
+
+
+def _data_lines(trainer: pl.Trainer, data: TokenData) -> dict[str, str]:
+    replicas, accumulated = replica_of(trainer)["num_replicas"], trainer.accumulate_grad_batches
+    tokens = data.tokens_per_step(accumulate_grad_batches=accumulated, num_replicas=replicas)
+    masking = "documents don't see each other" if data.intra_document_masking else "plain causal rows"
+    share, size = sum(data.weights.values()), trainer.world_size // replicas
+    groups = f"{replicas} devices" if size == 1 else f"{replicas} groups of {size} devices"
+    sources = [
+        f"{name}: {manifest.splits['train'].documents:,} documents, {manifest.splits['train'].tokens:,} tokens"
+        + (f", {weight / share:.1%} of the samples" if len(data.weights) > 1 else "")
+        for (name, manifest), weight in zip(data.manifests.items(), data.weights.values(), strict=True)
+    ]
+    return {
+        "context": f"{data.context_length:,} tokens, {masking}",
+        "tokens per step": f"{tokens:,} ({data.batch_size} rows × {accumulated} accumulated × {groups})",
+        "data": "\n".join(sources),
+        "steps": f"{trainer.max_steps:,}: {tokens * trainer.max_steps:,} tokens",
+    }
+
+
+def precision_in_words(precision: str, device: torch.device) -> str:
+    """The trainer's precision; in float32 on an NVIDIA GPU also whether matrix products use TF32.
+
+    TF32 rounds their inputs to 10 bits of mantissa. This follows torch's setting, which is off by default: a run that
+    may be less exact is faster still in `bf16-mixed`.
+    """
+    if device.type != "cuda" or precision != "32-true":
+        return precision
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return f"{precision}, matrix products in TF32"
+    return f"{precision}, matrix products without TF32 (for TF32 set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1)"
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar without what never changes."""
+    """Lightning's bar without what stays the same."""
 
     @property
     def total_train_batches(self) -> int | float:
-        """All batches of the run; Lightning's would count the steps that are left after a resume."""
+        """All batches of the run; Lightning's property counts the steps that are left after a resume."""
         return self.trainer.num_training_batches
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
@@ -83,7 +96,7 @@ class ProgressBar(TQDMProgressBar):
         return metrics
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """A run is one long epoch: its number says nothing."""
+        """A run is one long epoch, so its number is left out."""
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description("Training")
         # After a resume the rate and the time left are of the batches since then.
@@ -91,11 +104,11 @@ class ProgressBar(TQDMProgressBar):
 
 
 class TextSample(Callback):
-    """After each validation, lets the model write: in the terminal and in TensorBoard.
+    """Generates text after each validation, and shows it in the terminal and in TensorBoard.
 
     Args:
-        prompt: What the model continues; empty starts a new document.
-        max_new_tokens: Tokens to write; 0 writes none.
+        prompt: The text to continue; empty starts a new document.
+        max_new_tokens: Tokens to generate; 0 switches samples off.
         temperature: Divides the logits; 0 takes the most likely token.
         top_p: Sample from the smallest set of tokens whose probability reaches this.
     """
@@ -109,7 +122,7 @@ class TextSample(Callback):
         self.temperature, self.top_p = check_sampling("sample.", temperature, top_p)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write a sample; every rank computes (sharded weights need all of them), rank 0 shows it."""
+        """Generate a sample on every rank, as weights may be sharded over all of them; rank 0 prints it."""
         data = getattr(trainer, "datamodule", None)
         if trainer.sanity_checking or not self.max_new_tokens or not isinstance(data, TokenData):
             return
@@ -117,15 +130,16 @@ class TextSample(Callback):
         tokenizer = Tokenizer.from_str(data.tokenizer_json)
         prompt = data.begin_text(tokenizer.encode(self.prompt, add_special_tokens=False).ids)
         device = pl_module.device
-        tokens = generate(
-            pl_module.decoder,
-            torch.tensor([prompt], device=device),
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            generator=torch.Generator(device).manual_seed(0),  # the training's own random numbers stay untouched
-        )
-        written = [int(token) for token in tokens]
+        with evaluating(trainer, pl_module.decoder):
+            tokens = generate(
+                pl_module.decoder,
+                torch.tensor([prompt], device=device),
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                generator=torch.Generator(device).manual_seed(0),  # leaves the random numbers of training alone
+            )
+            written = [int(token) for token in tokens]
         if data.manifest.eos_token_id in written:
             written = written[: written.index(data.manifest.eos_token_id)]
         self._show(trainer, pl_module.steps_taken, tokenizer.decode(prompt + written))

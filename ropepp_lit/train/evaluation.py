@@ -1,10 +1,13 @@
-"""Evaluation at length while a model trains."""
+"""Evaluation at long context while a model trains."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from ropepp_lit.data.token_data import TokenData
@@ -17,15 +20,30 @@ from ropepp_lit.sizes import parse_tokens
 from ropepp_lit.train.causal_lm import CausalLM
 
 
+@contextmanager
+def evaluating(trainer: pl.Trainer, decoder: Decoder) -> Iterator[None]:
+    """Read and generate text between training steps, on every rank alike.
+
+    The decoder computes in the run's precision. Ranks that share the tokens of a row in training (sequence parallelism)
+    compute whole rows. Compiled blocks run without their graphs: each new length would compile another one.
+    """
+    with (
+        trainer.precision_plugin.val_step_context(),
+        decoder.whole_rows(),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        yield
+
+
 class Evaluation(Callback):
-    """Every so many steps, and at the last one, does what `ropepp-lit evaluate` does, and logs it as `eval/…`.
+    """Runs tasks of `ropepp-lit evaluate` during training and at the last step, and logs the results as `eval/…`.
 
     Args:
-        every_n_steps: Optimizer steps from one evaluation to the next; 0 never evaluates.
-        tasks: Of perplexity, retrieval (or some families: retrieval:single+multikey) and noise, with commas.
-        lengths: Tokens of the context, with commas; k is 1,024.
-        limit: Held-out documents, and examples of each family.
-        seed: Of examples.
+        every_n_steps: Optimizer steps between evaluations; 0 switches them off.
+        tasks: Separated by commas: perplexity, retrieval (or some families: retrieval:single+multikey), noise.
+        lengths: Tokens of the context, separated by commas; k is 1,024.
+        limit: Number of held-out documents, and of examples of each family.
+        seed: Of the examples.
     """
 
     def __init__(
@@ -47,11 +65,11 @@ class Evaluation(Callback):
         except UsageError as error:
             raise UsageError(f"evaluation.{error}") from error
         if self.settings.kinds - {"perplexity", "retrieval"}:
-            raise UsageError("evaluation.tasks: while training perplexity, retrieval and noise; others by evaluate")
+            raise UsageError("evaluation.tasks: only perplexity, retrieval and noise during training")
         self._evaluated_step = -1
 
     def check(self, decoder: Decoder, data: TokenData) -> None:
-        """Raise UsageError where a length does not fit; the decoder may be without memory for its weights."""
+        """Raise UsageError where a length does not fit; the decoder may be on the meta device."""
         if not self.every_n_steps:
             return
         try:
@@ -61,7 +79,7 @@ class Evaluation(Callback):
             raise UsageError(f"evaluation.{error}") from error
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Evaluate, on every rank alike: weights that are spread over ranks need all of them."""
+        """Evaluate on every rank, as weights may be sharded over all of them."""
         step = trainer.global_step
         is_last = step >= trainer.max_steps
         if not self.every_n_steps or step in (0, self._evaluated_step) or (step % self.every_n_steps and not is_last):
@@ -70,8 +88,8 @@ class Evaluation(Callback):
         assert isinstance(pl_module, CausalLM)
         data = trainer.datamodule  # type: ignore[attr-defined]
         model = self._model(pl_module.decoder, data)
-        texts = list(data.held_out_texts(self.settings.limit)) if self.settings.needs_text else []
-        with pl_module.untimed():
+        with pl_module.untimed(), evaluating(trainer, pl_module.decoder):
+            texts = list(data.held_out_texts(self.settings.limit)) if self.settings.needs_text else []
             found = [
                 item
                 for unit in self.settings.units(model)

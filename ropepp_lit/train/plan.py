@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, PositionScheme, RoPE, RoPEPP
 from ropepp_lit.sizes import parse_bytes
+from ropepp_lit.train.checks import Checks, check_checkpointing, checkpoint_to_continue
 from ropepp_lit.train.cli import RecipeCLI, quiet
 from ropepp_lit.train.costs import (
     PEAK_TFLOPS,
@@ -31,8 +33,8 @@ class PlanCLI(RecipeCLI):
     """Parses a recipe as `fit` does, and makes everything but the trainer, so any device may be named."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """None is needed, and here may be no such devices."""
-        return None
+        """None is needed, and this machine may have no such devices."""
+        check_checkpointing(self.config_init["fit"].trainer)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing is run."""
@@ -55,10 +57,10 @@ def plan(arguments: list[str]) -> None:
         raise UsageError(f"utilization: {options.utilization} must be above 0 and at most 1")
     device_memory = parse_bytes("device_memory", options.device_memory)
     cli = PlanCLI(["fit", *rest])
-    trainer = cli.config_init["fit"].trainer
-    if trainer.max_steps < 1:
-        raise UsageError("trainer.max_steps: give the number of optimizer steps, 1 or more")
-    Recipe(cli, trainer).show(device_memory, peak, options.utilization, options.device)
+    recipe = Recipe(cli, cli.config_init["fit"].trainer)
+    for line in recipe.check(cli.config_init["fit"]):
+        print(line)
+    recipe.show(device_memory, peak, options.utilization, options.device)
 
 
 class Recipe:
@@ -74,6 +76,7 @@ class Recipe:
         strategy = trainer.strategy
         if strategy in ("fsdp2", "fsdp2strategy"):
             strategy = FSDP2Strategy()
+        self.strategy = strategy if isinstance(strategy, FSDP2Strategy) else None
         self.context_parallel_size, self.shards, self.reduces_each_micro_batch = 1, 1, False
         if isinstance(strategy, FSDP2Strategy):
             strategy.check(
@@ -89,6 +92,32 @@ class Recipe:
         sizes = [sum(parameter.numel() for parameter in part) for part in (matrices, others)]
         is_muon = isinstance(self.model.optimizer_config, Muon)
         self.optimizer_states = (sizes[0] + 2 * sizes[1]) / sum(sizes) if is_muon else 2.0
+
+    def check(self, options: Any) -> list[str]:
+        """Make the checks of `fit`; those of data and checkpoints where they are on this machine.
+
+        Args:
+            options: The recipe with its classes instantiated.
+
+        Returns:
+            Lines to print: what the run starts from.
+        """
+        checks = Checks(self.model, self.data, options, strategy=self.strategy, world_size=self.devices)
+        checks.check_steps()
+        checks.check_recipe(has_gpu=self.trainer.accelerator != "cpu")
+        self.first_batch = self.data.first_batch()
+        if self.first_batch is not None:
+            checks.check_data()
+        lines, init_from, ckpt_path = [], self.model.init_from, checkpoint_to_continue(options)
+        if init_from is not None and not Path(init_from).exists():
+            lines.append(f"Not checked: model.init_from {init_from} does not exist yet")
+        elif (start := checks.check_init_from()) is not None:
+            lines.append(start.message)
+        if ckpt_path is not None and not Path(ckpt_path).exists():
+            lines.append(f"Not checked: ckpt_path {ckpt_path} does not exist yet")
+        elif ckpt_path is not None:
+            lines += checks.check_resume(ckpt_path)
+        return lines
 
     @property
     def tokens_per_step(self) -> int:
@@ -189,15 +218,10 @@ time              {days:.2f} days on {self.devices} × {device} at {utilization:
 
     def _show_batch(self) -> None:
         """The first rows of the data, decoded, where they are prepared."""
-        batch = self.data.first_batch()
+        batch = self.first_batch
         if batch is None:
             print("\nThe data are not here, or not prepared yet.")
             return
-        vocab_size = self.data.manifest.vocab_size
-        if vocab_size > self.config.vocab_size:
-            raise UsageError(
-                f"model.decoder.vocab_size: {self.config.vocab_size} is below the {vocab_size} tokens of the tokenizer"
-            )
         text = Tokenizer.from_str(self.data.tokenizer_json).decode(batch.input_ids[0, :64].tolist())
         documents = "plain rows" if batch.documents is None else f"{len(batch.documents.cu_seqlens) - 1} documents"
         print(f"\nfirst batch: {tuple(batch.input_ids.shape)}, {documents}; it begins: {text!r}")

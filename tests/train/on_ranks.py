@@ -22,8 +22,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from ropepp_lit import checkpoint
+from ropepp_lit.data.tokenizer import byte_tokenizer
+from ropepp_lit.eval.models import Model
+from ropepp_lit.eval.retrieval import write_answers
 from ropepp_lit.nn import Decoder, DecoderConfig, FoPE, Frequencies, RoPEPP
 from ropepp_lit.nn.attention import Attention
+from ropepp_lit.nn.generation import generate
 from ropepp_lit.train.fsdp import whole
 from ropepp_lit.train.optimizer import Muon, _ShardedMuon
 from ropepp_lit.train.parallel import (
@@ -256,6 +260,30 @@ def ranks_and_meshes(folder, dims):
     assert copies.mesh.mesh_dim_names == ("replicate", "fsdp")
     assert copies.mesh.shape == (2, world_size // 2)
     assert (copies.replica, copies.num_replicas) == (rank, world_size)
+
+
+def generation(folder, dims):
+    """Ranks whose logits differ write rank 0's tokens, for as long as rank 0 does."""
+    tokenizer, replicas = byte_tokenizer(), ParallelDims.create("cpu", replicate_size=2)
+    prompts, eos = [[5, 6, 7], [8, 9, 10]], tokenizer.eos_token_id
+    for ranks in (dims, replicas):
+        decoder, calls = sharded(ranks), []
+
+        def differ(module, inputs, logits, calls=calls):
+            calls.append(None)
+            logits[..., eos if dist.get_rank() or len(calls) > 3 else 10 + len(calls)] += 1e4
+
+        decoder.lm_head.register_forward_hook(differ)
+        model = Model(name="", path="", decoder=decoder, tokenizer=tokenizer, fingerprint="")
+        found = [write_answers(model, prompts, max_new_tokens=20), len(calls)]
+        calls.clear()
+        tokens = generate(decoder, torch.tensor(prompts), max_new_tokens=5, temperature=1.0)
+        found.append(torch.stack(list(tokens), dim=1).tolist())
+        expected = [found]
+        dist.broadcast_object_list(expected, src=0)
+        assert found == expected[0]
+        assert found[1:] == [4, [[11, 12, 13, eos, eos]] * 2], found
+        decoder.loss(*batch(0)).backward()  # training goes on afterwards
 
 
 def main(rank, folder, world_size, names):

@@ -1,39 +1,92 @@
-"""Evaluation at length while a model trains."""
+"""Evaluation and samples while a model trains."""
 
 import json
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch._dynamo.utils import counters
 
 from ropepp_lit.checkpoint import decoder_weights, read_checkpoint
+from ropepp_lit.cli import main
 
-TASKS = ["--evaluation.every_n_steps", 3, "--evaluation.tasks", "perplexity,retrieval:single,noise:perplexity"]
-OPTIONS = [*TASKS, "--evaluation.lengths", "128,256", "--evaluation.limit", 4]
+TASKS = ["--evaluation.every_n_steps", "3", "--evaluation.tasks", "perplexity,retrieval:single,noise:perplexity"]
+OPTIONS = [*TASKS, "--evaluation.lengths", "128,256", "--evaluation.limit", "4"]
+SHARDED = ["--trainer.devices", "2", "--trainer.strategy", "FSDP2Strategy"]
+
+
+@pytest.fixture(scope="module")
+def fit(run, tiny, tmp_path_factory):
+    """Trains 4 steps in float64 on 4 rows; returns the run's folder. The same options train once."""
+    done = {}
+
+    def fit(*options, rows=4):
+        if (key := (*options, rows)) not in done:
+            done[key] = tmp_path_factory.mktemp("run")
+            common = [*tiny, "--trainer.precision", "64-true", "--trainer.max_steps", "4", "--data.batch_size", rows]
+            run("fit", *common, *options, "--trainer.default_root_dir", done[key], cwd=done[key])
+        return done[key]
+
+    return fit
+
+
+def events(folder):
+    """What TensorBoard shows of validation, evaluation and samples: tag to values by step."""
+    found = EventAccumulator(str(folder / "tensorboard"))
+    found.Reload()
+    scalars = {tag: [event.value for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    text = [event.tensor_proto.string_val for event in found.Tensors("sample/text_summary")]
+    return {tag: values for tag, values in scalars.items() if tag.startswith(("eval/", "val/"))}, text
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_it_logs_what_evaluate_finds_and_leaves_training_alone(run, tiny, tmp_path, devices):
-    common = [*tiny, "--trainer.max_steps", 4, "--trainer.devices", devices, "--data.batch_size", 2]
-    common += ["--trainer.strategy", "fsdp2"] if devices > 1 else []
-    run("fit", *common, *OPTIONS, "--trainer.default_root_dir", "with", cwd=tmp_path)
-    run("fit", *common, "--trainer.default_root_dir", "without", cwd=tmp_path)
-    checkpoints = [tmp_path / name / "checkpoints" / "last.ckpt" for name in ("with", "without")]
-    one, other = (decoder_weights(read_checkpoint(path)) for path in checkpoints)
+def test_it_logs_what_evaluate_finds_and_leaves_training_alone(fit, run, tmp_path):
+    folder = fit(*OPTIONS)
+    one, other = (decoder_weights(read_checkpoint(path / "checkpoints/last.ckpt")) for path in (folder, fit()))
     assert all(torch.equal(one[name], value) for name, value in other.items())
-    events = EventAccumulator(str(tmp_path / "with" / "tensorboard"))
-    events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("eval/")]
-    assert {"eval/perplexity/128/loss", "eval/perplexity/256/perplexity", "eval/retrieval/single/256/score"} <= {*tags}
-    assert "eval/perplexity/256/loss/noise_imaginary_0.5" in tags
-    (third, last) = events.Scalars("eval/perplexity/256/loss")
-    assert third.value != last.value
+    scalars, _ = events(folder)
+    assert {"eval/perplexity/128/loss", "eval/perplexity/256/perplexity", "eval/retrieval/single/256/score"} <= {
+        *scalars
+    }
+    assert "eval/perplexity/256/loss/noise_imaginary_0.5" in scalars
+    third, last = scalars["eval/perplexity/256/loss"]
+    assert third != last
     options = ["--tasks", "perplexity", "--lengths", 256, "--limit", 4, "--out", "found"]
-    run("evaluate", "with/checkpoints/last.ckpt", *options, cwd=tmp_path)
+    run("evaluate", folder / "checkpoints/last.ckpt", *options, cwd=tmp_path)
     rows = json.loads((tmp_path / "found" / "results.json").read_text())["scores"]
     assert rows[0]["metric"] == "loss"
-    assert rows[0]["value"] == pytest.approx(last.value, abs=1e-4)
+    assert rows[0]["value"] == pytest.approx(last, abs=1e-4)
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ([*SHARDED, "--trainer.strategy.context_parallel_size", "2"], 4),
+        pytest.param(SHARDED, 2, marks=pytest.mark.slow),
+    ],
+    ids=["context", "fsdp"],
+)
+def test_two_processes_find_what_one_does(fit, options, rows):
+    (scalars, text), (expected, expected_text) = events(fit(*OPTIONS, *options, rows=rows)), events(fit(*OPTIONS))
+    assert text == expected_text
+    assert scalars.keys() == expected.keys()
+    for tag, values in expected.items():
+        assert scalars[tag] == pytest.approx(values, abs=1e-6), tag
+
+
+def test_evaluation_and_samples_compile_nothing(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    graphs = []
+    for options in (["--sample.max_new_tokens", "0"], ["--sample.max_new_tokens", "12", *OPTIONS]):
+        torch.compiler.reset()
+        counters.clear()
+        common = [*tiny, "--trainer.max_steps", "4", "--trainer.default_root_dir", str(len(graphs))]
+        with torch.compiler.set_stance(force_backend="eager"):
+            main(["fit", *common, "--model.compile", "true", "--data.intra_document_masking", "false", *options])
+        graphs.append(counters["stats"]["unique_graphs"])
+    torch.compiler.reset()
+    assert graphs[0] == graphs[1] > 0
 
 
 @pytest.mark.parametrize(
@@ -41,7 +94,7 @@ def test_it_logs_what_evaluate_finds_and_leaves_training_alone(run, tiny, tmp_pa
     [
         (["--evaluation.every_n_steps", "-1"], "evaluation.every_n_steps: -1 must be 0 (never) or more"),
         (["--evaluation.tasks", "speed"], "evaluation.tasks: no task 'speed'"),
-        (["--evaluation.tasks", "attention"], "evaluation.tasks: while training perplexity, retrieval and noise"),
+        (["--evaluation.tasks", "attention"], "evaluation.tasks: only perplexity, retrieval and noise during training"),
         (["--evaluation.lengths", "0"], "evaluation.lengths: '0' is no number of tokens"),
         (
             ["--evaluation.every_n_steps", "1", "--evaluation.lengths", "40"],

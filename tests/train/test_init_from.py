@@ -43,7 +43,7 @@ def test_from_rope_to_ropepp_and_on_and_out(run, tiny, rope, tmp_path):
     fitted = run(
         "fit", *tiny, "--config", "ec.yaml", *options, "--trainer.default_root_dir", "run", cwd=tmp_path
     ).stdout
-    assert "Beginning with the weights of ec.ckpt: model.frequencies.rope_theta 10000.0 → 50000" in fitted
+    assert "Starting from the weights of ec.ckpt: model.frequencies.rope_theta 10000.0 → 50000" in fitted
     assert "data.context_length 64 → 32" in fitted
     assert "RoPE++ EC, base 50000" in fitted
     made = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
@@ -82,7 +82,7 @@ def test_weights_that_do_not_fit(run, mistake, tiny, rope, tmp_path):
     assert "none.ckpt: no such checkpoint" in mistake("--model.init_from", "none.ckpt")
     run("upcycle", last, "ec.ckpt", "--variant", "ec", cwd=tmp_path)
     said = mistake("--ckpt_path", "ec.ckpt")
-    assert "ckpt_path: ec.ckpt holds weights alone; begin with them by --model.init_from ec.ckpt" in said
+    assert "ckpt_path: ec.ckpt stores weights only; start from them by --model.init_from ec.ckpt" in said
     checked = run("validate", *tiny, "--ckpt_path", "ec.ckpt", cwd=tmp_path).stdout
     assert "bits per byte" in checked
 
@@ -121,4 +121,4 @@ def test_the_optimizers_state_goes_along_if_asked(run, tiny, rope, tmp_path):
         "fit", *options, "--model.init_optimizer", "true", "--model.optimizer", "Muon", cwd=tmp_path, returncode=2
     )
     assert "model.init_optimizer: " in failed.stderr
-    assert "holds the state of AdamW" in failed.stderr
+    assert "stores the state of AdamW" in failed.stderr

@@ -98,6 +98,23 @@ def test_what_would_fit(texts, tmp_path, capsys):
     assert "would not with every lever" in capsys.readouterr().out
 
 
+def test_what_a_plan_starts_from(texts, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = options(texts, tmp_path, "--data.context_length", "64", "--trainer.accelerator", "cpu")
+    main(["fit", *common, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"])
+    last, longer = "checkpoints/last.ckpt", ["--data.context_length", "128"]
+    capsys.readouterr()
+    for more, expected in (
+        (["--model.init_from", last, *longer], f"Starting from the weights of {last}: data.context_length 64 → 128"),
+        (["--model.init_from", "none.ckpt"], "Not checked: model.init_from none.ckpt does not exist yet"),
+        (["--ckpt_path", last], f"Continuing from {last} at step 1 of 10: 9 steps are left"),
+        (["--ckpt_path", "auto"], "Continuing from checkpoints/step=1.ckpt at step 1 of 10: 9 steps are left"),
+        (["--ckpt_path", "none.ckpt"], "Not checked: ckpt_path none.ckpt does not exist yet"),
+    ):
+        plan([*common, *more])
+        assert expected in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -1,0 +1,101 @@
+"""Keys of a recipe that name a class, and a check of the names before the recipe is parsed.
+
+jsonargparse reports an unknown class as a value of the wrong type, without the classes that exist.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ropepp_lit.checkpoint import import_class
+from ropepp_lit.errors import UsageError
+from ropepp_lit.nn import Frequencies, PositionScheme, RoPEPP
+from ropepp_lit.train.optimizer import AdamW, OptimizerConfig
+from ropepp_lit.train.schedule import Schedule, WarmupStableDecay
+
+CLASSES: dict[str, tuple[type, type]] = {
+    "model.positions": (PositionScheme, RoPEPP),
+    "model.frequencies": (Frequencies, Frequencies),
+    "model.optimizer": (OptimizerConfig, AdamW),
+    "model.schedule": (Schedule, WarmupStableDecay),
+}
+"""Keys that name a class: its base class, and the default."""
+
+
+def check_classes(arguments: list[str]) -> None:
+    """Check the class names on a command line and in its recipes.
+
+    Args:
+        arguments: Options of `fit`. What is not the name of a class is left to the parser.
+
+    Raises:
+        UsageError: a key of :data:`CLASSES` names a class that does not exist, cannot be imported or has another base;
+            a recipe is not valid YAML.
+    """
+    for key, name in _names(arguments):
+        base = CLASSES[key][0]
+        if "." in name:
+            try:
+                import_class(name, base)
+            except UsageError as error:
+                raise UsageError(f"{key}: {error}") from error
+        elif name not in (known := [kind.__name__ for kind in _subclasses(base)]):
+            raise UsageError(
+                f"{key}: no class {name!r}; choose one of {', '.join(known)}, or name one of your own as module.Class"
+            )
+
+
+def _names(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """Keys, and the class names that they are given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    for key in CLASSES:
+        parser.add_argument(f"--{key}", f"--{key}.class_path", dest=key, action="append", default=[])
+    try:
+        given = vars(parser.parse_known_args(arguments)[0])
+    except argparse.ArgumentError:  # an option without a value
+        return
+    for path in given["config"]:
+        recipe = _read(Path(path))
+        for key in CLASSES:
+            value = recipe
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            yield from _names_in(key, value)
+    for key in CLASSES:
+        for text in given[key]:
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError:
+                continue
+            yield from _names_in(key, value)
+
+
+def _names_in(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """The class name of a value: the name itself, or a mapping with a `class_path`."""
+    name = value.get("class_path") if isinstance(value, dict) else value
+    if isinstance(name, str | int) and not Path(str(name)).is_file():  # a file is a part of the recipe
+        yield key, str(name)
+
+
+def _read(path: Path) -> Any:
+    """A recipe's content; None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        return yaml.safe_load(path.read_text(errors="replace"))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML: {error}") from error
+
+
+def _subclasses(base: type) -> list[type]:
+    """The classes that can be instantiated, of those imported so far: a class and all that derive from it."""
+    children: list[type] = base.__subclasses__()
+    derived = [kind for child in children for kind in _subclasses(child)]
+    return derived if inspect.isabstract(base) else [base, *derived]

@@ -1,0 +1,76 @@
+"""What `fit` and `validate` print at the end."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+
+from ropepp_lit.data.token_data import TokenData
+from ropepp_lit.train.causal_lm import CausalLM
+from ropepp_lit.train.checkpoints import LAST, folder_of, newest
+
+
+@rank_zero_only
+def rank_zero_print(text: str) -> None:
+    """Print on rank 0 only."""
+    print(text, flush=True)
+
+
+def validation_summary(model: CausalLM, data: TokenData) -> str:
+    """Results of the last validation, for each set."""
+    if not model.last_validation:
+        return "Not validated, as trainer.limit_val_batches is 0."
+    parts = []
+    for name, values in model.last_validation.items():
+        held_out = data.validation_sets[name]
+        gzip = f"   {8 * held_out.gzip_bytes / held_out.bytes:.3f} (gzip -9)" if held_out.gzip_bytes else ""
+        parts.append(
+            f"""
+Held-out text of {name} ({held_out.documents:,} documents, {held_out.bytes:,} bytes) at step {values["step"]:,.0f}, \
+{values["tokens"]:,.0f} of {data.predicted_tokens(held_out):,} tokens:
+  loss {values["loss"]:.4f} nats per token, perplexity {values["perplexity"]:.2f}
+  bits per byte: {values["bits_per_byte"]:.3f} (this model){gzip}"""
+        )
+    return "\n".join(parts)
+
+
+def training_summary(model: CausalLM, trainer: pl.Trainer, *, prompt: str, seconds: float) -> str:
+    """How far the run got, where its files are, and the commands to go on with.
+
+    Args:
+        model: After training.
+        trainer: Of the run.
+        prompt: For the command that generates text.
+        seconds: Since the command started.
+    """
+    folder = trainer.default_root_dir
+    checkpoint, recipe = folder_of(folder) / LAST, Path(folder) / "recipe.yaml"
+    return f"""
+Step {model.steps_taken:,}, {model.tokens_seen:,} tokens read, {seconds:.0f} seconds.
+Everything is in {folder}: checkpoints, recipe.yaml, tensorboard.
+
+Next:
+  ropepp-lit generate {checkpoint} --prompt {shlex.quote(prompt)}
+  ropepp-lit validate --config {recipe} --ckpt_path {checkpoint}
+  ropepp-lit evaluate {checkpoint} --out {Path(folder) / "evaluation"}
+  ropepp-lit fit --config {recipe} --ckpt_path auto --trainer.max_steps {2 * trainer.max_steps}
+  tensorboard --logdir {folder}"""
+
+
+def stop_summary(model: CausalLM, trainer: pl.Trainer, *, number: int) -> str:
+    """How to continue a run that a signal stopped.
+
+    Args:
+        model: After training.
+        trainer: Of the run.
+        number: Of the signal.
+    """
+    folder = Path(trainer.default_root_dir)
+    return (
+        f"\nStopped by {signal.Signals(number).name} at step {model.steps_taken:,}, saved as "
+        f"{newest(folder_of(folder))}. Continue: ropepp-lit fit --config {folder / 'recipe.yaml'} --ckpt_path auto"
+    )
