@@ -141,6 +141,7 @@ ARCHITECTURES = {
 }
 
 
+@pytest.mark.usefixtures("forked_check")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_round_trips_are_bit_equal(tmp_path, name):
     make_it, changes = ARCHITECTURES[name]
