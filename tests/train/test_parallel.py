@@ -48,17 +48,20 @@ def on_ranks(tmp_path_factory):
     return on_ranks
 
 
+@pytest.mark.end_to_end
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_two_ranks(on_ranks, check):
     for failures in on_ranks(2, CHECKS):
         assert not failures[check], failures[check]
 
 
+@pytest.mark.end_to_end
 def test_muon_on_three_ranks(on_ranks):
     for failures in on_ranks(3, ["muon"]):
         assert not failures["muon"], failures["muon"]
 
 
+@pytest.mark.end_to_end
 @pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_four_ranks(on_ranks, check):
