@@ -42,6 +42,10 @@ def banner(trainer: pl.Trainer, model: CausalLM) -> str:
         ),
         ("parameters", f"{decoder.num_parameters:,} (embedding: {embedding:,})"),
     ]
+    group = decoder.context_group
+    if group is not None:
+        what = "keys and values are gathered" if group.mode == "gather" else "tokens are exchanged for heads"
+        lines.append(("context parallel", f"{group.size()} devices share the tokens of a row; {what} ({group.mode})"))
     if isinstance(data, TokenData):
         accumulated = trainer.accumulate_grad_batches
         tokens = data.tokens_per_step(accumulate_grad_batches=accumulated, num_replicas=replicas)

@@ -168,7 +168,8 @@ class RecipeCLI(LightningCLI):
         if isinstance(strategy, FSDP2Strategy):
             strategy.check(
                 world_size=self.trainer.world_size,
-                num_query_heads=layout.num_query_heads,
+                layout=layout,
+                head_dim=self.model.config.head_dim,
                 context_length=self.datamodule.context_length,
             )
         if self.model.offload_activations and isinstance(self.trainer.accelerator, CPUAccelerator):
