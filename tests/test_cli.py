@@ -13,14 +13,24 @@ pytestmark = pytest.mark.end_to_end
 
 STRATEGY = ["--trainer.devices", "2", "--trainer.strategy", "FSDP2Strategy"]
 CONTEXT = [*STRATEGY, "--trainer.strategy.context_parallel_size"]
+MODE = ["--trainer.strategy.context_parallel_mode"]
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([*CONTEXT, "3"], "trainer.strategy.context_parallel_size: 3 must divide the 4 query heads"),
+        (
+            [*CONTEXT, "3", *MODE, "heads"],
+            "trainer.strategy.context_parallel_mode: heads needs a context_parallel_size that divides the 4 query "
+            "heads; 3 does not; choose gather",
+        ),
+        ([*CONTEXT, "3"], "3 ranks cannot cut rows of 64 tokens into 6 equal chunks"),
+        ([*CONTEXT, "2", *MODE, "ring"], "context_parallel_mode"),
         ([*CONTEXT, "0"], "trainer.strategy.context_parallel_size: 0 must be 1 or more"),
-        ([*CONTEXT, "2", "--data.context_length", "63"], "2 must divide the 63 tokens of a row"),
+        (
+            [*CONTEXT, "2", "--data.context_length", "63"],
+            "cannot cut rows of 63 tokens into 4 equal chunks; choose a data.context_length that 4 divides",
+        ),
         ([*STRATEGY, "--trainer.strategy.replicate_size", "3"], "replicate_size: 3 must divide the 2 devices"),
         (["--model.activation_checkpointing", "-1"], "model.activation_checkpointing: -1 must be 0 (none) or more"),
         (["--model.mlp_chunk_tokens", "0"], "model.mlp_chunk_tokens: 0 must be 1 or more"),

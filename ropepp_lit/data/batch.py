@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ropepp_lit.nn.context_parallel import ContextShard, ShardedDocuments
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.loss import IGNORE_INDEX
 
@@ -22,8 +23,9 @@ class Batch(NamedTuple):
     labels: Tensor
     """[B, T] int64: the next token at each place; -100 where none counts."""
 
-    documents: Documents | None
-    """Bounds of packed documents in whole rows; None where rows are plain causal ones."""
+    documents: Documents | ShardedDocuments | None
+    """Bounds of packed documents in whole rows; None where rows are plain causal ones. What this rank attends to, where
+    ranks gather keys and values."""
 
     places: Tensor | None
     """[M] int64: where the labels count, in the flattened batch; None where all do."""
@@ -39,7 +41,7 @@ class Batch(NamedTuple):
 
     @classmethod
     def create(
-        cls, input_ids: Tensor, labels: Tensor, documents: Documents | None, *, tokens: Tensor | slice | None = None
+        cls, input_ids: Tensor, labels: Tensor, documents: Documents | None, *, shard: ContextShard | None = None
     ) -> Batch:
         """A batch of whole rows on the CPU.
 
@@ -47,7 +49,7 @@ class Batch(NamedTuple):
             input_ids: [B, row] int64.
             labels: [B, row] int64.
             documents: Bounds of packed documents.
-            tokens: Which tokens of a row this rank computes; None means all.
+            shard: Which tokens of a row this rank computes; None means all.
         """
         rows, length = input_ids.shape
         if documents is None:
@@ -56,9 +58,11 @@ class Batch(NamedTuple):
             lengths = documents.cu_seqlens.diff().long()
             pairs = int((lengths * (lengths + 1)).sum()) // 2
         num_tokens = input_ids.numel()
-        if tokens is not None:
-            input_ids, labels = input_ids[:, tokens], labels[:, tokens]
+        sharded: Documents | ShardedDocuments | None = documents
+        if shard is not None:
+            input_ids, labels = shard.take(input_ids), shard.take(labels)
+            sharded = shard.take_documents(documents, rows, length)
         counts = (labels != IGNORE_INDEX).flatten()
         num_labels = int(counts.sum())
         places = None if num_labels == len(counts) else counts.nonzero().flatten()
-        return cls(input_ids, labels, documents, places, num_labels, num_tokens, pairs)
+        return cls(input_ids, labels, sharded, places, num_labels, num_tokens, pairs)

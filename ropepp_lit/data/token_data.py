@@ -25,6 +25,7 @@ from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenSet, Toke
 from ropepp_lit.data.sources import BUILTIN, HUB, find_files
 from ropepp_lit.data.tokenizer import check_choice
 from ropepp_lit.errors import UsageError
+from ropepp_lit.nn.context_parallel import ContextShard
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.loss import IGNORE_INDEX
 from ropepp_lit.sizes import parse_bytes
@@ -289,11 +290,10 @@ class TokenData(LightningDataModule):
     def _loading(self) -> dict[str, Any]:
         """Arguments of :func:`_loader` that depend on the trainer."""
         strategy = getattr(self._trainer(), "strategy", None)
-        part = getattr(strategy, "tokens_of_rank", None)
         device = getattr(strategy, "root_device", None)
         return {
             "num_workers": self.num_workers,
-            "tokens": None if part is None else part(self.context_length),
+            "shard": getattr(strategy, "context_shard", None),
             "pin_memory": device is not None and device.type == "cuda",
         }
 
@@ -358,7 +358,7 @@ class TrainLoader:
 
 
 def _loader(
-    blocks: _Blocks, batches: _Batches, *, num_workers: int, tokens: Tensor | slice | None, pin_memory: bool
+    blocks: _Blocks, batches: _Batches, *, num_workers: int, shard: ContextShard | None, pin_memory: bool
 ) -> DataLoader:
     """A loader of batches.
 
@@ -366,10 +366,10 @@ def _loader(
         blocks: The samples.
         batches: Which of them make a batch.
         num_workers: Processes that read ahead.
-        tokens: Which tokens of a row this rank computes; None means all.
+        shard: Which tokens of a row this rank computes; None means all.
         pin_memory: Give batches in pinned memory, which a GPU copies while the host goes on.
     """
-    collate = partial(blocks.collate, tokens=tokens)
+    collate = partial(blocks.collate, shard=shard)
     return DataLoader(blocks, batch_sampler=batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory)
 
 
@@ -439,14 +439,14 @@ class _Blocks(Dataset):
             row[end:] = IGNORE_INDEX
         return torch.from_numpy(tokens)
 
-    def collate(self, samples: Any, tokens: Tensor | slice | None = None) -> Batch:
+    def collate(self, samples: Any, shard: ContextShard | None = None) -> Batch:
         """A batch of what `__getitems__` gave: inputs, labels shifted by one, and the bounds of documents."""
         input_ids, labels = samples[:, :-1], samples[:, 1:]
         if self._in_order:
             input_ids = input_ids.clamp(min=0)  # where validation has run out of tokens
         if not self._intra_document_masking:
-            return Batch.create(input_ids, labels, None, tokens=tokens)
+            return Batch.create(input_ids, labels, None, shard=shard)
         # What follows the end of a document is another document, which it cannot foresee.
         labels = labels.masked_fill(input_ids == self._eos_token_id, IGNORE_INDEX)
         documents = Documents.from_eos(input_ids, self._eos_token_id)
-        return Batch.create(input_ids, labels, documents, tokens=tokens)
+        return Batch.create(input_ids, labels, documents, shard=shard)

@@ -10,13 +10,19 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ropepp_lit.nn.cache import KVCache
 from ropepp_lit.nn.config import DecoderConfig
-from ropepp_lit.nn.context_parallel import heads_of_rank, heads_to_tokens, tokens_to_heads
+from ropepp_lit.nn.context_parallel import (
+    ContextGroup,
+    ShardedDocuments,
+    attend_to_gathered,
+    heads_of_rank,
+    heads_to_tokens,
+    tokens_to_heads,
+)
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.kernels import attend
 from ropepp_lit.nn.positions import PositionScheme
@@ -47,16 +53,11 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.has_norms = config.qk_norm
         self.o_proj = nn.Linear(layout.num_attention_heads * self.head_dim, width, bias=config.attention_output_bias)
-        self.context_group: dist.ProcessGroup | None = None
+        self.context_group: ContextGroup | None = None
         """Ranks that share the tokens of each row; see :meth:`~ropepp_lit.nn.decoder.Decoder.set_context_group`."""
         self.implementation: str | None = None
         """Of :func:`~ropepp_lit.nn.kernels.attend`; None chooses by device and dtype."""
         self.probe: Probe | None = None
-
-    @property
-    def context_parallel_size(self) -> int:
-        """Ranks that share the tokens of a row."""
-        return 1 if self.context_group is None else self.context_group.size()
 
     def set_constants(self, constants: dict[str, Tensor]) -> None:
         """Register what :meth:`PositionScheme.constants` returned as buffers, so that it is saved with the weights."""
@@ -69,7 +70,7 @@ class Attention(nn.Module):
         hidden: Tensor,
         tables: tuple[Tensor, ...],
         *,
-        documents: Documents | None = None,
+        documents: Documents | ShardedDocuments | None = None,
         cache: KVCache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
@@ -81,7 +82,8 @@ class Attention(nn.Module):
         Args:
             hidden: [B, T, hidden_size].
             tables: Of the position scheme.
-            documents: Bounds of packed documents; None means that every row is one.
+            documents: Bounds of packed documents; None means that every row is one. Where ranks gather keys and values,
+                what this rank attends to.
             cache: Keys and values so far, already extended by T.
             mask: With a cache, what :meth:`KVCache.extend` returned.
 
@@ -95,9 +97,10 @@ class Attention(nn.Module):
         )
         if self.has_norms:
             queries, keys = self.q_norm(queries).to(values.dtype), self.k_norm(keys).to(values.dtype)
-        group = None if cache is not None else self.context_group
+        group = self.context_group if cache is None else None
+        exchanges_heads = group is not None and group.mode == "heads"
         constants = [self.get_buffer(name) for name in self.constants]
-        if group is not None:
+        if group is not None and exchanges_heads:
             # Before the rotation: an imaginary query is made of its real one, so it need not travel.
             queries, keys, values = (tokens_to_heads(x, group) for x in (queries, keys, values))
             constants = [heads_of_rank(constant, group) for constant in constants]
@@ -107,12 +110,18 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache.update(self.layer, keys, values)
             documents = None  # the mask has them
-        run = partial(attend, implementation=self.implementation)
-        if self.probe is not None:
-            run = partial(self.probe.attend, self.layer)
-        output = run(queries, keys, values, documents=documents, mask=mask, scale=self.scale)
+        if isinstance(documents, ShardedDocuments):
+            assert group is not None
+            output = attend_to_gathered(
+                queries, keys, values, documents, group, scale=self.scale, implementation=self.implementation
+            )
+        else:
+            run = partial(attend, implementation=self.implementation)
+            if self.probe is not None:
+                run = partial(self.probe.attend, self.layer)
+            output = run(queries, keys, values, documents=documents, mask=mask, scale=self.scale)
         if self.extra_dims:
             output = output[..., : self.head_dim]
-        if group is not None:
+        if group is not None and exchanges_heads:
             output = heads_to_tokens(output, group)
         return self.o_proj(output.flatten(-2))

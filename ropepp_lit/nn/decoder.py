@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
@@ -24,6 +23,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.attention import Attention
 from ropepp_lit.nn.cache import KVCache
 from ropepp_lit.nn.config import DecoderConfig
+from ropepp_lit.nn.context_parallel import ContextGroup, ShardedDocuments, choose_mode
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.frequencies import Frequencies
 from ropepp_lit.nn.loss import IGNORE_INDEX, linear_cross_entropy, token_cross_entropy
@@ -79,7 +79,7 @@ class Block(nn.Module):
         hidden: Tensor,
         tables: tuple[Tensor, ...],
         *,
-        documents: Documents | None = None,
+        documents: Documents | ShardedDocuments | None = None,
         cache: KVCache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
@@ -104,7 +104,7 @@ class Block(nn.Module):
         self,
         hidden: Tensor,
         tables: tuple[Tensor, ...],
-        documents: Documents | None,
+        documents: Documents | ShardedDocuments | None,
         cache: KVCache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
@@ -182,33 +182,38 @@ class Decoder(nn.Module):
         return f"{self.scheme}, {self.frequencies}" if self.scheme.uses_frequencies else str(self.scheme)
 
     @property
-    def context_parallel_size(self) -> int:
-        """Ranks that share the tokens of a row."""
+    def context_group(self) -> ContextGroup | None:
+        """Ranks that share the tokens of each row."""
         block = self.model.layers[0]
         assert isinstance(block, Block)
-        return block.self_attn.context_parallel_size
+        return block.self_attn.context_group
 
-    def set_context_group(self, group: dist.ProcessGroup | None) -> None:
-        """Share the tokens of each row among ranks: each is given its slice, attention is over the whole row.
+    def set_context_group(self, group: ContextGroup | None) -> None:
+        """Share the tokens of each row among ranks: each computes its own, attention is over the whole row.
 
-        `input_ids` and `labels` of :meth:`forward` are then a rank's slice [B, T / ranks]; `positions`, `documents` and
-        caches stay those of whole rows, and a loss is the slice's.
+        `input_ids` and `labels` are then this rank's tokens [B, T / ranks], as :meth:`ContextShard.take` returns them;
+        `positions`, `documents` and caches stay those of whole rows (`documents` may also be what
+        :meth:`ContextShard.take_documents` returned), and a loss is that of this rank's tokens. With a cache, every
+        rank computes whole rows.
 
         Args:
-            group: The ranks, in the order of their slices; None undoes it.
+            group: The ranks; None undoes it.
 
         Raises:
-            UsageError: the query heads cannot be shared equally.
+            UsageError: the query heads cannot be shared equally, in the mode `heads`.
         """
-        ranks = 1 if group is None else group.size()
-        if self.head_layout.num_query_heads % ranks:
-            raise UsageError(
-                f"context_parallel_size: {ranks} ranks cannot share {self.head_layout.num_query_heads} query heads "
-                "equally; choose a divisor"
-            )
+        if group is not None:
+            choose_mode(self.head_layout, self.config.head_dim, group.size(), group.mode)
         for block in self.model.layers:
             assert isinstance(block, Block)
             block.self_attn.context_group = group
+
+    @property
+    def attention_implementation(self) -> str | None:
+        """What :meth:`set_attention` was given."""
+        block = self.model.layers[0]
+        assert isinstance(block, Block)
+        return block.self_attn.implementation
 
     def set_attention(self, implementation: str | None) -> None:
         """Let all layers compute attention by what :func:`ropepp_lit.nn.kernels.select_implementation` returned."""
@@ -230,7 +235,13 @@ class Decoder(nn.Module):
 
     @contextmanager
     def probed(self, probe: Probe) -> Iterator[None]:
-        """Let a probe see, and change, the scores of every layer; attention then holds all of them."""
+        """Let a probe see, and change, the scores of every layer; attention then holds all of them.
+
+        Raises:
+            ValueError: ranks share the tokens of each row, so that none has all scores.
+        """
+        if self.context_group is not None:
+            raise ValueError("a probe needs whole rows; call set_context_group(None) first")
         layers = [module for module in self.modules() if isinstance(module, Attention)]
         for attention in layers:
             attention.probe = probe
@@ -291,7 +302,7 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         *,
         positions: Tensor | None = None,
-        documents: Documents | None = None,
+        documents: Documents | ShardedDocuments | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
     ) -> Tensor:
@@ -321,7 +332,7 @@ class Decoder(nn.Module):
         reduction: Literal["mean", "sum", "none"] = "mean",
         places: Tensor | None = None,
         positions: Tensor | None = None,
-        documents: Documents | None = None,
+        documents: Documents | ShardedDocuments | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Cross-entropy of the next tokens; logits are never held all at once.
@@ -347,19 +358,30 @@ class Decoder(nn.Module):
         return self.lm_head.loss(hidden, labels, reduction=reduction, places=places)
 
     def _hidden(
-        self, input_ids: Tensor, positions: Tensor | None, documents: Documents | None, cache: KVCache | None
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None,
+        documents: Documents | ShardedDocuments | None,
+        cache: KVCache | None,
     ) -> Tensor:
         """[B, T, hidden_size] after the last norm."""
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_ids(input_ids)
+        group = self.context_group if cache is None else None
+        start = cache.num_tokens if cache is not None else 0
+        rows, num_tokens = input_ids.shape[0], input_ids.shape[1] * (group.size() if group is not None else 1)
+        if group is not None:
+            documents = group.shard.take_documents(documents, rows, num_tokens, input_ids.device)
         mask = None
-        if positions is None:
-            start = cache.num_tokens if cache is not None else 0
-            length = input_ids.shape[1] * (1 if cache is not None else self.context_parallel_size)
-            row = torch.arange(start, start + length, device=input_ids.device)
-            positions = documents.positions if documents is not None else row.expand(input_ids.shape[0], -1)
         if cache is not None:
-            mask = cache.extend(input_ids.shape[1], documents.ids if documents is not None else None)
+            assert not isinstance(documents, ShardedDocuments)
+            mask = cache.extend(num_tokens, documents.ids if documents is not None else None)
+        if positions is None and documents is not None:
+            positions = documents.positions
+        elif positions is None:
+            positions = torch.arange(start, start + num_tokens, device=input_ids.device).expand(rows, -1)
+        elif isinstance(documents, ShardedDocuments) and group is not None:
+            positions = group.shard.take(positions)
         hidden = self.model.embed_tokens(input_ids)
         tables = self.scheme.tables(
             positions, self.frequencies, head_dim=self.config.head_dim, dtype=at_least_float32(hidden.dtype)

@@ -17,7 +17,7 @@ float64 every implementation is `sdpa`.
 from __future__ import annotations
 
 import inspect
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from torch.nn.attention import (
     current_flash_attention_impl,
     restore_flash_attention_impl,
 )
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
 from ropepp_lit.errors import UsageError
@@ -111,7 +112,7 @@ def describe(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
         device: Where attention runs.
         dtype: Of the activations.
     """
-    name = _implementation(name, device.type, dtype)
+    name = usable_implementation(name, device.type, dtype)
     what = {
         "sdpa": "scaled_dot_product_attention",
         "varlen": "torch.nn.attention.varlen",
@@ -122,8 +123,8 @@ def describe(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
     return f"{name} ({what}) in {str(dtype).removeprefix('torch.')}"
 
 
-def _implementation(name: str | None, device_type: str, dtype: torch.dtype) -> str:
-    """What runs for tensors of a device and a dtype."""
+def usable_implementation(name: str | None, device_type: str, dtype: torch.dtype) -> str:
+    """What runs for tensors of a device and a dtype: the named implementation if it can, else `sdpa`."""
     if device_type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return "sdpa"
     return name or _built_in()
@@ -146,28 +147,38 @@ def attend(
         keys: [B, S, K, D], of the same dtype.
         values: [B, S, K, D], of the same dtype.
         documents: Bounds of packed documents, with T = S; None means that every row is one document.
-        mask: [B or 1, 1, T, S], true where a query sees a key. None means causal where T = S, else all keys, which is
-            causal for the newest token.
+        mask: [B or 1, 1, T, S], true where a query sees a key. None means causal: the last query of a row sees all of
+            its keys, the one before it all but the last, and so on; S may exceed T.
         scale: Of the scores; None means 1 / √D.
         implementation: What :func:`select_implementation` returned; None chooses without activating any.
 
     Returns:
         [B, T, H, D].
     """
-    implementation = _implementation(implementation, queries.device.type, queries.dtype)
+    implementation = usable_implementation(implementation, queries.device.type, queries.dtype)
     if documents is not None and mask is None:
         bounds, longest = documents.cu_seqlens, documents.longest
-        segments = Segments(bounds, bounds, longest, longest)
-        q, k, v = (x.flatten(0, 1) for x in (queries, keys, values))
-        return attend_packed(q, k, v, segments, scale=scale, implementation=implementation).view_as(queries)
-    is_causal = mask is None and queries.shape[1] == keys.shape[1]
+        return _attend_flattened(
+            queries, keys, values, Segments(bounds, bounds, longest, longest), scale, implementation
+        )
     if implementation == "flash_attn" and mask is None:
         assert flash_attn_func is not None
         is_deterministic = torch.are_deterministic_algorithms_enabled()
-        return flash_attn_func(
-            queries, keys, values, softmax_scale=scale, causal=is_causal, deterministic=is_deterministic
-        )
-    return _sdpa(queries, keys, values, mask=mask, is_causal=is_causal, scale=scale)
+        return flash_attn_func(queries, keys, values, softmax_scale=scale, causal=True, deterministic=is_deterministic)
+    rows, num_queries, num_keys = queries.shape[0], queries.shape[1], keys.shape[1]
+    if implementation != "sdpa" and mask is None and 1 < num_queries < num_keys:
+        row = torch.arange(rows + 1, dtype=torch.int32, device=queries.device)
+        segments = Segments(row * num_queries, row * num_keys, num_queries, num_keys)
+        return _attend_flattened(queries, keys, values, segments, scale, implementation)
+    return _sdpa(queries, keys, values, mask=mask, scale=scale)
+
+
+def _attend_flattened(
+    queries: Tensor, keys: Tensor, values: Tensor, segments: Segments, scale: float | None, implementation: str
+) -> Tensor:
+    """:func:`attend_packed` of all rows."""
+    q, k, v = (x.flatten(0, 1) for x in (queries, keys, values))
+    return attend_packed(q, k, v, segments, scale=scale, implementation=implementation).view_as(queries)
 
 
 class Segments(NamedTuple):
@@ -203,7 +214,7 @@ def attend_packed(
         values: [M, K, D].
         segments: Bounds.
         scale: See :func:`attend`.
-        implementation: One of `IMPLEMENTATIONS`.
+        implementation: What :func:`usable_implementation` returned.
 
     Returns:
         [N, H, D].
@@ -231,26 +242,30 @@ def _attend_segments(
 ) -> Tensor:
     """:func:`attend_packed` by one call of SDPA for each segment, which skips what a mask would only hide."""
     query_lengths, key_lengths = (bounds.diff().tolist() for bounds in (query_bounds, key_bounds))
-    outputs = []
-    for q, k, v in zip(queries.split(query_lengths), keys.split(key_lengths), values.split(key_lengths), strict=True):
-        mask = None
-        if len(q) != len(k):  # SDPA's own causal mask starts with the first query and the first key
-            mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
-        outputs.append(_sdpa(q[None], k[None], v[None], mask=mask, is_causal=mask is None, scale=scale)[0])
-    return torch.cat(outputs)
+    parts = zip(queries.split(query_lengths), keys.split(key_lengths), values.split(key_lengths), strict=True)
+    return torch.cat([_sdpa(q[None], k[None], v[None], mask=None, scale=scale)[0] for q, k, v in parts])
 
 
-def _sdpa(
-    queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, is_causal: bool, scale: float | None
-) -> Tensor:
-    """Torch's `scaled_dot_product_attention` with heads behind tokens."""
+def _sdpa(queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Torch's `scaled_dot_product_attention` with heads behind tokens; without a mask as causal as :func:`attend`."""
     if queries.device.type == "cuda" and queries.dtype == torch.float32:
         # For float32 torch's only kernel of linear memory on CUDA does not take grouped heads.
         keys, values = (_repeat_heads(x, queries) for x in (keys, values))
+    num_queries, num_keys = queries.shape[1], keys.shape[1]
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
-    output = F.scaled_dot_product_attention(
-        queries, keys, values, mask, is_causal=is_causal, scale=scale, enable_gqa=queries.shape[1] != keys.shape[1]
-    )
+    run = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=queries.shape[1] != keys.shape[1])
+    if mask is not None or num_queries == 1:
+        output = run(queries, keys, values, mask, is_causal=False)
+    elif num_queries == num_keys:
+        output = run(queries, keys, values, None, is_causal=True)
+    elif queries.is_cuda:
+        output = run(queries, keys, values, causal_lower_right(num_queries, num_keys), is_causal=False)
+    else:
+        # With the last query first, row i of the mask is row 0 moved by i, so one row in memory serves as all of them.
+        bias = queries.new_zeros(num_queries + num_keys - 1)
+        bias[num_keys:] = -torch.inf
+        bias = bias.as_strided((num_queries, num_keys), (1, 1))
+        output = run(queries.flip(2), keys, values, bias, is_causal=False).flip(2)
     return output.transpose(1, 2)
 
 

@@ -15,6 +15,7 @@ from ropepp_lit.data.token_data import TokenData, replica_of
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder
 from ropepp_lit.nn.generation import check_sampling, generate
+from ropepp_lit.nn.kernels import describe
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.evaluation import evaluating
 
@@ -33,20 +34,33 @@ def banner(trainer: pl.Trainer, model: CausalLM) -> str:
     """A block of lines: a name and its text each."""
     data = getattr(trainer, "datamodule", None)
     lines = _model_lines(model.decoder)
-    lines["precision"] = precision_in_words(str(trainer.precision), trainer.strategy.root_device)
+    precision, device = str(trainer.precision), trainer.strategy.root_device
+    lines["precision"] = precision_in_words(precision, device)
+    lines["attention"] = describe(model.decoder.attention_implementation, device, _activation_dtype(precision))
     if isinstance(data, TokenData):
         lines |= _data_lines(trainer, data)
     return "\n".join(f"{name:>16}  {text}" for name, texts in lines.items() for text in texts.splitlines())
 
 
+def _activation_dtype(precision: str) -> torch.dtype:
+    """The dtype of activations under a Trainer's precision, such as `bf16-mixed`."""
+    dtypes = {"16": torch.float16, "bf16": torch.bfloat16, "64": torch.float64}
+    return dtypes.get(precision.split("-")[0], torch.float32)
+
+
 def _model_lines(decoder: Decoder) -> dict[str, str]:
     layout, embedding = decoder.head_layout, decoder.config.hidden_size * decoder.config.vocab_size
-    return {
+    lines = {
         "positions": decoder.positions_in_words,
         "heads": f"{layout.num_query_heads} query projections → {layout.num_attention_heads} attention heads, "
         f"{layout.num_key_value_heads} key/value heads of {decoder.config.head_dim}",
         "parameters": f"{decoder.num_parameters:,} (embedding: {embedding:,})",
     }
+    group = decoder.context_group
+    if group is not None:
+        what = "keys and values are gathered" if group.mode == "gather" else "tokens are exchanged for heads"
+        lines["context parallel"] = f"{group.size()} devices share the tokens of a row; {what} ({group.mode})"
+    return lines
 
 
 def _data_lines(trainer: pl.Trainer, data: TokenData) -> dict[str, str]:

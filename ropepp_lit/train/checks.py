@@ -80,7 +80,8 @@ class Checks:
         if self._strategy is not None:
             self._strategy.check(
                 world_size=self._world_size,
-                num_query_heads=self._decoder.head_layout.num_query_heads,
+                layout=self._decoder.head_layout,
+                head_dim=model.config.head_dim,
                 context_length=context,
             )
         if model.offload_activations and not has_gpu:

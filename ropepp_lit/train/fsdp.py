@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn import Decoder
+from ropepp_lit.nn import Decoder, HeadLayout
+from ropepp_lit.nn.context_parallel import ContextGroup, ContextShard, Mode, choose_mode, tokens_of_rank
 from ropepp_lit.train.parallel import ParallelDims, set_gradient_reduction, shard_decoder
 
 
@@ -41,8 +42,10 @@ class FSDP2Strategy(ModelParallelStrategy):
     gathered; all activations are bfloat16, without autocast; gradients are reduced in float32.
 
     Args:
-        context_parallel_size: Devices that share the tokens of each row (sequence parallelism over attention heads);
-            must divide the query heads and the context length.
+        context_parallel_size: Devices that share the tokens of each row (context parallelism).
+        context_parallel_mode: How they do it. `gather`: each device gathers all keys and values; twice the size must
+            divide the context length. `heads`: devices exchange tokens for attention heads (DeepSpeed-Ulysses); the
+            size must divide the query heads and the context length. Empty chooses the one that sends fewer bytes.
         replicate_size: Copies of the sharded model (HSDP): shards stay within a copy, and gradients are averaged over
             copies. 1 shards over all devices.
         reduce_each_micro_batch: While gradients accumulate, reduce them after each micro-batch, so that each device
@@ -59,6 +62,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self,
         *,
         context_parallel_size: int = 1,
+        context_parallel_mode: Mode | None = None,
         replicate_size: int = 1,
         reduce_each_micro_batch: bool = True,
         reshard_after_forward: bool = True,
@@ -66,8 +70,10 @@ class FSDP2Strategy(ModelParallelStrategy):
     ) -> None:
         super().__init__(save_distributed_checkpoint=save_distributed_checkpoint)
         self.context_parallel_size, self.replicate_size = context_parallel_size, replicate_size
+        self.context_parallel_mode = context_parallel_mode
         self.reduce_each_micro_batch, self.reshard_after_forward = reduce_each_micro_batch, reshard_after_forward
         self._dims: ParallelDims | None = None
+        self._context_group: ContextGroup | None = None
         self._was_last: bool | None = None
 
     @property
@@ -88,7 +94,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         if precision in ("16", "16-mixed"):
             raise UsageError("trainer.precision: 16-mixed does not work with fsdp2; use bf16-mixed")
 
-    def check(self, *, world_size: int, num_query_heads: int, context_length: int) -> None:
+    def check(self, *, world_size: int, layout: HeadLayout, head_dim: int, context_length: int) -> None:
         """Find what does not divide before anything is started.
 
         Raises:
@@ -98,13 +104,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         for name, value in (("context_parallel_size", context), ("replicate_size", self.replicate_size)):
             if value < 1:
                 raise UsageError(f"trainer.strategy.{name}: {value} must be 1 or more")
-        for name, value, total, things in (
-            ("context_parallel_size", context, num_query_heads, "query heads"),
-            ("context_parallel_size", context, context_length, "tokens of a row"),
-            ("context_parallel_size × replicate_size", context * self.replicate_size, world_size, "devices"),
-        ):
-            if total % value:
-                raise UsageError(f"trainer.strategy.{name}: {value} must divide the {total:,} {things}")
+        if context > 1:
+            mode = choose_mode(layout, head_dim, context, self.context_parallel_mode)
+            tokens_of_rank(context_length, context, 0, mode)
+        if world_size % (context * self.replicate_size):
+            raise UsageError(
+                f"trainer.strategy.context_parallel_size × replicate_size: {context * self.replicate_size} must divide "
+                f"the {world_size:,} devices"
+            )
 
     @property
     def dims(self) -> ParallelDims:
@@ -117,9 +124,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Devices that share rows read the same rows."""
         return {"num_replicas": self.dims.num_replicas, "rank": self.dims.replica}
 
-    def tokens_of_rank(self, num_tokens: int) -> slice:
-        """The tokens of a row that this rank computes."""
-        return self.dims.context_slice(num_tokens)
+    @property
+    def context_shard(self) -> ContextShard | None:
+        """Which tokens of a row this rank computes, known once the model is sharded; None means all."""
+        if self.context_parallel_size == 1:
+            return None
+        assert self._context_group is not None
+        return self._context_group.shard
 
     def setup_environment(self) -> None:
         """Connect the processes, and make the groups of ranks that share work."""
@@ -138,7 +149,14 @@ class FSDP2Strategy(ModelParallelStrategy):
     def shard(self, decoder: Decoder) -> None:
         """Shard a decoder on the meta device."""
         mixed_dtype = torch.bfloat16 if isinstance(self.precision_plugin, ParameterCasts) else None
-        shard_decoder(decoder, self.dims, mixed_dtype=mixed_dtype, reshard_after_forward=self.reshard_after_forward)
+        shard_decoder(
+            decoder,
+            self.dims,
+            mixed_dtype=mixed_dtype,
+            reshard_after_forward=self.reshard_after_forward,
+            context_mode=self.context_parallel_mode,
+        )
+        self._context_group = decoder.context_group
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         """Say whether the backward pass reduces gradients."""

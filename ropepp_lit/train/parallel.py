@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from ropepp_lit.checkpoint import WEIGHTS_PREFIX, decoder_weights, is_sharded, load_shards
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder
+from ropepp_lit.nn.context_parallel import ContextGroup, Mode, choose_mode
 from ropepp_lit.nn.kernels import select_implementation
 
 
@@ -34,14 +35,8 @@ class ParallelDims(NamedTuple):
     num_replicas: int
     """Groups of ranks that read different rows."""
 
-    context_rank: int
-    """Which tokens of a row this rank computes, of `context_parallel_size`."""
-
-    context_parallel_size: int
-    """Ranks that share the tokens of a row."""
-
     context_group: dist.ProcessGroup | None
-    """These ranks; None where each rank computes whole rows."""
+    """Ranks that share the tokens of a row; None where each rank computes whole rows."""
 
     @classmethod
     def create(cls, device_type: str, *, context_parallel_size: int = 1, replicate_size: int = 1) -> ParallelDims:
@@ -59,14 +54,7 @@ class ParallelDims(NamedTuple):
             shape, names = (replicate_size, world_size // replicate_size), ("replicate", "fsdp")
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
         group = dist.new_subgroups(context)[0] if context > 1 else None
-        return cls(mesh, rank // context, world_size // context, rank % context, context, group)
-
-    def context_slice(self, num_tokens: int) -> slice:
-        """The tokens of a row that this rank computes."""
-        start, end = (
-            index * num_tokens // self.context_parallel_size for index in (self.context_rank, self.context_rank + 1)
-        )
-        return slice(start, end)
+        return cls(mesh, rank // context, world_size // context, group)
 
 
 def build_decoder(
@@ -147,7 +135,12 @@ def compile_blocks(decoder: Decoder) -> None:
 
 
 def shard_decoder(
-    decoder: Decoder, dims: ParallelDims, *, mixed_dtype: torch.dtype | None = None, reshard_after_forward: bool = True
+    decoder: Decoder,
+    dims: ParallelDims,
+    *,
+    mixed_dtype: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
+    context_mode: Mode | None = None,
 ) -> None:
     """Shard a decoder by FSDP2: embedding, each block, output layer, and the rest.
 
@@ -160,6 +153,10 @@ def shard_decoder(
             are then reduced in float32. None computes in the parameters' dtype.
         reshard_after_forward: Free the gathered parameters after the forward pass and gather them again in the backward
             pass.
+        context_mode: How ranks share the tokens of a row; None chooses the mode that moves less.
+
+    Raises:
+        UsageError: see :func:`~ropepp_lit.nn.context_parallel.choose_mode`.
     """
     # A position scheme's float32 tables are inputs of the blocks and must stay float32.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -177,7 +174,10 @@ def shard_decoder(
         embedding.set_unshard_in_backward(False)  # its gradient does not depend on its weights
     register_fsdp_forward_method(decoder, "loss")
     register_fsdp_forward_method(output, "loss")
-    decoder.set_context_group(dims.context_group)
+    if dims.context_group is not None:
+        ranks = dims.context_group.size()
+        mode = choose_mode(decoder.head_layout, decoder.config.head_dim, ranks, context_mode)
+        decoder.set_context_group(ContextGroup(dims.context_group, mode))
 
 
 def set_gradient_reduction(

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, PositionScheme, RoPE, RoPEPP
+from ropepp_lit.nn.context_parallel import MODES, Mode, choose_mode, elements_moved
 from ropepp_lit.sizes import parse_bytes
 from ropepp_lit.train.checks import Checks, check_checkpointing, checkpoint_to_continue
 from ropepp_lit.train.cli import RecipeCLI, quiet
@@ -78,13 +79,19 @@ class Recipe:
             strategy = FSDP2Strategy()
         self.strategy = strategy if isinstance(strategy, FSDP2Strategy) else None
         self.context_parallel_size, self.shards, self.reduces_each_micro_batch = 1, 1, False
+        self.context_parallel_mode: Mode | None = None
         if isinstance(strategy, FSDP2Strategy):
             strategy.check(
                 world_size=self.devices,
-                num_query_heads=self.layout.num_query_heads,
+                layout=self.layout,
+                head_dim=self.config.head_dim,
                 context_length=self.data.context_length,
             )
             self.context_parallel_size = strategy.context_parallel_size
+            if self.context_parallel_size > 1:
+                self.context_parallel_mode = choose_mode(
+                    self.layout, self.config.head_dim, self.context_parallel_size, strategy.context_parallel_mode
+                )
             self.reduces_each_micro_batch = strategy.reduce_each_micro_batch
             self.shards = self.devices // strategy.replicate_size
         self.replicas = self.devices // self.context_parallel_size
@@ -160,7 +167,7 @@ accumulated × {self.replicas} replicas; {self.devices} devices)
 tokens in all     {tokens:,} in {steps:,} steps
 FLOPs per token   {flops:.3e} (forward and backward, no recomputation), {flops * tokens:.2e} in all
 time              {days:.2f} days on {self.devices} × {device} at {utilization:.0%} of its dense bfloat16 peak
-
+{self._sharing()}
 | scheme      | query projections | attention heads | key/value heads | KV cache per token | FLOPs per token |
 |-------------|-------------------|-----------------|-----------------|--------------------|-----------------|"""
         )
@@ -189,6 +196,23 @@ time              {days:.2f} days on {self.devices} × {device} at {utilization:
         print(self._advice(device_memory))
         self._show_batch()
 
+    def _sharing(self) -> str:
+        """A line about context parallelism, where there is any: what each mode sends."""
+        ranks, head_dim = self.context_parallel_size, self.config.head_dim
+        if self.context_parallel_mode is None:
+            return ""
+        tokens = self.data.batch_size * self.data.context_length / ranks
+        itemsize = 2 if str(self.trainer.precision or "32").startswith(("bf16", "16")) else 4
+        sent = [
+            f"{mode} {elements_moved(self.layout, head_dim, ranks, mode) * tokens * itemsize / 2**20:,.1f} MiB"
+            for mode in MODES
+            if mode == "gather" or self.layout.num_query_heads % ranks == 0
+        ]
+        return (
+            f"context parallel  {ranks} devices share a row; each sends per layer in the forward pass: "
+            f"{', '.join(sent)}; mode: {self.context_parallel_mode}\n"
+        )
+
     def _advice(self, device_memory: int) -> str:
         """What would have to change for the recipe to fit."""
         if self.memory().total <= device_memory:
@@ -205,7 +229,7 @@ time              {days:.2f} days on {self.devices} × {device} at {utilization:
         ):
             if key == "shards" and self.shards >= value:
                 continue
-            if key == "context_parallel_size" and self.layout.num_query_heads % value:
+            if key == "context_parallel_size" and self.data.context_length % (2 * value):
                 continue
             changes[key] = value
             words = [word for word in words if key != "shards" or "fsdp2" not in word] + [option]

@@ -3,6 +3,7 @@ import torch
 
 from ropepp_lit.data.batch import Batch
 from ropepp_lit.nn import Documents
+from ropepp_lit.nn.context_parallel import ContextShard
 
 EOS = 1
 INPUT_IDS = torch.tensor([[5, 1, 7, 7, 7, 1], [7] * 6])
@@ -17,10 +18,10 @@ def test_visible_pairs_equal_those_of_a_mask(packed):
     assert batch.num_tokens == 12
 
 
-@pytest.mark.parametrize("tokens", [None, slice(2, 5), torch.tensor([0, 1, 4, 5])])
-def test_places_are_those_of_the_labels_that_count_on_this_rank(tokens):
+@pytest.mark.parametrize("shard", [None, ContextShard(2, 0, "heads"), ContextShard(3, 1, "gather")])
+def test_places_are_those_of_the_labels_that_count_on_this_rank(shard):
     labels = INPUT_IDS.masked_fill(INPUT_IDS == EOS, -100)
-    batch = Batch.create(INPUT_IDS, labels, None, tokens=tokens)
+    batch = Batch.create(INPUT_IDS, labels, None, shard=shard)
     expected = (batch.labels.flatten() != -100).nonzero().flatten()
     assert batch.num_labels == len(expected)
     if batch.places is not None:

@@ -11,8 +11,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from ropepp_lit.nn import (
     ALiBi,
@@ -27,6 +30,7 @@ from ropepp_lit.nn import (
     RoPEPP,
     kernels,
 )
+from ropepp_lit.nn.context_parallel import ContextGroup
 from ropepp_lit.nn.generation import generate
 
 SCHEMES = {
@@ -99,11 +103,24 @@ def fake_cuda(*, autocast):
             torch.set_autocast_enabled("cuda", False)
 
 
-def watch(scheme, *, packed, weights=torch.float32, autocast=True, qk_norm=False, places=False, implementation=None):
+def watch(
+    scheme,
+    *,
+    packed,
+    weights=torch.float32,
+    autocast=True,
+    qk_norm=False,
+    places=False,
+    implementation=None,
+    group=None,
+):
     input_ids = torch.randint(2, 64, (2, TOKENS))
     input_ids[:, ::17] = 1
     documents = Documents.from_eos(input_ids, 1) if packed else None
     labels = input_ids.roll(-1, 1).masked_fill(input_ids == 1, -100)
+    if group is not None:  # on the CPU, as where a batch is made
+        documents = group.shard.take_documents(documents, 2, TOKENS)
+        input_ids, labels = group.shard.take(input_ids), group.shard.take(labels)
     index = (labels != -100).flatten().nonzero().flatten() if places else None
     torch.set_default_dtype(weights)
     try:
@@ -117,7 +134,8 @@ def watch(scheme, *, packed, weights=torch.float32, autocast=True, qk_norm=False
             decoder.to_empty(device="cuda:0")
             for block in decoder.model.layers:
                 block.self_attn.implementation = implementation
-            moved = None if documents is None else Documents(*map(move, documents))
+            decoder.set_context_group(group)
+            moved = tree_map(move, documents)
             with Watch() as seen:
                 loss = decoder.loss(move(input_ids), move(labels), documents=moved, reduction="sum", places=move(index))
             assert loss.dtype == torch.float32
@@ -266,4 +284,24 @@ def test_generation_waits_for_no_value():
         with Watch() as seen:
             tokens = list(generate(decoder, prompt, max_new_tokens=3))
     assert len(tokens) == 3
+    assert seen.host_reads == []
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gathered_keys_and_values_reach_a_kernel_of_linear_memory(scheme, packed):
+    """Context parallelism in the mode `gather`, as a rank of four."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    try:
+        seen = watch(SCHEMES[scheme], packed=packed, group=ContextGroup(dist.group.WORLD, "gather"))
+    finally:
+        dist.destroy_process_group()
+    calls = LAYERS if packed else 2 * LAYERS  # plain rows: one for each of the rank's chunks
+    assert seen.operations["_varlen_attn"] == calls == len(seen.attention)
+    for queries, keys, values, *bounds in seen.attention:
+        assert [x.dtype for x in (queries, keys, values)] == [torch.bfloat16] * 3
+        assert [x.stride(-1) for x in (queries, keys, values)] == [1] * 3
+        assert [x.dtype for x in bounds] == [torch.int32] * 2
+    if scheme != "alibi":  # keys and values of 40 dimensions each are together as wide as a row is long
+        assert seen.quadratic == []
     assert seen.host_reads == []

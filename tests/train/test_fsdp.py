@@ -1,4 +1,4 @@
-"""Several processes against one on the same global batches: FSDP2, sequence parallelism, and their checkpoints."""
+"""Several processes against one on the same global batches: FSDP2, context parallelism, and their checkpoints."""
 
 import itertools
 import json
@@ -26,6 +26,8 @@ DOUBLE = ["--trainer.precision", "64-true"]
 STRATEGY = ["--trainer.strategy", "FSDP2Strategy"]
 CONTEXT = [*STRATEGY, "--trainer.strategy.context_parallel_size", 2]
 WHOLE_GRADIENTS = ["--trainer.strategy.reduce_each_micro_batch", "false"]
+GATHER = [*CONTEXT, "--trainer.strategy.context_parallel_mode", "gather"]
+HEADS = [*CONTEXT, "--trainer.strategy.context_parallel_mode", "heads"]
 SHARDED = [*STRATEGY, "--trainer.strategy.save_distributed_checkpoint", "true"]
 
 
@@ -81,12 +83,12 @@ VARIANTS = {
     ("model", "options", "devices", "rows"),
     [
         ("ec", ["--trainer.strategy", "fsdp2"], 2, 2),
-        ("eh", CONTEXT, 2, 4),
+        ("eh", GATHER, 2, 4),
         pytest.param("ec", [*STRATEGY, "--trainer.strategy.replicate_size", 2], 2, 2, marks=pytest.mark.slow),
         *(
             pytest.param(name, options, devices, rows, marks=pytest.mark.slow)
             for name in VARIANTS
-            for options, devices, rows in ((["--trainer.strategy", "fsdp2"], 2, 2), (CONTEXT, 2, 4), (CONTEXT, 4, 2))
+            for options, devices, rows in ((["--trainer.strategy", "fsdp2"], 2, 2), (HEADS, 2, 4), (GATHER, 4, 2))
         ),
     ],
 )  # fmt: skip
@@ -112,9 +114,10 @@ def test_processes_end_where_one_does(fit, model, options, devices, rows):
     [
         (["--trainer.strategy", "fsdp2"], 2),
         ([*STRATEGY, *WHOLE_GRADIENTS, "--trainer.strategy.reshard_after_forward", "false"], 2),
-        (CONTEXT, 4),
+        (GATHER, 4),
+        (HEADS, 4),
     ],
-    ids=["fsdp", "gathered once", "context"],
+    ids=["fsdp", "gathered once", "gather", "heads"],
 )
 def test_every_setting_ends_where_one_process_does(fit, changes, options, rows):
     assert_equal(fit(*DOUBLE, *changes), fit(*DOUBLE, *changes, *options, devices=2, rows=rows))
@@ -170,7 +173,7 @@ def test_each_rank_holds_half_reads_its_own_rows_and_reduces_once_a_step(run, ti
 
 
 ONE, TWO = ([], 1, 4), (["--trainer.strategy", "fsdp2"], 2, 2)
-FSDP_ONE, SHARDED_TWO, CONTEXT_TWO = (["--trainer.strategy", "fsdp2"], 1, 4), (SHARDED, 2, 2), (CONTEXT, 2, 4)
+FSDP_ONE, SHARDED_TWO, CONTEXT_TWO = (["--trainer.strategy", "fsdp2"], 1, 4), (SHARDED, 2, 2), (GATHER, 2, 4)
 
 
 @pytest.mark.parametrize(
