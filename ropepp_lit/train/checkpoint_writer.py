@@ -130,7 +130,7 @@ class CheckpointWriter:
             sys.exit(0)  # with another code the launcher would kill rank 0 before it has printed the line
         _remove(_partial(self._path))
         raise UsageError(
-            f"{self._path}: cannot be written: {reason}; continue from the checkpoint before it by --ckpt_path auto"
+            f"{self._path}: cannot be written: {reason}; when that is fixed, continue by --ckpt_path auto"
         ) from error
 
     def _publish(self, path: Path) -> None:
@@ -198,6 +198,8 @@ def _reason(error: BaseException) -> str:
         error = next((failure for failure, _ in error.failures.values()), error)
     if isinstance(error, OSError):
         return error.strerror or str(error)
+    if "inline_container" in str(error):  # torch passes only its own error on from a thread or another rank
+        return "the archive cannot be written, perhaps because the disk is full"
     return f"{type(error).__name__}: {error}"
 
 
