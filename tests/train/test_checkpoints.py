@@ -366,6 +366,27 @@ def test_ended_within_a_step(fit, by_signal, capsys):
     assert_same("run/checkpoints/last.ckpt", "whole/checkpoints/last.ckpt")
 
 
+class SignalInValidation(Callback):
+    """Sends a signal in the first batch of a validation, and counts its batches."""
+
+    def __init__(self):
+        self.batches = 0
+
+    def on_validation_batch_start(self, *_):
+        self.batches += 1
+        if self.batches == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_stopped_in_a_validation(fit, capsys):
+    callback = SignalInValidation()
+    options = ["--trainer.val_check_interval", 3, "--trainer.limit_val_batches", 4]
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        fit(*options, "--trainer.default_root_dir", "run", callbacks=[callback])
+    assert "Stopped by SIGTERM at step 3, saved as run/checkpoints/step=3.ckpt." in capsys.readouterr().out
+    assert callback.batches == 1
+
+
 def test_stopped_before_the_first_step(fit, capsys):
     options = ["--trainer.accumulate_grad_batches", 3, "--trainer.default_root_dir", "run", "--ckpt_path", "auto"]
     with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
