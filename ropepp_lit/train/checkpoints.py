@@ -152,7 +152,7 @@ def check_folder(folder: Path, ckpt_path: str | None) -> None:
     steps = saved_steps(folder)
     if not steps:
         return
-    hint = "continue the newest by --ckpt_path auto, or choose another --trainer.default_root_dir"
+    hint = "continue it by --ckpt_path auto, or choose another --trainer.default_root_dir"
     if ckpt_path is None or Path(ckpt_path).resolve().parent != folder.resolve():
         raise UsageError(f"{folder} holds checkpoints of an earlier run (step {max(steps)}); {hint}")
     step = read_checkpoint(ckpt_path, shapes_only=True)["global_step"]

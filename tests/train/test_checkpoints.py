@@ -251,7 +251,7 @@ def test_killed_while_a_background_write_and_training_go_on(train, tmp_path, cal
     whole = train(*kind)
     assert batches(tmp_path)[len(before) :] == batches(whole)[2 * ACCUMULATE :]
     assert_same(folder / "last.ckpt", whole / "run" / "checkpoints" / "last.ckpt")
-    with pytest.raises(UsageError, match=r"step=6\.ckpt is step 6, and .* holds step 8; continue the newest"):
+    with pytest.raises(UsageError, match=r"step=6\.ckpt is step 6, and .* holds step 8; continue it"):
         check_folder(folder, str(folder / "step=6.ckpt"))
 
 
@@ -412,7 +412,7 @@ def test_a_folder_is_not_continued_from_other_checkpoints_than_its_newest(fit, m
     before = {
         path: os.stat(path).st_mtime_ns for path in ("run/checkpoints/step=2.ckpt", "run/checkpoints/step=4.ckpt")
     }
-    hint = "continue the newest by --ckpt_path auto, or choose another --trainer.default_root_dir"
+    hint = "continue it by --ckpt_path auto, or choose another --trainer.default_root_dir"
     older = mistake("--trainer.default_root_dir", "run", "--ckpt_path", "run/checkpoints/step=2.ckpt")
     assert f"run/checkpoints/step=2.ckpt is step 2, and run/checkpoints holds step 4; {hint}" in older
     for path in ([], ["--ckpt_path", "other/checkpoints/last.ckpt"]):
