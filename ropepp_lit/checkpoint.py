@@ -205,15 +205,29 @@ def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        save_file(checkpoint, partial)
         os.replace(partial, path)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_file(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint's tensors to a file one after the other, without a copy of the whole in memory, and fsync it.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full.
+    """
+    with path.open("wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:
+            # torch's archive writer fails again when it closes a file that it could not write; the cause comes before.
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else error from None
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def decoder_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,4 +1,7 @@
+import tracemalloc
+
 import pytest
+import torch
 
 from ropepp_lit import checkpoint
 from ropepp_lit.errors import UsageError
@@ -55,3 +58,13 @@ def test_trust_is_for_one_class_of_the_right_kind():
         checkpoint.instantiate(description, PositionScheme, trust="os.path")
     with pytest.raises(UsageError, match=r"os\.system is not a PositionScheme"):
         checkpoint.instantiate(description, PositionScheme, trust="os.system")
+
+
+def test_a_file_is_streamed(tmp_path):
+    tensors = {str(number): torch.zeros(2**20) for number in range(8)}
+    tracemalloc.start()
+    checkpoint.save_file(tensors, tmp_path / "file")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (tmp_path / "file").stat().st_size > 32 * 2**20
+    assert peak < 2**20

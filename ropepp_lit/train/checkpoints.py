@@ -1,113 +1,134 @@
-"""Checkpoints that a kill at any moment leaves whole."""
+"""When a run saves checkpoints, and in which folder it may."""
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from ropepp_lit.checkpoint import KEY, read_checkpoint
 from ropepp_lit.errors import UsageError
-from ropepp_lit.train.signals import StopRequest
+from ropepp_lit.train.checkpoint_writer import LAST, CheckpointWriter, remove_partial, saved_steps
+from ropepp_lit.train.signals import StopRequest, replace_lightnings_broadcast
 
-LAST = "last.ckpt"
+__all__ = ["LAST", "Checkpoints", "check_folder", "folder_of", "newest", "saved_steps"]
 
 
 class Checkpoints(Checkpoint):
     """Saves `checkpoints/step=N.ckpt` in the run's folder, and keeps the link `checkpoints/last.ckpt` on the newest.
 
-    A checkpoint is written beside its name, flushed to the disk and renamed; then the link is replaced in one step;
-    only then are old ones deleted. The last step of a run is always saved, and so is the step at which a signal
-    (SIGTERM, SIGUSR1, Ctrl-C) stops it.
+    A checkpoint is written under a hidden name, flushed to the disk and renamed; then the link is replaced; only then
+    are old checkpoints deleted. The last step of a run is always saved. A signal (SIGTERM, SIGUSR1, Ctrl-C) stops the
+    run after the current micro-batch, or the next one with several processes, and saves the last optimizer step:
+    gradients of an unfinished step are dropped, and its micro-batches are read again when the run continues.
 
     Args:
         every_n_steps: Optimizer steps between checkpoints.
-        keep: Newest checkpoints that are kept; older ones are deleted. 0 keeps all.
+        keep: Number of newest checkpoints to keep; older ones are deleted. 0 keeps all.
+        async_save: Train on while a checkpoint is written. Needs CPU memory for a copy of weights and optimizer state:
+            on each device those of its shard, with a single file on rank 0 all of them.
     """
 
-    def __init__(self, *, every_n_steps: int = 1000, keep: int = 2) -> None:
+    def __init__(self, *, every_n_steps: int = 1000, keep: int = 2, async_save: bool = False) -> None:
         if every_n_steps < 1:
             raise UsageError(f"checkpoints.every_n_steps: {every_n_steps} must be 1 or more")
         if keep < 0:
             raise UsageError(f"checkpoints.keep: {keep} must be 0 (all) or more")
-        self.every_n_steps, self.keep = every_n_steps, keep
+        self.every_n_steps, self.keep, self.async_save = every_n_steps, keep, async_save
+        self.stop = StopRequest()
+        self._writer = CheckpointWriter(in_background=async_save, keep=keep)
         self._saved_step = self._seen_step = 0
         self._lacks_figures = False
-        self.stop = StopRequest()
+        self._position: list[dict[str, Any]] = []
+        self._tokens_seen = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over the signals, and remove what a killed run left half-written."""
+        """Install the signal handlers, and delete what a killed run left unfinished."""
         self.stop.install()
+        replace_lightnings_broadcast(trainer)
         if trainer.is_global_zero:
-            for path in folder_of(trainer.default_root_dir).glob(".*.partial"):
-                _remove(path)
+            remove_partial(folder_of(trainer.default_root_dir))
+        self._writer.open()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The step that the run continues from is saved already."""
-        self._saved_step = self._seen_step = trainer.global_step
+        self._saved_step = trainer.global_step
+        self._end_step(trainer)
         self.stop.install()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Save at the end of every so many optimizer steps, and the last one before it is validated."""
+        """Save every `every_n_steps` optimizer steps, and the last step before it is validated."""
         step = trainer.global_step
-        if step == self._seen_step:
-            return  # gradients accumulate
-        self._seen_step = step
-        if self.stop.agree():
-            trainer.should_stop, trainer.limit_val_batches = True, 0  # save now, validate another time
-        elif step % self.every_n_steps == 0 or step >= trainer.max_steps:
+        is_end_of_step = step != self._seen_step  # otherwise gradients accumulate
+        if is_end_of_step:
+            self._end_step(trainer)
+        if self.stop.agree(failed=self._writer.has_failed):
+            self._stop(trainer)
+        elif is_end_of_step and (step % self.every_n_steps == 0 or step >= trainer.max_steps):
             self._save(trainer)
-            is_sharded = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
-            self._lacks_figures = step >= trainer.max_steps and not is_sharded  # a file is replaced in one step
+            self._lacks_figures = step >= trainer.max_steps and not _is_sharded(trainer)  # a file can be replaced
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """A signal ends the validation within a run."""
-        if trainer.state.fn == "fit" and self.stop.agree():
-            raise StopIteration  # Lightning's evaluation loop ends with it
+        """A signal ends a validation during training."""
+        if trainer.state.fn == "fit" and self.stop.agree(failed=self._writer.has_failed):
+            self._stop(trainer)
+            raise StopIteration  # ends Lightning's evaluation loop
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the last step, whatever the interval is, with what its validation found."""
+        """Save the last step, whatever the interval, with the results of its validation."""
         if trainer.global_step != self._saved_step or self._lacks_figures:
             self._save(trainer)
+        self._writer.close()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self.stop.uninstall()
+
+    def _stop(self, trainer: pl.Trainer) -> None:
+        """End the run without another validation; :meth:`on_train_end` saves."""
+        if self.stop.failed:
+            self._writer.wait()  # raises
+        trainer.should_stop, trainer.limit_val_batches = True, 0
+
+    def _end_step(self, trainer: pl.Trainer) -> None:
+        """Note what a checkpoint of this step stores and micro-batches of the next step change."""
+        self._seen_step = trainer.global_step
+        loader = trainer.fit_loop._combined_loader
+        assert loader is not None
+        self._position = loader._state_dicts()
+        self._tokens_seen = getattr(trainer.lightning_module, "tokens_seen", 0)
 
     def _save(self, trainer: pl.Trainer) -> None:
         step = self._saved_step = trainer.global_step
-        folder = folder_of(trainer.default_root_dir)
-        path = folder / f"step={step}.ckpt"
-        partial = folder / f".{path.name}.partial"
-        trainer.save_checkpoint(partial, weights_only=False)
-        if trainer.is_global_zero:
-            _flush(partial)
-            os.replace(partial, path)
-            link = folder / f".{LAST}.partial"
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.name)
-            os.replace(link, folder / LAST)
-            _flush(folder)
-            steps = sorted(saved_steps(folder))
-            for old in steps[: -self.keep] if self.keep else []:
-                if old < step:
-                    _remove(folder / f"step={old}.ckpt")
-        trainer.strategy.barrier("checkpoint")
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        # Between two steps the weights, the optimizer and the schedule are still those of the last one.
+        checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self._position
+        checkpoint[KEY]["tokens_seen"] = self._tokens_seen
+        path = folder_of(trainer.default_root_dir) / f"step={step}.ckpt"
+        self._writer.save(checkpoint, path, is_sharded=_is_sharded(trainer), live=_live_tensors(trainer))
+
+
+def _is_sharded(trainer: pl.Trainer) -> bool:
+    return getattr(trainer.strategy, "_save_distributed_checkpoint", False)
+
+
+def _live_tensors(trainer: pl.Trainer) -> list[Tensor]:
+    """Weights, buffers and optimizer states of this rank."""
+    module = trainer.lightning_module
+    states = (
+        value for optimizer in trainer.optimizers for state in optimizer.state.values() for value in state.values()
+    )
+    tensors = [*module.parameters(), *module.buffers(), *(value for value in states if isinstance(value, Tensor))]
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def folder_of(run_folder: str | Path) -> Path:
-    """Where a run's checkpoints are."""
+    """The folder of a run's checkpoints."""
     return Path(run_folder) / "checkpoints"
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """Steps whose checkpoints are whole, in any order."""
-    matches = (re.fullmatch(r"step=(\d+)\.ckpt", path.name) for path in folder.glob("step=*.ckpt"))
-    return [int(match[1]) for match in matches if match]
 
 
 def newest(folder: Path) -> Path | None:
@@ -116,16 +137,24 @@ def newest(folder: Path) -> Path | None:
     return folder / f"step={max(steps)}.ckpt" if steps else None
 
 
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+def check_folder(folder: Path, ckpt_path: str | None) -> None:
+    """Refuse to save into a folder whose checkpoints are not those that the run continues.
 
+    `--ckpt_path auto` would take the wrong ones later, and `keep` would delete them.
 
-def _flush(path: Path) -> None:
-    """Have the system write a file, or a folder with its files, to the disk before anything that follows."""
-    for part in path.iterdir() if path.is_dir() and path.name.endswith(".partial") else ():
-        _flush(part)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    Args:
+        folder: Of :func:`folder_of`.
+        ckpt_path: The checkpoint that the run continues from, or None.
+
+    Raises:
+        UsageError: the folder holds checkpoints, and `ckpt_path` is none of them, or is older than the newest.
+    """
+    steps = saved_steps(folder)
+    if not steps:
+        return
+    hint = "continue it by --ckpt_path auto, or choose another --trainer.default_root_dir"
+    if ckpt_path is None or Path(ckpt_path).resolve().parent != folder.resolve():
+        raise UsageError(f"{folder} holds checkpoints of an earlier run (step {max(steps)}); {hint}")
+    step = read_checkpoint(ckpt_path, shapes_only=True)["global_step"]
+    if step < max(steps):
+        raise UsageError(f"ckpt_path: {ckpt_path} is step {step}, and {folder} holds step {max(steps)}; {hint}")

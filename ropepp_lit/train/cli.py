@@ -24,11 +24,12 @@ from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
 from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoints import Checkpoints, folder_of, saved_steps
+from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of
 from ropepp_lit.train.checks import Checks, check_checkpointing, checkpoint_to_continue
 from ropepp_lit.train.classes import CLASSES, check_classes
 from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.fsdp import FSDP2Strategy
+from ropepp_lit.train.garbage import GarbageCollection
 from ropepp_lit.train.summary import rank_zero_print, stop_summary, training_summary, validation_summary
 
 
@@ -50,7 +51,7 @@ class RecipeCLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             trainer_defaults={
-                "callbacks": [Banner()],
+                "callbacks": [Banner(), GarbageCollection()],
                 "check_val_every_n_epoch": None,  # a run is counted in steps
                 "enable_model_summary": False,  # the banner says more
                 "inference_mode": False,
@@ -117,13 +118,7 @@ class RecipeCLI(LightningCLI):
             rank_zero_print("\n".join(checks.check_resume(options.ckpt_path)))
         elif start is not None:
             rank_zero_print(start.message)
-        folder = folder_of(self.trainer.default_root_dir)
-        steps = saved_steps(folder)
-        if steps and options.ckpt_path is None:
-            raise UsageError(
-                f"{folder} holds checkpoints of an earlier run (step {max(steps)}); continue it by --ckpt_path auto, "
-                "or choose another --trainer.default_root_dir"
-            )
+        check_folder(folder_of(self.trainer.default_root_dir), options.ckpt_path)
         recipe = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))["fit"]
         recipe = {name: value for name, value in recipe.items() if name not in self._subcommand_method_arguments["fit"]}
         self.model.recipe = recipe

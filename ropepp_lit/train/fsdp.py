@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Par
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
@@ -174,15 +175,25 @@ class FSDP2Strategy(ModelParallelStrategy):
                     )
         super().pre_backward(closure_loss)
 
+    @property
+    def _state_dict_options(self) -> StateDictOptions:
+        """Shards stay on the device: torch copies them as it writes them."""
+        is_whole = not self._save_distributed_checkpoint
+        return StateDictOptions(full_state_dict=is_whole, cpu_offload=is_whole)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights: shards of this rank, or for a single file all of them on rank 0."""
+        assert self.model is not None
+        return get_model_state_dict(self.model, options=self._state_dict_options)
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state; for a single file as one process would save it, by the places of parameters."""
-        if self._save_distributed_checkpoint:
-            return super().optimizer_state(optimizer)
         # Not Lightning's: it numbers parameters as the module does, and optimizers with groups number them otherwise.
         optimizer = getattr(optimizer, "_optimizer", optimizer)
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         assert self.model is not None
-        state = get_optimizer_state_dict(self.model, optimizer, options=options)
+        state = get_optimizer_state_dict(self.model, optimizer, options=self._state_dict_options)
+        if self._save_distributed_checkpoint:
+            return state
         places = {name: place for place, name in enumerate(self._parameter_names(optimizer))}
         return _rename(state, places) if self.is_global_zero else {}
 

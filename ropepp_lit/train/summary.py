@@ -70,7 +70,9 @@ def stop_summary(model: CausalLM, trainer: pl.Trainer, *, number: int) -> str:
         number: Of the signal.
     """
     folder = Path(trainer.default_root_dir)
+    saved = newest(folder_of(folder))
     return (
-        f"\nStopped by {signal.Signals(number).name} at step {model.steps_taken:,}, saved as "
-        f"{newest(folder_of(folder))}. Continue: ropepp-lit fit --config {folder / 'recipe.yaml'} --ckpt_path auto"
+        f"\nStopped by {signal.Signals(number).name} at step {model.steps_taken:,}, "
+        f"{f'saved as {saved}' if saved else 'before anything was saved'}. "
+        f"Continue: ropepp-lit fit --config {folder / 'recipe.yaml'} --ckpt_path auto"
     )

@@ -245,9 +245,12 @@ def test_the_table_of_contents_of_a_sharded_folder_runs_nothing(fit, tmp_path, c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("in_background", ["true", "false"])
 @pytest.mark.parametrize("kind", [SHARDED, STRATEGY], ids=["sharded", "one file"])
-def test_killed_while_it_saves_at_every_step(start_training, run, tiny, tmp_path, command_path, kind, number):
+def test_killed_while_it_saves_at_every_step(
+    start_training, run, tiny, tmp_path, command_path, kind, in_background, number
+):
     options = [
         *tiny,
         *kind,
@@ -255,6 +258,8 @@ def test_killed_while_it_saves_at_every_step(start_training, run, tiny, tmp_path
         2,
         "--checkpoints.every_n_steps",
         1,
+        "--checkpoints.async_save",
+        in_background,
         "--trainer.default_root_dir",
         "run",
     ]

@@ -141,10 +141,6 @@ def test_stopped_by_a_signal(start_training, command_path, tiny, run, tmp_path, 
     stop_and_go_on(start_training, command_path, tiny, run, tmp_path, number)
 
 
-def test_two_processes_are_stopped_by_a_signal_to_one(start_training, command_path, tiny, run, tmp_path):
-    stop_and_go_on(start_training, command_path, tiny, run, tmp_path, signal.SIGTERM, devices=2, to="last")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["first", "last", "all"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

@@ -1,0 +1,221 @@
+"""Writing a checkpoint: under a hidden name first, in the background or not, and renamed when it is on the disk."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ropepp_lit.checkpoint import SHARDED_METADATA, save_file
+from ropepp_lit.errors import UsageError
+
+LAST = "last.ckpt"
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, one at a time.
+
+    The collectives of a sharded write use a gloo group of their own, so they cannot mix with those of training.
+
+    Args:
+        in_background: Write from a copy of the state in CPU memory, by a thread, while training goes on.
+        keep: Number of newest checkpoints to keep. 0 keeps all.
+    """
+
+    def __init__(self, *, in_background: bool, keep: int) -> None:
+        self.in_background, self.keep = in_background, keep
+        self._group: Any = None
+        self._executor: ThreadPoolExecutor | None = None
+        self._write: Future[None] | None = None
+        self._path = Path()
+
+    def open(self) -> None:
+        """Create the process group and the thread. Every rank must call it."""
+        if self._group is None and dist.is_initialized():
+            self._group = dist.new_group(backend="gloo")
+        if self._executor is None and self.in_background:
+            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+
+    def close(self) -> None:
+        """Wait for the write and end the thread. Every rank must call it."""
+        self.wait()
+        if self._executor is not None:
+            self._executor.shutdown()
+            self._executor = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the current write has failed on this rank; does not wait."""
+        return self._write is not None and self._write.done() and self._write.exception() is not None
+
+    def save(self, checkpoint: dict[str, Any], path: Path, *, is_sharded: bool, live: list[Tensor]) -> None:
+        """Save a checkpoint, after the write before it has ended. Every rank must call it.
+
+        Args:
+            checkpoint: Lightning's, with the shards of this rank, or on rank 0 the whole state.
+            path: Its name, `step=N.ckpt`; a folder for shards.
+            is_sharded: Whether each rank writes its shards.
+            live: Tensors of `checkpoint` that training changes; a background write copies them.
+
+        Raises:
+            UsageError: this write, or in the background the one before, failed on any rank.
+        """
+        self.wait()
+        self._path = path
+        if _is_rank_zero():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove(_partial(path))
+        write = self._shards(checkpoint) if is_sharded else None
+        if self.in_background and _is_rank_zero():
+            checkpoint = _copy(checkpoint, live)
+
+        def task() -> None:
+            if write is not None:
+                write()
+            if _is_rank_zero():
+                save_file(checkpoint, _partial(path) / SHARDED_METADATA if is_sharded else _partial(path))
+                self._publish(path)
+
+        if self._executor is not None:
+            self._write = self._executor.submit(task)
+            return
+        self._write = Future()
+        try:
+            task()
+            self._write.set_result(None)
+        except (Exception, CheckpointException) as error:  # torch's is a BaseException
+            self._write.set_exception(error)
+        self.wait()
+
+    def _shards(self, checkpoint: dict[str, Any]) -> Callable[[], object]:
+        """Take the shards out of a checkpoint; returns what writes them, or waits until they are written."""
+        state = {"state_dict": checkpoint.pop("state_dict")}
+        for index, optimizer in enumerate(checkpoint.pop("optimizer_states")):
+            state[f"optimizer_{index}"] = optimizer
+        options: dict[str, Any] = {"checkpoint_id": _partial(self._path), "process_group": self._group}
+        if not self.in_background:
+            return lambda: distributed_checkpoint.save(state, **options)
+        write = distributed_checkpoint.async_save(state, **options)  # returns once the shards are copied
+        assert isinstance(write, Future)
+        return write.result
+
+    def wait(self) -> None:
+        """Wait until the current write has ended on all ranks. Every rank must call it.
+
+        Raises:
+            UsageError: it failed on any rank; on the other ranks than 0 SystemExit, as one line is enough.
+        """
+        if self._write is None:
+            return
+        error, self._write = self._write.exception(), None
+        reasons = [None if error is None else _reason(error)]
+        if self._group is not None:
+            mine, reasons = reasons[0], [None] * dist.get_world_size()
+            dist.all_gather_object(reasons, mine, group=self._group)
+        reason = next(filter(None, reasons), None)
+        if reason is None:
+            return
+        if not _is_rank_zero():
+            sys.exit(0)  # with another code the launcher would kill rank 0 before it has printed the line
+        _remove(_partial(self._path))
+        raise UsageError(
+            f"{self._path}: cannot be written: {reason}; when that is fixed, continue by --ckpt_path auto"
+        ) from error
+
+    def _publish(self, path: Path) -> None:
+        """Rename what is whole, point the link at it, and only then delete old checkpoints."""
+        _flush(_partial(path))
+        os.replace(_partial(path), path)
+        last = path.with_name(LAST)
+        _remove(_partial(last))
+        _partial(last).symlink_to(path.name)
+        os.replace(_partial(last), last)
+        _flush(path.parent)
+        steps = sorted(saved_steps(path.parent))
+        for old in steps[: -self.keep] if self.keep else []:
+            if old < (step_of(path) or 0):
+                _remove(path.with_name(f"step={old}.ckpt"))
+
+
+def step_of(path: Path) -> int | None:
+    """The step that is in a checkpoint's name."""
+    match = re.fullmatch(r"step=(\d+)\.ckpt", path.name)
+    return int(match[1]) if match else None
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps whose checkpoints are whole, in any order."""
+    steps = (step_of(path) for path in folder.glob("step=*.ckpt"))
+    return [step for step in steps if step is not None]
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what killed runs left unfinished."""
+    for path in folder.glob(".*.partial"):
+        _remove(path)
+
+
+def _partial(path: Path) -> Path:
+    """The hidden name under which a checkpoint or link is written."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _is_rank_zero() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _copy(checkpoint: dict[str, Any], live: list[Tensor]) -> dict[str, Any]:
+    """A checkpoint that training cannot change, on the CPU; tensors gathered for it alone are not copied again."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in live}
+    copies: dict[Any, Tensor] = {}  # tied weights stay tied
+
+    def copy(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() not in storages:
+            return tensor
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if key not in copies:
+            copies[key] = tensor.to("cpu", copy=True)
+        return copies[key]
+
+    return apply_to_collection(checkpoint, Tensor, copy)
+
+
+def _reason(error: BaseException) -> str:
+    """Why a write failed, in a line."""
+    if isinstance(error, CheckpointException):
+        error = next((failure for failure, _ in error.failures.values()), error)
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if "inline_container" in str(error):  # torch passes only its own error on from a thread or another rank
+        return "the archive cannot be written, perhaps because the disk is full"
+    return f"{type(error).__name__}: {error}"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Fsync a file, or a partial folder with its files, before anything that follows."""
+    for part in path.iterdir() if path.is_dir() and path.name.endswith(".partial") else ():
+        _flush(part)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
