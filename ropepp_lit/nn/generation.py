@@ -114,9 +114,12 @@ def _slice(documents: Documents | None, tokens: slice) -> Documents | None:
 
 
 def _groups_of_weights(decoder: Decoder) -> list[dist.ProcessGroup]:
-    """The ranks that the weights are sharded over, one group per dimension of their mesh."""
+    """The ranks that FSDP2 shards the weights over, one group per dimension of their mesh."""
+    if not isinstance(decoder, FSDPModule):
+        return []
     for module in decoder.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # FSDP2 leaves some weights gathered after a forward pass
+            module.reshard()  # some weights stay gathered after a forward pass
     weight = next(decoder.parameters())
-    return weight.device_mesh.get_all_groups() if isinstance(weight, DTensor) else []
+    assert isinstance(weight, DTensor)
+    return weight.device_mesh.get_all_groups()

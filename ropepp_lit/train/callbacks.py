@@ -85,8 +85,8 @@ def _data_lines(trainer: pl.Trainer, data: TokenData) -> dict[str, str]:
 def precision_in_words(precision: str, device: torch.device) -> str:
     """The trainer's precision; in float32 on an NVIDIA GPU also whether matrix products use TF32.
 
-    TF32 rounds their inputs to 10 bits of mantissa. This follows torch's setting, which is off by default: a run that
-    may be less exact is faster still in `bf16-mixed`.
+    TF32 rounds their inputs to 10 bits of mantissa. This follows torch's setting, which is off by default, so that
+    `32-true` is float32 on any device; for speed there is `bf16-mixed`.
     """
     if device.type != "cuda" or precision != "32-true":
         return precision

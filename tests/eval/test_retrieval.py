@@ -106,7 +106,7 @@ class Copier(torch.nn.Module):
     def allocate_cache(self, *, batch_size, max_tokens):
         return []
 
-    def forward(self, input_ids, *, cache, logits_to_keep):
+    def forward(self, input_ids, *, documents, cache, logits_to_keep):
         cache.append(input_ids)
         logits = torch.zeros(len(input_ids), 1, self.vocab_size)
         for row, ids in enumerate(torch.cat(cache, dim=1).tolist()):
