@@ -12,6 +12,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 COLOURS = ("#111827", "#2563eb", "#ea580c", "#16a34a", "#9333ea", "#9ca3af")
 
@@ -20,7 +21,7 @@ def read_curve(folder: Path) -> tuple[list[float], list[float]]:
     """Tokens read and loss at each time that a run logged them."""
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    tokens = {event.step: event.value for event in events.Scalars("tokens_seen")}
+    tokens = {event.step: make_ndarray(event.tensor_proto).item() for event in events.Tensors("tokens_seen")}
     losses = [event for event in events.Scalars("train/loss") if event.step in tokens]
     return [tokens[event.step] for event in losses], [event.value for event in losses]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from ropepp_lit.checkpoint import load_decoder, read_checkpoint
 from ropepp_lit.data.tokenizer import byte_tokenizer
@@ -92,7 +93,8 @@ def test_tensorboard(trained):
     events.Reload()
     for name in ("train/loss", "train/perplexity", "train/bits_per_byte", "lr", "gradient_norm", "tokens_per_second"):
         assert [event.step for event in events.Scalars(name)] == list(range(1, 9)), name
-    assert [event.value for event in events.Scalars("tokens_seen")] == [128 * step for step in range(1, 9)]
+    tokens = [make_ndarray(event.tensor_proto).item() for event in events.Tensors("tokens_seen")]
+    assert tokens == [128 * step for step in range(1, 9)]
     for name in ("val/loss", "val/perplexity", "val/bits_per_byte"):
         assert [event.step for event in events.Scalars(name)] == [4, 8], name
     assert [event.step for event in events.Tensors("sample/text_summary")] == [4, 8]
