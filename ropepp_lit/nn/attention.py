@@ -12,6 +12,7 @@ from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ropepp_lit.nn.cache import KVCache
 from ropepp_lit.nn.config import DecoderConfig
@@ -53,6 +54,9 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.has_norms = config.qk_norm
         self.o_proj = nn.Linear(layout.num_attention_heads * self.head_dim, width, bias=config.attention_output_bias)
+        self.head_groups = 1
+        """Groups of heads computed one after the other, and again in the backward pass; a divisor of K. 1 computes all
+        heads at once and keeps what the backward pass needs."""
         self.context_group: ContextGroup | None = None
         """Ranks that share the tokens of each row; see :meth:`~ropepp_lit.nn.decoder.Decoder.set_context_group`."""
         self.implementation: str | None = None
@@ -91,8 +95,29 @@ class Attention(nn.Module):
             [B, T, hidden_size].
         """
         hidden = hidden.to(activation_dtype(hidden))
+        if self.head_groups == 1 or cache is not None or self.probe is not None:
+            return self._compute(hidden, tables, documents, cache, mask)
+        output = None if self.o_proj.bias is None else self.o_proj.bias.to(hidden.dtype)
+        for part in range(self.head_groups):
+            added = checkpoint(
+                self._compute, hidden, tables, documents, part=part, use_reentrant=False, preserve_rng_state=False
+            )
+            output = added if output is None else output + added
+        assert output is not None
+        return output
+
+    def _compute(
+        self,
+        hidden: Tensor,
+        tables: tuple[Tensor, ...],
+        documents: Documents | ShardedDocuments | None,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+        part: int | None = None,
+    ) -> Tensor:
+        """All heads, or what a group of them adds to the output, without the bias of the output projection."""
         queries, keys, values = (
-            projection(hidden).unflatten(-1, (-1, self.head_dim))
+            self._project(projection, hidden, part).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.has_norms:
@@ -100,6 +125,8 @@ class Attention(nn.Module):
         group = self.context_group if cache is None else None
         exchanges_heads = group is not None and group.mode == "heads"
         constants = [self.get_buffer(name) for name in self.constants]
+        if part is not None:
+            constants = [constant.chunk(self.head_groups)[part] for constant in constants]
         if group is not None and exchanges_heads:
             # Before the rotation: an imaginary query is made of its real one, so it need not travel.
             queries, keys, values = (tokens_to_heads(x, group) for x in (queries, keys, values))
@@ -124,4 +151,13 @@ class Attention(nn.Module):
             output = output[..., : self.head_dim]
         if group is not None and exchanges_heads:
             output = heads_to_tokens(output, group)
-        return self.o_proj(output.flatten(-2))
+        if part is None:
+            return self.o_proj(output.flatten(-2))
+        return F.linear(output.flatten(-2), self.o_proj.weight.chunk(self.head_groups, dim=1)[part])
+
+    def _project(self, projection: nn.Linear, hidden: Tensor, part: int | None) -> Tensor:
+        """`projection(hidden)`, or its output for a group of heads."""
+        if part is None:
+            return projection(hidden)
+        bias = None if projection.bias is None else projection.bias.chunk(self.head_groups)[part]
+        return F.linear(hidden, projection.weight.chunk(self.head_groups)[part], bias)

@@ -132,7 +132,7 @@ def elements_moved(layout: HeadLayout, head_dim: int, ranks: int, mode: Mode) ->
     again in the backward pass sends as many again.
 
     Args:
-        layout: Head counts.
+        layout: Heads that the layer computes at once.
         head_dim: D.
         ranks: P.
         mode: What is exchanged.
@@ -161,7 +161,7 @@ def choose_mode(layout: HeadLayout, head_dim: int, ranks: int, mode: Mode | None
     if mode == "heads" and not divides:
         raise UsageError(
             f"trainer.strategy.context_parallel_mode: heads needs a context_parallel_size that divides the "
-            f"{layout.num_query_heads} query heads; {ranks} does not; choose gather"
+            f"{layout.num_query_heads} query heads computed at once; {ranks} does not; choose gather"
         )
     return mode
 

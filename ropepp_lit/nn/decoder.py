@@ -170,6 +170,10 @@ class Decoder(nn.Module):
         self.head_layout = scheme.head_layout(
             num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads
         )
+        self.layout_at_once = self.head_layout
+        """Heads that an attention layer computes at once; see :meth:`save_memory`."""
+        self.context_group: ContextGroup | None = None
+        """Ranks that share the tokens of each row; see :meth:`set_context_group`."""
         self.model = Trunk(config, scheme)
         self.lm_head = OutputLayer(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -180,13 +184,6 @@ class Decoder(nn.Module):
     def positions_in_words(self) -> str:
         """Scheme, and base and scaling where they have an effect, such as `RoPE++ EC, base 10000`."""
         return f"{self.scheme}, {self.frequencies}" if self.scheme.uses_frequencies else str(self.scheme)
-
-    @property
-    def context_group(self) -> ContextGroup | None:
-        """Ranks that share the tokens of each row."""
-        block = self.model.layers[0]
-        assert isinstance(block, Block)
-        return block.self_attn.context_group
 
     def set_context_group(self, group: ContextGroup | None) -> None:
         """Share the tokens of each row among ranks: each computes its own, attention is over the whole row.
@@ -203,7 +200,8 @@ class Decoder(nn.Module):
             UsageError: the query heads cannot be shared equally, in the mode `heads`.
         """
         if group is not None:
-            choose_mode(self.head_layout, self.config.head_dim, group.size(), group.mode)
+            choose_mode(self.layout_at_once, self.config.head_dim, group.size(), group.mode)
+        self.context_group = group
         for block in self.model.layers:
             assert isinstance(block, Block)
             block.self_attn.context_group = group
@@ -276,6 +274,7 @@ class Decoder(nn.Module):
         keep_attention: bool = False,
         offload: bool = False,
         mlp_chunk_tokens: int | None = None,
+        attention_head_groups: int = 1,
     ) -> None:
         """Trade time for memory in training; results stay the same.
 
@@ -285,12 +284,19 @@ class Decoder(nn.Module):
             keep_attention: These blocks keep the results of attention too, which costs most to compute again.
             offload: Inputs that are kept go to the CPU's memory (for a GPU).
             mlp_chunk_tokens: Tokens of a row that the SwiGLU layers compute at once, and again in the backward pass.
+            attention_head_groups: Groups of heads that attention layers compute one after the other, and again in the
+                backward pass; 1 computes all heads at once.
+
+        Raises:
+            UsageError: the key/value heads cannot be split into these groups, or a group not among the context group.
         """
+        self.layout_at_once = self.head_layout.split(attention_head_groups)
         for number, block in enumerate(self.model.layers, start=1):
             assert isinstance(block, Block)
             block.is_checkpointed = checkpoint_every > 0 and number % checkpoint_every == 0
             block.keeps_attention, block.is_offloaded = keep_attention, offload
-            block.mlp.chunk_tokens = mlp_chunk_tokens
+            block.mlp.chunk_tokens, block.self_attn.head_groups = mlp_chunk_tokens, attention_head_groups
+        self.set_context_group(self.context_group)
 
     @property
     def num_parameters(self) -> int:

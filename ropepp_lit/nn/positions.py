@@ -33,6 +33,19 @@ class HeadLayout(NamedTuple):
     extra_dims: int = 0
     """Dimensions that the scheme adds to queries and keys. Values are padded to the same size; the cache keeps all."""
 
+    def split(self, groups: int) -> HeadLayout:
+        """Heads of each of several equal groups.
+
+        Raises:
+            UsageError: the key/value heads cannot be split equally.
+        """
+        if groups < 1 or self.num_key_value_heads % groups:
+            raise UsageError(
+                f"model.attention_head_groups: {groups} must divide the {self.num_key_value_heads} key/value heads"
+            )
+        queries, heads, caches = (number // groups for number in self[:3])
+        return HeadLayout(queries, heads, caches, self.extra_dims)
+
 
 class PositionScheme(ABC):
     """What a position scheme answers. Subclass it in a file of your own and name it in a recipe.
