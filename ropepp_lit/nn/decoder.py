@@ -9,18 +9,14 @@ Shapes: B batch, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import Any, Literal
+from contextlib import contextmanager
+from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn.attention import Attention
+from ropepp_lit.nn.block import Block
 from ropepp_lit.nn.cache import KVCache
 from ropepp_lit.nn.config import DecoderConfig
 from ropepp_lit.nn.context_parallel import ContextGroup, ShardedDocuments, choose_mode
@@ -28,90 +24,8 @@ from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.frequencies import Frequencies
 from ropepp_lit.nn.loss import IGNORE_INDEX, linear_cross_entropy, token_cross_entropy
 from ropepp_lit.nn.positions import PositionScheme
-from ropepp_lit.nn.precision import activation_dtype, at_least_float32
+from ropepp_lit.nn.precision import at_least_float32
 from ropepp_lit.nn.probe import Probe
-from ropepp_lit.nn.recomputation import compute_in_chunks, keep_attention
-
-
-class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202)."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.chunk_tokens: int | None = None
-        """Tokens computed at once, and again in the backward pass; None computes all and keeps what they need."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B, T, hidden_size] to the same."""
-        hidden = hidden.to(activation_dtype(hidden))
-        if self.chunk_tokens is None or hidden.shape[1] <= self.chunk_tokens:
-            return self._compute(hidden)
-        if torch.compiler.is_compiling():  # a graph knows by itself what it has computed again
-            parts = hidden.split(self.chunk_tokens, dim=1)
-            return torch.cat([checkpoint(self._compute, part, use_reentrant=False) for part in parts], dim=1)
-        return compute_in_chunks(self, self._compute, hidden, self.chunk_tokens)
-
-    def _compute(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
-
-
-class Block(nn.Module):
-    """Attention and SwiGLU, each on the normalized residual stream."""
-
-    def __init__(self, config: DecoderConfig, scheme: PositionScheme, layer: int) -> None:
-        super().__init__()
-        self.self_attn = Attention(config, scheme, layer)
-        self.mlp = MLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.is_checkpointed = False
-        """Keep the input alone for the backward pass, and compute the rest again there."""
-        self.keeps_attention = False
-        """Then keep the results of attention too."""
-        self.is_offloaded = False
-        """Keep that input in the CPU's memory."""
-
-    def forward(
-        self,
-        hidden: Tensor,
-        tables: tuple[Tensor, ...],
-        *,
-        documents: Documents | ShardedDocuments | None = None,
-        cache: KVCache | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """[B, T, hidden_size] to the same; the other arguments are those of :meth:`Attention.forward`."""
-        if not (self.is_checkpointed and torch.is_grad_enabled()) or cache is not None:
-            return self._compute(hidden, tables, documents, cache, mask)
-        # A partial, because torch.compile takes no other function here.
-        selective: dict[str, Any] = {"context_fn": partial(keep_attention)} if self.keeps_attention else {}
-        # Inside the block and not around it, so that parameter names stay as they are.
-        with save_on_cpu(pin_memory=True) if self.is_offloaded else nullcontext():
-            return checkpoint(
-                self._compute,
-                hidden,
-                tables,
-                documents,
-                use_reentrant=False,
-                preserve_rng_state=False,
-                **selective,
-            )
-
-    def _compute(
-        self,
-        hidden: Tensor,
-        tables: tuple[Tensor, ...],
-        documents: Documents | ShardedDocuments | None,
-        cache: KVCache | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        hidden = hidden + self.self_attn(
-            self.input_layernorm(hidden), tables, documents=documents, cache=cache, mask=mask
-        )
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class OutputLayer(nn.Linear):
@@ -181,6 +95,11 @@ class Decoder(nn.Module):
         self.init_weights()
 
     @property
+    def blocks(self) -> list[Block]:
+        """The blocks in order."""
+        return cast(list[Block], list(self.model.layers))
+
+    @property
     def positions_in_words(self) -> str:
         """Scheme, and base and scaling where they have an effect, such as `RoPE++ EC, base 10000`."""
         return f"{self.scheme}, {self.frequencies}" if self.scheme.uses_frequencies else str(self.scheme)
@@ -202,29 +121,23 @@ class Decoder(nn.Module):
         if group is not None:
             choose_mode(self.layout_at_once, self.config.head_dim, group.size(), group.mode)
         self.context_group = group
-        for block in self.model.layers:
-            assert isinstance(block, Block)
+        for block in self.blocks:
             block.self_attn.context_group = group
 
     @property
     def attention_implementation(self) -> str | None:
         """What :meth:`set_attention` was given."""
-        block = self.model.layers[0]
-        assert isinstance(block, Block)
-        return block.self_attn.implementation
+        return self.blocks[0].self_attn.implementation
 
     def set_attention(self, implementation: str | None) -> None:
         """Let all layers compute attention by what :func:`ropepp_lit.nn.kernels.select_implementation` returned."""
-        for block in self.model.layers:
-            assert isinstance(block, Block)
+        for block in self.blocks:
             block.self_attn.implementation = implementation
 
     @contextmanager
     def whole_rows(self) -> Iterator[None]:
         """Compute whole rows on every rank, as if :meth:`set_context_group` had not been called."""
-        block = self.model.layers[0]
-        assert isinstance(block, Block)
-        group = block.self_attn.context_group
+        group = self.context_group
         self.set_context_group(None)
         try:
             yield
@@ -240,7 +153,7 @@ class Decoder(nn.Module):
         """
         if self.context_group is not None:
             raise ValueError("a probe needs whole rows; call set_context_group(None) first")
-        layers = [module for module in self.modules() if isinstance(module, Attention)]
+        layers = [block.self_attn for block in self.blocks]
         for attention in layers:
             attention.probe = probe
         try:
@@ -262,8 +175,7 @@ class Decoder(nn.Module):
                     module.bias.zero_()
             elif isinstance(module, nn.RMSNorm):
                 module.weight.fill_(1.0)
-        for block in self.model.layers:
-            assert isinstance(block, Block)
+        for block in self.blocks:
             constants = self.scheme.constants(self.frequencies, layout=self.head_layout, head_dim=self.config.head_dim)
             block.self_attn.set_constants(constants)
 
@@ -291,8 +203,7 @@ class Decoder(nn.Module):
             UsageError: the key/value heads cannot be split into these groups, or a group not among the context group.
         """
         self.layout_at_once = self.head_layout.split(attention_head_groups)
-        for number, block in enumerate(self.model.layers, start=1):
-            assert isinstance(block, Block)
+        for number, block in enumerate(self.blocks, start=1):
             block.is_checkpointed = checkpoint_every > 0 and number % checkpoint_every == 0
             block.keeps_attention, block.is_offloaded = keep_attention, offload
             block.mlp.chunk_tokens, block.self_attn.head_groups = mlp_chunk_tokens, attention_head_groups
