@@ -1,4 +1,8 @@
+import io
+import pickle
+
 import pytest
+from torch.distributed.checkpoint import metadata
 
 from ropepp_lit import checkpoint
 from ropepp_lit.errors import UsageError
@@ -55,3 +59,24 @@ def test_trust_is_for_one_class_of_the_right_kind():
         checkpoint.instantiate(description, PositionScheme, trust="os.path")
     with pytest.raises(UsageError, match=r"os\.system is not a PositionScheme"):
         checkpoint.instantiate(description, PositionScheme, trust="os.system")
+
+
+class Attribute:
+    """Pickled as early releases of Python 3.11 pickle members of enumerations."""
+
+    def __init__(self, owner, name):
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_a_table_of_contents_may_name_members_of_enumerations_and_no_other_attribute():
+    def read(value):
+        return checkpoint._Unpickler(io.BytesIO(pickle.dumps(value))).load()
+
+    kind = metadata._MEM_FORMAT_ENCODING
+    assert [read(Attribute(kind, member.name)) for member in kind] == list(kind)
+    for owner, name in ((kind, "__base__"), (metadata.Metadata, "__init__"), (kind.TORCH_CHANNELS_LAST, "name")):
+        with pytest.raises((pickle.UnpicklingError, KeyError)):
+            read(Attribute(owner, name))
