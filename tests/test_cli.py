@@ -22,7 +22,7 @@ MODE = ["--trainer.strategy.context_parallel_mode"]
         (
             [*CONTEXT, "3", *MODE, "heads"],
             "trainer.strategy.context_parallel_mode: heads needs a context_parallel_size that divides the 4 query "
-            "heads; 3 does not; choose gather",
+            "heads computed at once; 3 does not; choose gather",
         ),
         ([*CONTEXT, "3"], "3 ranks cannot cut rows of 64 tokens into 6 equal chunks"),
         ([*CONTEXT, "2", *MODE, "ring"], "context_parallel_mode"),
@@ -33,6 +33,11 @@ MODE = ["--trainer.strategy.context_parallel_mode"]
         ),
         ([*STRATEGY, "--trainer.strategy.replicate_size", "3"], "replicate_size: 3 must divide the 2 devices"),
         (["--model.activation_checkpointing", "-1"], "model.activation_checkpointing: -1 must be 0 (none) or more"),
+        (["--model.attention_head_groups", "3"], "model.attention_head_groups: 3 must divide the 2 key/value heads"),
+        (
+            ["--model.attention_head_groups", "2", "--model.activation_checkpointing", "attention"],
+            "model.attention_head_groups: activation_checkpointing attention keeps",
+        ),
         (["--model.mlp_chunk_tokens", "0"], "model.mlp_chunk_tokens: 0 must be 1 or more"),
         (
             ["--model.offload_activations", "true"],

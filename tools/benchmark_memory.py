@@ -44,6 +44,13 @@ LEVERS: dict[str, dict[str, int]] = {
     "activation_checkpointing 1": {"checkpoint_every": 1},
     "mlp_chunk_tokens 1024": {"mlp_chunk_tokens": 1024},
     "activation_checkpointing 1, mlp_chunk_tokens 1024": {"checkpoint_every": 1, "mlp_chunk_tokens": 1024},
+    "attention_head_groups 2": {"attention_head_groups": 2},
+    "attention_head_groups 2, mlp_chunk_tokens 1024": {"attention_head_groups": 2, "mlp_chunk_tokens": 1024},
+    "activation_checkpointing 1, mlp_chunk_tokens 1024, attention_head_groups 2": {
+        "checkpoint_every": 1,
+        "mlp_chunk_tokens": 1024,
+        "attention_head_groups": 2,
+    },
 }
 
 

@@ -40,6 +40,8 @@ class CausalLM(LightningModule):
         offload_activations: Keep those inputs in the CPU's memory; for GPUs, with activation_checkpointing.
         mlp_chunk_tokens: Tokens of a row that the SwiGLU layers compute at once, and again in the backward pass; empty
             computes all and keeps what they need.
+        attention_head_groups: Groups of heads that attention layers compute one after the other, and again in the
+            backward pass; a divisor of the key/value heads. 1 computes all heads at once and keeps what they need.
         compile: Compile each block by torch.compile; empty compiles on CUDA only, and not with
             offload_activations.
         attention: What computes attention on CUDA in half precision, of :mod:`ropepp_lit.nn.kernels`; empty chooses by
@@ -61,6 +63,7 @@ class CausalLM(LightningModule):
         activation_checkpointing: int | Literal["attention"] = 0,
         offload_activations: bool = False,
         mlp_chunk_tokens: int | None = None,
+        attention_head_groups: int = 1,
         compile: bool | None = None,
         attention: Literal["sdpa", "varlen", "flash_attn", "fa3", "fa4"] | None = None,
         init_from: str | None = None,
@@ -88,8 +91,14 @@ class CausalLM(LightningModule):
             )
         if offload_activations and compile:
             raise UsageError("model.compile: torch.compile cannot trace offload_activations; choose one of them")
+        if attention_head_groups > 1 and activation_checkpointing == "attention":
+            raise UsageError(
+                "model.attention_head_groups: activation_checkpointing attention keeps the outputs of all groups; set "
+                "that to 1, or attention_head_groups to 1"
+            )
         self.activation_checkpointing, self.offload_activations = activation_checkpointing, offload_activations
         self.mlp_chunk_tokens, self.compile_blocks = mlp_chunk_tokens, compile
+        self.attention_head_groups = attention_head_groups
         self.attention = attention
         self.init_from, self.init_optimizer = init_from, init_optimizer
         self.loads_checkpoint = False
@@ -129,6 +138,7 @@ class CausalLM(LightningModule):
             activation_checkpointing=self.activation_checkpointing,
             offload_activations=self.offload_activations,
             mlp_chunk_tokens=self.mlp_chunk_tokens,
+            attention_head_groups=self.attention_head_groups,
             compile=self.compile_blocks,
             attention=self.attention,
             init_from=self.init_from,

@@ -77,10 +77,11 @@ class Checks:
             has_gpu: Whether the run computes on GPUs.
         """
         model, context = self._model, self._data.context_length
+        layout = self._decoder.head_layout.split(model.attention_head_groups)
         if self._strategy is not None:
             self._strategy.check(
                 world_size=self._world_size,
-                layout=self._decoder.head_layout,
+                layout=layout,
                 head_dim=model.config.head_dim,
                 context_length=context,
             )

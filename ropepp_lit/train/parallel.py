@@ -65,6 +65,7 @@ def build_decoder(
     activation_checkpointing: int | Literal["attention"] = 0,
     offload_activations: bool = False,
     mlp_chunk_tokens: int | None = None,
+    attention_head_groups: int = 1,
     compile: bool | None = None,
     attention: str | None = None,
     init_from: str | None = None,
@@ -79,6 +80,7 @@ def build_decoder(
         activation_checkpointing: See :class:`~ropepp_lit.train.causal_lm.CausalLM`.
         offload_activations: See there.
         mlp_chunk_tokens: See there.
+        attention_head_groups: See there.
         compile: See there.
         attention: See there.
         init_from: See there.
@@ -88,7 +90,8 @@ def build_decoder(
         The decoder. A whole one with weights that were drawn is on the CPU, others are on `device`.
 
     Raises:
-        UsageError: `init_from` cannot be read, or `attention` cannot run here.
+        UsageError: `init_from` cannot be read, `attention` cannot run here, or `attention_head_groups` does not divide
+            the key/value heads.
     """
     is_drawn = init_from is None and not loads_checkpoint
     if is_drawn and shard is None:
@@ -101,6 +104,7 @@ def build_decoder(
         keep_attention=activation_checkpointing == "attention",
         offload=offload_activations,
         mlp_chunk_tokens=mlp_chunk_tokens,
+        attention_head_groups=attention_head_groups,
     )
     decoder.set_attention(select_implementation(attention, device))
     if (device.type == "cuda" and not offload_activations) if compile is None else compile:

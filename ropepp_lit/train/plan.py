@@ -80,17 +80,18 @@ class Recipe:
         self.strategy = strategy if isinstance(strategy, FSDP2Strategy) else None
         self.context_parallel_size, self.shards, self.reduces_each_micro_batch = 1, 1, False
         self.context_parallel_mode: Mode | None = None
+        at_once = self.layout.split(self.model.attention_head_groups)
         if isinstance(strategy, FSDP2Strategy):
             strategy.check(
                 world_size=self.devices,
-                layout=self.layout,
+                layout=at_once,
                 head_dim=self.config.head_dim,
                 context_length=self.data.context_length,
             )
             self.context_parallel_size = strategy.context_parallel_size
             if self.context_parallel_size > 1:
                 self.context_parallel_mode = choose_mode(
-                    self.layout, self.config.head_dim, self.context_parallel_size, strategy.context_parallel_mode
+                    at_once, self.config.head_dim, self.context_parallel_size, strategy.context_parallel_mode
                 )
             self.reduces_each_micro_batch = strategy.reduce_each_micro_batch
             self.shards = self.devices // strategy.replicate_size
@@ -198,15 +199,16 @@ time              {days:.2f} days on {self.devices} × {device} at {utilization:
 
     def _sharing(self) -> str:
         """A line about context parallelism, where there is any: what each mode sends."""
-        ranks, head_dim = self.context_parallel_size, self.config.head_dim
+        ranks, head_dim, groups = self.context_parallel_size, self.config.head_dim, self.model.attention_head_groups
+        layout = self.layout.split(groups)
         if self.context_parallel_mode is None:
             return ""
         tokens = self.data.batch_size * self.data.context_length / ranks
         itemsize = 2 if str(self.trainer.precision or "32").startswith(("bf16", "16")) else 4
         sent = [
-            f"{mode} {elements_moved(self.layout, head_dim, ranks, mode) * tokens * itemsize / 2**20:,.1f} MiB"
+            f"{mode} {groups * elements_moved(layout, head_dim, ranks, mode) * tokens * itemsize / 2**20:,.1f} MiB"
             for mode in MODES
-            if mode == "gather" or self.layout.num_query_heads % ranks == 0
+            if mode == "gather" or layout.num_query_heads % ranks == 0
         ]
         return (
             f"context parallel  {ranks} devices share a row; each sends per layer in the forward pass: "

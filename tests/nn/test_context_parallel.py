@@ -223,7 +223,7 @@ def test_mistakes_are_one_line():
     with pytest.raises(UsageError, match="context_parallel_mode: no mode 'ring'; choose heads or gather"):
         choose_mode(layout, 16, 2, "ring")
     with pytest.raises(
-        UsageError, match=r"context_parallel_mode: heads needs .* divides the 8 query heads; 3 does not"
+        UsageError, match=r"context_parallel_mode: heads needs .* divides the 8 query heads computed at once; 3 does"
     ):
         choose_mode(layout, 16, 3, "heads")
     with pytest.raises(UsageError, match="context_parallel_size: 3 ranks cannot cut rows of 63 tokens into 6 equal"):

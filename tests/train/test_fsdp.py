@@ -112,10 +112,11 @@ def test_processes_end_where_one_does(fit, model, options, devices, rows):
         ["--model.decoder.tie_word_embeddings", "true"],
         ["--model.activation_checkpointing", 1, "--model.mlp_chunk_tokens", 16],
         ["--model.activation_checkpointing", "attention"],
+        ["--model.activation_checkpointing", 1, "--model.attention_head_groups", 2],
         ["--data.intra_document_masking", "false"],
         ["--model.compile", "true"],
     ],
-    ids=["Muon", "tied", "levers", "attention", "plain rows", "compiled"],
+    ids=["Muon", "tied", "levers", "attention", "head groups", "plain rows", "compiled"],
 )
 @pytest.mark.parametrize(
     ("options", "rows"),
