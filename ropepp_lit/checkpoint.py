@@ -29,6 +29,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -169,12 +170,20 @@ class _Reader(FileSystemReader):
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Types of a table of contents; anything else is refused and not imported."""
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member  # how early releases of Python 3.11 pickle members of enumerations
         allowed = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
         allowed = allowed and name.lstrip("_")[:1].isupper()  # classes
         allowed = allowed or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
         if not allowed and (module, name) not in _OTHER_TYPES:
             raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
         return super().find_class(module, name)
+
+
+def _enum_member(kind: Any, name: str) -> Any:
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"an attribute of {kind} has no place in a checkpoint")
+    return kind[name]
 
 
 def make_checkpoint(weights: dict[str, Tensor], **entry: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
+import contextlib
 import functools
-import itertools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -63,17 +64,26 @@ def command_path():
 
 @pytest.fixture(scope="session")
 def free_port():
-    """Returns a free TCP port that no other worker takes, for the processes of a distributed run to meet at."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-    ports = itertools.cycle(range(10_000 + 1_000 * worker, 11_000 + 1_000 * worker))  # below those that systems assign
-    for _ in range(os.getpid() % 1_000):  # other runs of the tests on this machine begin elsewhere
-        next(ports)
+    """Returns a free TCP port for the processes of a distributed run to meet at.
 
-    def is_free(port):
-        with socket.socket() as client:
-            return client.connect_ex(("127.0.0.1", port)) != 0
+    The same UDP port stays bound until the tests end: it keeps every other test process on this machine from choosing
+    the port before the run listens on it.
+    """
+    guards = []
 
-    return lambda: next(filter(is_free, ports))
+    def free_port():
+        while True:
+            port = random.SystemRandom().randrange(10_000, 32_000)  # below the ports that systems assign
+            guard = socket.socket(type=socket.SOCK_DGRAM)
+            with socket.socket() as client, contextlib.suppress(OSError):  # the guard of another process
+                guard.bind(("127.0.0.1", port))
+                guards.append(guard)
+                if client.connect_ex(("127.0.0.1", port)) != 0:
+                    return port
+
+    yield free_port
+    for guard in guards:
+        guard.close()
 
 
 @pytest.fixture(scope="session")

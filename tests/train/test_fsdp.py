@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 import time
 
 import pytest
@@ -33,19 +34,26 @@ SHARDED = [*STRATEGY, "--trainer.strategy.save_distributed_checkpoint", "true"]
 
 @pytest.fixture(scope="module")
 def fit(run, tiny, tmp_path_factory):
-    """Trains in a folder of its own, once for each set of options; returns the folder."""
+    """Trains once for each set of options; returns the folder of the run.
+
+    With `folder`, that is a copy for the test alone; if the folder is there, its run goes on instead.
+    """
     root, numbers, done = tmp_path_factory.mktemp("fsdp"), itertools.count(), {}
 
-    def fit(*options, steps=STEPS, devices=1, rows=4, folder=None):
-        key = (tuple(map(str, options)), steps, devices, rows)
-        if folder is None and key in done:
-            return done[key]
-        path = folder or root / str(next(numbers))
+    def train(path, options, steps, devices, rows):
         run(
             "fit", *tiny, *COMMON, *options, "--trainer.max_steps", steps, "--trainer.devices", devices,
             "--data.batch_size", rows, "--trainer.default_root_dir", path, cwd=root,
         )  # fmt: skip
-        return done.setdefault(key, path) if folder is None else path
+        return path
+
+    def fit(*options, steps=STEPS, devices=1, rows=4, folder=None):
+        settings = tuple(map(str, options)), steps, devices, rows
+        if folder is not None and folder.exists():
+            return train(folder, *settings)
+        if settings not in done:
+            done[settings] = train(root / str(next(numbers)), *settings)
+        return done[settings] if folder is None else shutil.copytree(done[settings], folder, symlinks=True)
 
     return fit
 
