@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection
 import torch
 
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPE, RoPEPP
-from ropepp_lit.train.costs import memory_of_step
+from ropepp_lit.train.memory import StepMemory
+from ropepp_lit.train.setup import Setup
 
 GEOMETRIES = {
     "EC, 4 layers of 256, vocabulary 4,096": (
@@ -75,16 +76,17 @@ def estimate(name: str, levers: dict[str, int], tokens: int) -> float:
     scheme, geometry = GEOMETRIES[name]
     with torch.device("meta"):
         decoder = Decoder(DecoderConfig(**geometry), scheme, Frequencies())
-    memory = memory_of_step(
-        decoder.config,
-        decoder.head_layout,
-        num_parameters=decoder.num_parameters,
+    setup = Setup(
         rows=1,
         context_length=tokens,
+        accumulate_grad_batches=2,  # gradients exist before
         activation_checkpointing=levers.get("checkpoint_every", 0),
         mlp_chunk_tokens=levers.get("mlp_chunk_tokens"),
     )
-    return memory.activations + memory.loss
+    memory = StepMemory(
+        decoder.config, decoder.head_layout, setup, num_parameters=decoder.num_parameters, device_type="cpu"
+    )
+    return memory.peak().parts["activations"]
 
 
 def main() -> None:

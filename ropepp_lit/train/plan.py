@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,12 @@ from ropepp_lit.nn.context_parallel import MODES, Mode, choose_mode, elements_mo
 from ropepp_lit.sizes import parse_bytes
 from ropepp_lit.train.checks import Checks, check_checkpointing, checkpoint_to_continue
 from ropepp_lit.train.cli import RecipeCLI, quiet
-from ropepp_lit.train.costs import (
-    PEAK_TFLOPS,
-    Memory,
-    cache_bytes_per_token,
-    layout_of,
-    memory_of_step,
-    peak_flops,
-    training_flops_per_token,
-)
+from ropepp_lit.train.costs import cache_bytes_per_token, layout_of, training_flops_per_token
+from ropepp_lit.train.devices import DEVICES, find_device
 from ropepp_lit.train.fsdp import FSDP2Strategy
+from ropepp_lit.train.memory import PARTS, Memory, StepMemory
 from ropepp_lit.train.optimizer import Muon, split_parameters
+from ropepp_lit.train.setup import DTYPES, Setup
 
 GIB = 2**30
 
@@ -51,17 +48,23 @@ def plan(arguments: list[str]) -> None:
         UsageError: the recipe is wrong, or cannot run on so many devices.
     """
     options, rest = _parser().parse_known_args(arguments)
-    peak = peak_flops(options.device)
-    if peak is None:
-        raise UsageError(f"device: {options.device!r} is not known; choose of {', '.join(PEAK_TFLOPS)}")
+    device = find_device(options.device)
+    if device is None:
+        raise UsageError(f"device: {options.device!r} is not known; choose one of {', '.join(DEVICES)}")
     if not 0 < options.utilization <= 1:
         raise UsageError(f"utilization: {options.utilization} must be above 0 and at most 1")
-    device_memory = parse_bytes("device_memory", options.device_memory)
+    if options.simulate not in ("true", "false"):
+        raise UsageError(f"simulate: {options.simulate!r} must be true or false")
+    device_memory = device.memory * GIB
+    if options.device_memory is not None:
+        device_memory = parse_bytes("device_memory", options.device_memory)
     cli = PlanCLI(["fit", *rest])
     recipe = Recipe(cli, cli.config_init["fit"].trainer)
     for line in recipe.check(cli.config_init["fit"]):
         print(line)
-    recipe.show(device_memory, peak, options.utilization, options.device)
+    recipe.show(device_memory, 1e12 * device.tflops, options.utilization, options.device)
+    if options.simulate == "true":
+        recipe.show_simulation()
 
 
 class Recipe:
@@ -78,7 +81,7 @@ class Recipe:
         if strategy in ("fsdp2", "fsdp2strategy"):
             strategy = FSDP2Strategy()
         self.strategy = strategy if isinstance(strategy, FSDP2Strategy) else None
-        self.context_parallel_size, self.shards, self.reduces_each_micro_batch = 1, 1, False
+        sharding: dict[str, Any] = {}
         self.context_parallel_mode: Mode | None = None
         at_once = self.layout.split(self.model.attention_head_groups)
         if isinstance(strategy, FSDP2Strategy):
@@ -88,13 +91,33 @@ class Recipe:
                 head_dim=self.config.head_dim,
                 context_length=self.data.context_length,
             )
-            self.context_parallel_size = strategy.context_parallel_size
-            if self.context_parallel_size > 1:
+            names = ("context_parallel_size", "replicate_size", "reduce_each_micro_batch", "reshard_after_forward")
+            sharding = {"strategy": "fsdp2", **{name: getattr(strategy, name) for name in names}}
+            if strategy.context_parallel_size > 1:
                 self.context_parallel_mode = choose_mode(
-                    at_once, self.config.head_dim, self.context_parallel_size, strategy.context_parallel_mode
+                    at_once, self.config.head_dim, strategy.context_parallel_size, strategy.context_parallel_mode
                 )
-            self.reduces_each_micro_batch = strategy.reduce_each_micro_batch
-            self.shards = self.devices // strategy.replicate_size
+                sharding["context_parallel_mode"] = self.context_parallel_mode
+        elif self.devices > 1:
+            name = strategy if isinstance(strategy, str) else type(strategy).__name__
+            if name != "auto" and not name.lower().startswith("ddp"):
+                raise UsageError(f"trainer.strategy: the memory of {name} is not known; choose ddp or fsdp2")
+            sharding = {"strategy": "ddp"}
+        model = self.model
+        self.setup = Setup(
+            rows=self.data.batch_size,
+            context_length=self.data.context_length,
+            devices=self.devices,
+            precision=_precision(trainer.precision),
+            accumulate_grad_batches=trainer.accumulate_grad_batches,
+            gradient_clip_val=trainer.gradient_clip_val,
+            activation_checkpointing=model.activation_checkpointing,
+            offload_activations=model.offload_activations,
+            mlp_chunk_tokens=model.mlp_chunk_tokens,
+            attention_head_groups=model.attention_head_groups,
+            **sharding,
+        )
+        self.context_parallel_size = self.setup.context_parallel_size
         self.replicas = self.devices // self.context_parallel_size
         matrices, others = split_parameters(decoder, output_layer_is_matrix=False)
         sizes = [sum(parameter.numel() for parameter in part) for part in (matrices, others)]
@@ -134,24 +157,16 @@ class Recipe:
         return self.data.tokens_per_step(accumulate_grad_batches=accumulated, num_replicas=self.replicas)
 
     def memory(self, **changes: Any) -> Memory:
-        """Per device, with some settings other than the recipe's."""
-        model = self.model
-        keeps_attention = model.activation_checkpointing == "attention"
-        settings: dict[str, Any] = {
-            "num_parameters": self.num_parameters,
-            "rows": self.data.batch_size,
-            "context_length": self.data.context_length,
-            "shards": self.shards,
-            "context_parallel_size": self.context_parallel_size,
-            "itemsize": 2 if str(self.trainer.precision or "32").startswith(("bf16", "16")) else 4,
-            "optimizer_states": self.optimizer_states,
-            "accumulates": self.trainer.accumulate_grad_batches > 1 and not self.reduces_each_micro_batch,
-            "activation_checkpointing": 1 if keeps_attention else model.activation_checkpointing,
-            "keeps_attention": keeps_attention,
-            "mlp_chunk_tokens": model.mlp_chunk_tokens,
-            "offload_activations": model.offload_activations,
-        }
-        return memory_of_step(self.config, self.layout, **{**settings, **changes})
+        """Per device at the peak, with some settings of the step other than the recipe's."""
+        setup = dataclasses.replace(self.setup, **changes)
+        step = StepMemory(
+            self.config,
+            self.layout,
+            setup,
+            num_parameters=self.num_parameters,
+            optimizer_states=self.optimizer_states,
+        )
+        return step.peak()
 
     def show(self, device_memory: int, peak: float, utilization: float, device: str) -> None:
         """Print the plan."""
@@ -166,7 +181,8 @@ context           {context:,} tokens{frequencies}
 tokens per step   {self.tokens_per_step:,} ({self.data.batch_size} rows × {self.trainer.accumulate_grad_batches} \
 accumulated × {self.replicas} replicas; {self.devices} devices)
 tokens in all     {tokens:,} in {steps:,} steps
-FLOPs per token   {flops:.3e} (forward and backward, no recomputation), {flops * tokens:.2e} in all
+FLOPs per token   {flops:.3e} (forward and backward, no recomputation), {flops * tokens:.2e} in all; packed documents \
+take less
 time              {days:.2f} days on {self.devices} × {device} at {utilization:.0%} of its dense bfloat16 peak
 {self._sharing()}
 | scheme      | query projections | attention heads | key/value heads | KV cache per token | FLOPs per token |
@@ -190,10 +206,10 @@ time              {days:.2f} days on {self.devices} × {device} at {utilization:
                 f"{layout.num_key_value_heads:>15} | {cache:>12,} bytes | {cost:>15.3e} |"
             )
         memory = self.memory()
-        print("\nmemory per device, estimated:")
-        for part, size in memory._asdict().items():
+        print(f"\nmemory per device at the peak of a step, estimated ({memory.moment}):")
+        for part, size in memory.parts.items():
             print(f"  {part:<12} {size / GIB:8.2f} GiB")
-        print(f"  {'in all':<12} {memory.total / GIB:8.2f} GiB of {device_memory / GIB:.0f} GiB")
+        print(f"  {'total':<12} {memory.total / GIB:8.2f} GiB of {device_memory / GIB:.0f} GiB")
         print(self._advice(device_memory))
         self._show_batch()
 
@@ -219,28 +235,84 @@ time              {days:.2f} days on {self.devices} × {device} at {utilization:
         """What would have to change for the recipe to fit."""
         if self.memory().total <= device_memory:
             return "It fits."
+        sharded = {"strategy": "fsdp2", "replicate_size": 1}
+        steps: list[tuple[str, dict[str, Any]]] = [
+            ("--model.activation_checkpointing 1", {"activation_checkpointing": 1}),
+            ("--data.batch_size 1 with more --trainer.accumulate_grad_batches", {"rows": 1}),
+            ("--model.mlp_chunk_tokens 2048", {"mlp_chunk_tokens": 2048}),
+            *(
+                (f"--trainer.strategy fsdp2 on {devices} devices", {**sharded, "devices": devices})
+                for devices in (8, 64)
+                if self.setup.shards < devices
+            ),
+        ]
+        if self.data.context_length % 16 == 0:
+            mode = choose_mode(self.layout, self.config.head_dim, 8)
+            change = {**sharded, "context_parallel_size": 8, "context_parallel_mode": mode}
+            steps.append(("--trainer.strategy.context_parallel_size 8", change))
         changes: dict[str, Any] = {}
         words: list[str] = []
-        for key, value, option in (
-            ("activation_checkpointing", 1, "--model.activation_checkpointing 1"),
-            ("rows", 1, "--data.batch_size 1 with more --trainer.accumulate_grad_batches"),
-            ("mlp_chunk_tokens", 2048, "--model.mlp_chunk_tokens 2048"),
-            ("shards", 8, "--trainer.strategy fsdp2 on 8 devices"),
-            ("shards", 64, "--trainer.strategy fsdp2 on 64 devices"),
-            ("context_parallel_size", 8, "--trainer.strategy.context_parallel_size 8"),
-        ):
-            if key == "shards" and self.shards >= value:
-                continue
-            if key == "context_parallel_size" and self.data.context_length % (2 * value):
-                continue
-            changes[key] = value
-            words = [word for word in words if key != "shards" or "fsdp2" not in word] + [option]
+        for option, change in steps:
+            changes |= change
+            words = [word for word in words if "devices" not in change or "fsdp2" not in word] + [option]
             total = self.memory(**changes).total
             if total <= device_memory:
                 return f"It does not fit. This would, with {total / GIB:.2f} GiB: {'; '.join(words)}"
         return (
-            "It does not fit, and would not with every lever on 64 devices: take a smaller model or a shorter context."
+            "It does not fit, and would not with all memory options on 64 devices: choose a smaller model or a shorter "
+            "context."
         )
+
+    def show_simulation(self) -> None:
+        """Run a step on fake tensors, and print what it takes beside the estimate."""
+        from ropepp_lit.train.simulate import simulate  # it imports torch's testing package
+
+        if self.context_parallel_mode == "gather":
+            raise UsageError(
+                "simulate: this recipe's context parallelism gathers keys and values, which cannot be simulated; "
+                "give --trainer.strategy.context_parallel_mode heads"
+            )
+        started = time.monotonic()
+        simulation = simulate(
+            self.setup,
+            config=self.config,
+            scheme=self.scheme,
+            frequencies=self.model.frequencies,
+            optimizer=self.model.optimizer_config,
+        )
+        estimate, total = self.memory(), sum(simulation.memory.values())
+        print(
+            f"""
+simulation of a step of one of {self.devices:,} devices ({simulation.micro_batches} of \
+{self.setup.accumulate_grad_batches} micro-batches run, the others counted by these; plain rows, which take the
+memory of packed documents; without torch.compile), {time.monotonic() - started:.0f} s:
+
+| memory at the peak | simulated     | estimated     |
+|--------------------|---------------|---------------|"""
+        )
+        for part in PARTS:
+            print(
+                f"| {part:<18} | {simulation.memory[part] / GIB:>9.2f} GiB | {estimate.parts[part] / GIB:>9.2f} GiB |"
+            )
+        print(f"| {'total':<18} | {total / GIB:>9.2f} GiB | {estimate.total / GIB:>9.2f} GiB |")
+        counts, loss, accumulated = simulation.counts, simulation.loss, self.setup.accumulate_grad_batches
+        context = self.data.context_length
+        formula = training_flops_per_token(self.config, self.layout, context) * self.setup.tokens * accumulated
+        print(
+            f"""
+FLOPs of a step per device      {counts.flops:.3e} with recomputation; {formula:.3e} by the formula, without
+  of it output layer and loss   {loss.flops * accumulated:.3e}
+loss per micro-batch            {loss.memory / GIB:.2f} GiB at its peak, {loss.bytes / GIB:.2f} GiB read and written
+"""
+        )
+        if not counts.calls:
+            print("collectives: none")
+            return
+        print("| collectives of a step   | ranks | calls  | sent per device |")
+        print("|-------------------------|-------|--------|-----------------|")
+        for collective, calls in sorted(counts.calls.items()):
+            sent = counts.sent[collective] / GIB
+            print(f"| {collective.kind:<23} | {collective.ranks:>5,} | {calls:>6,} | {sent:>11,.3f} GiB |")
 
     def _show_batch(self) -> None:
         """The first rows of the data, decoded, where they are prepared."""
@@ -260,15 +332,33 @@ def _count(devices: Any) -> int:
     return int(devices) if str(devices).isdigit() else 1
 
 
+def _precision(precision: Any) -> str:
+    """Lightning's long name of a precision."""
+    name = str(precision or "32-true")
+    name = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}.get(name, name)
+    dtype, _, kind = name.partition("-")
+    if dtype not in DTYPES or kind not in ("true", "mixed"):
+        raise UsageError(
+            f"trainer.precision: the memory of {name} is not known; choose bf16-mixed, bf16-true or 32-true"
+        )
+    return name
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ropepp-lit plan",
         description="What a recipe will do and cost. Takes the options of fit (--config RECIPE …) and these:",
         allow_abbrev=False,
     )
-    parser.add_argument("--device", default="H100", help=f"what to reckon with, of {', '.join(PEAK_TFLOPS)}")
-    parser.add_argument("--device_memory", default="80GiB", help="of each device")
+    parser.add_argument("--device", default="H100 SXM", help=f"which GPU to plan for: {', '.join(DEVICES)}")
+    parser.add_argument("--device_memory", help="of each GPU, such as 80GiB; by default that of --device")
     parser.add_argument("--utilization", type=float, default=0.4, help="share of the peak that training reaches")
+    parser.add_argument(
+        "--simulate",
+        default="false",
+        help="true: run an optimizer step of one device of the whole cluster on fake tensors, and print its memory, "
+        "operations and collectives; needs no GPU and no data",
+    )
     return parser
 
 

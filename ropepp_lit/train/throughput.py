@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ropepp_lit.nn import DecoderConfig, HeadLayout
-from ropepp_lit.train.costs import device_name, peak_flops, training_flops
+from ropepp_lit.train.costs import training_flops
+from ropepp_lit.train.devices import device_name, peak_flops
 
 
 class Throughput:

@@ -7,8 +7,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from ropepp_lit.cli import main
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import ALiBi, Decoder, DecoderConfig, FoPE, Frequencies, NoPE, PartialRoPE, RoPE, RoPEPP
-from ropepp_lit.train.costs import cache_bytes_per_token, memory_of_step, peak_flops, training_flops_per_token
+from ropepp_lit.train.costs import cache_bytes_per_token, training_flops_per_token
+from ropepp_lit.train.devices import DEVICES, find_device, peak_flops
+from ropepp_lit.train.memory import StepMemory
 from ropepp_lit.train.plan import plan
+from ropepp_lit.train.setup import Setup
 
 GEOMETRY = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 CONFIG = DecoderConfig(**GEOMETRY, num_attention_heads=4, num_key_value_heads=2)
@@ -37,26 +40,73 @@ def test_cache_is_that_which_is_allocated():
         assert cache.nbytes == 10 * cache_bytes_per_token(CONFIG, decoder.head_layout, itemsize=4)
 
 
-def test_levers_and_devices_lower_the_estimate():
+def test_memory_options_and_devices_lower_the_estimate():
     layout = Decoder(CONFIG, RoPEPP(variant="ec"), Frequencies()).head_layout
-    settings = {"num_parameters": 200_000, "rows": 2, "context_length": 4096}
-    plain = memory_of_step(CONFIG, layout, **settings)
+
+    def parts(**changes):
+        setup = Setup(**{"rows": 2, "context_length": 4096, **changes})
+        return StepMemory(CONFIG, layout, setup, num_parameters=200_000).peak().parts
+
+    plain = parts()
     for changes in (
-        {"activation_checkpointing": 1}, {"activation_checkpointing": 2}, {"mlp_chunk_tokens": 512}, {"itemsize": 2},
-        {"activation_checkpointing": 1, "mlp_chunk_tokens": 512}, {"context_parallel_size": 2},
+        {"activation_checkpointing": 1}, {"activation_checkpointing": 2}, {"mlp_chunk_tokens": 512},
+        {"activation_checkpointing": "attention"}, {"precision": "bf16-true"}, {"rows": 1},
+        {"activation_checkpointing": 1, "mlp_chunk_tokens": 512},
+        {"strategy": "fsdp2", "devices": 8, "context_parallel_size": 2},
     ):  # fmt: skip
-        assert memory_of_step(CONFIG, layout, **settings, **changes).activations < plain.activations
-    sharded = memory_of_step(CONFIG, layout, **settings, shards=8)
-    assert sharded.optimizer == plain.optimizer / 8
-    assert sharded.gradients == plain.gradients / 8
-    assert memory_of_step(CONFIG, layout, **settings, shards=8, accumulates=True).gradients == plain.gradients
+        assert parts(**changes)["activations"] < plain["activations"], changes
+    sharded = {"strategy": "fsdp2", "devices": 8}
+    assert parts(**sharded)["optimizer"] == plain["optimizer"] / 8
+    accumulated = {**sharded, "accumulate_grad_batches": 2}
+    whole = parts(**accumulated, reduce_each_micro_batch=False)["gradients"]
+    assert whole - parts(**accumulated)["gradients"] == pytest.approx(4 * 200_000 * 7 / 8)
 
 
-def test_peaks():
+# As torch.cuda.get_device_name returns them, with the peak in 10¹² operations per second and the memory in GiB.
+NAMES = {
+    "NVIDIA H100 80GB HBM3": (989, 80),
+    "NVIDIA H100 PCIe": (756, 80),
+    "NVIDIA H100 NVL": (835, 94),
+    "NVIDIA H200": (989, 141),
+    "NVIDIA H200 NVL": (835, 141),
+    "NVIDIA GH200 480GB": (989, 96),
+    "NVIDIA B200": (2250, 180),
+    "NVIDIA GB200": (2500, 186),
+    "NVIDIA A100-SXM4-80GB": (312, 80),
+    "NVIDIA A100-SXM4-40GB": (312, 40),
+    "NVIDIA A100-PCIE-40GB": (312, 40),
+    "NVIDIA A100 80GB PCIe": (312, 80),
+    "NVIDIA A10": (125, 24),
+    "NVIDIA A10G": (70, 24),
+    "NVIDIA L4": (121, 24),
+    "NVIDIA L40": (181, 48),
+    "NVIDIA L40S": (362, 48),
+    "NVIDIA RTX A6000": (155, 48),
+    "NVIDIA GeForce RTX 4090": (165, 24),
+    "NVIDIA GeForce RTX 3090": (71, 24),
+    "AMD Instinct MI300X": (1307, 192),
+}
+UNKNOWN = [
+    "NVIDIA GeForce RTX 4090 Laptop GPU",
+    "NVIDIA GeForce RTX 4090 D",
+    "NVIDIA GeForce RTX 3090 Ti",
+    "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
+    "NVIDIA H100 80GB HBM3 MIG 3g.40gb",
+    "NVIDIA A100-SXM-64GB",
+    "NVIDIA A1000",
+    "NVIDIA RTX 4000 Ada Generation",
+    "Tesla V100-SXM2-32GB",
+    "Abacus",
+    "",
+]
+
+
+def test_devices_by_the_names_that_torch_returns():
+    found = {name: find_device(name) for name in NAMES}
+    assert found == NAMES
+    assert all(peak_flops(name) is None for name in UNKNOWN)
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("Abacus") is None
+    assert {name: find_device(name) for name in DEVICES} == DEVICES
 
 
 def options(texts, tmp_path, *more):
@@ -94,8 +144,10 @@ def test_what_would_fit(texts, tmp_path, capsys):
     big = ["--model.decoder.size", "1.5b", "--data.context_length", "65536", "--model.decoder.hidden_size", "2048"]
     plan([*options(texts, tmp_path), *big, "--device_memory", "40GiB"])
     assert "It does not fit. This would, with" in capsys.readouterr().out
+    plan([*options(texts, tmp_path), *big, "--device", "L4"])
+    assert "of 24 GiB" in capsys.readouterr().out
     plan([*options(texts, tmp_path), *big, "--device_memory", "1GiB"])
-    assert "would not with every lever" in capsys.readouterr().out
+    assert "would not with all memory options" in capsys.readouterr().out
 
 
 def test_what_a_plan_starts_from(texts, tmp_path, capsys, monkeypatch):
@@ -118,7 +170,10 @@ def test_what_a_plan_starts_from(texts, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--device", "Abacus"], r"device: 'Abacus' is not known; choose of B200"),
+        (["--device", "Abacus"], r"device: 'Abacus' is not known; choose one of GB200"),
+        (["--trainer.precision", "transformer-engine"], r"trainer\.precision: the memory of transformer-engine is not"),
+        (["--simulate", "yes"], r"simulate: 'yes' must be true or false"),
+        (["--trainer.devices", "2", "--trainer.strategy", "deepspeed"], r"strategy: the memory of deepspeed is"),
         (["--utilization", "2"], r"utilization: 2\.0 must be above 0"),
         (["--device_memory", "much"], r"device_memory: 'much' is no size"),
         (["--trainer.max_steps", "-1"], r"trainer\.max_steps: give the number"),

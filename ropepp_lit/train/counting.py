@@ -1,0 +1,126 @@
+"""What passes torch's dispatcher: floating-point operations, bytes read and written, collectives and what they send."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+
+class Collective(NamedTuple):
+    """Collective operations of one kind over groups of one size."""
+
+    kind: str
+    """`all-gather`, `reduce-scatter`, `all-reduce`, `all-to-all`, `broadcast` or `send`."""
+    ranks: int
+    """Size of the groups."""
+
+
+_SENT: dict[str, tuple[str, Callable[[float, int], float]]] = {
+    "allgather": ("all-gather", lambda size, ranks: size * (ranks - 1)),
+    "reducescatter": ("reduce-scatter", lambda size, ranks: size * (ranks - 1) / ranks),
+    "allreduce": ("all-reduce", lambda size, ranks: 2 * size * (ranks - 1) / ranks),
+    "alltoall": ("all-to-all", lambda size, ranks: size * (ranks - 1) / ranks),
+    "broadcast": ("broadcast", lambda size, ranks: size),
+    "isend": ("send", lambda size, ranks: size),
+    "send": ("send", lambda size, ranks: size),
+}
+"""Kinds by the begin of an operation's name, and the bytes that a rank sends of an input of so many bytes (rings)."""
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that run inside it, on real or fake tensors.
+
+    Args:
+        reads_and_writes: Count bytes in memory too.
+
+    Attributes:
+        flops: Floating-point operations of matrix products and attention, by torch's formulas; causal attention on the
+            CPU counts the half that is not masked.
+        bytes: Read and written by all operations but views, each tensor once per operation.
+        calls: Number of calls of each collective.
+        sent: Bytes that this rank sends by each.
+    """
+
+    def __init__(self, *, reads_and_writes: bool = False) -> None:
+        super().__init__()
+        self.reads_and_writes = reads_and_writes
+        self.flops, self.bytes = 0.0, 0
+        self.calls: defaultdict[Collective, int] = defaultdict(int)
+        self.sent: defaultdict[Collective, float] = defaultdict(float)
+
+    def add(self, other: Count, times: int = 1) -> None:
+        """Add another's counts, so many times."""
+        self.flops += times * other.flops
+        self.bytes += times * other.bytes
+        for collective in other.calls:
+            self.calls[collective] += times * other.calls[collective]
+            self.sent[collective] += times * other.sent[collective]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if packet in _FLOPS:
+            self.flops += _FLOPS[packet](*args, **kwargs)
+        elif packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        elif func.namespace in ("c10d", "_c10d_functional"):
+            self._collective(func, args)
+        if self.reads_and_writes and not func.is_view and func.namespace == "aten":
+            self.bytes += sum(_nbytes(x) for x in (args, kwargs, out))
+        return out
+
+    def _collective(self, func: Any, args: Any) -> None:
+        name = func._opname.replace("_", "")
+        kind, sent = next((rule for start, rule in _SENT.items() if name.startswith(start)), (None, None))
+        if kind is None or sent is None:  # waits and barriers
+            return
+        places = {argument.name: place for place, argument in enumerate(func._schema.arguments)}
+        if "process_group" in places:
+            group = dist.ProcessGroup.unbox(args[places["process_group"]])
+        else:
+            group = _resolve_process_group(args[places["group_name"]])
+        # Those of `c10d` that have an input and an output name the output first.
+        source = (
+            args[1] if func.namespace == "c10d" and kind in ("all-gather", "reduce-scatter", "all-to-all") else args[0]
+        )
+        collective = Collective(kind, group.size())
+        self.calls[collective] += 1
+        self.sent[collective] += sent(_nbytes(source), group.size())
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(x.numel() * x.element_size() for x in tree_leaves(tree) if isinstance(x, Tensor))
+
+
+def _causal(flops: int, query: Tensor, key: Tensor, is_causal: bool) -> float:
+    tokens, seen = query.shape[2], key.shape[2]
+    return flops * (seen + 1) / (2 * seen) if is_causal and tokens == seen else flops
+
+
+def _flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0, is_causal: bool = False, **_: Any
+) -> float:
+    return _causal(sdpa_flop_count(query.shape, key.shape, value.shape), query, key, is_causal)
+
+
+def _flash_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **_: Any) -> float:
+    flops = sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+    is_causal = rest[3]  # after the outputs, the sums of exponentials and the dropout
+    return _causal(flops, query, key, is_causal)
+
+
+_FLOPS: dict[Any, Callable[..., float]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
+}
+"""Of the CPU's flash kernel, which torch's table does not have."""

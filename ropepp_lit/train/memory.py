@@ -1,0 +1,338 @@
+"""What one device keeps in memory during an optimizer step: an estimate, tensor by tensor.
+
+The estimate is held against :mod:`ropepp_lit.train.simulate`, which runs the step on fake tensors. Neither counts what
+kernels allocate inside, buffers of NCCL, the CUDA context and the fragmentation of the allocator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from ropepp_lit.nn import DecoderConfig, HeadLayout
+from ropepp_lit.nn.loss import rows_per_chunk
+from ropepp_lit.train.setup import Setup
+
+PARTS = ("parameters", "gradients", "optimizer", "activations", "other")
+"""Of a device's memory. Activations include what the loss and the backward pass make on the way."""
+
+
+class Line(NamedTuple):
+    """Tensors of one kind."""
+
+    part: str
+    """One of :data:`PARTS`."""
+    what: str
+    elements: float
+    """Of all of them together."""
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> float:
+        """In memory."""
+        return self.elements * self.dtype.itemsize
+
+
+class Memory(NamedTuple):
+    """The moment of a step with the most memory."""
+
+    moment: str
+    lines: list[Line]
+
+    @property
+    def total(self) -> float:
+        """Bytes."""
+        return sum(line.bytes for line in self.lines)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes by part."""
+        return {part: sum(line.bytes for line in self.lines if line.part == part) for part in PARTS}
+
+
+class StepMemory:
+    """Lists the tensors that a device keeps at the moments of a step that may be its peak.
+
+    Args:
+        config: Geometry.
+        layout: Head counts of the position scheme.
+        setup: Batch, devices, precision and memory options.
+        num_parameters: Of the model.
+        optimizer_states: Numbers that the optimizer keeps for each parameter.
+        device_type: `cpu` has other kernels than `cuda`: RMSNorm keeps more, the loss computes fewer tokens at once.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layout: HeadLayout,
+        setup: Setup,
+        *,
+        num_parameters: int,
+        optimizer_states: float = 2.0,
+        device_type: str = "cuda",
+    ) -> None:
+        self.config, self.layout, self.setup = config, layout, setup
+        self.num_parameters, self.optimizer_states = num_parameters, optimizer_states
+        self.device_type = device_type
+        self.embedding = config.vocab_size * config.hidden_size
+        """Parameters of the embedding, and of the output layer."""
+        self.root = self.embedding * (1 if config.tie_word_embeddings else 2)
+        self.layer = (num_parameters - self.root) / config.num_hidden_layers
+        self.compute, self.weight = setup.compute_dtype, setup.weight_dtype
+        self.residual = self.weight if setup.uses_autocast else self.compute
+        """The dtype of hidden states: under autocast the embedding is not cast."""
+        self.precise = torch.float64 if self.compute == torch.float64 else torch.float32
+        self.reduced = self.precise if setup.precision.endswith("mixed") else self.weight
+        """The dtype in which gradients are reduced."""
+
+    def peak(self) -> Memory:
+        """The moment with the most memory."""
+        layers = self.config.num_hidden_layers
+        moments = [
+            Memory("in the loss", [*self._forward(), *self._loss()]),
+            Memory("at the end of the loss", [*self._forward(), *self._loss(is_end=True)]),
+            Memory("when the last gradients are reduced", list(self._end())),
+        ]
+        if self.setup.strategy == "fsdp2":
+            moments.append(Memory("when the embedding is gathered", list(self._begin())))
+            moments.append(Memory("when the output layer's gradient is reduced", list(self._output_layer_backward())))
+        for done, name in ((0, "last"), (layers - 1, "first")):
+            for work, part in ((self._mlp_backward(), "MLP"), (self._attention_backward(), "attention")):
+                lines = [*self._backward(done), *work]
+                moments.append(Memory(f"in the backward pass of the {name} block's {part}", lines))
+        return max(moments, key=lambda memory: memory.total)
+
+    def _always(self) -> Iterator[Line]:
+        """What is there before, during and after a step."""
+        setup, shards = self.setup, self.setup.shards
+        yield Line("parameters", "parameters", self.num_parameters / shards, self.weight)
+        yield Line("optimizer", "optimizer states", self.optimizer_states * self.num_parameters / shards, self.weight)
+        if setup.strategy == "ddp":
+            yield Line("gradients", "buckets of DDP", self.num_parameters, self.weight)
+        if setup.keeps_whole_gradients:
+            yield Line("gradients", "gradients of earlier micro-batches", self.num_parameters, self.reduced)
+        elif setup.accumulate_grad_batches > 1:
+            yield Line("gradients", "gradients of earlier micro-batches", self.num_parameters / shards, self.weight)
+
+    def _gathered(self, *, blocks: float, output_layer: bool = False) -> Iterator[Line]:
+        """Parameters that FSDP2 has gathered: of so many blocks, and of the output layer."""
+        if self.setup.strategy != "fsdp2":
+            return
+        yield Line("parameters", "gathered blocks", blocks * self.layer, self.compute)
+        if self.config.tie_word_embeddings:  # gathered with the last norm for the whole step
+            yield Line("parameters", "gathered embedding", self.embedding, self.compute)
+        elif not self.setup.reshard_after_forward:
+            yield Line("parameters", "gathered embedding and output layer", self.root, self.compute)
+        elif output_layer:
+            yield Line("parameters", "gathered output layer", self.embedding, self.compute)
+
+    def _block(self) -> list[Line]:
+        """What the backward pass of a block reads, without its input."""
+        setup, config = self.setup, self.config
+        size = setup.tokens * config.hidden_size
+        lines = [
+            Line("activations", "input of the second norm", size, self.residual),
+            Line("activations", "normalized hidden states", 2 * size, self.compute),
+        ]
+        if self.device_type == "cpu":
+            lines.append(Line("activations", "hidden states before the norm's scale", 2 * size, self.precise))
+        if setup.attention_head_groups == 1:  # else each group is computed again
+            lines += self._attention()
+        if not self._is_chunked:
+            inner = 4 * setup.tokens * config.intermediate_size
+            lines.append(Line("activations", "gate, its activation, up and product", inner, self.compute))
+        return lines
+
+    def _attention(self) -> list[Line]:
+        """What the backward pass of the attention of a block reads, without its input; of one group of heads."""
+        setup, config, layout = self.setup, self.config, self.layout
+        tokens = setup.tokens / setup.attention_head_groups
+        head, grown = config.head_dim, config.head_dim + layout.extra_dims
+        queries, heads, caches = layout.num_query_heads, layout.num_attention_heads, layout.num_key_value_heads
+        part, attended = "activations", tokens * grown * (heads + 2 * self._attended_caches)
+        lines = [
+            Line(part, "queries, keys and values in attention", attended, self.compute),
+            Line(part, "output of attention", tokens * grown * heads, self.compute),
+            Line(part, "sums of exponentials", tokens * heads, torch.float32),
+        ]
+        exchanges = setup.context_parallel_size > 1 and setup.context_parallel_mode == "heads"
+        if exchanges or layout.extra_dims:
+            lines.append(Line(part, "input of the output projection", tokens * head * heads, self.compute))
+        if config.qk_norm:
+            normalized = tokens * head * (queries + caches)
+            lines.append(Line(part, "queries and keys before their norms", normalized, self.residual))
+        return lines
+
+    @property
+    def _attended_caches(self) -> int:
+        """Key/value heads in attention for each token of this device."""
+        caches, ranks = self.layout.num_key_value_heads, self.setup.context_parallel_size
+        if self.setup.context_parallel_mode == "gather":  # of the tokens of all ranks
+            return caches * ranks
+        return math.lcm(caches, ranks)  # repeated where ranks cannot share them equally
+
+    @property
+    def _is_chunked(self) -> bool:
+        chunk = self.setup.mlp_chunk_tokens
+        return chunk is not None and chunk < self.setup.tokens_per_row
+
+    def _kept(self, whole: float, checkpointed: int, recomputed: int = 0) -> Iterator[Line]:
+        """Activations of blocks: of some all, of others the input; `recomputed` of these are among `whole` too."""
+        for line in self._block():
+            yield line._replace(elements=whole * line.elements)
+        if self.setup.keeps_attention:
+            head, heads = self.config.head_dim + self.layout.extra_dims, self.layout.num_attention_heads
+            kept = (checkpointed - recomputed) * self.setup.tokens * heads
+            yield Line("activations", "kept outputs of attention", kept * head, self.compute)
+            yield Line("activations", "kept sums of exponentials", kept, torch.float32)
+        inputs = whole + (0 if self.setup.offload_activations else checkpointed)
+        yield Line(
+            "activations", "inputs of blocks", inputs * self.setup.tokens * self.config.hidden_size, self.residual
+        )
+        rotary = self.setup.rows * self.setup.context_length * self.config.head_dim
+        yield Line("activations", "cosines and sines", rotary, self.compute)
+
+    def _casts(self, blocks: float) -> Iterator[Line]:
+        if self.setup.uses_autocast:
+            yield Line("activations", "cast parameters", blocks * self.layer, self.compute)
+
+    def _checkpointed(self, blocks: int) -> int:
+        """Of the first so many blocks."""
+        every = self.setup.checkpoint_every
+        return blocks // every if every else 0
+
+    def _forward(self) -> Iterator[Line]:
+        """At the end of the forward pass."""
+        layers = self.config.num_hidden_layers
+        checkpointed = self._checkpointed(layers)
+        yield from self._always()
+        frees, is_tied = self.setup.reshard_after_forward, self.config.tie_word_embeddings
+        yield from self._gathered(blocks=is_tied if frees else layers + is_tied, output_layer=True)
+        yield from self._kept(layers - checkpointed, checkpointed)
+        yield from self._casts(layers)
+        yield Line("activations", "last hidden states", 2 * self.setup.tokens * self.config.hidden_size, self.residual)
+
+    def _loss(self, *, is_end: bool = False) -> Iterator[Line]:
+        """What the loss makes: while it computes a chunk of tokens, or when it returns."""
+        part, hidden = "activations", self.setup.tokens * self.config.hidden_size
+        rows = rows_per_chunk(self.config.vocab_size, self.device_type)
+        logits = min(rows, self.setup.tokens) * self.config.vocab_size
+        chunks = 2 if self.setup.tokens > rows else 1  # the one before is still there
+        yield Line(part, "logits and their softmax", (1 if is_end else chunks + 1) * logits, self.precise)
+        yield Line(part, "gradient of the hidden states", hidden, self.compute)
+        yield Line(part, "gradient of the output layer", self.embedding, self.precise)
+        if self.precise != self.compute and (chunks > 1 or is_end):
+            yield Line(part, "gradient of the logits", logits, self.compute)
+        if is_end:  # without a cast it is what is added last
+            yield Line(part, "gradient of the output layer, cast", self.embedding, self.compute)
+        if self.setup.strategy == "fsdp2" and not self.config.tie_word_embeddings:  # else it is a block's
+            yield Line("parameters", "buffer of the last gathering", self.embedding, self.compute)
+        if self.setup.uses_autocast:
+            yield Line(part, "cast output layer", self.embedding, self.compute)
+            yield Line(part, "cast hidden states", hidden, self.compute)
+
+    def _backward(self, done: int) -> Iterator[Line]:
+        """In the backward pass of a block, after that of so many later ones."""
+        every, left = self.setup.checkpoint_every, self.config.num_hidden_layers - done
+        checkpointed = self._checkpointed(left)
+        whole = left - checkpointed
+        if checkpointed:  # one of them is computed again
+            whole = max(whole, whole - left % every + 1)
+        yield from self._always()
+        yield from self._gathered(blocks=2 if self.setup.reshard_after_forward else left)
+        yield from self._kept(whole, checkpointed, recomputed=min(1, checkpointed))
+        yield from self._casts(whole)
+        yield Line(
+            "activations", "gradient of the hidden states", self.setup.tokens * self.config.hidden_size, self.residual
+        )
+        if self.setup.strategy == "fsdp2":
+            if self.config.tie_word_embeddings:
+                yield Line("gradients", "gradient of the embedding", self.embedding, self.compute)
+            done_parameters = done * self.layer + (0 if self.config.tie_word_embeddings else self.embedding)
+            yield Line(
+                "gradients", "reduced gradients", self._reduces * done_parameters / self.setup.shards, self.weight
+            )
+            yield Line("gradients", "gradients of a block", self.layer, self.compute)
+            yield Line(
+                "gradients",
+                "gradients of a block, to be reduced",
+                self._reduces * bool(done) * self.layer,
+                self.reduced,
+            )
+        elif self.setup.strategy == "one" and self.setup.accumulate_grad_batches == 1:
+            yield Line("gradients", "gradients", self.embedding + done * self.layer, self.weight)
+
+    @property
+    def _reduces(self) -> bool:
+        """Whether gradients are reduced layer by layer in the micro-batch of the peak."""
+        return not self.setup.keeps_whole_gradients
+
+    def _begin(self) -> Iterator[Line]:
+        """With FSDP2, when the first parameters were gathered: in the buffer of the collective, and copied out."""
+        yield from self._always()
+        yield Line("parameters", "gathered embedding", 2 * self.embedding, self.compute)
+        yield Line("parameters", "gathered blocks", self.layer, self.compute)
+
+    def _output_layer_backward(self) -> Iterator[Line]:
+        """With FSDP2, when the gradient of the output layer is reduced, before any block's backward pass."""
+        yield from self._forward()
+        yield Line(
+            "activations", "gradient of the hidden states", self.setup.tokens * self.config.hidden_size, self.compute
+        )
+        if not self.config.tie_word_embeddings:
+            yield Line("gradients", "gradient of the output layer", self.embedding, self.compute)
+            if not self._reduces:
+                yield Line(
+                    "gradients", "gradient of the output layer, before it is scaled", self.embedding, self.compute
+                )
+            yield Line(
+                "gradients", "gradient of the output layer, to be reduced", self._reduces * self.embedding, self.reduced
+            )
+
+    def _mlp_backward(self) -> Iterator[Line]:
+        """Gradients of the SwiGLU layer; with chunks, what they computed again too."""
+        setup = self.setup
+        if not self._is_chunked:
+            yield Line(
+                "activations", "gradients in the MLP", 2 * setup.tokens * self.config.intermediate_size, self.compute
+            )
+            return
+        chunk = setup.rows * (setup.mlp_chunk_tokens or 0)
+        yield Line(
+            "activations", "a chunk of the MLP with gradients", 6 * chunk * self.config.intermediate_size, self.compute
+        )
+        yield Line("activations", "gradient of the MLP's input", setup.tokens * self.config.hidden_size, self.compute)
+
+    def _attention_backward(self) -> Iterator[Line]:
+        """Gradients of the attention, less what the MLP no longer needs."""
+        setup, layout = self.setup, self.layout
+        grown = self.config.head_dim + layout.extra_dims
+        heads = 2 * layout.num_attention_heads + 2 * self._attended_caches
+        groups = setup.attention_head_groups
+        yield Line("activations", "gradients in attention", setup.tokens / groups * grown * heads, self.compute)
+        if groups > 1:
+            yield from self._attention()
+            yield Line(
+                "activations", "gradient of the attention's input", setup.tokens * self.config.hidden_size, self.compute
+            )
+        if not self._is_chunked:
+            freed = 4 * setup.tokens * self.config.intermediate_size
+            yield Line("activations", "freed by the MLP", -freed, self.compute)
+        yield Line("activations", "freed by the MLP", -setup.tokens * self.config.hidden_size, self.compute)
+
+    def _end(self) -> Iterator[Line]:
+        """When the last gradients are reduced, or the optimizer steps."""
+        yield from self._always()
+        if self.setup.strategy == "fsdp2":
+            yield Line("gradients", "reduced gradients", self.num_parameters / self.setup.shards, self.weight)
+            yield from self._gathered(blocks=0 if self.setup.reshard_after_forward else 1)
+            if self._reduces:
+                yield Line("gradients", "gradient of the embedding", self.embedding, self.compute)
+                yield Line("gradients", "gradients of a block, to be reduced", self.layer, self.reduced)
+            yield Line("gradients", "gradient of the embedding, to be reduced", self.embedding, self.reduced)
+        elif self.setup.strategy == "one" and self.setup.accumulate_grad_batches == 1:
+            yield Line("gradients", "gradients", self.num_parameters, self.weight)

@@ -1,0 +1,99 @@
+"""What decides the memory of a training step besides the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ropepp_lit.nn.context_parallel import Mode
+
+DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
+"""Of computing, by the begin of Lightning's name of a precision."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What decides the memory of a step, besides the model: batch, devices, precision and memory options.
+
+    Args:
+        rows: In a micro-batch of a device (of a group of devices with context parallelism).
+        context_length: Tokens in each row.
+        strategy: One device, DDP, or FSDP2 (with `replicate_size` above 1 HSDP).
+        devices: In the cluster.
+        replicate_size: Copies of the sharded model.
+        context_parallel_size: Devices that share the tokens of each row.
+        context_parallel_mode: How they do it, see :mod:`ropepp_lit.nn.context_parallel`.
+        precision: Lightning's name, such as `bf16-mixed`.
+        accumulate_grad_batches: Micro-batches in a step.
+        gradient_clip_val: Largest norm of the gradient; None does not clip.
+        reduce_each_micro_batch: See :class:`~ropepp_lit.train.fsdp.FSDP2Strategy`.
+        reshard_after_forward: See there.
+        activation_checkpointing: See :class:`~ropepp_lit.train.causal_lm.CausalLM`.
+        offload_activations: See there.
+        mlp_chunk_tokens: See there.
+        attention_head_groups: See there.
+    """
+
+    rows: int
+    context_length: int
+    strategy: Literal["one", "ddp", "fsdp2"] = "one"
+    devices: int = 1
+    replicate_size: int = 1
+    context_parallel_size: int = 1
+    context_parallel_mode: Mode = "heads"
+    precision: str = "32-true"
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = None
+    reduce_each_micro_batch: bool = True
+    reshard_after_forward: bool = True
+    activation_checkpointing: int | Literal["attention"] = 0
+    offload_activations: bool = False
+    mlp_chunk_tokens: int | None = None
+    attention_head_groups: int = 1
+
+    @property
+    def shards(self) -> int:
+        """Devices that parameters, gradients and optimizer states are spread over."""
+        return self.devices // self.replicate_size if self.strategy == "fsdp2" else 1
+
+    @property
+    def tokens_per_row(self) -> int:
+        """Of each row, on this device."""
+        return self.context_length // self.context_parallel_size
+
+    @property
+    def tokens(self) -> int:
+        """In a micro-batch, on this device."""
+        return self.rows * self.tokens_per_row
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of matrix products."""
+        return DTYPES[self.precision.split("-")[0]]
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of parameters, gradients and optimizer states."""
+        return torch.float32 if self.precision.endswith("mixed") else self.compute_dtype
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Every so many blocks one is computed again in the backward pass; 0 means none."""
+        return 1 if self.activation_checkpointing == "attention" else self.activation_checkpointing
+
+    @property
+    def keeps_attention(self) -> bool:
+        """Whether blocks that are computed again keep what attention returned."""
+        return self.activation_checkpointing == "attention"
+
+    @property
+    def uses_autocast(self) -> bool:
+        """Whether operations cast what they read; FSDP2 casts parameters as it gathers them instead."""
+        return self.precision.endswith("mixed") and self.strategy != "fsdp2"
+
+    @property
+    def keeps_whole_gradients(self) -> bool:
+        """Whether gradients wait unreduced between micro-batches."""
+        return self.accumulate_grad_batches > 1 and not (self.strategy == "fsdp2" and self.reduce_each_micro_batch)

@@ -1,0 +1,374 @@
+"""One rank of any cluster takes an optimizer step on a machine without a GPU: fake tensors, torch's fake process group.
+
+Nothing is computed. The decoder, FSDP2 or DDP, the optimizer and clipping are those of training, and every operation
+runs on tensors without data, so shapes, dtypes, lifetimes and collectives are those of training too. Tensors are on the
+CPU, because the backward pass of fake CUDA tensors needs a driver; where CUDA has other kernels,
+:func:`_kernels_of_cuda` replaces those of the CPU. Blocks are not compiled.
+
+Not included: memory inside kernels (the backward pass of FlashAttention 2 takes a float32 copy of the gradient of the
+queries), NCCL's buffers, the CUDA context, and the fragmentation of the allocator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from types import MethodType
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType
+from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType, _UpdateType
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
+from ropepp_lit.nn import block as nn_block
+from ropepp_lit.nn import loss as nn_loss
+from ropepp_lit.nn.loss import linear_cross_entropy, rows_per_chunk
+from ropepp_lit.train.counting import Count
+from ropepp_lit.train.memory import PARTS
+from ropepp_lit.train.optimizer import OptimizerConfig
+from ropepp_lit.train.parallel import ParallelDims, set_gradient_reduction, shard_decoder
+from ropepp_lit.train.setup import Setup
+
+_PART_OF_REFERENCE = {
+    "Parameter": "parameters",
+    "Sharded Param": "parameters",
+    "Unsharded Param": "parameters",
+    "Buffer": "parameters",
+    "All Gather": "parameters",
+    "Gradient": "gradients",
+    "Sharded Grad": "gradients",
+    "Unsharded Grad": "gradients",
+    "Reduce Scatter": "gradients",
+    "Optstate": "optimizer",
+    "OptState": "optimizer",
+    "Activation": "activations",
+    "Temp": "activations",
+}
+"""Parts of the peak by the names of torch's trackers; the other names are `other`."""
+
+
+class LossCost(NamedTuple):
+    """What the output layer and the cross-entropy of a micro-batch take."""
+
+    memory: int
+    """Bytes at the peak beyond hidden states and weights."""
+    bytes: int
+    """Bytes that its operations read and write."""
+    flops: float
+
+
+class Simulation(NamedTuple):
+    """What one rank does in one optimizer step."""
+
+    memory: dict[str, int]
+    """Bytes at the peak, by part."""
+    counts: Count
+    """Operations and collectives of all micro-batches; recomputation included."""
+    loss: LossCost
+    micro_batches: int
+    """Simulated of the step; `counts` are scaled to all of them."""
+
+
+def simulate(
+    setup: Setup,
+    *,
+    config: DecoderConfig,
+    scheme: PositionScheme,
+    frequencies: Frequencies,
+    optimizer: OptimizerConfig,
+) -> Simulation:
+    """Take one optimizer step as rank 0 of a cluster, with plain rows.
+
+    FlashAttention keeps the same tensors for packed documents as for plain rows (queries, keys, values, outputs and one
+    float32 per query and head), so the memory is that of packed documents too.
+
+    Args:
+        setup: Batch, devices, precision and memory options.
+        config: Geometry.
+        scheme: Position scheme.
+        frequencies: Base and scaling.
+        optimizer: Its settings.
+    """
+    # The first micro-batch is like those between it and the last, unless it gathers parameters for all of them.
+    simulated = min(setup.accumulate_grad_batches, 2 if setup.reshard_after_forward else 3)
+    with _fake_cluster(setup) as dims, FakeTensorMode(allow_non_fake_inputs=True), _kernels_of_cuda():
+        decoder = _build(setup, dims, config, scheme, frequencies)
+        stepper = optimizer.build(decoder)
+        for parameter in decoder.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        _optimizer_step(stepper, setup)  # makes the states, so that the step that is measured is not the first
+        ids = torch.zeros(setup.rows, setup.tokens_per_row, dtype=torch.int64)
+        tracker = _tracker(decoder, stepper, ids)
+        module = _wrap(decoder, tracker) if setup.strategy == "ddp" else _Loss(decoder)
+        total = Count()
+        with tracker:
+            for number in range(simulated):
+                is_last = number == simulated - 1
+                with Count() as count:
+                    _micro_batch(module, decoder, ids, setup, is_last=is_last)
+                is_repeated = number == simulated - 2
+                total.add(count, setup.accumulate_grad_batches - simulated + 1 if is_repeated else 1)
+                _mark_gradients(tracker)
+            with Count() as count:
+                _optimizer_step(stepper, setup)
+            total.add(count)
+        loss = _loss_cost(setup, config)
+    return Simulation(_peak(tracker), total, loss, simulated)
+
+
+def _peak(tracker: MemTracker) -> dict[str, int]:
+    memory = dict.fromkeys(PARTS, 0)
+    for reference, size in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items():
+        if reference != "Total":
+            memory[_PART_OF_REFERENCE.get(getattr(reference, "value", ""), "other")] += size
+    return memory
+
+
+@contextmanager
+def _fake_cluster(setup: Setup) -> Iterator[ParallelDims | None]:
+    """Rank 0 of a cluster whose other ranks do not exist; yields how FSDP2's ranks share the work."""
+    if setup.strategy == "one":
+        yield None
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setup.devices)
+    try:
+        dims = None
+        if setup.strategy == "fsdp2":  # before fake tensors: a mesh is made of numbers
+            sizes = {"context_parallel_size": setup.context_parallel_size, "replicate_size": setup.replicate_size}
+            dims = ParallelDims.create("cpu", **sizes)
+        yield dims
+    finally:
+        dist.destroy_process_group()
+
+
+def _build(
+    setup: Setup, dims: ParallelDims | None, config: DecoderConfig, scheme: PositionScheme, frequencies: Frequencies
+) -> Decoder:
+    """The decoder as :func:`~ropepp_lit.train.parallel.build_decoder` makes it, whose meta tensors cannot be fake."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(setup.weight_dtype)
+    try:
+        decoder = Decoder(config, scheme, frequencies)
+    finally:
+        torch.set_default_dtype(before)
+    decoder.save_memory(
+        checkpoint_every=setup.checkpoint_every,
+        keep_attention=setup.keeps_attention,
+        offload=setup.offload_activations,
+        mlp_chunk_tokens=setup.mlp_chunk_tokens,
+        attention_head_groups=setup.attention_head_groups,
+    )
+    if dims is not None:
+        mixed_dtype = setup.compute_dtype if setup.precision.endswith("mixed") else None
+        shard_decoder(
+            decoder,
+            dims,
+            mixed_dtype=mixed_dtype,
+            reshard_after_forward=setup.reshard_after_forward,
+            context_mode=setup.context_parallel_mode,
+        )
+    decoder._check_ids = lambda input_ids: None  # type: ignore[method-assign]  # it reads values
+    return decoder
+
+
+class _Loss(nn.Module):
+    """What a strategy calls in a training step."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The loss of a micro-batch."""
+        return self.decoder.loss(ids, ids, reduction="sum") / ids.numel()
+
+
+def _all_reduce(state, bucket):  # DDP reads annotations, which are strings here
+    """Average a bucket in pieces: DDP's first backward pass has one bucket, later ones have several of 25 MiB."""
+    buffer, gradients = bucket.buffer(), bucket.gradients()
+    limits = [dist._DEFAULT_FIRST_BUCKET_BYTES, 25 * 2**20]
+    groups, _ = dist._compute_bucket_assignment_by_size(gradients, limits)
+    for piece in buffer.split([sum(gradients[place].numel() for place in group) for group in groups]):
+        dist.all_reduce(piece)
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(buffer)
+    return future
+
+
+def _optimizer_step(optimizer: torch.optim.Optimizer, setup: Setup) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, setup.gradient_clip_val or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _tracker(decoder: Decoder, optimizer: torch.optim.Optimizer, ids: Tensor) -> MemTracker:
+    tracker: MemTracker
+    if isinstance(decoder, FSDPModule):
+        for part in (decoder, decoder.lm_head):
+            if isinstance(part, FSDPModule):  # this tracker sees calls of modules, but no methods
+                part.forward = MethodType(type(part).loss, part)  # type: ignore[method-assign]
+                part.loss = part.__call__  # type: ignore[method-assign]
+        tracker = FSDPMemTracker(decoder, optimizer)
+        tracker.track_inputs((ids,))
+    else:
+        tracker = MemTracker()
+        tracker.track_external(decoder, optimizer, ids)
+        tracker._track_module_params_and_buffers(decoder)  # and gradients as they come
+    tracker._mod_tracker = _NoModules()  # type: ignore[assignment]
+    tracker._update_peak_stats = partial(_update_peak, tracker)  # type: ignore[method-assign]
+    return tracker
+
+
+class _NoModules:
+    """Replaces torch's `ModTracker`: memory by module is not needed, and its hooks fail inside autograd functions."""
+
+    parents: frozenset[str] = frozenset()
+
+    @property
+    def is_bw(self) -> bool:
+        """Whether this is the backward pass."""
+        return torch._C._current_graph_task_id() != -1
+
+    def get_known_fqn(self, module: nn.Module) -> str:
+        """A name for every module."""
+        return ""
+
+    def register_user_hooks(self, *hooks: Any) -> None:
+        """None are called."""
+
+    def clear_user_hooks(self) -> None:
+        """There are none."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def _update_peak(tracker: MemTracker, _: Any) -> None:
+    """Keep the peak of the step alone; the tracker's own method keeps every module's too, in a quarter of the time."""
+    for device, parts in tracker._curr_mem_snap.items():
+        if parts["Total"] > tracker._peak_mem.get(device, 0):
+            tracker._peak_mem[device], tracker._peak_mem_snap[device] = parts["Total"], dict(parts)
+
+
+def _wrap(decoder: Decoder, tracker: MemTracker) -> nn.Module:
+    """DDP, whose buckets are memory too."""
+    with tracker:
+        module = DistributedDataParallel(_Loss(decoder), gradient_as_bucket_view=True, init_sync=False)
+        module.register_comm_hook(None, _all_reduce)  # DDP's own asks the process group for a result
+    _mark_gradients(tracker)
+    return module
+
+
+def _micro_batch(module: nn.Module, decoder: Decoder, ids: Tensor, setup: Setup, *, is_last: bool) -> None:
+    """Forward and backward pass, with gradients reduced as the strategy does."""
+    waits: AbstractContextManager = nullcontext()
+    if isinstance(module, DistributedDataParallel) and not is_last:
+        waits = module.no_sync()
+    with waits:
+        with torch.autocast("cpu", setup.compute_dtype, enabled=setup.uses_autocast):
+            loss = module(ids) / setup.accumulate_grad_batches
+        if isinstance(decoder, FSDPModule):
+            set_gradient_reduction(
+                decoder,
+                is_last=is_last,
+                reduce_each_micro_batch=setup.reduce_each_micro_batch,
+                reshard_after_forward=setup.reshard_after_forward,
+            )
+        loss.backward()
+
+
+def _mark_gradients(tracker: MemTracker) -> None:
+    """Mark what a backward pass leaves as gradients; the trackers take some of it for activations."""
+    gradient = _FSDPRefType.UNSHARDED_GRAD if isinstance(tracker, FSDPMemTracker) else _MemRefType.GRAD
+    for info, _ in list(tracker._WINFO.values()):
+        if info.reftype.value in ("Temp", "Activation"):
+            before, info.reftype = info.reftype, gradient
+            tracker._update_snap(_UpdateType.REF, info, old_reftype=before)
+
+
+@contextmanager
+def _kernels_of_cuda() -> Iterator[None]:
+    """Take the memory of CUDA's kernels where the CPU has others (backward passes need tensors of the CPU)."""
+    with (
+        patch.object(F, "rms_norm", _rms_norm),
+        patch.object(nn_block, "save_on_cpu", _SaveElsewhere),
+        patch.object(nn_loss, "rows_per_chunk", lambda vocab_size, _: rows_per_chunk(vocab_size, "cuda")),
+        patch.object(nn_loss, "_logits", _logits),
+        patch.object(nn_loss, "_add_product", _add_product),
+    ):
+        yield
+
+
+class _SaveElsewhere(torch.autograd.graph.saved_tensors_hooks):
+    """Replaces `save_on_cpu`: of what leaves the device nothing but the shape is kept."""
+
+    def __init__(self, pin_memory: bool) -> None:
+        super().__init__(
+            lambda x: (x.shape, x.stride(), x.dtype),
+            lambda packed: torch.empty_strided(packed[0], packed[1], dtype=packed[2]),
+        )
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    if hidden.dtype not in (torch.float16, torch.bfloat16):
+        return hidden @ weight.T
+    return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype not in (torch.float16, torch.bfloat16):
+        total += left @ right
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+def _rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float | None = None) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        x, weight = x.float(), weight.float()  # by CUDA's rules
+    return _RMSNorm.apply(x, weight)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Shapes, dtypes and what is kept of `aten::_fused_rms_norm`, which the CPU has not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _loss_cost(setup: Setup, config: DecoderConfig) -> LossCost:
+    """The loss of a micro-batch alone, forward and backward."""
+    dtype = setup.weight_dtype if setup.uses_autocast else setup.compute_dtype
+    hidden = torch.zeros(setup.tokens, config.hidden_size, dtype=dtype, requires_grad=True)
+    weight = torch.zeros(config.vocab_size, config.hidden_size, dtype=dtype, requires_grad=True)
+    labels = torch.zeros(setup.tokens, dtype=torch.int64)
+    tracker = MemTracker()
+    tracker.track_external(hidden, weight, labels)
+    with (
+        tracker,
+        Count(reads_and_writes=True) as count,
+        torch.autocast("cpu", setup.compute_dtype, enabled=setup.uses_autocast),
+    ):
+        linear_cross_entropy(hidden, weight, labels).backward()
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    memory = peak["Total"] - sum(x.nbytes for x in (hidden, weight, labels))
+    return LossCost(memory, count.bytes, count.flops)
