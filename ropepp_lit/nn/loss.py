@@ -83,21 +83,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         empty = torch.empty_like if places is None else torch.zeros_like
         grad_hidden = empty(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=precision) if ctx.needs_input_grad[1] else None
+        needs_grad = grad_hidden is not None or grad_weight is not None
         for rows in _chunks(places, labels, weight):
-            inputs, targets = hidden[rows], labels[rows]
-            log_probabilities = _logits(inputs, weight).log_softmax(dim=-1)
-            total += F.nll_loss(log_probabilities, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-            if grad_hidden is None and grad_weight is None:
-                continue
-            # d loss / d logits = softmax - one-hot, and zero where the label does not count.
-            grad = log_probabilities.exp_()
-            counts = targets != IGNORE_INDEX
-            grad[torch.arange(grad.shape[0], device=grad.device), targets.where(counts, 0)] -= 1
-            grad = (grad if places is not None else grad.mul_(counts[:, None])).to(hidden.dtype)
-            if grad_hidden is not None:
+            inputs = hidden[rows]
+            loss, grad = _loss_of_chunk(inputs, weight, labels[rows], needs_grad=needs_grad)
+            total += loss
+            if grad_hidden is not None and grad is not None:
                 grad_hidden[rows] = grad @ weight
-            if grad_weight is not None:
+            if grad_weight is not None and grad is not None:
                 _add_product(grad_weight, grad.T, inputs)
+            del grad  # before the next chunk's logits are computed
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
@@ -111,6 +106,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _loss_of_chunk(
+    inputs: Tensor, weight: Tensor, targets: Tensor, *, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The summed loss of a chunk, and its gradient with respect to the logits in the dtype of the inputs."""
+    log_probabilities = _logits(inputs, weight).log_softmax(dim=-1)
+    loss = F.nll_loss(log_probabilities, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    if not needs_grad:
+        return loss, None
+    # d loss / d logits = softmax - one-hot, and zero where the label does not count.
+    counts = targets != IGNORE_INDEX
+    grad = log_probabilities.exp_()
+    grad[torch.arange(grad.shape[0], device=grad.device), targets.where(counts, 0)] -= 1
+    return loss, grad.mul_(counts[:, None]).to(inputs.dtype)
 
 
 def _chunks(places: Tensor | None, labels: Tensor, weight: Tensor) -> Iterator[slice | Tensor]:

@@ -221,12 +221,10 @@ class StepMemory:
         part, hidden = "activations", self.setup.tokens * self.config.hidden_size
         rows = rows_per_chunk(self.config.vocab_size, self.device_type)
         logits = min(rows, self.setup.tokens) * self.config.vocab_size
-        chunks = 2 if self.setup.tokens > rows else 1  # the one before is still there
-        yield Line(part, "logits and their softmax", (1 if is_end else chunks + 1) * logits, self.precise)
+        if not is_end:
+            yield Line(part, "logits and their softmax", 2 * logits, self.precise)
         yield Line(part, "gradient of the hidden states", hidden, self.compute)
         yield Line(part, "gradient of the output layer", self.embedding, self.precise)
-        if self.precise != self.compute and (chunks > 1 or is_end):
-            yield Line(part, "gradient of the logits", logits, self.compute)
         if is_end:  # without a cast it is what is added last
             yield Line(part, "gradient of the output layer, cast", self.embedding, self.compute)
         if self.setup.strategy == "fsdp2" and not self.config.tie_word_embeddings:  # else it is a block's
