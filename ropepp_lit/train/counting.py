@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.nn.attention import varlen  # noqa: F401  # registers its operations
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 
@@ -44,7 +45,7 @@ class Count(TorchDispatchMode):
 
     Attributes:
         flops: Floating-point operations of matrix products and attention, by torch's formulas; causal attention on the
-            CPU counts the half that is not masked.
+            CPU and of `varlen_attn` counts the pairs that are not masked.
         bytes: Read and written by all operations but views, each tensor once per operation.
         calls: Number of calls of each collective.
         sent: Bytes that this rank sends by each.
@@ -119,8 +120,33 @@ def _flash_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *re
     return _causal(flops, query, key, is_causal)
 
 
+def _varlen_flops(query: Tensor, key: Tensor, *bounds: Any, products: int) -> float:
+    """Of so many matrix products of every visible pair; `bounds` begin with those of queries and keys, and the longest.
+
+    Segments must be equally long: the lengths of each are values of tensors. The last query of one sees all its keys.
+    """
+    query_bounds, _, longest_query, longest_key = bounds[:4]
+    segments = query_bounds.shape[0] - 1
+    if segments * longest_query != query.shape[0] or segments * longest_key != key.shape[0]:
+        raise ValueError("the operations of segments of several lengths cannot be counted")
+    pairs = segments * (longest_query * longest_key - longest_query * (longest_query - 1) / 2)
+    return 2 * products * query.shape[1] * query.shape[2] * pairs
+
+
+def _varlen_forward(query: Tensor, key: Tensor, value: Tensor, *bounds: Any, **_: Any) -> float:
+    return _varlen_flops(query, key, *bounds, products=2)
+
+
+def _varlen_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, sums: Tensor, *bounds: Any, **_: Any
+) -> float:
+    return _varlen_flops(query, key, *bounds, products=5)
+
+
 _FLOPS: dict[Any, Callable[..., float]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_forward,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_backward,
+    torch.ops.torch_attn._varlen_attn: _varlen_forward,
+    torch.ops.torch_attn._varlen_attn_backward: _varlen_backward,
 }
-"""Of the CPU's flash kernel, which torch's table does not have."""
+"""Of the CPU's flash kernel and of `varlen_attn`, which torch's table does not have."""

@@ -267,11 +267,6 @@ time              {days:.2f} days on {self.devices} × {device} at {utilization:
         """Run a step on fake tensors, and print what it takes beside the estimate."""
         from ropepp_lit.train.simulate import simulate  # it imports torch's testing package
 
-        if self.context_parallel_mode == "gather":
-            raise UsageError(
-                "simulate: this recipe's context parallelism gathers keys and values, which cannot be simulated; "
-                "give --trainer.strategy.context_parallel_mode heads"
-            )
         started = time.monotonic()
         simulation = simulate(
             self.setup,

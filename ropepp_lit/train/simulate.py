@@ -32,6 +32,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
 from ropepp_lit.nn import block as nn_block
+from ropepp_lit.nn import kernels as nn_kernels
 from ropepp_lit.nn import loss as nn_loss
 from ropepp_lit.nn.loss import linear_cross_entropy, rows_per_chunk
 from ropepp_lit.train.counting import Count
@@ -304,6 +305,9 @@ def _kernels_of_cuda() -> Iterator[None]:
     """Take the memory of CUDA's kernels where the CPU has others (backward passes need tensors of the CPU)."""
     with (
         patch.object(F, "rms_norm", _rms_norm),
+        # Decides only where keys outnumber queries; else SDPA's flash kernel runs. The operation has no kernel for the
+        # CPU, but shapes and a backward pass for fake tensors.
+        patch.object(nn_kernels, "usable_implementation", lambda *_: "varlen"),
         patch.object(nn_block, "save_on_cpu", _SaveElsewhere),
         patch.object(nn_loss, "rows_per_chunk", lambda vocab_size, _: rows_per_chunk(vocab_size, "cuda")),
         patch.object(nn_loss, "_logits", _logits),
