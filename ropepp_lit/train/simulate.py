@@ -92,7 +92,8 @@ def simulate(
     """Take one optimizer step as rank 0 of a cluster, with plain rows.
 
     FlashAttention keeps the same tensors for packed documents as for plain rows (queries, keys, values, outputs and one
-    float32 per query and head), so the memory is that of packed documents too.
+    float32 per query and head), so the memory is that of packed documents too. Context parallelism by gathering keeps
+    a second copy of the outputs for plain rows only, so packed documents take a little less.
 
     Args:
         setup: Batch, devices, precision and memory options.

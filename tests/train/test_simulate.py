@@ -1,5 +1,6 @@
 """A simulated step: collectives and operations against formulas, memory against the estimate, recipes on clusters."""
 
+import dataclasses
 import itertools
 import random
 import time
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from ropepp_lit.nn import ALiBi, Decoder, DecoderConfig, Frequencies, RoPE, RoPEPP
+from ropepp_lit.nn.context_parallel import elements_moved
 from ropepp_lit.train.counting import Collective
 from ropepp_lit.train.memory import PARTS, StepMemory
 from ropepp_lit.train.optimizer import AdamW, Muon
@@ -91,6 +93,21 @@ def test_sequence_parallelism_exchanges_heads():
     assert counts.sent[exchanges] == 3 / 4 * 3 * 2 * tokens * 8 * (8 + 2 * 4 + 16) * 4
 
 
+@pytest.mark.parametrize("scheme", [EC, ALiBi()], ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gathering_sends_keys_and_values_and_shares_the_operations(scheme, groups):
+    """A reduce-scatter sends what its all-gather does; groups of heads are gathered again in the backward pass."""
+    setup = Setup(rows=2, context_length=64, strategy="fsdp2", devices=8, attention_head_groups=groups)
+    whole = run_step(setup, scheme=scheme).counts
+    shared = dataclasses.replace(setup, context_parallel_size=4, context_parallel_mode="gather")
+    counts, layout = run_step(shared, scheme=scheme).counts, meta(scheme=scheme).head_layout
+    sent = elements_moved(layout, 8, 4, "gather") * 2 * 64 // 4 * 3 * 4
+    gathers, scatters = Collective("all-gather", 4), Collective("reduce-scatter", 4)
+    assert (counts.calls[gathers], counts.calls[scatters]) == (3 * groups * groups, 3 * groups)
+    assert (counts.sent[gathers], counts.sent[scatters]) == (groups * sent, sent)
+    assert counts.flops == whole.flops / 4
+
+
 @pytest.mark.parametrize("scheme", [RoPE(), EC, ALiBi()], ids=str)
 def test_operations_are_the_formula_and_the_scores_computed_again(scheme):
     """Flash attention computes the scores a second time in the backward pass: 14 where the formula has 12."""
@@ -160,7 +177,7 @@ GEOMETRIES = {
     "long": (
         DecoderConfig(
             vocab_size=2000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=16,
-            num_key_value_heads=2, qk_norm=True,
+            num_key_value_heads=4, qk_norm=True,
         ),
         65_536,
     ),
@@ -253,6 +270,10 @@ def test_a_plan_simulates_without_data_and_devices(capsys, tmp_path, monkeypatch
     memory, collectives = simulated_plan(capsys, *options, "--trainer.strategy", "fsdp2")
     assert memory["total"][1] == pytest.approx(memory["total"][0], rel=0.15)
     assert list(collectives) == ["all-gather", "reduce-scatter"]
+    gathers = ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.context_parallel_size", "4",
+               "--trainer.strategy.context_parallel_mode", "gather"]  # fmt: skip
+    memory, _ = simulated_plan(capsys, *options, *gathers)
+    assert memory["total"][1] == pytest.approx(memory["total"][0], rel=0.15)
     assert not torch.distributed.is_initialized()
 
 
