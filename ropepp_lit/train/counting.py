@@ -149,5 +149,5 @@ _FLOPS: dict[Any, Callable[..., float]] = {
     torch.ops.torch_attn._varlen_attn: _varlen_forward,
     torch.ops.torch_attn._varlen_attn_backward: _varlen_backward,
 }
-"""Of the CPU's flash kernel, which torch's table does not have, and of `varlen_attn`, for which torch counts masked pairs
-too."""
+"""Of the CPU's flash kernel, which torch's table does not have, and of `varlen_attn`, for which torch counts masked
+pairs too."""
