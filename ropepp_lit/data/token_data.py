@@ -6,27 +6,23 @@ import glob
 import itertools
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from tokenizers import Tokenizer
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ropepp_lit.data import prepare
 from ropepp_lit.data.batch import Batch
-from ropepp_lit.data.plan import PATTERN_SAMPLES, BlockPlan, Mixture
+from ropepp_lit.data.loader import Blocks, RankBatches, Source, TrainLoader, make_loader
+from ropepp_lit.data.plan import PATTERN_SAMPLES
 from ropepp_lit.data.remote import RemoteFolder, is_remote
-from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenSet, TokenShards
+from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenSet
 from ropepp_lit.data.sources import BUILTIN, HUB, find_files
 from ropepp_lit.data.tokenizer import check_choice
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn.context_parallel import ContextShard
-from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.loss import IGNORE_INDEX
 from ropepp_lit.sizes import parse_bytes
 
@@ -162,17 +158,23 @@ class TokenData(LightningDataModule):
             )
         self.manifest = next(iter(self.manifests.values()))
         self.tokenizer_json = next(iter(tokenizers.values()))
-        self._train = _Blocks(train, "train", self, in_order=False)
-        self._validation = [_Blocks([opened], split, self, in_order=True) for opened, split in validation]
+        settings: dict[str, Any] = {
+            "context_length": self.context_length,
+            "eos_token_id": self.manifest.eos_token_id,
+            "intra_document_masking": self.intra_document_masking,
+            "seed": self.seed,
+        }
+        self._train = Blocks(train, "train", in_order=False, **settings)
+        self._validation = [Blocks([opened], split, in_order=True, **settings) for opened, split in validation]
 
-    def _open(self, source: str, name: str, tokenizers: dict[str, str], weight: float = 1.0) -> _Source:
+    def _open(self, source: str, name: str, tokenizers: dict[str, str], weight: float = 1.0) -> Source:
         folder = self._folders[source]
         text = (folder / TOKENIZER).read_text(encoding="utf-8")
         for other, known in tokenizers.items():
             if text != known:
                 raise UsageError(f"data.source: {name} was tokenized by another tokenizer than {other}")
         tokenizers[name] = text
-        return _Source(source, folder, Manifest.read(folder), self._remotes.get(source), weight)
+        return Source(source, folder, Manifest.read(folder), self._remotes.get(source), weight)
 
     @property
     def _settings(self) -> prepare.Settings:
@@ -283,8 +285,8 @@ class TokenData(LightningDataModule):
         loaders = []
         for blocks in self._validation:
             num_batches = -(-len(blocks) // (self.batch_size * replica["num_replicas"]))
-            batches = _Batches(0, num_batches, batch_size=self.batch_size, **replica)
-            loaders.append(_loader(blocks, batches, **self._loading()))
+            batches = RankBatches(0, num_batches, batch_size=self.batch_size, **replica)
+            loaders.append(make_loader(blocks, batches, **self._loading()))
         return loaders
 
     def _loading(self) -> dict[str, Any]:
@@ -314,139 +316,3 @@ def default_cache_dir() -> Path:
 def replica_of(trainer: Trainer) -> dict[str, int]:
     """`num_replicas`, how many ranks read different data, and the `rank` of this process among them."""
     return trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-
-
-class TrainLoader:
-    """Batches of a whole run, from the sample where it stands.
-
-    Its length is that of the run, so that Lightning neither reads ahead nor begins a second epoch. Its state is the
-    number of samples that all ranks have read together, the same on every rank.
-    """
-
-    def __init__(
-        self,
-        blocks: _Blocks,
-        *,
-        batch_size: int,
-        num_batches: int,
-        num_replicas: int,
-        rank: int,
-        identity: dict[str, Any],
-        **loading: Any,
-    ) -> None:
-        self._blocks, self._batch_size, self._num_batches = blocks, batch_size, num_batches
-        self._replica = {"num_replicas": num_replicas, "rank": rank}
-        self._identity, self._loading = identity, loading
-        self.samples = 0
-
-    def __len__(self) -> int:
-        return self._num_batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        batches = _Batches(self.samples, self._num_batches, batch_size=self._batch_size, **self._replica)
-        for batch in _loader(self._blocks, batches, **self._loading):
-            self.samples += self._batch_size * self._replica["num_replicas"]
-            yield batch
-
-    def state_dict(self) -> dict:
-        """The position in the data."""
-        return {"samples": self.samples, "identity": self._identity}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Continue at the position of a checkpoint; from the start where data, context or seed are others now."""
-        self.samples = state["samples"] if state["identity"] == self._identity else 0
-
-
-def _loader(
-    blocks: _Blocks, batches: _Batches, *, num_workers: int, shard: ContextShard | None, pin_memory: bool
-) -> DataLoader:
-    """A loader of batches.
-
-    Args:
-        blocks: The samples.
-        batches: Which of them make a batch.
-        num_workers: Processes that read ahead.
-        shard: Which tokens of a row this rank computes; None means all.
-        pin_memory: Give batches in pinned memory, which a GPU copies while the host goes on.
-    """
-    collate = partial(blocks.collate, shard=shard)
-    return DataLoader(blocks, batch_sampler=batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory)
-
-
-class _Batches:
-    """Sample numbers of one rank's batches: the ranks take turns."""
-
-    def __init__(self, first: int, count: int, *, batch_size: int, num_replicas: int, rank: int) -> None:
-        self._first, self._count, self._batch_size = first, count, batch_size
-        self._num_replicas, self._rank = num_replicas, rank
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for index in range(self._count):
-            start = self._first + (index * self._num_replicas + self._rank) * self._batch_size
-            yield list(range(start, start + self._batch_size))
-
-
-class _Source(NamedTuple):
-    """Prepared shards, and how much of the training they are."""
-
-    name: str
-    folder: Path
-    manifest: Manifest
-    remote: RemoteFolder | None
-    weight: float
-
-
-class _Blocks(Dataset):
-    """Samples of a split as [context_length + 1] tokens; -100 where validation has run out of them."""
-
-    def __init__(self, sources: list[_Source], split: str, data: TokenData, *, in_order: bool) -> None:
-        self._context_length, self._eos_token_id = data.context_length, data.manifest.eos_token_id
-        self._intra_document_masking = data.intra_document_masking
-        self._in_order = in_order
-        self._mixture = Mixture([source.weight for source in sources], seed=data.seed)
-        self._shards, self._plans = [], []
-        for number, source in enumerate(sources):
-            shards = TokenShards(source.folder, source.manifest, split, remote=source.remote)
-            chunk_tokens = [chunk.tokens for chunk in shards.chunks]
-            seed = None if in_order else data.seed + 1_000_003 * number
-            plan = BlockPlan(chunk_tokens, context_length=data.context_length, seed=seed)
-            if plan.blocks_per_pass == 0:
-                raise UsageError(
-                    f"data.context_length: {data.context_length} is longer than the {sum(chunk_tokens):,} tokens of "
-                    f"{split} in {source.name}; give more text or a shorter context"
-                )
-            self._shards.append(shards)
-            self._plans.append(plan)
-
-    def __len__(self) -> int:
-        """Samples of one pass over all sources."""
-        return sum(plan.blocks_per_pass for plan in self._plans)
-
-    def __getitems__(self, samples: list[int]) -> Tensor:
-        """[samples, context_length + 1] int64, of a whole batch at once."""
-        tokens = np.empty((len(samples), self._context_length + 1), dtype=np.int64)
-        for row, sample in zip(tokens, samples, strict=True):
-            end = 0
-            if not self._in_order or sample < len(self):
-                source, number = (0, sample) if self._in_order else self._mixture.locate(sample)
-                shards, plan = self._shards[source], self._plans[source]
-                end = shards.read(plan.locate(number), row)
-                if shards.is_remote:
-                    shards.expect(plan.chunks_behind(number))
-            row[end:] = IGNORE_INDEX
-        return torch.from_numpy(tokens)
-
-    def collate(self, samples: Any, shard: ContextShard | None = None) -> Batch:
-        """A batch of what `__getitems__` gave: inputs, labels shifted by one, and the bounds of documents."""
-        input_ids, labels = samples[:, :-1], samples[:, 1:]
-        if self._in_order:
-            input_ids = input_ids.clamp(min=0)  # where validation has run out of tokens
-        if not self._intra_document_masking:
-            return Batch.create(input_ids, labels, None, shard=shard)
-        # What follows the end of a document is another document, which it cannot foresee.
-        labels = labels.masked_fill(input_ids == self._eos_token_id, IGNORE_INDEX)
-        documents = Documents.from_eos(input_ids, self._eos_token_id)
-        return Batch.create(input_ids, labels, documents, shard=shard)
