@@ -193,9 +193,9 @@ GRID = {
     ],
     "strategy": [
         {}, {"strategy": "ddp", "devices": 8}, {"strategy": "fsdp2", "devices": 32},
-        {"strategy": "fsdp2", "devices": 32, "replicate_size": 4},
         {"strategy": "fsdp2", "devices": 8, "context_parallel_size": 2},
-        {"strategy": "fsdp2", "devices": 8, "context_parallel_size": 4, "context_parallel_mode": "gather"},
+        {"strategy": "fsdp2", "devices": 32, "replicate_size": 4, "context_parallel_size": 4,
+         "context_parallel_mode": "gather"},
     ],
     "precision": ["32-true", "bf16-mixed", "bf16-true"],
     "gradients": [
