@@ -78,7 +78,11 @@ def select_implementation(name: str | None, device: torch.device) -> str:
             raise UsageError(f"model.attention: {chosen} needs the module {package}, which is not installed")
         if torch.cuda.get_device_capability(device)[0] not in capabilities:
             raise UsageError(f"model.attention: {chosen} does not run on {torch.cuda.get_device_name(device)}")
-        activate_flash_attention_impl(chosen.upper())
+        try:
+            activate_flash_attention_impl(chosen.upper())
+        except (ImportError, RuntimeError) as error:  # built for another torch or CUDA, without these kernels
+            reason = " ".join(str(error).split())
+            raise UsageError(f"model.attention: {package} cannot be used ({reason}); choose varlen") from error
     elif current_flash_attention_impl() is not None:
         restore_flash_attention_impl()
     return chosen

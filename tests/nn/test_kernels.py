@@ -69,6 +69,20 @@ def test_what_is_refused(machine, name, device, capability, installed, message):
     assert seen == []
 
 
+@pytest.mark.parametrize("name", [None, "fa3"])
+@pytest.mark.parametrize("error", [ImportError, RuntimeError])
+def test_a_package_that_does_not_work_is_one_line(machine, monkeypatch, name, error):
+    machine(capability=9, installed={FA3})
+
+    def fail(implementation):
+        raise error("undefined symbol:\n  _ZN3c10")
+
+    monkeypatch.setattr(kernels, "activate_flash_attention_impl", fail)
+    message = r"model.attention: flash_attn_interface cannot be used \(undefined symbol: _ZN3c10\); choose varlen"
+    with pytest.raises(UsageError, match=message):
+        select_implementation(name, CUDA)
+
+
 def test_a_name_that_runs_is_taken(machine):
     seen = machine(capability=9, installed={FA4, "flash_attn"})
     assert [select_implementation(name, CUDA) for name in ("fa4", "flash_attn", "sdpa")] == [
