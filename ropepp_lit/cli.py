@@ -13,13 +13,13 @@ SUBCOMMANDS = {
     "fit": ("train a model by a recipe", "ropepp_lit.train.cli"),
     "validate": ("measure a checkpoint on held-out text", "ropepp_lit.train.cli"),
     "plan": ("say what a recipe will do and cost", "ropepp_lit.train.plan"),
-    "prepare": ("turn text into token shards", "ropepp_lit.prepare"),
-    "import": ("turn a Hugging Face folder into a checkpoint", "ropepp_lit.convert"),
-    "export": ("turn a checkpoint into a Hugging Face folder", "ropepp_lit.convert"),
-    "upcycle": ("turn a RoPE checkpoint into a RoPE++ one", "ropepp_lit.convert"),
-    "generate": ("let a checkpoint write", "ropepp_lit.generate"),
-    "evaluate": ("measure checkpoints at long context", "ropepp_lit.evaluate"),
-    "figures": ("draw the figures of the method", "ropepp_lit.figures"),
+    "prepare": ("turn text into token shards", "ropepp_lit.commands.prepare"),
+    "import": ("turn a Hugging Face folder into a checkpoint", "ropepp_lit.commands.convert"),
+    "export": ("turn a checkpoint into a Hugging Face folder", "ropepp_lit.commands.convert"),
+    "upcycle": ("turn a RoPE checkpoint into a RoPE++ one", "ropepp_lit.commands.convert"),
+    "generate": ("let a checkpoint write", "ropepp_lit.commands.generate"),
+    "evaluate": ("measure checkpoints at long context", "ropepp_lit.commands.evaluate"),
+    "figures": ("draw the figures of the method", "ropepp_lit.commands.figures"),
 }
 """What each subcommand does, and the module whose `main(arguments)` does it; the subcommand is the first argument."""
 

@@ -29,8 +29,8 @@ import torch
 from litdata import TokensLoader, optimize
 
 from ropepp_lit.data.prepare import Settings, prepare
-from ropepp_lit.data.sources import Reader, find_files
-from ropepp_lit.data.tokenizer import load_tokenizer
+from ropepp_lit.text.sources import Reader, find_files
+from ropepp_lit.text.tokenizer import load_tokenizer
 
 WORKERS = 2
 

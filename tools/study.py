@@ -29,9 +29,9 @@ import jsonargparse
 from tqdm import tqdm
 
 from ropepp_lit.checkpoint import read_checkpoint
-from ropepp_lit.data.shards import write_whole
-from ropepp_lit.data.tokenizer import BOS
 from ropepp_lit.eval.recall import recall_documents
+from ropepp_lit.files import write_whole
+from ropepp_lit.text.tokenizer import BOS
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "study"
 FAMILIES = ["multikey"] * 7 + ["single"]

@@ -37,12 +37,11 @@ from ropepp_lit.data.shards import (
     Chunk,
     Manifest,
     TokenSet,
-    checksum,
-    write_whole,
 )
-from ropepp_lit.data.sources import START, Cursor, Reader, Record, Source, find_files
-from ropepp_lit.data.tokenizer import BOS, EOS, TextTokenizer, load_tokenizer, train_tokenizer
 from ropepp_lit.errors import UsageError
+from ropepp_lit.files import checksum, write_whole
+from ropepp_lit.text.sources import START, Cursor, Reader, Record, Source, find_files
+from ropepp_lit.text.tokenizer import BOS, EOS, TextTokenizer, load_tokenizer, train_tokenizer
 
 PART_BYTES = 32 * 2**20
 """Bytes of text in a part: what a kill costs at most."""
@@ -58,7 +57,7 @@ SPLITS = ("train", "validation")
 
 @dataclass(kw_only=True)
 class Settings:
-    """What the shards depend on, beside the sources; each is an option of :func:`ropepp_lit.prepare.prepare`."""
+    """What the shards depend on beside the sources: options of :func:`ropepp_lit.commands.prepare.prepare`."""
 
     tokenizer: str | None = None
     train_tokenizer: int | None = None
@@ -109,7 +108,7 @@ def prepare_cached(source: str, settings: Settings, *, cache_dir: Path, show_pro
     """Token shards of a source in a cache folder: made now, or found if they were made before.
 
     Args:
-        source: See :func:`~ropepp_lit.data.sources.find_files`.
+        source: See :func:`~ropepp_lit.text.sources.find_files`.
         settings: What the shards depend on.
         cache_dir: Holds one folder for each source and setting.
         show_progress: Draw progress bars.
@@ -134,7 +133,7 @@ def prepare(
     """Token shards of sources, in a folder: made now, continued, or found whole.
 
     Args:
-        sources: See :func:`~ropepp_lit.data.sources.find_files`.
+        sources: See :func:`~ropepp_lit.text.sources.find_files`.
         settings: What the shards depend on.
         out: The folder; must not exist, be empty, or hold these very shards.
         key: What the user calls the sources, for messages.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +16,7 @@ import numpy as np
 from ropepp_lit.data.plan import WINDOW_CHUNKS, Span
 from ropepp_lit.data.remote import RemoteFolder
 from ropepp_lit.errors import UsageError
+from ropepp_lit.files import checksum, write_whole
 
 FORMAT_VERSION = 1
 MANIFEST, TOKENIZER, INDEX = "manifest.json", "tokenizer.json", "index.json"
@@ -296,19 +295,3 @@ def _fault_of_index(folder: Path, manifest: Manifest, split: str) -> str | None:
     if listed == [chunk.filename for chunk in manifest.splits[split].chunks]:
         return None
     return f"{index}: missing, garbled, or of other chunks than the manifest's"
-
-
-def write_whole(path: Path, contents: str | bytes) -> None:
-    """Write a file, text as UTF-8, that appears under its name only when it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(contents.encode() if isinstance(contents, str) else contents)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,11 +20,11 @@ from ropepp_lit.data.loader import Blocks, RankBatches, Source, TrainLoader, mak
 from ropepp_lit.data.plan import PATTERN_SAMPLES
 from ropepp_lit.data.remote import RemoteFolder, is_remote
 from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenSet
-from ropepp_lit.data.sources import BUILTIN, HUB, find_files
-from ropepp_lit.data.tokenizer import check_choice
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.loss import IGNORE_INDEX
 from ropepp_lit.sizes import parse_bytes
+from ropepp_lit.text.sources import BUILTIN, HUB, find_files
+from ropepp_lit.text.tokenizer import check_choice
 
 
 class TokenData(LightningDataModule):

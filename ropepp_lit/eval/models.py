@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ropepp_lit.checkpoint import KEY, load_decoder
-from ropepp_lit.data.tokenizer import TextTokenizer
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder
+from ropepp_lit.text.tokenizer import TextTokenizer
 
 TOKENS_AT_ONCE = 16_384
 """Rows are read together as long as they have no more tokens than this."""

@@ -13,10 +13,10 @@ from typing import Any
 
 from matplotlib.image import imread
 
-from ropepp_lit.data.shards import write_whole
 from ropepp_lit.eval.page import render_page
 from ropepp_lit.eval.plots import PLOTS, model_names, to_png
 from ropepp_lit.eval.results import COLUMNS
+from ropepp_lit.files import write_whole
 
 FORMAT_VERSION = 1
 

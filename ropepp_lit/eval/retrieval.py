@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ropepp_lit.data.tokenizer import TextTokenizer
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval.models import TOKENS_AT_ONCE, Model
 from ropepp_lit.eval.results import Measurement
 from ropepp_lit.nn.generation import generate
+from ropepp_lit.text.tokenizer import TextTokenizer
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Where the answer lies in examples that have one place for it, in turn."""

@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from ropepp_lit.data.token_data import TokenData
-from ropepp_lit.data.tokenizer import TextTokenizer
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval.models import Model
 from ropepp_lit.eval.tasks import Settings, averages, check, measure
 from ropepp_lit.nn import Decoder
 from ropepp_lit.sizes import parse_tokens
+from ropepp_lit.text.tokenizer import TextTokenizer
 from ropepp_lit.train.causal_lm import CausalLM
 
 

@@ -24,8 +24,8 @@ from ropepp_lit.data import prepare as module
 from ropepp_lit.data.plan import Span
 from ropepp_lit.data.prepare import Settings, prepare, prepare_cached
 from ropepp_lit.data.shards import Manifest, TokenShards, verify
-from ropepp_lit.data.tokenizer import byte_tokenizer, train_tokenizer
 from ropepp_lit.errors import UsageError
+from ropepp_lit.text.tokenizer import byte_tokenizer, train_tokenizer
 
 DOCUMENTS = [f"Document {n}: " + "the quick brown fox – äöü 漢字 🙂\r\n" * (1 + n % 7) for n in range(60)]
 SETTINGS = Settings(tokenizer="bytes", validation_fraction=0.2)

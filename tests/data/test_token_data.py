@@ -5,8 +5,8 @@ import torch
 
 from ropepp_lit.data.prepare import Settings, prepare
 from ropepp_lit.data.token_data import TokenData
-from ropepp_lit.data.tokenizer import _byte_characters
 from ropepp_lit.errors import UsageError
+from ropepp_lit.text.tokenizer import _byte_characters
 
 EOS = 1
 

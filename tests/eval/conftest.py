@@ -6,10 +6,10 @@ import torch
 from matplotlib.figure import Figure
 
 from ropepp_lit.checkpoint import describe_architecture, make_checkpoint, write_checkpoint
-from ropepp_lit.data.tokenizer import byte_tokenizer
 from ropepp_lit.eval.report import write_report
 from ropepp_lit.eval.results import Measurement, summarize
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPE, RoPEPP
+from ropepp_lit.text.tokenizer import byte_tokenizer
 
 SCHEMES = {"rope": RoPE(), "eh": RoPEPP(variant="eh"), "ec": RoPEPP(variant="ec")}
 

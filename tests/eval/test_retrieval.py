@@ -8,12 +8,12 @@ import tracemalloc
 import pytest
 import torch
 
-from ropepp_lit.data.tokenizer import byte_tokenizer, train_tokenizer
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval import retrieval
 from ropepp_lit.eval.models import Model, load_model
 from ropepp_lit.eval.recall import recall_documents
 from ropepp_lit.eval.retrieval import DEPTHS, FAMILIES, answer_tokens, average, make_examples, measure, score
+from ropepp_lit.text.tokenizer import byte_tokenizer, train_tokenizer
 
 ONCE = ("single", "multikey", "multivalue", "multiquery")
 """Families whose answers each stand in the context once."""

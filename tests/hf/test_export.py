@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from ropepp_lit.checkpoint import KEY, describe_architecture, load_decoder, make_checkpoint, read_checkpoint
-from ropepp_lit.data.tokenizer import byte_tokenizer
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.export import export
 from ropepp_lit.hf.folder import read_folder
@@ -25,6 +24,7 @@ from ropepp_lit.nn import (
     Yarn,
     YarnByRotations,
 )
+from ropepp_lit.text.tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.end_to_end
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ropepp_lit.checkpoint import KEY, load_decoder, read_checkpoint
-from ropepp_lit.data.tokenizer import byte_tokenizer
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.config import Rotary
 from ropepp_lit.hf.folder import find_folder, read_folder
 from ropepp_lit.nn import Linear, Llama3, RoPEPP, Yarn, YarnByRotations
+from ropepp_lit.text.tokenizer import byte_tokenizer
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 CASES = ["rope_theta1e4", "eh_theta1e4", "ec_theta1e4", "ec_theta5e5", "ec_yarn32", "eh_pi8"]

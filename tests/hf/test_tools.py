@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from ropepp_lit.checkpoint import describe_architecture, make_checkpoint
-from ropepp_lit.data.tokenizer import byte_tokenizer
 from ropepp_lit.hf.export import export
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPEPP
+from ropepp_lit.text.tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.end_to_end
 

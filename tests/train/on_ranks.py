@@ -22,13 +22,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from ropepp_lit import checkpoint
-from ropepp_lit.data.tokenizer import byte_tokenizer
 from ropepp_lit.eval.models import Model
 from ropepp_lit.eval.retrieval import write_answers
 from ropepp_lit.nn import Decoder, DecoderConfig, FoPE, Frequencies, RoPEPP
 from ropepp_lit.nn.attention import Attention
 from ropepp_lit.nn.context_parallel import ContextGroup
 from ropepp_lit.nn.generation import generate
+from ropepp_lit.text.tokenizer import byte_tokenizer
 from ropepp_lit.train.fsdp import whole
 from ropepp_lit.train.optimizer import Muon, _ShardedMuon
 from ropepp_lit.train.parallel import (

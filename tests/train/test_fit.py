@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from ropepp_lit.checkpoint import load_decoder, read_checkpoint
-from ropepp_lit.data.tokenizer import byte_tokenizer
 from ropepp_lit.nn import RoPEPP
 from ropepp_lit.nn.generation import generate
+from ropepp_lit.text.tokenizer import byte_tokenizer
 
 pytestmark = pytest.mark.end_to_end
 

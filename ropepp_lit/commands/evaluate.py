@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from ropepp_lit.data.sources import Record
     from ropepp_lit.eval.models import Model
     from ropepp_lit.eval.results import Measurement
     from ropepp_lit.eval.tasks import Settings
+    from ropepp_lit.text.sources import Record
 
 
 def evaluate(
@@ -100,9 +100,9 @@ def evaluate(
 
 def _read_texts(model: Model, text: str | None, min_tokens: int, limit: int) -> list[str]:
     """Documents given as sources, or held out by the run that made the checkpoint."""
-    from ropepp_lit.data.sources import Reader, find_files
     from ropepp_lit.data.token_data import TokenData
     from ropepp_lit.errors import UsageError
+    from ropepp_lit.text.sources import Reader, find_files
 
     recipe = model.entry.get("recipe")
     documents: Iterable[str]
@@ -146,10 +146,10 @@ def _measure(
 
     from tqdm import tqdm
 
-    from ropepp_lit.data.shards import write_whole
     from ropepp_lit.eval import probes
     from ropepp_lit.eval.results import Measurement
     from ropepp_lit.eval.tasks import averages, check, measure, work_of
+    from ropepp_lit.files import write_whole
 
     texts_digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     num_tokens = [len(model.opening) + len(model.encode(text)) for text in texts]

@@ -157,7 +157,7 @@ def _report(path: Path, checkpoint: dict[str, Any]) -> None:
     import yaml
 
     from ropepp_lit.checkpoint import KEY, load_decoder
-    from ropepp_lit.data.shards import write_whole
+    from ropepp_lit.files import write_whole
 
     ours = checkpoint[KEY]
     decoder = load_decoder(checkpoint)

@@ -33,8 +33,8 @@ def figures(
     if context_length < 2:
         raise UsageError(f"context_length: {context_length} must be 2 or more")
 
-    from ropepp_lit.data.shards import write_whole  # heavy imports wait until the arguments are known to be right
     from ropepp_lit.eval.figures import draw_positions, draw_scores, to_png
+    from ropepp_lit.files import write_whole  # heavy imports wait until the arguments are known to be right
 
     folder = Path(out)
     try:

@@ -83,7 +83,7 @@ def prepare(
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # read when tokenizers is first used
 
     from ropepp_lit.data import prepare as work
-    from ropepp_lit.data.tokenizer import check_choice
+    from ropepp_lit.text.tokenizer import check_choice
 
     check_choice("", tokenizer, train_tokenizer)
     settings = work.Settings(

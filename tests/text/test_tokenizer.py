@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from ropepp_lit.data.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
 from ropepp_lit.errors import UsageError
+from ropepp_lit.text.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
 
 DOCUMENTS = [f"Document {n}: " + "the quick brown fox – äöü 漢字 🙂\r\n" * (1 + n % 7) for n in range(60)]
 

@@ -1,0 +1,1 @@
+"""The subcommands that are functions, one file each: parse, check, call, print."""
