@@ -9,8 +9,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 KINDS = ("gpt2", "llama2", "llama3", "qwen", "chat")
-"""GPT-2's (BOS = EOS, nothing added), Llama 2's (byte fallback, BOS added), Llama 3's (BOS added by a template, two EOS),
-Qwen's (no BOS), and a chat model's with truncation to 64 tokens and padding saved in tokenizer.json."""
+"""GPT-2's (BOS = EOS, nothing added), Llama 2's (byte fallback, BOS added), Llama 3's (BOS added by a template, two
+EOS), Qwen's (no BOS), and a chat model's with truncation to 64 tokens and padding saved in tokenizer.json."""
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and then it sleeps.\n",
@@ -24,7 +24,8 @@ LONG = "".join(f"Line {number}: the fox reads 漢字 and sleeps in café {number
 """A text of more than 64 tokens in every kind."""
 
 SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """How Qwen's tokenizer splits texts; Llama 3's takes up to three digits together."""
 
@@ -41,6 +42,11 @@ def _byte_level(special: list[str], *, size: int = 300, normalizer: normalizers.
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.add_special_tokens(special)
     return tokenizer
+
+
+def _splitting(pattern: str) -> pre_tokenizers.PreTokenizer:
+    words = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def make_gpt2() -> tuple[Tokenizer, dict, dict]:
@@ -77,12 +83,7 @@ def make_llama3() -> tuple[Tokenizer, dict, dict]:
     """As Llama 3: the template opens texts; two tokens end what is generated."""
     tokenizer = _byte_level(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
     bos = tokenizer.token_to_id("<|begin_of_text|>")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = _splitting(SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"))
     template = processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos)])
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
     names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "clean_up_tokenization_spaces": True}
@@ -92,12 +93,7 @@ def make_llama3() -> tuple[Tokenizer, dict, dict]:
 def make_qwen() -> tuple[Tokenizer, dict, dict]:
     """As Qwen 2.5: no BOS, though config.json names an id."""
     tokenizer = _byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], normalizer=normalizers.NFC())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = _splitting(SPLIT)
     names = {"bos_token": None, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "add_bos_token": False}
     return tokenizer, {"tokenizer_class": "Qwen2Tokenizer", **names}, {"bos_token_id": 1}
 
