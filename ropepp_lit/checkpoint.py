@@ -14,8 +14,9 @@ A checkpoint is Lightning's, plus one entry `ropepp_lit` of plain dicts, lists a
 | `tokens_seen`       | tokens that all ranks have read since the run began                                     |
 | `validation`        | what the newest validation found, by set                                                |
 | `tokenizer`         | the tokenizer's JSON, or None                                                           |
-| `bos_token_id`      | what texts begin with, or None                                                          |
+| `bos_token_id`      | the token that is named as the beginning of texts, or None                              |
 | `eos_token_id`      | what ends a document, or None                                                           |
+| `opening`           | token ids before every text; absent or None means `bos_token_id`                        |
 | `tokenizer_config`  | the tokenizer's settings in Hugging Face's JSON, or absent                              |
 | `generation_config` | Hugging Face's settings of generation in JSON, or absent                                |
 """

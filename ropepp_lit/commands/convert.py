@@ -54,7 +54,7 @@ def import_(
     write_checkpoint(path, checkpoint)
     _report(path, checkpoint)
     if checkpoint[KEY]["tokenizer"] is None:
-        print(f"Notice: {source} holds no tokenizer.json, so the checkpoint cannot read or write text.")
+        print(f"Notice: {source} has no tokenizer, so the checkpoint cannot read or write text.")
 
 
 def upcycle(

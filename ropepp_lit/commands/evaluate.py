@@ -152,7 +152,7 @@ def _measure(
     from ropepp_lit.files import write_whole
 
     texts_digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    num_tokens = [len(model.opening) + len(model.encode(text)) for text in texts]
+    num_tokens = [len(model.tokenizer.encode_whole(text)) for text in texts]
     units = settings.units(model)
     check(model, units, settings, num_tokens)
     (folder / "parts").mkdir(parents=True, exist_ok=True)

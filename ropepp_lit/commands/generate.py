@@ -27,13 +27,13 @@ def generate(
         trust: `module.Class` of a position scheme of your own that the checkpoint was made with and may be imported.
     """
     import torch  # heavy imports wait until the arguments are known to be right
-    from tokenizers import Tokenizer
-    from tokenizers.decoders import DecodeStream
 
     from ropepp_lit.checkpoint import KEY, load_decoder
     from ropepp_lit.errors import UsageError
     from ropepp_lit.hf.folder import open_checkpoint
     from ropepp_lit.nn import generation
+    from ropepp_lit.text.stream import TextStream
+    from ropepp_lit.text.tokenizer import TextTokenizer
 
     generation.check_sampling("", temperature, top_p)
     if max_new_tokens < 1:
@@ -41,16 +41,13 @@ def generate(
     contents = open_checkpoint(checkpoint)
     ours = contents[KEY]
     if ours["tokenizer"] is None:
-        raise UsageError(f"{checkpoint}: holds no tokenizer, so it cannot read a prompt or write text")
-    tokenizer = Tokenizer.from_str(ours["tokenizer"])
+        raise UsageError(f"{checkpoint}: the checkpoint stores no tokenizer, so it cannot read a prompt or write text")
+    tokenizer = TextTokenizer.from_entry(ours)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoder = load_decoder(contents, trust=trust).to(device)
-    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-    if ours["bos_token_id"] is not None:
-        ids = [ours["bos_token_id"], *ids]
-    ids = ids or [ours["eos_token_id"]]  # no token opens documents: begin behind the one that closes them
+    ids = tokenizer.encode_prompt(prompt)
     print(prompt, end="", flush=True)
-    stream = DecodeStream(ids=ids)
+    stream = TextStream(tokenizer, ids)
     for token in generation.generate(
         decoder,
         torch.tensor([ids], device=device),
@@ -59,10 +56,10 @@ def generate(
         top_p=top_p,
         generator=torch.Generator(device).manual_seed(seed),
     ):
-        if int(token) == ours["eos_token_id"]:
+        if int(token) in tokenizer.stop_token_ids:
             break
-        print(stream.step(tokenizer, int(token)) or "", end="", flush=True)
-    print()
+        print(stream.push(int(token)), end="", flush=True)
+    print(stream.finish())
 
 
 def main(arguments: list[str]) -> None:

@@ -42,8 +42,8 @@ def prepare(
         tokenizer: `bytes`, a tokenizer.json, a .ckpt file, or a Hugging Face folder or name on the Hub
             (ORGANIZATION/MODEL).
         train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with so many tokens on the documents.
-        bos_token: What opens documents; empty means what the tokenizer's folder says, else nothing.
-        eos_token: What closes documents; empty means what the tokenizer's folder says, else the first known one.
+        bos_token: What stands before documents, instead of what the tokenizer itself puts there ("" for nothing).
+        eos_token: What ends documents, instead of what the tokenizer's folder says.
         text_key: Key or column of the text in JSON lines and parquet.
         min_tokens: Leave shorter documents out (the paper: 512).
         max_tokens: Leave longer documents out.

@@ -100,7 +100,7 @@ def fingerprint_of(files: list[Source], settings: Settings) -> str:
     }
     if settings.tokenizer is not None:  # what the file holds, and not only its name
         tokenizer = load_tokenizer(settings.tokenizer, bos_token=settings.bos_token, eos_token=settings.eos_token)
-        identity["tokenizer"] = [tokenizer.tokenizer.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id]
+        identity["tokenizer"] = tokenizer.fingerprint
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
@@ -216,7 +216,7 @@ class _Work:
         if settings.train_tokenizer is None:
             assert settings.tokenizer is not None
             tokenizer = load_tokenizer(settings.tokenizer, bos_token=settings.bos_token, eos_token=settings.eos_token)
-            write_whole(self._folder / TOKENIZER, tokenizer.tokenizer.to_str())
+            write_whole(self._folder / TOKENIZER, tokenizer.json)
             return tokenizer
         path = self._folder / TOKENIZER
         if path.is_file():
@@ -225,7 +225,7 @@ class _Work:
             desc="Training the tokenizer", unit=" documents", disable=not self._show_progress, leave=False
         ) as bar:
             tokenizer = train_tokenizer(self._training_texts(bar), vocab_size=settings.train_tokenizer)
-        write_whole(path, tokenizer.tokenizer.to_str())
+        write_whole(path, tokenizer.json)
         return tokenizer
 
     def _training_texts(self, bar: tqdm) -> Iterator[str]:
@@ -340,6 +340,7 @@ class _Work:
         return part
 
     def _finish(self, parts: list[_Part]) -> Manifest:
+        assert self._tokenizer.eos_token_id is not None
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             fingerprint=self._fingerprint,
@@ -347,6 +348,7 @@ class _Work:
             vocab_size=self._tokenizer.vocab_size,
             bos_token_id=self._tokenizer.bos_token_id,
             eos_token_id=self._tokenizer.eos_token_id,
+            opening=list(self._tokenizer.opening),
             dtype=_dtype_of(self._tokenizer)[1],
             skipped={},
             examples=[example for part in parts for example in part.examples][:20],

@@ -93,6 +93,8 @@ class Manifest:
     vocab_size: int
     bos_token_id: int | None
     eos_token_id: int
+    opening: list[int] | None = None
+    """Tokens before every document's text; empty means `bos_token_id` where there is one."""
     dtype: str
     """numpy's name of the tokens' type: uint16 up to 65,536 tokens of vocabulary, else int32."""
     skipped: dict[str, int]

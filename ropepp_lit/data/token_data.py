@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule, Trainer
-from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 
 from ropepp_lit.data import prepare
@@ -24,7 +23,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.loss import IGNORE_INDEX
 from ropepp_lit.sizes import parse_bytes
 from ropepp_lit.text.sources import BUILTIN, HUB, find_files
-from ropepp_lit.text.tokenizer import check_choice
+from ropepp_lit.text.tokenizer import TextTokenizer, check_choice
 
 
 class TokenData(LightningDataModule):
@@ -158,6 +157,14 @@ class TokenData(LightningDataModule):
             )
         self.manifest = next(iter(self.manifests.values()))
         self.tokenizer_json = next(iter(tokenizers.values()))
+        self.text_tokenizer = TextTokenizer.from_entry(
+            {
+                "tokenizer": self.tokenizer_json,
+                "bos_token_id": self.manifest.bos_token_id,
+                "eos_token_id": self.manifest.eos_token_id,
+                "opening": self.manifest.opening,
+            }
+        )
         settings: dict[str, Any] = {
             "context_length": self.context_length,
             "eos_token_id": self.manifest.eos_token_id,
@@ -210,14 +217,6 @@ class TokenData(LightningDataModule):
         self.setup("plan")
         return self._train.collate(self._train.__getitems__(list(range(self.batch_size))))
 
-    def begin_text(self, ids: list[int]) -> list[int]:
-        """Token ids of a text as the model reads it from its beginning: behind the token that opens a document.
-
-        Where no token does, an empty text is the token that closes documents, so that there is something to continue.
-        """
-        bos = self.manifest.bos_token_id
-        return (ids or [self.manifest.eos_token_id]) if bos is None else [bos, *ids]
-
     @property
     def identity(self) -> dict[str, Any]:
         """What the order of samples depends on: where it differs, a position in the data means nothing."""
@@ -245,7 +244,7 @@ class TokenData(LightningDataModule):
             limit: Documents at most.
             min_tokens: Leave out those of fewer tokens.
         """
-        tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        tokenizer = self.text_tokenizer
         documents = (ids for name in self.validation_sets for ids in self.held_out_documents(name))
         texts = (tokenizer.decode(ids.tolist()) for ids in documents if len(ids) - 2 >= min_tokens)
         return itertools.islice((text for text in texts if text.strip()), limit)

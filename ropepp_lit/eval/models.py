@@ -43,11 +43,11 @@ class Model:
     @property
     def opening(self) -> list[int]:
         """What texts begin with."""
-        return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        return list(self.tokenizer.opening)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without what opens and closes documents."""
-        return self.tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.tokenizer.encode_text(text)
 
     def describe(self) -> dict[str, Any]:
         """What results say of it."""
@@ -84,15 +84,13 @@ def load_model(source: str, *, trust: str | None = None, dtype: torch.dtype, dev
     name, path = source.split("=", 1) if "=" in source and not Path(source).exists() else ("", source)
     contents = open_checkpoint(path)
     entry = contents[KEY]
-    if entry["tokenizer"] is None or entry["eos_token_id"] is None:
-        raise UsageError(f"{path}: holds no tokenizer that says what closes a document, so it cannot read text")
+    if entry["tokenizer"] is None:
+        raise UsageError(f"{path}: the checkpoint stores no tokenizer, so it cannot read text")
     return Model(
         name=name or _name_of(Path(path)),
         path=path,
         decoder=load_decoder(contents, trust=trust).to(dtype).to(device),
-        tokenizer=TextTokenizer.from_json(
-            entry["tokenizer"], bos_token_id=entry["bos_token_id"], eos_token_id=entry["eos_token_id"]
-        ),
+        tokenizer=TextTokenizer.from_entry(entry),
         fingerprint=_fingerprint(Path(path)),
         entry=entry,
     )

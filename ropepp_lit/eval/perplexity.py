@@ -74,7 +74,7 @@ def measure(
     Returns:
         Measurements with one entry per document: nats over tokens (bytes for bits per byte).
     """
-    documents = [[*model.opening, *model.encode(text)] for text in texts]
+    documents = [model.tokenizer.encode_whole(text) for text in texts]
     losses = np.zeros((len(documents), RANGES))
     counts = np.zeros((len(documents), RANGES))
     for batch in _batches(windows([len(ids) for ids in documents], length=length, stride=stride or length)):

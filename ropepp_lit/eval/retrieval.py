@@ -164,18 +164,18 @@ def write_answers(
         max_new_tokens: Tokens of an answer at most.
         chunk_tokens: Tokens of a prompt in one forward pass; empty means all.
     """
-    eos, written = model.tokenizer.eos_token_id, []
+    stops, written = model.tokenizer.stop_token_ids, []
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     input_ids = torch.tensor(prompts, device=model.device)
+    ends = torch.tensor(sorted(stops), dtype=torch.int64, device=model.device)
     for tokens in generate(model.decoder, input_ids, max_new_tokens=max_new_tokens, chunk_tokens=chunk_tokens):
         written.append(tokens)
-        ended = ended | (tokens == eos)
+        ended = ended | torch.isin(tokens, ends)
         if ended.all():
             break
     answers = []
     for row in torch.stack(written, dim=1).tolist():
-        end = row.index(eos) if eos in row else len(row)
-        answers.append(model.tokenizer.tokenizer.decode(row[:end]))
+        answers.append(model.tokenizer.decode(list(itertools.takewhile(lambda token: token not in stops, row))))
     return answers
 
 
@@ -242,12 +242,12 @@ def score(answers: list[str], written: str) -> float:
 
 
 def _encode(tokenizer: TextTokenizer, text: str) -> list[int]:
-    return tokenizer.tokenizer.encode(text, add_special_tokens=False).ids
+    return tokenizer.encode_text(text)
 
 
 def _fit(family: str, tokenizer: TextTokenizer, length: int, seed: int, number: int) -> Example | None:
     """The example, cut so that its prompt and room for the answer have `length` tokens; None where it cannot."""
-    opening = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    opening = tokenizer.opening
     room = length - answer_tokens(family, tokenizer, seed=seed) - len(opening)
     probe = list(itertools.islice(draft(family, units=100, seed=str(seed), number=number).fillers, 20))
     per_filler = len(_encode(tokenizer, " ".join(probe))) / len(probe)

@@ -189,7 +189,7 @@ def measure(
         return found, None
     assert unit.length is not None
     if unit.task == "attention":
-        ids = [[*model.opening, *model.encode(text)] for text in texts]
+        ids = [model.tokenizer.encode_whole(text) for text in texts]
         long_enough = [text for text in ids if len(text) >= unit.length][:ATTENTION_TEXTS]
         return probes.measure_attention(model, long_enough, length=unit.length, progress=progress)
     if unit.noise_std is None:

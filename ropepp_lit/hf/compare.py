@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from ropepp_lit.checkpoint import KEY, load_decoder
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder
+from ropepp_lit.text.tokenizer import TextTokenizer
 
 PROBE_TOKENS = 256
 
@@ -71,9 +71,7 @@ def _tokenize(checkpoint: dict[str, Any], text: Path) -> list[torch.Tensor]:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"text: {text}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from error
-    ids = Tokenizer.from_str(ours["tokenizer"]).encode(content, add_special_tokens=False).ids
-    if ours["bos_token_id"] is not None:
-        ids = [ours["bos_token_id"], *ids]
+    ids = TextTokenizer.from_entry(ours).encode_whole(content)
     if len(ids) < 2:
         raise UsageError(f"text: {text}: too short to predict anything")
     size = min(ours["context_length"] or 2048, 2048)

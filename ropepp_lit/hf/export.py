@@ -16,8 +16,6 @@ import torch
 import yaml
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from ropepp_lit import __version__
@@ -27,6 +25,8 @@ from ropepp_lit.hf.compare import load_in_float32
 from ropepp_lit.hf.config import Architecture, write_config
 from ropepp_lit.hf.folder import CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, weights_of
 from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme
+from ropepp_lit.text import tokenizer_files
+from ropepp_lit.text.tokenizer import TextTokenizer
 
 MODELING = ("configuration_ropepp.py", "modeling_ropepp.py")
 
@@ -42,6 +42,9 @@ TRIED = "4.56.2, 4.57.6, 5.23.0 and 5.24.0"
 PROBE_TOKENS = 64
 """Tokens whose logits are compared, from position 0 and from behind the trained context."""
 
+PROBE_TEXT = "A fox: 漢字 + 4096."
+"""Text whose tokens are compared, with what stands before and behind it."""
+
 CHECK = """
 import sys
 
@@ -55,7 +58,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-folder, given, answer = sys.argv[1:]
+folder, given, answer = sys.argv[1:4]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype="auto").eval()
 stored = model.dtype
 for module in (model.model.embed_tokens, model.model.norm, model.lm_head):
@@ -68,7 +71,13 @@ with torch.no_grad():
     logits = [
         model(values["input_ids"], position_ids=row[None], use_cache=False).logits[0] for row in values["position_ids"]
     ]
-save_file({"logits": torch.stack(logits)}, answer)
+answers = {"logits": torch.stack(logits)}
+if "text" in values:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    answers["text"] = torch.tensor(tokenizer(sys.argv[4]).input_ids)
+save_file(answers, answer)
 """
 
 
@@ -163,20 +172,26 @@ def _write_settings(ours: dict[str, Any], fields: dict[str, Any], dtype: torch.d
     for file, values in ((CONFIG, config), (GENERATION, generation)):
         (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     if ours["tokenizer"] is not None:
-        tokenizer = Tokenizer.from_str(ours["tokenizer"])
-        tokens = {key: None if value is None else tokenizer.id_to_token(value) for key, value in ids.items()}
-        bos, eos = tokens["bos_token_id"], tokens["eos_token_id"]
-        if ours.get("tokenizer_config") is not None:
-            settings = json.loads(ours["tokenizer_config"])
-        else:
-            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
-            settings |= {"model_max_length": fields["max_position_embeddings"], "clean_up_tokenization_spaces": False}
-            if bos is not None:  # a text begins as the documents of the training did
-                tokenizer.post_processor = TemplateProcessing(
-                    single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, ours["bos_token_id"])]
-                )
-        (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        _write_tokenizer(ours, folder, model_max_length=fields["max_position_embeddings"])
+
+
+def _write_tokenizer(ours: dict[str, Any], folder: Path, *, model_max_length: int) -> None:
+    """The tokenizer, which puts before every text what stood before the documents of the training."""
+    found = TextTokenizer.from_entry(ours)
+    tokenizer, bos, eos = found.tokenizer, found.token(found.bos_token_id), found.token(found.eos_token_id)
+    settings = json.loads(ours.get("tokenizer_config") or "{}")
+    settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    settings.setdefault("model_max_length", model_max_length)
+    settings.setdefault("clean_up_tokenization_spaces", False)
+    for key, token in (("bos_token", bos), ("eos_token", eos)):
+        if tokenizer_files.content_of(settings.get(key)) != token:
+            settings[key] = token
+    if tokenizer_files.added_around(tokenizer) != (found.opening, found.closing):
+        tokenizer.post_processor = tokenizer_files.processor_around(tokenizer, found.opening, found.closing)
+        if "add_bos_token" in settings:  # by which transformers would make the post-processor again
+            settings["add_bos_token"] = found.opening == (found.bos_token_id,)
+    (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_card(
@@ -246,9 +261,12 @@ def _check(checkpoint: dict[str, Any], folder: Path, architecture: Architecture,
     del decoder
     with tempfile.TemporaryDirectory() as name:
         given, answer = Path(name) / "given.safetensors", Path(name) / "answer.safetensors"
-        save_file({"input_ids": input_ids, "position_ids": positions}, given)
+        values = {"input_ids": input_ids, "position_ids": positions}
+        if checkpoint[KEY]["tokenizer"] is not None:
+            values["text"] = torch.tensor(TextTokenizer.from_entry(checkpoint[KEY]).encode_whole(PROBE_TEXT))
+        save_file(values, given)
         finished = subprocess.run(  # noqa: S603 (our own text)
-            [sys.executable, "-c", CHECK, str(folder.resolve()), str(given), str(answer)],
+            [sys.executable, "-c", CHECK, str(folder.resolve()), str(given), str(answer), PROBE_TEXT],
             capture_output=True,
             text=True,
             check=False,
@@ -258,7 +276,13 @@ def _check(checkpoint: dict[str, Any], folder: Path, architecture: Architecture,
         if finished.returncode:
             reason = finished.stderr.strip().splitlines()[-1]
             raise UsageError(f"out: transformers cannot load the export ({reason})")
-        found = load_file(answer)["logits"]
+        answers = load_file(answer)
+    if "text" in values and values["text"].tolist() != answers["text"].tolist():
+        raise UsageError(
+            f"out: transformers would read {PROBE_TEXT!r} as the tokens {answers['text'].tolist()}, and the model was "
+            f"trained with {values['text'].tolist()}; the tokenizer's settings contradict its tokenizer.json"
+        )
+    found = answers["logits"]
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= 1e-4 or math.isnan(difference):
         raise UsageError(f"out: the export's logits differ from the checkpoint's by {difference:.1e} of the largest")

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from ropepp_lit.checkpoint import KEY, decoder_weights, describe_architecture, make_checkpoint, read_checkpoint
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.config import Architecture, Rotary, read_config
 from ropepp_lit.nn import Decoder
+from ropepp_lit.text import tokenizer_files
+from ropepp_lit.text.tokenizer import TextTokenizer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -83,26 +84,33 @@ def read_folder(
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     architecture = read_config(config, shapes, name=str(path), variant=variant, rotary=rotary, ignore=ignore)
     _check_tensors(folder, tensors, architecture)
-    tokenizer = folder / TOKENIZER
-    settings, generation = (
-        _read_json(folder / name) if (folder / name).is_file() else None for name in (TOKENIZER_CONFIG, GENERATION)
-    )
-    template = folder / "chat_template.jinja"
-    if settings is not None and template.is_file():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
-    text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None
-    bos, eos = _token_ids(text, settings or {}, config)
     return make_checkpoint(
         tensors,
         architecture=describe_architecture(architecture.decoder, architecture.scheme, architecture.frequencies),
         context_length=architecture.context_length,
-        tokenizer=text,
-        tokenizer_config=None if settings is None else json.dumps(settings),
-        generation_config=None if generation is None else json.dumps(generation),
-        bos_token_id=bos,
-        eos_token_id=eos,
+        **_read_tokenizer(folder),
         origin=folder.resolve().name,
     )
+
+
+def _read_tokenizer(folder: Path) -> dict[str, Any]:
+    """Entries of a checkpoint on the folder's tokenizer and its settings of generation; see :mod:`.checkpoint`."""
+    generation = folder / GENERATION
+    entry: dict[str, Any] = {
+        "generation_config": json.dumps(_read_json(generation)) if generation.is_file() else None,
+        "tokenizer_config": None,
+    }
+    loaded = tokenizer_files.load(folder)
+    if loaded is None:
+        return entry
+    tokenizer = TextTokenizer.from_files(loaded)
+    return entry | {
+        "tokenizer": tokenizer.json,
+        "tokenizer_config": None if tokenizer.settings is None else json.dumps(tokenizer.settings),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "opening": list(tokenizer.opening),
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -174,23 +182,6 @@ def _check_tensors(folder: Path, tensors: dict[str, Tensor], architecture: Archi
     extra = sorted(set(tensors) - set(wanted))
     if extra:
         raise UsageError(f"{folder}: the tensor {extra[0]} has no place in the decoder ({len(extra)} have none)")
-
-
-def _token_ids(
-    tokenizer: str | None, settings: dict[str, Any], config: dict[str, Any]
-) -> tuple[int | None, int | None]:
-    """BOS and EOS: what the tokenizer's settings name, else what config.json says."""
-    ids = []
-    vocabulary = Tokenizer.from_str(tokenizer) if tokenizer else None
-    for key in ("bos", "eos"):
-        token = settings.get(f"{key}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        found = vocabulary.token_to_id(token) if vocabulary is not None and token is not None else None
-        if found is None and not (vocabulary is not None and f"{key}_token" in settings):
-            found = config.get(f"{key}_token_id")
-            found = found[0] if isinstance(found, list) else found
-        ids.append(found)
-    return ids[0], ids[1]
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

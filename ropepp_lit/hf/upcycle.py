@@ -54,7 +54,15 @@ def upcycle(
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     ours = checkpoint[KEY]
-    kept = ("tokenizer", "tokenizer_config", "generation_config", "bos_token_id", "eos_token_id", "context_length")
+    kept = (
+        "tokenizer",
+        "tokenizer_config",
+        "generation_config",
+        "bos_token_id",
+        "eos_token_id",
+        "opening",
+        "context_length",
+    )
     return make_checkpoint(
         weights,
         architecture=describe_architecture(config, scheme, old.frequencies),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +10,6 @@ import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from tokenizers import Tokenizer
 
 from ropepp_lit.data.token_data import TokenData, replica_of
 from ropepp_lit.errors import UsageError
@@ -141,8 +141,8 @@ class TextSample(Callback):
         if trainer.sanity_checking or not self.max_new_tokens or not isinstance(data, TokenData):
             return
         assert isinstance(pl_module, CausalLM)
-        tokenizer = Tokenizer.from_str(data.tokenizer_json)
-        prompt = data.begin_text(tokenizer.encode(self.prompt, add_special_tokens=False).ids)
+        tokenizer = data.text_tokenizer
+        prompt = tokenizer.encode_prompt(self.prompt)
         device = pl_module.device
         with evaluating(trainer, pl_module.decoder):
             tokens = generate(
@@ -154,8 +154,7 @@ class TextSample(Callback):
                 generator=torch.Generator(device).manual_seed(0),  # leaves the random numbers of training alone
             )
             written = [int(token) for token in tokens]
-        if data.manifest.eos_token_id in written:
-            written = written[: written.index(data.manifest.eos_token_id)]
+        written = list(itertools.takewhile(lambda token: token not in tokenizer.stop_token_ids, written))
         self._show(trainer, pl_module.steps_taken, tokenizer.decode(prompt + written))
 
     @rank_zero_only

@@ -308,6 +308,7 @@ class CausalLM(LightningModule):
             "tokenizer": getattr(datamodule, "tokenizer_json", None),
             "bos_token_id": getattr(manifest, "bos_token_id", None),
             "eos_token_id": getattr(manifest, "eos_token_id", None),
+            "opening": getattr(manifest, "opening", None),
             "tokens_seen": self.tokens_seen,
             "context_length": getattr(datamodule, "context_length", None),
             "validation": self.last_validation,

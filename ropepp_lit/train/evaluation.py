@@ -16,7 +16,6 @@ from ropepp_lit.eval.models import Model
 from ropepp_lit.eval.tasks import Settings, averages, check, measure
 from ropepp_lit.nn import Decoder
 from ropepp_lit.sizes import parse_tokens
-from ropepp_lit.text.tokenizer import TextTokenizer
 from ropepp_lit.train.causal_lm import CausalLM
 
 
@@ -105,8 +104,4 @@ class Evaluation(Callback):
 
     @staticmethod
     def _model(decoder: Decoder, data: TokenData) -> Model:
-        manifest = data.manifest
-        tokenizer = TextTokenizer.from_json(
-            data.tokenizer_json, bos_token_id=manifest.bos_token_id, eos_token_id=manifest.eos_token_id
-        )
-        return Model(name="", path="", decoder=decoder, tokenizer=tokenizer, fingerprint="")
+        return Model(name="", path="", decoder=decoder, tokenizer=data.text_tokenizer, fingerprint="")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, PositionScheme, RoPE, RoPEPP
@@ -315,7 +314,7 @@ loss per micro-batch            {loss.memory / GIB:.2f} GiB at its peak, {loss.b
         if batch is None:
             print("\nThe data are not here, or not prepared yet.")
             return
-        text = Tokenizer.from_str(self.data.tokenizer_json).decode(batch.input_ids[0, :64].tolist())
+        text = self.data.text_tokenizer.decode(batch.input_ids[0, :64].tolist())
         documents = "plain rows" if batch.documents is None else f"{len(batch.documents.cu_seqlens) - 1} documents"
         print(f"\nfirst batch: {tuple(batch.input_ids.shape)}, {documents}; it begins: {text!r}")
 

@@ -84,7 +84,7 @@ def reference(documents, fraction=0.2):
     for text in documents:
         number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
         split = "validation" if number < fraction * 2**64 else "train"
-        splits[split] += [0, *tokenizer.encode(text).ids, 1]
+        splits[split] += [0, *tokenizer.encode(text, add_special_tokens=False).ids, 1]
     return splits
 
 

@@ -121,14 +121,6 @@ def test_validation_predicts_every_token_once(make, source, masking):
         assert make(intra_document_masking=masking).bytes_per_token(source.name) == tokens.bytes / len(labels)
 
 
-def test_text_begins_behind_bos(make):
-    data = make()
-    assert data.begin_text([7, 8]) == [0, 7, 8]
-    data.manifest.bos_token_id = None
-    assert data.begin_text([7, 8]) == [7, 8]
-    assert data.begin_text([]) == [EOS]
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

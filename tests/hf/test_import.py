@@ -209,11 +209,11 @@ def test_special_tokens_and_settings_of_the_tokenizer(folder):
     made = byte_tokenizer().tokenizer
     made.save(str(folder / "tokenizer.json"))
     ours = read_folder(folder)[KEY]
-    assert (ours["bos_token_id"], ours["eos_token_id"]) == (1, 2)  # transformers' defaults in config.json
+    assert (ours["bos_token_id"], ours["eos_token_id"]) == (0, 1)  # not 1 and 2, transformers' defaults in config.json
     settings = {"bos_token": None, "eos_token": {"content": "<|begin_of_text|>"}, "chat_template": "{{ x }}"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     ours = read_folder(folder)[KEY]
-    assert (ours["bos_token_id"], ours["eos_token_id"]) == (None, 0)
+    assert (ours["bos_token_id"], ours["eos_token_id"], ours["opening"]) == (0, 0, [0])
     assert json.loads(ours["tokenizer_config"]) == settings
 
 
@@ -237,7 +237,7 @@ def test_the_command(run, mistake, tmp_path):
     first = run("import", folder, "model.ckpt", cwd=tmp_path).stdout
     assert "model.ckpt: RoPE, base 10000," in first
     assert "Notice:" in first
-    assert "holds no tokenizer.json" in first
+    assert "has no tokenizer" in first
     assert read_checkpoint(tmp_path / "model.ckpt")[KEY]["origin"] == "llama"
     out = run("export", "model.ckpt", "hf", "--dtype", "bfloat16", cwd=tmp_path).stdout
     assert "hf is written; loaded by transformers, its logits differ by" in out
@@ -254,7 +254,7 @@ def test_the_command(run, mistake, tmp_path):
             ("upcycle", "model.ckpt", "ec.ckpt", "--variant", "ec", "--text", "none.txt"),
             "text: the checkpoint holds no",
         ),
-        (("generate", "model.ckpt"), "model.ckpt: holds no tokenizer"),
+        (("generate", "model.ckpt"), "model.ckpt: the checkpoint stores no tokenizer"),
         (("validate", "--ckpt_path", "model.ckpt"), "error:"),
     ):
         assert message in mistake(*arguments, subcommand=subcommand, base=[])

@@ -131,7 +131,7 @@ def test_generate_streams_the_greedy_text(trained, run, tmp_path):
 
 
 def _byte_token(character):
-    return byte_tokenizer().tokenizer.encode(character).ids[0]
+    return byte_tokenizer().encode_text(character)[0]
 
 
 def test_the_last_step_is_saved_and_validated_whatever_the_intervals(run, tiny, tmp_path):

@@ -1,0 +1,216 @@
+"""Tokenizers in the files of Hugging Face: read as transformers reads them; no code of a folder runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer, processors
+
+from ropepp_lit.errors import UsageError
+
+TOKENIZER, SETTINGS, SPECIAL_TOKENS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+CONFIG, GENERATION, TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
+
+VOCABULARIES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+"""Files from which transformers makes a tokenizer where there is no tokenizer.json."""
+
+FILES = (TOKENIZER, SETTINGS, SPECIAL_TOKENS, CONFIG, GENERATION, TEMPLATE, *VOCABULARIES)
+"""Every file of a folder that a tokenizer depends on."""
+
+PROBE = "a fox: def f(x):\n    return 漢字 + 4096  # naïve"
+
+
+class Loaded(NamedTuple):
+    """A tokenizer, and what the files beside it say."""
+
+    tokenizer: Tokenizer
+    bos_token_id: int | None
+    eos_token_id: int | None
+    settings: dict[str, Any] | None
+    """tokenizer_config.json, with special_tokens_map.json and chat_template.jinja merged into it."""
+    generation_config: str | None
+    """generation_config.json."""
+
+
+def load(path: Path) -> Loaded | None:
+    """The tokenizer of a folder in Hugging Face's format, or of a tokenizer.json; a file is read with its neighbours.
+
+    Args:
+        path: A folder, or a file.
+
+    Returns:
+        The tokenizer; None where the folder has no file of one, or there is no such path.
+
+    Raises:
+        UsageError: a file is damaged, a git-lfs pointer, or not a tokenizer that can be read.
+    """
+    folder, file = (path, path / TOKENIZER) if path.is_dir() else (path.parent, path)
+    if path.is_dir() and not any((folder / name).is_file() for name in (TOKENIZER, *VOCABULARIES)):
+        return None
+    if not path.exists():
+        return None
+    for name in {file.name, *FILES}:
+        _check_pointer(folder / name)
+    settings = _read_settings(folder)
+    generation = _read_json(folder / GENERATION)
+    tokenizer, names = _read(folder, file, settings)
+    bos, eos = (tokenizer.token_to_id(name) if name is not None else None for name in names)
+    return Loaded(
+        tokenizer,
+        bos,
+        _eos_of_config(folder, tokenizer) if eos is None else eos,
+        settings,
+        None if generation is None else json.dumps(generation),
+    )
+
+
+def fetch(name: str) -> Path:
+    """A tokenizer's files from the Hugging Face Hub, or from its cache on this machine.
+
+    Raises:
+        UsageError: they are neither there nor here.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+    except Exception as error:  # httpx's, and the Hub's own
+        raise UsageError(
+            f"tokenizer: {name}: neither here nor to be had from the Hugging Face Hub ({type(error).__name__}); "
+            "check the name and the connection"
+        ) from error
+
+
+def added_around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids that the tokenizer's post-processor puts before and behind a text."""
+    body = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a", add_special_tokens=True)
+    before = next((place for place, added in enumerate(whole.special_tokens_mask) if not added), len(whole.ids))
+    for start in (before, *range(len(whole.ids) - len(body) + 1)):
+        if whole.ids[start : start + len(body)] == body:
+            return tuple(whole.ids[:start]), tuple(whole.ids[start + len(body) :])
+    raise UsageError("tokenizer: its post_processor changes the tokens of a text, which is not supported")
+
+
+def processor_around(
+    tokenizer: Tokenizer, opening: Sequence[int], closing: Sequence[int] = ()
+) -> processors.PostProcessor:
+    """A post-processor that puts tokens before and behind every text."""
+    before, behind = ([tokenizer.id_to_token(token) for token in ids] for ids in (opening, closing))
+    single = [*before, "$A", *behind]
+    return processors.TemplateProcessing(
+        single=single,
+        pair=[*single, *before, "$B:1", *behind],
+        special_tokens=[(tokenizer.id_to_token(token), token) for token in {*opening, *closing}],
+    )
+
+
+def stop_ids(tokenizer: Tokenizer, generation_config: str | None) -> frozenset[int]:
+    """The ids of generation_config.json's `eos_token_id` that the tokenizer has."""
+    found = json.loads(generation_config).get("eos_token_id") if generation_config else None
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    return frozenset(token for token in ids if isinstance(token, int) and tokenizer.id_to_token(token) is not None)
+
+
+def _read(folder: Path, file: Path, settings: dict[str, Any] | None) -> tuple[Tokenizer, tuple[str | None, str | None]]:
+    """The tokenizer, and the names of its special tokens: as transformers reads the folder."""
+    if file.is_file() and settings is None and not (folder / CONFIG).is_file():
+        return _read_file(file), (None, None)
+    if file.is_file() and file.name != TOKENIZER:
+        return _read_file(file), _names(settings)
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = _without_limits(Tokenizer.from_str(loaded.backend_tokenizer.to_str()))
+    except Exception as error:  # whatever the tokenizer's class raises
+        if file.is_file():
+            tokenizer = _read_file(file)  # raises where the file itself is wrong
+            _notice(f"{folder}: transformers cannot load this tokenizer ({_line(error)}); {TOKENIZER} is used alone")
+            return tokenizer, _names(settings)
+        raise UsageError(f"tokenizer: {folder}: {_line(error)}") from error
+    if file.is_file():
+        alone = _read_file(file)
+        if alone.encode(PROBE, add_special_tokens=False).ids != tokenizer.encode(PROBE, add_special_tokens=False).ids:
+            kind = type(loaded).__name__
+            _notice(f"{folder}: transformers' {kind} splits text in another way than {TOKENIZER}; it is used as there")
+    return tokenizer, (loaded.bos_token, loaded.eos_token)
+
+
+def _read_file(path: Path) -> Tokenizer:
+    try:
+        return _without_limits(Tokenizer.from_file(str(path)))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UsageError(f"tokenizer: {path}: not a tokenizer ({_line(error)})") from error
+
+
+def _without_limits(tokenizer: Tokenizer) -> Tokenizer:
+    """Switch off truncation and padding, which tools for fine-tuning save in tokenizer.json."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_settings(folder: Path) -> dict[str, Any] | None:
+    """tokenizer_config.json; what it does not name, special_tokens_map.json and chat_template.jinja do."""
+    found = [_read_json(folder / name) for name in (SPECIAL_TOKENS, SETTINGS)]
+    if found == [None, None]:
+        return None
+    special, settings = found
+    merged = {**(special or {}), **{key: value for key, value in (settings or {}).items() if value is not None}}
+    merged = {**dict.fromkeys(settings or {}), **merged}
+    template = folder / TEMPLATE
+    if template.is_file():
+        merged["chat_template"] = template.read_text(encoding="utf-8")
+    return merged
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: not JSON ({_line(error)})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: not a JSON object")
+    return values
+
+
+def _names(settings: dict[str, Any] | None) -> tuple[str | None, str | None]:
+    """BOS and EOS by name."""
+    settings = settings or {}
+    return content_of(settings.get("bos_token")), content_of(settings.get("eos_token"))
+
+
+def content_of(token: str | dict[str, Any] | None) -> str | None:
+    """A token of tokenizer_config.json, where it stands as text or as a description."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _eos_of_config(folder: Path, tokenizer: Tokenizer) -> int | None:
+    """config.json's id, where the tokenizer has that token and it is special: the file names ids whatever there is."""
+    named: Any = (_read_json(folder / CONFIG) or {}).get("eos_token_id")
+    found: Any = named[0] if isinstance(named, list) and named else named
+    added = tokenizer.get_added_tokens_decoder().get(found) if isinstance(found, int) else None
+    return found if added is not None and added.special else None
+
+
+def _check_pointer(path: Path) -> None:
+    """Raise UsageError where git-lfs has left a pointer in place of the file."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                raise UsageError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` in {path.parent}")
+
+
+def _notice(text: str) -> None:
+    print(f"Notice: {text}", file=sys.stderr)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
