@@ -157,7 +157,8 @@ def test_checkpoints_that_cannot_be_measured(mistake, small_checkpoints, tmp_pat
     contents = dict(read_checkpoint(small_checkpoints["ec"]))
     contents[KEY] = {**contents[KEY], "tokenizer": None}
     torch.save(contents, "mute.ckpt")
-    assert "mute.ckpt: the checkpoint stores no tokenizer" in mistake(
+    message = "mute.ckpt: the checkpoint stores no tokenizer"
+    assert message in mistake("mute.ckpt", "--out", "out", subcommand="evaluate")
         "mute.ckpt", "--out", "out", subcommand="evaluate"
     )
     assert not (tmp_path / "out").exists()
