@@ -159,6 +159,4 @@ def test_checkpoints_that_cannot_be_measured(mistake, small_checkpoints, tmp_pat
     torch.save(contents, "mute.ckpt")
     message = "mute.ckpt: the checkpoint stores no tokenizer"
     assert message in mistake("mute.ckpt", "--out", "out", subcommand="evaluate")
-        "mute.ckpt", "--out", "out", subcommand="evaluate"
-    )
     assert not (tmp_path / "out").exists()
