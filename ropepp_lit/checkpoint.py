@@ -16,6 +16,7 @@ A checkpoint is Lightning's, plus one entry `ropepp_lit` of plain dicts, lists a
 | `tokenizer`         | the tokenizer's JSON, or None                                                           |
 | `bos_token_id`      | what texts begin with, or None                                                          |
 | `eos_token_id`      | what ends a document, or None                                                           |
+| `held_out`          | a checksum of each validation set's documents, by set, or absent                        |
 | `tokenizer_config`  | the tokenizer's settings in Hugging Face's JSON, or absent                              |
 | `generation_config` | Hugging Face's settings of generation in JSON, or absent                                |
 """

@@ -24,7 +24,7 @@ def data_of_run(path: str, entry: dict[str, Any]) -> TokenData:
             where a relative path of the recipe names another folder.
     """
     if entry.get("recipe") is None:
-        raise UsageError(f"text: {path} does not store what text was held out from it; name files by --text")
+        raise UsageError(f"text: {path} does not say what text was held out from it; name files by --text")
     data = TokenData(**entry["recipe"]["data"])
     data.continue_from(path, entry)
     data.setup("evaluate")

@@ -82,9 +82,7 @@ def test_loss_and_gradients_equal_each_document_alone(decoder, rows, packed):
 
 
 def test_cached_generation_equals_the_last_document_alone(decoder, rows, packed):
-    found = torch.stack(
-        list(generate(decoder, packed, max_new_tokens=12, documents=bounds())), 1
-    )
+    found = torch.stack(list(generate(decoder, packed, max_new_tokens=12, documents=bounds())), 1)
     for row, tokens in zip(rows, found, strict=True):
         alone = [int(token) for token in generate(decoder, row[-1][None], max_new_tokens=12)]
         assert tokens.tolist() == alone
