@@ -150,7 +150,7 @@ class Checks:
         if largest >= rows:
             remedy = f"prepare the data with the tokenizer of {self._path}" if self._path else f"set it to {tokens}"
             raise UsageError(
-                f"model.decoder.vocab_size: {rows} is below the {tokens} tokens of the tokenizer, and the token {largest} "
+                f"model.decoder.vocab_size: {rows} is below the {tokens} tokens of the tokenizer, and {largest} "
                 f"occurs in the data; {remedy}"
             )
         if tokens > rows:
