@@ -59,10 +59,11 @@ class TokenizerChoice:
             return
         try:
             self._loaded = load_tokenizer(self._name).tokenizer.to_str()
-        except UsageError as error:
+        except UsageError:
             if self._checkpoint is None:
                 raise
-            self.notices.append(f"Note: {error}. The tokenizer of {self._checkpoint[0]} is used.")
+            path = self._checkpoint[0]
+            self.notices.append(f"Note: data.tokenizer: {self._name} cannot be loaded; the tokenizer of {path} is used")
         self._is_loaded = True
         if self._checkpoint is None or self._loaded is None:
             return

@@ -145,6 +145,8 @@ class Recipe:
         self.first_batch = self.data.first_batch()
         if self.first_batch is not None:
             lines += checks.check_data()
+        else:
+            lines += self.data.notices
         return [*lines, *checks.compare()]
 
     @property
