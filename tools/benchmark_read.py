@@ -78,6 +78,7 @@ def plan_a_billion() -> None:
             vocab_size=65536,
             bos_token_id=0,
             eos_token_id=1,
+            opening=[],
             dtype="uint16",
             skipped={},
             examples=[],

@@ -100,19 +100,17 @@ def evaluate(
 
 def _read_texts(model: Model, text: str | None, min_tokens: int, limit: int) -> list[str]:
     """Documents given as sources, or held out by the run that made the checkpoint."""
-    from ropepp_lit.data.token_data import TokenData
+    from ropepp_lit.data.held_out import data_of_run
     from ropepp_lit.errors import UsageError
     from ropepp_lit.text.sources import Reader, find_files
 
-    recipe = model.entry.get("recipe")
     documents: Iterable[str]
     if text is not None:
         documents = (_text_of(record) for _, record in Reader(find_files(text.split(","), key="text")))
-    elif recipe is None:
-        raise UsageError(f"text: {model.path} does not say what text was held out from it; name files by --text")
     else:
-        data = TokenData(**recipe["data"])
-        data.setup("evaluate")
+        data = data_of_run(model.path, model.entry)
+        for line in data.notices:
+            print(line)
         documents = data.held_out_texts(limit, min_tokens=min_tokens)
     chosen: list[str] = []
     for document in documents:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ropepp_lit.data.batch import Batch
+from ropepp_lit.data.comparison import continued_at
 from ropepp_lit.data.plan import BlockPlan, Mixture
 from ropepp_lit.data.remote import RemoteFolder
 from ropepp_lit.data.shards import Manifest, TokenShards
@@ -39,7 +40,6 @@ class Blocks(Dataset):
         sources: Where the tokens are.
         split: `train` or `validation`.
         context_length: Tokens that a model reads at once.
-        eos_token_id: What ends a document.
         intra_document_masking: See :class:`~ropepp_lit.data.token_data.TokenData`.
         seed: Of the order.
         in_order: Read every token once, in order, instead of shuffled blocks.
@@ -54,12 +54,11 @@ class Blocks(Dataset):
         split: str,
         *,
         context_length: int,
-        eos_token_id: int,
         intra_document_masking: bool,
         seed: int,
         in_order: bool,
     ) -> None:
-        self._context_length, self._eos_token_id = context_length, eos_token_id
+        self._context_length = context_length
         self._intra_document_masking = intra_document_masking
         self._in_order = in_order
         self._mixture = Mixture([source.weight for source in sources], seed=seed)
@@ -81,31 +80,45 @@ class Blocks(Dataset):
         """Samples of one pass over all sources."""
         return sum(plan.blocks_per_pass for plan in self._plans)
 
-    def __getitems__(self, samples: list[int]) -> Tensor:
-        """[samples, context_length + 1] int64, of a whole batch at once."""
+    def __getitems__(self, samples: list[int]) -> tuple[Tensor, Tensor | None]:
+        """A whole batch at once.
+
+        Args:
+            samples: Their numbers.
+
+        Returns:
+            Tokens, [samples, context_length + 1] int64; and where documents start, the same shape in bool, or None
+            where rows are plain causal ones.
+        """
         tokens = np.empty((len(samples), self._context_length + 1), dtype=np.int64)
-        for row, sample in zip(tokens, samples, strict=True):
-            end = 0
+        starts = np.zeros_like(tokens, dtype=np.bool_) if self._intra_document_masking else None
+        for index, sample in enumerate(samples):
+            row, end = tokens[index], 0
             if not self._in_order or sample < len(self):
                 source, number = (0, sample) if self._in_order else self._mixture.locate(sample)
                 shards, plan = self._shards[source], self._plans[source]
-                end = shards.read(plan.locate(number), row)
+                end = shards.read(plan.locate(number), row, None if starts is None else starts[index])
                 if shards.is_remote:
                     shards.expect(plan.chunks_behind(number))
             row[end:] = IGNORE_INDEX
-        return torch.from_numpy(tokens)
+        return torch.from_numpy(tokens), None if starts is None else torch.from_numpy(starts)
 
-    def collate(self, samples: Any, shard: ContextShard | None = None) -> Batch:
+    def collate(self, samples: tuple[Tensor, Tensor | None], shard: ContextShard | None = None) -> Batch:
         """A batch of what `__getitems__` gave: inputs, labels shifted by one, and the bounds of documents."""
-        input_ids, labels = samples[:, :-1], samples[:, 1:]
+        tokens, starts = samples
+        input_ids, labels = tokens[:, :-1], tokens[:, 1:]
         if self._in_order:
             input_ids = input_ids.clamp(min=0)  # where validation has run out of tokens
-        if not self._intra_document_masking:
+        if starts is None:
             return Batch.create(input_ids, labels, None, shard=shard)
-        # What follows the end of a document is another document, which it cannot foresee.
-        labels = labels.masked_fill(input_ids == self._eos_token_id, IGNORE_INDEX)
-        documents = Documents.from_eos(input_ids, self._eos_token_id)
-        return Batch.create(input_ids, labels, documents, shard=shard)
+        # The first token of a document is never a label: what comes before it is another document.
+        labels = labels.masked_fill(starts[:, 1:], IGNORE_INDEX)
+        return Batch.create(input_ids, labels, Documents.from_starts(starts[:, :-1]), shard=shard)
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """Token ids of each document, [tokens] of the shards' dtype, in the order in which they are stored."""
+        for shards in self._shards:
+            yield from shards.documents()
 
 
 class TrainLoader:
@@ -145,8 +158,8 @@ class TrainLoader:
         return {"samples": self.samples, "identity": self._identity}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue at the position of a checkpoint; from the start where data, context or seed are others now."""
-        self.samples = state["samples"] if state["identity"] == self._identity else 0
+        """Continue at the position of a checkpoint, where :func:`~ropepp_lit.data.comparison.continued_at` says."""
+        self.samples, _ = continued_at(state, self._identity)
 
 
 def make_loader(

@@ -40,6 +40,7 @@ from ropepp_lit.data.shards import (
 )
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import checksum, write_whole
+from ropepp_lit.text.identity import tokenizer_digest
 from ropepp_lit.text.sources import START, Cursor, Reader, Record, Source, find_files
 from ropepp_lit.text.tokenizer import BOS, EOS, TextTokenizer, load_tokenizer, train_tokenizer
 
@@ -353,6 +354,7 @@ class _Work:
             skipped={},
             examples=[example for part in parts for example in part.examples][:20],
             splits={name: TokenSet.sum([part.splits[name] for part in parts]) for name in SPLITS},
+            tokenizer_digest=tokenizer_digest(self._tokenizer.tokenizer.to_str()),
         )
         for part in parts:
             for reason, count in part.skipped.items():

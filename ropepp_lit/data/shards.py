@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from ropepp_lit.data.plan import WINDOW_CHUNKS, Span
 from ropepp_lit.data.remote import RemoteFolder
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import checksum, write_whole
+from ropepp_lit.text.identity import opening_of, tokenizer_digest
 
 FORMAT_VERSION = 1
 MANIFEST, TOKENIZER, INDEX = "manifest.json", "tokenizer.json", "index.json"
@@ -61,6 +63,11 @@ class TokenSet:
         place[0] += 1
         place[1] += tokens
 
+    @property
+    def digest(self) -> str:
+        """Names the tokens and their order: equal for equal chunks, wherever they and their text lie."""
+        return hashlib.sha256("".join(chunk.sha256 for chunk in self.chunks).encode()).hexdigest()
+
     @classmethod
     def sum(cls, parts: Sequence[TokenSet]) -> TokenSet:
         """The documents of parts together."""
@@ -93,8 +100,8 @@ class Manifest:
     vocab_size: int
     bos_token_id: int | None
     eos_token_id: int
-    opening: list[int] | None = None
-    """Tokens before every document's text; empty means `bos_token_id` where there is one."""
+    opening: list[int]
+    """Tokens before every document's text."""
     dtype: str
     """numpy's name of the tokens' type: uint16 up to 65,536 tokens of vocabulary, else int32."""
     skipped: dict[str, int]
@@ -103,6 +110,13 @@ class Manifest:
     """The first of those that could not be read, and where they are."""
     splits: dict[str, TokenSet]
     """By name: `train`, and `validation` where documents were held out."""
+    tokenizer_digest: str | None = None
+    """Of tokenizer.json (:func:`~ropepp_lit.text.identity.tokenizer_digest`); None in folders of earlier versions."""
+
+    @property
+    def largest_token_id(self) -> int:
+        """Of the tokens that occur."""
+        return max(self.eos_token_id, *(tokens.max_token_id for tokens in self.splits.values()))
 
     def write(self, folder: Path) -> None:
         """Write the manifest into the folder, where it appears only when it is complete."""
@@ -119,7 +133,7 @@ class Manifest:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             splits = {name: TokenSet.from_dict(split) for name, split in values.pop("splits").items()}
-            manifest = cls(**values, splits=splits)
+            manifest = cls(**{"opening": opening_of(values), **values}, splits=splits)
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}; the folder holds no finished token shards") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -132,6 +146,27 @@ class Manifest:
                 "remove the folder to prepare it again"
             )
         return manifest
+
+    def read_tokenizer(self, folder: Path) -> str:
+        """The tokenizer.json of the manifest's folder.
+
+        Raises:
+            UsageError: it is missing, or is not that with which the shards were made.
+        """
+        path = folder / TOKENIZER
+        try:
+            text = path.read_text(encoding="utf-8")
+            digest = tokenizer_digest(text)
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror}; remove {folder} to prepare it again") from error
+        except ValueError as error:
+            raise UsageError(f"{path}: not JSON ({error}); remove {folder} to prepare it again") from error
+        if self.tokenizer_digest not in (None, digest):
+            raise UsageError(
+                f"{path}: not the tokenizer that the shards were made with; put that file back, or remove {folder} to "
+                "prepare it again"
+            )
+        return text
 
 
 class TokenShards:
@@ -161,7 +196,7 @@ class TokenShards:
         self.folder, self.chunks = folder / split, manifest.splits[split].chunks if chunks is None else chunks
         self._remote, self.is_remote = remote, remote is not None
         self._dtype = np.dtype(manifest.dtype)
-        self._maps: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._maps: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._checked: set[int] = set()
         self._fetching: tuple[list[int], ThreadPoolExecutor] | None = None
         if remote is not None:
@@ -176,12 +211,13 @@ class TokenShards:
         if chunks is None and (fault := _fault_of_index(folder, manifest, split)):
             raise UsageError(f"{fault}; the shards are damaged: remove {folder} to prepare them again")
 
-    def read(self, spans: list[Span], out: np.ndarray) -> int:
+    def read(self, spans: list[Span], out: np.ndarray, starts: np.ndarray | None = None) -> int:
         """Write the tokens of spans, joined, to the beginning of an array.
 
         Args:
             spans: Of a :class:`~ropepp_lit.data.plan.BlockPlan` over these chunks.
             out: [tokens or more], integers.
+            starts: [tokens or more], bool: becomes true where a document starts; other places are left as they are.
 
         Returns:
             How many there are.
@@ -191,9 +227,26 @@ class TokenShards:
         """
         end = 0
         for chunk, start, num_tokens in spans:
-            out[end : end + num_tokens] = self._chunk(chunk)[start : start + num_tokens]
+            tokens, offsets = self.open_chunk(chunk)
+            out[end : end + num_tokens] = tokens[start : start + num_tokens]
+            if starts is not None:
+                # Keys of the offsets' own type: others would make numpy convert all offsets of the chunk.
+                bounds = np.array((start, start + num_tokens), dtype=np.int64) * self._dtype.itemsize + offsets[0]
+                first, last = offsets[:-1].searchsorted(bounds.astype(offsets.dtype))
+                starts[(offsets[first:last] - bounds[0]) // self._dtype.itemsize + end] = True
             end += num_tokens
         return end
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """Token ids of each document, in the order in which they are stored.
+
+        Raises:
+            UsageError: as for :meth:`read`.
+        """
+        for index in range(len(self.chunks)):
+            tokens, offsets = self.open_chunk(index)
+            ends = (offsets[1:-1].astype(np.int64) - offsets[0]) // self._dtype.itemsize
+            yield from np.split(tokens, ends)
 
     def expect(self, chunks: list[int]) -> None:
         """Fetch chunks that will be read later, in the background."""
@@ -205,12 +258,22 @@ class TokenShards:
             if index not in self._maps:
                 executor.submit(self._path, index)  # an error shows when the chunk is read
 
-    def _chunk(self, index: int) -> np.ndarray:
+    def open_chunk(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """A chunk's tokens, and litdata's offsets: where each document starts in the file, and its end, in bytes."""
         if index not in self._maps:
-            chunk = self.chunks[index]
-            self._maps[index] = np.memmap(
-                self._path(index), self._dtype, mode="r", offset=self._header_bytes(chunk), shape=(chunk.tokens,)
-            )
+            chunk, path = self.chunks[index], self._path(index)
+            header = self._header_bytes(chunk)
+            contents = np.asarray(np.memmap(path, np.uint8, mode="r"))  # plain arrays are sliced faster
+            offsets, tokens = contents[4:header].view(np.uint32), contents[header:].view(self._dtype)
+            is_right = contents[:4].view(np.uint32)[0] == chunk.documents
+            is_right = is_right and (offsets[0], offsets[-1]) == (header, len(contents))
+            is_right = is_right and bool((offsets[1:] > offsets[:-1]).all())
+            if not is_right or ((offsets - offsets[0]) % self._dtype.itemsize).any():
+                raise UsageError(
+                    f"{path}: its header does not give the bounds of {chunk.documents} documents; "
+                    f"the shards are damaged: remove {self.folder.parent} to prepare them again"
+                )
+            self._maps[index] = tokens, offsets
             if len(self._maps) > MAX_MAPS:
                 self._maps.popitem(last=False)
         self._maps.move_to_end(index)
@@ -262,26 +325,29 @@ def verify(folder: Path) -> list[str]:
     """
     manifest = Manifest.read(folder)
     faults = []
+    try:
+        manifest.read_tokenizer(folder)
+    except UsageError as error:
+        faults.append(str(error))
     for name, tokens in manifest.splits.items():
-        documents = largest = 0
+        largest = 0
         for chunk in tokens.chunks:
-            path = folder / name / chunk.filename
             try:
-                ids = np.empty(chunk.tokens, dtype=np.int32)
-                TokenShards(folder, manifest, name, [chunk]).read([Span(0, 0, chunk.tokens)], ids)
+                ids, offsets = TokenShards(folder, manifest, name, [chunk]).open_chunk(0)
             except UsageError as error:
                 faults.append(str(error))
                 continue
-            header = np.fromfile(path, dtype=np.uint32, count=1)
-            documents += int((ids == manifest.eos_token_id).sum())
+            ends = (offsets[1:].astype(np.int64) - offsets[0]) // ids.itemsize
+            unfinished = int((ids[ends - 1] != manifest.eos_token_id).sum())
+            if unfinished:
+                faults.append(
+                    f"{folder / name / chunk.filename}: {unfinished} documents do not end with the token "
+                    f"{manifest.eos_token_id}"
+                )
             largest = max(largest, int(ids.max()))
-            if int(header[0]) != chunk.documents:
-                faults.append(f"{path}: {int(header[0])} documents instead of {chunk.documents}")
         totals = sum(chunk.documents for chunk in tokens.chunks), sum(chunk.tokens for chunk in tokens.chunks)
         if not faults and (totals != (tokens.documents, tokens.tokens) or largest != tokens.max_token_id):
             faults.append(f"{folder / MANIFEST}: the totals of {name} are not those of its chunks")
-        if not faults and documents < tokens.documents:
-            faults.append(f"{folder / name}: {documents} documents are closed, of {tokens.documents}")
         if fault := _fault_of_index(folder, manifest, name):
             faults.append(fault)
     return faults

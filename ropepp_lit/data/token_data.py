@@ -13,17 +13,18 @@ import numpy as np
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
-from ropepp_lit.data import prepare
 from ropepp_lit.data.batch import Batch
 from ropepp_lit.data.loader import Blocks, RankBatches, Source, TrainLoader, make_loader
 from ropepp_lit.data.plan import PATTERN_SAMPLES
+from ropepp_lit.data.prepare import Settings, cached_folder, prepare_cached
 from ropepp_lit.data.remote import RemoteFolder, is_remote
 from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenSet
+from ropepp_lit.data.tokenizer_choice import TokenizerChoice
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn.loss import IGNORE_INDEX
 from ropepp_lit.sizes import parse_bytes
+from ropepp_lit.text.identity import same_tokenizer
 from ropepp_lit.text.sources import BUILTIN, HUB, find_files
-from ropepp_lit.text.tokenizer import TextTokenizer, check_choice
+from ropepp_lit.text.tokenizer import TextTokenizer
 
 
 class TokenData(LightningDataModule):
@@ -78,6 +79,7 @@ class TokenData(LightningDataModule):
         self._max_bytes = parse_bytes("data.max_cache_size", max_cache_size)
         self._remotes: dict[str, RemoteFolder] = {}
         self._folders: dict[str, Path] = {}
+        self._notes: list[str] = []
         for name, value, least in (
             ("context_length", context_length, 1),
             ("batch_size", batch_size, 1),
@@ -88,6 +90,7 @@ class TokenData(LightningDataModule):
         if not 0 < validation_fraction < 1:
             raise UsageError(f"data.validation_fraction: {validation_fraction} must be between 0 and 1")
         self.tokenizer, self.train_tokenizer = tokenizer, train_tokenizer
+        self._tokenizer = TokenizerChoice(tokenizer, train_tokenizer)
         self.context_length, self.batch_size = context_length, batch_size
         self.intra_document_masking, self.validation_fraction = intra_document_masking, validation_fraction
         self.seed, self.num_workers = seed, num_workers
@@ -109,12 +112,19 @@ class TokenData(LightningDataModule):
                 raise UsageError(f"data.validation: {name} holds no token shards; make them by `ropepp-lit prepare`")
             else:
                 texts.append(name)
-        if not texts and (self.tokenizer is not None or self.train_tokenizer is not None):
-            sources = ", ".join(self.weights)
-            raise UsageError(f"data.tokenizer: {sources} holds token shards and their tokenizer; set neither here")
         find_files(texts, key="data.source")
-        if texts:
-            check_choice("data.", self.tokenizer, self.train_tokenizer)
+        self._tokenizer.check(shards=[name for name in self.weights if name not in texts], texts=texts)
+
+    def continue_from(self, path: str, entry: dict[str, Any]) -> None:
+        """Use the tokenizer of the checkpoint of a run that goes on, or that is measured.
+
+        Text is prepared with it where the recipe trains a tokenizer, or names one that cannot be loaded any more.
+
+        Args:
+            path: The checkpoint.
+            entry: Its entry `ropepp_lit`.
+        """
+        self._tokenizer.continue_from(path, entry)
 
     def prepare_data(self) -> None:
         """Make the token shards that are not there (one process per machine)."""
@@ -132,6 +142,7 @@ class TokenData(LightningDataModule):
         self.validation_sets: dict[str, TokenSet] = {}
         """What each validation set holds, by name: documents held out of the sources, and `validation`."""
         tokenizers: dict[str, str] = {}
+        others: list[tuple[str, Manifest]] = []
         train, validation = [], []
         for source, weight in self.weights.items():
             name = source if source == BUILTIN else Path(source).resolve().name
@@ -147,6 +158,7 @@ class TokenData(LightningDataModule):
             if name in self.validation_sets:
                 raise UsageError(f"data.validation: a source holds out documents as {name}; choose another name")
             opened = self._open(folder, name, tokenizers)
+            others.append((name, opened.manifest))
             split = "validation" if "validation" in opened.manifest.splits else "train"
             self.validation_sets[name] = opened.manifest.splits[split]
             validation.append((opened, split))
@@ -157,41 +169,40 @@ class TokenData(LightningDataModule):
             )
         self.manifest = next(iter(self.manifests.values()))
         self.tokenizer_json = next(iter(tokenizers.values()))
-        self.text_tokenizer = TextTokenizer.from_entry(
-            {
-                "tokenizer": self.tokenizer_json,
-                "bos_token_id": self.manifest.bos_token_id,
-                "eos_token_id": self.manifest.eos_token_id,
-                "opening": self.manifest.opening,
-            }
-        )
+        self.text_tokenizer = TextTokenizer.from_entry(self.entry)
+        self.held_out = {name: tokens.digest for name, tokens in self.validation_sets.items()}
+        """A name for the documents of each validation set."""
+        everything = [*self.manifests.items(), *others]
+        self.largest_token_id = max(manifest.largest_token_id for _, manifest in everything)
+        """Of the tokens that occur."""
+        self._notes = list(_notes_on_special_ids(everything))
         settings: dict[str, Any] = {
             "context_length": self.context_length,
-            "eos_token_id": self.manifest.eos_token_id,
             "intra_document_masking": self.intra_document_masking,
             "seed": self.seed,
         }
         self._train = Blocks(train, "train", in_order=False, **settings)
         self._validation = [Blocks([opened], split, in_order=True, **settings) for opened, split in validation]
 
+    @property
+    def notices(self) -> list[str]:
+        """Lines to print before the data are used."""
+        return [*self._tokenizer.notices, *self._notes]
+
     def _open(self, source: str, name: str, tokenizers: dict[str, str], weight: float = 1.0) -> Source:
         folder = self._folders[source]
-        text = (folder / TOKENIZER).read_text(encoding="utf-8")
+        manifest = Manifest.read(folder)
+        text = manifest.read_tokenizer(folder)
+        self._tokenizer.check_shards(source, text)
         for other, known in tokenizers.items():
-            if text != known:
+            if not same_tokenizer(text, known):
                 raise UsageError(f"data.source: {name} was tokenized by another tokenizer than {other}")
         tokenizers[name] = text
-        return Source(source, folder, Manifest.read(folder), self._remotes.get(source), weight)
+        return Source(source, folder, manifest, self._remotes.get(source), weight)
 
-    @property
-    def _settings(self) -> prepare.Settings:
-        """How text is prepared."""
-        return prepare.Settings(
-            tokenizer=self.tokenizer,
-            train_tokenizer=self.train_tokenizer,
-            validation_fraction=self.validation_fraction,
-            on_error="skip",
-        )
+    def _settings(self, source: str) -> Settings:
+        """How the text of a source is prepared."""
+        return self._tokenizer.settings(source, validation_fraction=self.validation_fraction, cache_dir=self._cache_dir)
 
     def _find(self) -> None:
         """Make the folder of each source known."""
@@ -201,7 +212,8 @@ class TokenData(LightningDataModule):
                 remote.fetch_small(file)
         for source in self.weights:
             if source not in self._folders:
-                self._folders[source] = prepare.prepare_cached(source, self._settings, cache_dir=self._cache_dir)
+                settings = self._settings(source)
+                self._folders[source] = prepare_cached(source, settings, cache_dir=self._cache_dir)
 
     def first_batch(self) -> Batch | None:
         """The first batch of training, or None where its text is not here or still to be prepared."""
@@ -211,7 +223,7 @@ class TokenData(LightningDataModule):
         self.check()
         for source in self.weights:
             if source not in self._folders:
-                folder = prepare.cached_folder(source, self._settings, cache_dir=self._cache_dir)
+                folder = cached_folder(source, self._settings(source), cache_dir=self._cache_dir)
                 if not (folder / MANIFEST).is_file():
                     return None
         self.setup("plan")
@@ -219,23 +231,36 @@ class TokenData(LightningDataModule):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the order of samples depends on: where it differs, a position in the data means nothing."""
-        fingerprints = [manifest.fingerprint for manifest in self.manifests.values()]
-        sources = [list(pair) for pair in zip(fingerprints, self.weights.values(), strict=True)]
-        return {"sources": sources, "context_length": self.context_length, "seed": self.seed}
+        """What the order of samples depends on: where it differs, a position in the data means nothing.
+
+        Sources are known by the checksums of their chunks; `sources` is how earlier versions knew them.
+        """
+        weights, total = list(self.weights.values()), sum(self.weights.values())
+        manifests = list(self.manifests.values())
+        digests = [manifest.splits["train"].digest for manifest in manifests]
+        return {
+            "names": list(self.manifests),
+            "contents": [[digest, weight / total] for digest, weight in zip(digests, weights, strict=True)],
+            "context_length": self.context_length,
+            "seed": self.seed,
+            "sources": [[manifest.fingerprint, weight] for manifest, weight in zip(manifests, weights, strict=True)],
+        }
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """What a checkpoint stores of the data, see :mod:`ropepp_lit.checkpoint`; the data must be set up."""
+        return {
+            "tokenizer": self.tokenizer_json,
+            "bos_token_id": self.manifest.bos_token_id,
+            "eos_token_id": self.manifest.eos_token_id,
+            "opening": self.manifest.opening,
+            "context_length": self.context_length,
+            "held_out": self.held_out,
+        }
 
     def held_out_documents(self, name: str) -> Iterator[np.ndarray]:
         """Token ids of a validation set's documents in their order, each with its opening and closing token."""
-        blocks = self._validation[list(self.validation_sets).index(name)]
-        rest = np.empty(0, dtype=np.int64)
-        for block in range(len(blocks)):
-            row = blocks.__getitems__([block])[0].numpy()
-            new = row[: self.context_length]  # the last token of a row is the next one's first
-            rest = np.concatenate((rest, new[new != IGNORE_INDEX]))
-            *documents, rest = np.split(rest, np.flatnonzero(rest == self.manifest.eos_token_id) + 1)
-            yield from documents
-        if len(rest):
-            yield rest
+        return self._validation[list(self.validation_sets).index(name)].documents()
 
     def held_out_texts(self, limit: int, *, min_tokens: int = 0) -> Iterator[str]:
         """The first documents of the validation sets, one set behind the other, as text.
@@ -257,14 +282,17 @@ class TokenData(LightningDataModule):
         """UTF-8 bytes of text per predicted token, for bits per byte.
 
         Args:
-            name: Of a validation set; empty means the training data as they are mixed.
+            name: Of a validation set; empty means the training data as they are mixed, by tokens.
         """
         sets = [manifest.splits["train"] for manifest in self.manifests.values()]
         weights = list(self.weights.values())
         if name is not None:
             sets, weights = [self.validation_sets[name]], [1.0]
-        ratios = [tokens.bytes / self.predicted_tokens(tokens) for tokens in sets]
-        return sum(w * ratio for w, ratio in zip(weights, ratios, strict=True)) / sum(weights)
+        num_bytes = sum(w * tokens.bytes / tokens.tokens for w, tokens in zip(weights, sets, strict=True))
+        predicted = sum(
+            w * self.predicted_tokens(tokens) / tokens.tokens for w, tokens in zip(weights, sets, strict=True)
+        )
+        return num_bytes / predicted
 
     def train_dataloader(self) -> TrainLoader:
         """Batches of the whole run."""
@@ -305,6 +333,22 @@ class TokenData(LightningDataModule):
     def _trainer(self) -> Trainer:
         assert self.trainer is not None, "a trainer asks for batches"
         return self.trainer
+
+
+def _notes_on_special_ids(manifests: list[tuple[str, Manifest]]) -> Iterator[str]:
+    """A line where documents open or close with other tokens than those of the first manifest.
+
+    Bounds of documents do not depend on these tokens; what opens prompts and ends generated text does.
+    """
+    first, ours = manifests[0]
+    for name, manifest in manifests[1:]:
+        for key in ("opening", "eos_token_id"):
+            theirs, expected = getattr(manifest, key), getattr(ours, key)
+            if theirs != expected:
+                yield (
+                    f"Note: {key} is {theirs} in {name} and {expected} in {first}; prompts and generated text follow "
+                    f"{first}."
+                )
 
 
 def default_cache_dir() -> Path:

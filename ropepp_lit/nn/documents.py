@@ -27,18 +27,6 @@ class Documents(NamedTuple):
     """Tokens of the longest document."""
 
     @classmethod
-    def from_eos(cls, input_ids: Tensor, eos_token_id: int) -> Documents:
-        """Documents that end with `eos_token_id`: one starts at each row's begin and behind each EOS.
-
-        Args:
-            input_ids: [B, T] integers.
-            eos_token_id: The token that closes a document.
-        """
-        starts = torch.ones_like(input_ids, dtype=torch.bool)
-        torch.eq(input_ids[:, :-1], eos_token_id, out=starts[:, 1:])
-        return cls._from_starts(starts)
-
-    @classmethod
     def from_ids(cls, ids: Tensor) -> Documents:
         """Documents by number.
 
@@ -47,11 +35,18 @@ class Documents(NamedTuple):
         """
         starts = torch.ones_like(ids, dtype=torch.bool)
         torch.ne(ids[:, 1:], ids[:, :-1], out=starts[:, 1:])
-        return cls._from_starts(starts)
+        return cls.from_starts(starts)
 
     @classmethod
-    def _from_starts(cls, starts: Tensor) -> Documents:
-        """Documents that start where [B, T] is true; the first token of each row is."""
+    def from_starts(cls, starts: Tensor) -> Documents:
+        """Documents by their first tokens.
+
+        Args:
+            starts: [B, T] bool: true where a document starts. The first token of each row always starts one, or
+                continues one whose beginning the row does not have.
+        """
+        starts = starts.clone()
+        starts[:, 0] = True
         bounds = starts.flatten().nonzero().flatten()
         cu_seqlens = torch.cat((bounds, bounds.new_tensor([starts.numel()])))
         lengths = cu_seqlens.diff()

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.text import tokenizer_files
+from ropepp_lit.text.identity import opening_of
 from ropepp_lit.text.tokenizer_files import Loaded, added_around, processor_around, stop_ids
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
@@ -72,17 +73,14 @@ class TextTokenizer:
 
         Args:
             entry: `tokenizer` (JSON), `bos_token_id`, `eos_token_id`, and where they are known `opening` (token ids)
-                and `generation_config` (JSON). Without `opening` texts begin with `bos_token_id`, as in version 0.1.
+                and `generation_config` (JSON).
         """
-        tokenizer, bos = Tokenizer.from_str(entry["tokenizer"]), entry["bos_token_id"]
-        opening = entry.get("opening")
-        if opening is None:
-            opening = [] if bos is None else [bos]
+        tokenizer = Tokenizer.from_str(entry["tokenizer"])
         return cls(
             tokenizer=tokenizer,
-            bos_token_id=bos,
+            bos_token_id=entry["bos_token_id"],
             eos_token_id=entry["eos_token_id"],
-            opening=tuple(opening),
+            opening=tuple(opening_of(entry)),
             closing=added_around(tokenizer)[1],
             stop_token_ids=stop_ids(tokenizer, entry.get("generation_config")),
         )

@@ -312,6 +312,7 @@ class CausalLM(LightningModule):
             "tokens_seen": self.tokens_seen,
             "context_length": getattr(datamodule, "context_length", None),
             "validation": self.last_validation,
+            "held_out": getattr(datamodule, "held_out", None),
             "origin": self.init_from,
             **self.settings,
         }

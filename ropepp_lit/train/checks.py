@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
-from tokenizers import Tokenizer
 
 from ropepp_lit.checkpoint import KEY, decoder_weights, describe_architecture, read_checkpoint
+from ropepp_lit.data.comparison import ARCHITECTURE, HELD_OUT, SPECIAL_IDS, TOKENIZER, compare, continued_at
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.folder import open_checkpoint
@@ -18,13 +18,11 @@ from ropepp_lit.train.checkpoints import folder_of, newest
 from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.fsdp import FSDP2Strategy
 
+Way = Literal["init_from", "fit", "validate"]
+"""What a checkpoint is used for: a run starts from its weights, goes on from it, or validates it."""
 
-class Start(NamedTuple):
-    """The weights that a run starts from."""
-
-    message: str
-    settings: dict[str, str | None]
-    """See :attr:`CausalLM.settings`."""
+REFUSED: dict[Way, tuple[str, ...]] = {"init_from": (), "fit": (TOKENIZER, SPECIAL_IDS), "validate": (TOKENIZER,)}
+"""Differences between a checkpoint and a recipe that are refused. Others are printed."""
 
 
 def check_checkpointing(trainer: Any) -> None:
@@ -60,8 +58,37 @@ class Checks:
     ) -> None:
         self._model, self._data, self._options = model, data, options
         self._strategy, self._world_size = strategy, world_size
+        self._way: Way = "init_from"
+        self._path = ""
+        self._checkpoint: dict[str, Any] | None = None
         with torch.device("meta"):
             self._decoder = Decoder(model.config, model.scheme, model.frequencies)
+        self._architecture = describe_architecture(model.config, model.scheme, model.frequencies)
+
+    def open_checkpoint(self, ckpt_path: str | None, *, way: Way = "fit") -> None:
+        """Read the checkpoint that is continued or validated, or else the one that `model.init_from` names.
+
+        Args:
+            ckpt_path: The checkpoint; None where a run starts.
+            way: What it is used for.
+
+        Raises:
+            UsageError: the checkpoint cannot be read.
+        """
+        model = self._model
+        if ckpt_path is not None:
+            self._way, self._path = way, ckpt_path
+            self._checkpoint = read_checkpoint(ckpt_path, shapes_only=True)
+            self._data.continue_from(ckpt_path, self._checkpoint[KEY])
+            if Path(ckpt_path).is_dir() and self._strategy is None:
+                raise UsageError(
+                    f"ckpt_path: {ckpt_path} is in shards; continue it by --trainer.strategy fsdp2, on any devices"
+                )
+        elif model.init_from is not None:
+            self._path = model.init_from
+            self._checkpoint = open_checkpoint(model.init_from, shapes_only=True)
+        elif model.init_optimizer:
+            raise UsageError("model.init_optimizer: takes the optimizer's state of model.init_from; name that too")
 
     def check_steps(self) -> None:
         """The length of the run."""
@@ -70,11 +97,14 @@ class Checks:
                 "trainer.max_steps: give the number of optimizer steps, 1 or more; runs are counted in steps"
             )
 
-    def check_recipe(self, *, has_gpu: bool) -> None:
+    def check_recipe(self, *, has_gpu: bool) -> list[str]:
         """What can be checked without data.
 
         Args:
             has_gpu: Whether the run computes on GPUs.
+
+        Returns:
+            Lines to print.
         """
         model, context = self._model, self._data.context_length
         layout = self._decoder.head_layout.split(model.attention_head_groups)
@@ -90,37 +120,101 @@ class Checks:
                 "model.offload_activations: moves activations from a GPU to the CPU, and this run has no GPU"
             )
         reach = model.frequencies.reach
-        if model.scheme.uses_frequencies and reach is not None and context > reach:
-            raise UsageError(
-                f"data.context_length: {context:,} is beyond the {reach:,} tokens (factor × "
-                "original_max_position_embeddings) that model.frequencies is made for"
-            )
+        if not model.scheme.uses_frequencies or reach is None or context <= reach:
+            return []
+        problem = (
+            f"data.context_length: {context:,} is beyond the {reach:,} tokens (factor × "
+            "original_max_position_embeddings) that model.frequencies is made for"
+        )
+        if not self._is_made_for(context):
+            raise UsageError(problem)
+        return [f"Note: {problem}; {self._path or model.init_from} decides"]
 
-    def check_data(self) -> None:
-        """The vocabulary and the evaluations; the data must be prepared and set up."""
-        tokens, vocab_size = self._data.manifest.vocab_size, self._model.config.vocab_size
-        if tokens > vocab_size:
-            raise UsageError(f"model.decoder.vocab_size: {vocab_size} is below the {tokens} tokens of the tokenizer")
+    def _is_made_for(self, context: int) -> bool:
+        """Whether the checkpoint's model says itself that it reads so many tokens with the recipe's frequencies."""
+        if self._checkpoint is None:  # a plan, before the checkpoint is there
+            return self._model.init_from is not None
+        stored = self._checkpoint[KEY]
+        changes = compare(stored, {"architecture": self._architecture}).get(ARCHITECTURE, "")
+        return "model.frequencies" not in changes and context <= (stored.get("context_length") or 0)
+
+    def check_data(self) -> list[str]:
+        """The vocabulary and the evaluations; the data must be prepared and set up.
+
+        Returns:
+            Lines to print.
+        """
+        lines = list(self._data.notices)
+        rows, tokens = self._model.config.vocab_size, self._data.manifest.vocab_size
+        largest = self._data.largest_token_id
+        if largest >= rows:
+            remedy = f"prepare the data with the tokenizer of {self._path}" if self._path else f"set it to {tokens}"
+            raise UsageError(
+                f"model.decoder.vocab_size: {rows} is below the {tokens} tokens of the tokenizer, and {largest} "
+                f"occurs in the data; {remedy}"
+            )
+        if tokens > rows:
+            lines.append(
+                f"Note: the tokenizer has {tokens:,} tokens and the model {rows:,}; the data do not contain the others"
+            )
         for callback in (self._options.evaluation, *(self._options.trainer.callbacks or ())):
             if isinstance(callback, Evaluation):
                 callback.check(self._decoder, self._data)
+        return lines
 
-    def check_checkpoint(self, path: str) -> list[str]:
-        """The checkpoint that `ckpt_path` names, to be validated.
+    def compare(self) -> list[str]:
+        """Compare the checkpoint with the recipe: weights, architecture, tokenizer, special ids and documents.
 
-        Returns:
-            Lines to print: the recipe's values that replace the checkpoint's.
-        """
-        return self._compare_with(path, read_checkpoint(path, shapes_only=True))
-
-    def check_resume(self, path: str) -> list[str]:
-        """The checkpoint that `ckpt_path` names, to continue from.
+        Of data that is not set up, as for a plan on another machine, nothing is compared.
 
         Returns:
-            Lines to print: where the run continues, and the recipe's values that replace the checkpoint's.
+            Lines to print: what the run starts from or where it goes on, and what differs.
+
+        Raises:
+            UsageError: the weights do not fit, or something differs that may not (:data:`REFUSED`).
         """
-        checkpoint = read_checkpoint(path, shapes_only=True)
-        lines = self._compare_with(path, checkpoint)
+        path, checkpoint, data = self._path, self._checkpoint, self._data
+        if checkpoint is None:
+            return []
+        is_set_up = hasattr(data, "tokenizer_json")
+        ours = {"architecture": self._architecture, **(data.entry if is_set_up else {})}
+        differences = compare(checkpoint[KEY], ours)
+        architecture = differences.get(ARCHITECTURE, "")
+        shapes = {name: value.shape for name, value in self._decoder.state_dict().items()}
+        if shapes != {name: value.shape for name, value in decoder_weights(checkpoint).items()}:
+            raise UsageError(f"{path}: its weights do not fit the recipe's model ({architecture}); change the recipe")
+        for kind in REFUSED[self._way]:
+            if kind in differences:
+                raise UsageError(
+                    f"ckpt_path: the data of {path} has another {kind} than {', '.join(data.weights)} "
+                    f"({differences[kind]}); prepare text with it by --tokenizer {path}, or start another run from the "
+                    f"weights by --model.init_from {path}"
+                )
+        if self._way == "init_from":
+            lines = [self._start(architecture)]
+        else:
+            lines = (
+                [f"The recipe differs from {path}; the recipe's values apply: {architecture}"] if architecture else []
+            )
+        if TOKENIZER in differences:
+            lines.append(f"Note: the data's tokenizer is not that of {path}, so its embeddings belong to other tokens.")
+        if SPECIAL_IDS in differences:
+            lines.append(f"Note: the data's special tokens are not those of {path}: {differences[SPECIAL_IDS]}")
+        if HELD_OUT in differences and self._way != "init_from":
+            lines.append(
+                f"Note: the run of {path} held out other documents than {differences[HELD_OUT]}; it may have been "
+                "trained on these"
+            )
+        is_same = is_set_up and TOKENIZER not in differences
+        self._model.settings = {
+            key: checkpoint[KEY].get(key) for key in ("tokenizer_config", "generation_config") if is_same
+        }
+        return [*lines, *self._go_on()] if self._way == "fit" else lines
+
+    def _go_on(self) -> list[str]:
+        """Where a run goes on, in its steps and in its data."""
+        path, checkpoint = self._path, self._checkpoint
+        assert checkpoint is not None
         stored, optimizer = checkpoint[KEY]["optimizer"], type(self._model.optimizer_config).__name__
         if stored is None:
             raise UsageError(f"ckpt_path: {path} stores weights only; start from them by --model.init_from {path}")
@@ -131,31 +225,26 @@ class Checks:
             )
         step, max_steps = checkpoint["global_step"], self._options.trainer.max_steps
         left = f"{max_steps - step:,} steps are left" if step < max_steps else "raise --trainer.max_steps to go on"
-        return [*lines, f"Continuing from {path} at step {step:,} of {max_steps:,}: {left}"]
+        lines = [f"Continuing from {path} at step {step:,} of {max_steps:,}: {left}"]
+        states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader")
+        if states and hasattr(self._data, "manifests"):
+            sample, reason = continued_at(states[0], self._data.identity)
+            if sample != states[0]["samples"]:
+                lines.append(
+                    f"Note: the data start over at sample {sample:,} instead of {states[0]['samples']:,}: {reason}"
+                )
+        return lines
 
-    def _compare_with(self, path: str, checkpoint: dict[str, Any]) -> list[str]:
-        if Path(path).is_dir() and self._strategy is None:
-            raise UsageError(f"ckpt_path: {path} is in shards; continue it by --trainer.strategy fsdp2, on any devices")
-        differences = self._differences(path, checkpoint)
-        return [f"The recipe differs from {path}; the recipe's values apply: {differences}"] if differences else []
-
-    def check_init_from(self) -> Start | None:
-        """The weights that `model.init_from` names; None where the recipe names none.
-
-        The tokenizers are compared where the data is set up.
-        """
-        model, path = self._model, self._model.init_from
-        if path is None:
-            if model.init_optimizer:
-                raise UsageError("model.init_optimizer: takes the optimizer's state of model.init_from; name that too")
-            return None
-        checkpoint = open_checkpoint(path, shapes_only=True)
+    def _start(self, architecture: str) -> str:
+        """What a run starts from, and what it changes."""
+        model, path, checkpoint = self._model, self._path, self._checkpoint
+        assert checkpoint is not None
         stored = checkpoint[KEY]
         if model.init_optimizer and not checkpoint.get("optimizer_states"):
             raise UsageError(f"model.init_optimizer: {path} is not a file with an optimizer's state")
         if model.init_optimizer and stored["optimizer"] != type(model.optimizer_config).__name__:
             raise UsageError(f"model.init_optimizer: {path} stores the state of {stored['optimizer']}")
-        changes = [self._differences(path, checkpoint)]
+        changes = [architecture]
         accumulated = self._options.trainer.accumulate_grad_batches
         replicas = self._world_size // (self._strategy.context_parallel_size if self._strategy is not None else 1)
         after = self._data.tokens_per_step(accumulate_grad_batches=accumulated, num_replicas=replicas)
@@ -167,35 +256,4 @@ class Checks:
             if old not in (None, new):
                 changes.append(f"{name} {old:,} → {new:,}")
         difference = ", ".join(filter(None, changes))
-        message = f"Starting from the weights of {path}" + (f": {difference}" if difference else "")
-        theirs, ours = stored["tokenizer"], getattr(self._data, "tokenizer_json", None)
-        if theirs is None or ours is None:
-            return Start(message, {})
-        if Tokenizer.from_str(theirs).get_vocab() != Tokenizer.from_str(ours).get_vocab():
-            note = f"Note: the data's tokenizer is not that of {path}, so its embeddings belong to other tokens."
-            return Start(f"{message}\n{note}", {})
-        return Start(message, {key: stored.get(key) for key in ("tokenizer_config", "generation_config")})
-
-    def _differences(self, path: str, checkpoint: dict[str, Any]) -> str:
-        """What differs between a checkpoint's architecture and the recipe's; the shapes of the weights must agree."""
-        model = self._model
-        stored = _flatten(checkpoint[KEY]["architecture"])
-        ours = _flatten(describe_architecture(model.config, model.scheme, model.frequencies))
-        differences = ", ".join(
-            f"{name} {stored.get(name, 'none')} → {ours.get(name, 'none')}"
-            for name in stored | ours
-            if stored.get(name) != ours.get(name)
-        )
-        shapes = {name: value.shape for name, value in self._decoder.state_dict().items()}
-        if shapes != {name: value.shape for name, value in decoder_weights(checkpoint).items()}:
-            raise UsageError(f"{path}: its weights do not fit the recipe's model ({differences}); change the recipe")
-        return differences
-
-
-def _flatten(architecture: dict[str, Any]) -> dict[str, Any]:
-    """Settings by the names they have in a recipe."""
-    flat = {f"model.decoder.{name}": value for name, value in architecture["decoder"].items()}
-    for part in ("positions", "frequencies"):
-        flat[f"model.{part}"] = architecture[part]["class_path"].rpartition(".")[2]
-        flat |= {f"model.{part}.{name}": value for name, value in architecture[part]["init_args"].items()}
-    return flat
+        return f"Starting from the weights of {path}" + (f": {difference}" if difference else "")

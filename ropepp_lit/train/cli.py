@@ -107,17 +107,11 @@ class RecipeCLI(LightningCLI):
         self._started = time.monotonic()
         checks, options = self._checks(), self.config_init["fit"]
         checks.check_steps()
-        self._check(checks)
         options.weights_only = True
         options.ckpt_path = checkpoint_to_continue(options)
         self.model.loads_checkpoint = options.ckpt_path is not None
-        start = checks.check_init_from()
-        if start is not None:
-            self.model.settings = start.settings
-        if options.ckpt_path is not None:
-            rank_zero_print("\n".join(checks.check_resume(options.ckpt_path)))
-        elif start is not None:
-            rank_zero_print(start.message)
+        checks.open_checkpoint(options.ckpt_path)
+        self._check(checks)
         check_folder(folder_of(self.trainer.default_root_dir), options.ckpt_path)
         recipe = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))["fit"]
         recipe = {name: value for name, value in recipe.items() if name not in self._subcommand_method_arguments["fit"]}
@@ -130,9 +124,8 @@ class RecipeCLI(LightningCLI):
         options.weights_only, options.verbose = True, False
         if options.ckpt_path is None:
             raise UsageError("ckpt_path is missing: name the checkpoint to validate by --ckpt_path")
+        checks.open_checkpoint(options.ckpt_path, way="validate")
         self._check(checks)
-        for line in checks.check_checkpoint(options.ckpt_path):
-            rank_zero_print(line)
         self.model.loads_checkpoint = True
 
     def _checks(self) -> Checks:
@@ -146,11 +139,12 @@ class RecipeCLI(LightningCLI):
         )
 
     def _check(self, checks: Checks) -> None:
-        checks.check_recipe(has_gpu=not isinstance(self.trainer.accelerator, CPUAccelerator))
+        lines = checks.check_recipe(has_gpu=not isinstance(self.trainer.accelerator, CPUAccelerator))
         self.datamodule.check()
         self.datamodule.prepare_data()
         self.datamodule.setup("check")
-        checks.check_data()
+        for line in [*lines, *checks.check_data(), *checks.compare()]:
+            rank_zero_print(line)
 
     @rank_zero_only
     def _write_recipe(self, recipe: dict[str, Any]) -> None:

@@ -134,20 +134,19 @@ class Recipe:
         """
         checks = Checks(self.model, self.data, options, strategy=self.strategy, world_size=self.devices)
         checks.check_steps()
-        checks.check_recipe(has_gpu=self.trainer.accelerator != "cpu")
+        lines, ckpt_path = [], checkpoint_to_continue(options)
+        key, path = ("model.init_from", self.model.init_from) if ckpt_path is None else ("ckpt_path", ckpt_path)
+        if path is not None and not Path(path).exists():
+            lines.append(f"Not checked: {key} {path} does not exist yet")
+        else:
+            checks.open_checkpoint(ckpt_path)
+        lines += checks.check_recipe(has_gpu=self.trainer.accelerator != "cpu")
         self.first_batch = self.data.first_batch()
         if self.first_batch is not None:
-            checks.check_data()
-        lines, init_from, ckpt_path = [], self.model.init_from, checkpoint_to_continue(options)
-        if init_from is not None and not Path(init_from).exists():
-            lines.append(f"Not checked: model.init_from {init_from} does not exist yet")
-        elif (start := checks.check_init_from()) is not None:
-            lines.append(start.message)
-        if ckpt_path is not None and not Path(ckpt_path).exists():
-            lines.append(f"Not checked: ckpt_path {ckpt_path} does not exist yet")
-        elif ckpt_path is not None:
-            lines += checks.check_resume(ckpt_path)
-        return lines
+            lines += checks.check_data()
+        else:
+            lines += self.data.notices
+        return [*lines, *checks.compare()]
 
     @property
     def tokens_per_step(self) -> int:

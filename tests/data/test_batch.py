@@ -11,7 +11,8 @@ INPUT_IDS = torch.tensor([[5, 1, 7, 7, 7, 1], [7] * 6])
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_visible_pairs_equal_those_of_a_mask(packed):
-    documents = Documents.from_eos(INPUT_IDS, EOS) if packed else None
+    starts = torch.tensor([[1, 0, 1, 0, 0, 0], [0] * 6]).bool()
+    documents = Documents.from_starts(starts) if packed else None
     ids = documents.ids if packed else torch.zeros_like(INPUT_IDS)
     batch = Batch.create(INPUT_IDS, INPUT_IDS, documents)
     assert batch.visible_pairs == (ids[:, :, None] == ids[:, None]).tril().sum()

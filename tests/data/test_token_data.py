@@ -1,12 +1,16 @@
+import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from ropepp_lit.data.comparison import continued_at
 from ropepp_lit.data.prepare import Settings, prepare
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
-from ropepp_lit.text.tokenizer import _byte_characters
+from ropepp_lit.text.tokenizer import _byte_characters, train_tokenizer
 
 EOS = 1
 
@@ -102,6 +106,50 @@ def test_other_data_start_at_the_first_sample(make):
     assert same.samples == 40
 
 
+def copy_texts(source, folder):
+    shutil.copytree(source, folder)
+    return folder
+
+
+def test_a_position_belongs_to_contents_wherever_they_lie(make, source, tmp_path, monkeypatch):
+    """Files that were touched, moved or named otherwise are the same; other bytes are not."""
+    folder = copy_texts(source, tmp_path / "texts")
+    state = {**make(source=folder).train_dataloader().state_dict(), "samples": 40}
+
+    def samples(**settings):
+        loader = make(**settings).train_dataloader()
+        loader.load_state_dict(state)
+        return loader.samples
+
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    assert samples(source=folder) == 40
+    monkeypatch.chdir(tmp_path)
+    assert samples(source="texts") == 40
+    assert samples(source=copy_texts(folder, tmp_path / "moved" / "other name")) == 40
+    weight = {str(folder): 7.0}
+    assert samples(source=weight) == 40  # one source has the whole weight, whatever the number
+    (folder / "0.txt").write_text("Other text " * 5)
+    assert samples(source=folder) == 0
+
+
+def test_why_a_position_is_not_kept(make):
+    state = {**make().train_dataloader().state_dict(), "samples": 40}
+    (name,) = state["identity"]["names"]
+    for settings, reason in (
+        ({"context_length": 16}, "data.context_length is 16 instead of 32"),
+        ({"seed": 5}, "data.seed is 5 instead of 0"),
+        ({"validation_fraction": 0.3}, f"the training documents of {name} have other contents"),
+        ({"seed": 5, "context_length": 16}, "data.context_length is 16 instead of 32; data.seed is 5 instead of 0"),
+    ):
+        assert continued_at(state, make(**settings).identity) == (0, reason)
+    old = {key: state["identity"][key] for key in ("sources", "context_length", "seed")}  # of an earlier version
+    assert continued_at({"samples": 40, "identity": old}, make().identity) == (40, "")
+    sample, reason = continued_at({"samples": 40, "identity": {**old, "sources": [["other", 1.0]]}}, make().identity)
+    assert sample == 0
+    assert reason.startswith("the checkpoint is of an earlier version")
+
+
 def test_length_is_that_of_the_run(make):
     assert len(make(max_steps=7, accumulate=3).train_dataloader()) == 21
 
@@ -145,8 +193,14 @@ def test_a_prepared_folder_gives_the_same_batches(make, source, tmp_path):
     prepare([str(source)], settings, out=tmp_path / "shards", show_progress=False)
     prepared = make(source=tmp_path / "shards", tokenizer=None)
     assert torch.equal(torch.cat(rows(prepared.train_dataloader(), 5)), torch.cat(rows(make().train_dataloader(), 5)))
-    with pytest.raises(UsageError, match=r"data\.tokenizer: .*holds token shards and their tokenizer"):
-        make(source=tmp_path / "shards")
+    again = make(source=tmp_path / "shards", tokenizer="bytes")  # the same one, as in a recipe that import writes
+    assert torch.equal(torch.cat(rows(again.train_dataloader(), 5)), torch.cat(rows(prepared.train_dataloader(), 5)))
+    other = tmp_path / "other.json"
+    train_tokenizer(["one two three"], vocab_size=300).tokenizer.save(str(other))
+    with pytest.raises(UsageError, match=r"data\.tokenizer: .*other.json is not the tokenizer that .*shards was prep"):
+        make(source=tmp_path / "shards", tokenizer=str(other))
+    with pytest.raises(UsageError, match=r"data\.train_tokenizer: .*shards holds token shards and their tokenizer"):
+        make(source=tmp_path / "shards", tokenizer=None, train_tokenizer=300)
     prepare([str(source)], Settings(tokenizer="bytes"), out=tmp_path / "none", show_progress=False)
     with pytest.raises(UsageError, match=r"data\.source: no source holds validation documents"):
         make(source=tmp_path / "none", tokenizer=None)
@@ -194,6 +248,13 @@ def test_a_mixture_begun_by_two_ranks_is_continued_by_one(make, mixture):
     heavier = make(**{**settings, "source": {**mixture, next(iter(mixture)): 0.7}}).train_dataloader()
     heavier.load_state_dict(loaders[1].state_dict())
     assert heavier.samples == 0
+    state = loaders[1].state_dict()
+    long, short = (Path(name).name for name in mixture)
+    assert continued_at(state, make(**{**settings, "source": {**mixture, next(iter(mixture)): 1.6}}).identity)[1] == (
+        f"the weight of {long} is 0.8 instead of 0.6; the weight of {short} is 0.2 instead of 0.4"
+    )
+    one = make(**{**settings, "source": next(iter(mixture))})
+    assert continued_at(state, one.identity)[1] == "data.source has 1 sources instead of 2"
 
 
 def test_validation_sets_of_a_mixture(make, mixture):

@@ -16,8 +16,14 @@ CONFIG = DecoderConfig(
     num_key_value_heads=2,
     initializer_range=0.2,
 )
-EOS = 1
 LENGTHS = [[9, 1, 14, 6], [30], [12, 18]]
+
+
+def bounds():
+    starts = torch.zeros(3, 30, dtype=torch.bool)
+    for row, lengths in zip(starts, LENGTHS, strict=True):
+        row[torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
+    return Documents.from_starts(starts)
 
 
 @pytest.fixture(params=["rope", "eh", "ec"])
@@ -35,16 +41,11 @@ def rows():
 
 @pytest.fixture
 def packed(rows):
-    input_ids = torch.stack([torch.cat(row) for row in rows])
-    for row, lengths in zip(input_ids, LENGTHS, strict=True):
-        row[torch.tensor(lengths).cumsum(0) - 1] = EOS
-    for row, ids in zip(rows, input_ids, strict=True):
-        row[:] = ids.split([len(document) for document in row])
-    return input_ids
+    return torch.stack([torch.cat(row) for row in rows])
 
 
-def test_bounds_and_positions(packed):
-    documents = Documents.from_eos(packed, EOS)
+def test_bounds_and_positions():
+    documents = bounds()
     assert documents.cu_seqlens.tolist() == [0, 9, 10, 24, 30, 60, 72, 90]
     assert documents.ids[0].tolist() == [0] * 9 + [1] + [2] * 14 + [3] * 6
     assert documents.positions[0].tolist() == [*range(9), 0, *range(14), *range(6)]
@@ -53,8 +54,16 @@ def test_bounds_and_positions(packed):
     assert documents.longest == again.longest == 30
 
 
+def test_a_row_that_begins_inside_a_document():
+    starts = torch.zeros(2, 5, dtype=torch.bool)
+    starts[0, 3] = True
+    documents = Documents.from_starts(starts)
+    assert documents.cu_seqlens.tolist() == [0, 3, 5, 10]
+    assert not starts[:, 0].any()  # the argument is left as it was
+
+
 def test_logits_equal_each_document_alone(decoder, rows, packed):
-    found = decoder(packed, documents=Documents.from_eos(packed, EOS))
+    found = decoder(packed, documents=bounds())
     expected = torch.stack([torch.cat([decoder(document[None])[0] for document in row]) for row in rows])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert not torch.allclose(found, decoder(packed), atol=1e-3)
@@ -62,7 +71,7 @@ def test_logits_equal_each_document_alone(decoder, rows, packed):
 
 def test_loss_and_gradients_equal_each_document_alone(decoder, rows, packed):
     labels = torch.randint(0, 64, packed.shape)
-    decoder.loss(packed, labels, documents=Documents.from_eos(packed, EOS), reduction="sum").backward()
+    decoder.loss(packed, labels, documents=bounds(), reduction="sum").backward()
     found = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
     decoder.zero_grad()
     for row, row_labels in zip(rows, labels, strict=True):
@@ -73,16 +82,14 @@ def test_loss_and_gradients_equal_each_document_alone(decoder, rows, packed):
 
 
 def test_cached_generation_equals_the_last_document_alone(decoder, rows, packed):
-    found = torch.stack(
-        list(generate(decoder, packed, max_new_tokens=12, documents=Documents.from_eos(packed, EOS))), 1
-    )
+    found = torch.stack(list(generate(decoder, packed, max_new_tokens=12, documents=bounds())), 1)
     for row, tokens in zip(rows, found, strict=True):
         alone = [int(token) for token in generate(decoder, row[-1][None], max_new_tokens=12)]
         assert tokens.tolist() == alone
 
 
 def test_cached_logits_equal_uncached_ones(decoder, packed):
-    documents = Documents.from_eos(packed, EOS)
+    documents = bounds()
     cache = decoder.allocate_cache(batch_size=3, max_tokens=30)
     parts, start = [], 0
     for size in (11, 1, 18):
@@ -104,7 +111,7 @@ def test_left_padding_is_a_document_of_its_own(decoder):
 
 def test_one_call_per_document_equals_a_mask(packed):
     torch.manual_seed(0)
-    documents = Documents.from_eos(packed, EOS)
+    documents = bounds()
     queries, keys, values = torch.randn(3, 30, 4, 8), torch.randn(3, 30, 2, 8), torch.randn(3, 30, 2, 8)
     mask = documents.ids[:, None, :, None] == documents.ids[:, None, None, :]
     mask = mask & torch.ones(30, 30, dtype=torch.bool).tril()
@@ -123,7 +130,7 @@ def test_attention_on_a_gpu_equals_that_on_the_cpu(packed, dtype, implementation
     if implementation == "flash_attn":
         pytest.importorskip("flash_attn")
     torch.manual_seed(0)
-    documents = Documents.from_eos(packed, EOS)
+    documents = bounds()
     heads = [torch.randn(3, 30, heads, 32).to(dtype).requires_grad_() for heads in (4, 2, 2)]
     expected = attend(*heads, documents=documents)
     expected.sum().backward()

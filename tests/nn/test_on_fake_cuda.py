@@ -116,7 +116,7 @@ def watch(
 ):
     input_ids = torch.randint(2, 64, (2, TOKENS))
     input_ids[:, ::17] = 1
-    documents = Documents.from_eos(input_ids, 1) if packed else None
+    documents = Documents.from_ids((input_ids == 1).cumsum(1)) if packed else None
     labels = input_ids.roll(-1, 1).masked_fill(input_ids == 1, -100)
     if group is not None:  # on the CPU, as where a batch is made
         documents = group.shard.take_documents(documents, 2, TOKENS)
@@ -247,7 +247,7 @@ def test_flash_attn_computes_the_same(monkeypatch):
     torch.manual_seed(0)
     input_ids = torch.randint(2, 64, (2, TOKENS))
     input_ids[:, ::17] = 1
-    documents = Documents.from_eos(input_ids, 1)
+    documents = Documents.from_ids((input_ids == 1).cumsum(1))
     queries, keys, values = (torch.randn(2, TOKENS, heads, 32).bfloat16() for heads in (8, 2, 2))
     expected = kernels.attend(queries, keys, values, documents=documents, scale=0.2)
     monkeypatch.setattr(kernels, "flash_attn_varlen_func", partial(flash_attn_signature, checked=[]))

@@ -21,7 +21,7 @@ def decoder_of(scheme):
 def test_attention_in_the_open_is_attention(scheme):
     decoder = decoder_of(scheme)
     input_ids = torch.randint(0, 50, (2, 40))
-    documents = Documents.from_eos(input_ids, 7)
+    documents = Documents.from_ids((input_ids == 7).cumsum(1))
     plain, packed = decoder(input_ids), decoder(input_ids, documents=documents)
     with decoder.probed(Probe()):
         torch.testing.assert_close(decoder(input_ids), plain)

@@ -1,0 +1,84 @@
+"""The one comparison of a checkpoint with what it meets: architecture, tokenizer, special ids, documents, position.
+
+Both sides are the plain values that a checkpoint stores (:mod:`ropepp_lit.checkpoint`). What follows from a difference
+depends on the command; what counts as one does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ropepp_lit.text.identity import opening_of, same_tokenizer
+
+ARCHITECTURE, TOKENIZER, SPECIAL_IDS, HELD_OUT = "architecture", "tokenizer", "special ids", "held-out documents"
+
+
+def compare(stored: dict[str, Any], ours: dict[str, Any]) -> dict[str, str]:
+    """What differs between a checkpoint's values and others.
+
+    Args:
+        stored: The entry `ropepp_lit` of a checkpoint.
+        ours: The same keys of a recipe's model and data. What either side does not know is not compared.
+
+    Returns:
+        By the kind of the difference (:data:`ARCHITECTURE`, …), a text of the form `name old → new`.
+    """
+    differences = {}
+    if "architecture" in ours:
+        old, new = _flatten(stored["architecture"]), _flatten(ours["architecture"])
+        differences[ARCHITECTURE] = _changes(old, new, list(old | new))
+    if stored.get("tokenizer") and ours.get("tokenizer"):
+        if same_tokenizer(stored["tokenizer"], ours["tokenizer"]):
+            old, new = (
+                {"opening": opening_of(entry), "eos_token_id": entry["eos_token_id"]} for entry in (stored, ours)
+            )
+            differences[SPECIAL_IDS] = _changes(old, new, list(old))
+        else:
+            differences[TOKENIZER] = "other tokens"
+    if stored.get("held_out") and ours.get("held_out"):
+        known = set(stored["held_out"].values())
+        differences[HELD_OUT] = ", ".join(name for name, digest in ours["held_out"].items() if digest not in known)
+    return {kind: text for kind, text in differences.items() if text}
+
+
+def continued_at(state: dict[str, Any], identity: dict[str, Any]) -> tuple[int, str]:
+    """Where a run goes on in its data.
+
+    Args:
+        state: The position that a checkpoint stores, of :meth:`~ropepp_lit.data.loader.TrainLoader.state_dict`.
+        identity: Of the data that it goes on with, of :attr:`~ropepp_lit.data.token_data.TokenData.identity`.
+
+    Returns:
+        The sample, and why it is the first one although the checkpoint stores another; else an empty text.
+    """
+    old, reasons = state["identity"], []
+    for key in ("context_length", "seed"):
+        if old[key] != identity[key]:
+            reasons.append(f"data.{key} is {identity[key]} instead of {old[key]}")
+    if "contents" not in old:  # of a version that knew sources by paths and times of files
+        if old["sources"] != identity["sources"]:
+            reasons.append("the checkpoint is of an earlier version and does not store what its data contained")
+    elif len(old["contents"]) != len(identity["contents"]):
+        reasons.append(f"data.source has {len(identity['contents'])} sources instead of {len(old['contents'])}")
+    else:
+        rows = zip(identity["names"], old["contents"], identity["contents"], strict=True)
+        for name, (old_digest, old_share), (digest, share) in rows:
+            if old_digest != digest:
+                reasons.append(f"the training documents of {name} have other contents")
+            elif old_share != share:
+                reasons.append(f"the weight of {name} is {share:g} instead of {old_share:g}")
+    return (0, "; ".join(reasons)) if reasons else (state["samples"], "")
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any], names: Any) -> str:
+    changed = (name for name in names if old.get(name) != new.get(name))
+    return ", ".join(f"{name} {old.get(name, 'none')} → {new.get(name, 'none')}" for name in changed)
+
+
+def _flatten(architecture: dict[str, Any]) -> dict[str, Any]:
+    """Settings by the names they have in a recipe."""
+    flat = {f"model.decoder.{name}": value for name, value in architecture["decoder"].items()}
+    for part in ("positions", "frequencies"):
+        flat[f"model.{part}"] = architecture[part]["class_path"].rpartition(".")[2]
+        flat |= {f"model.{part}.{name}": value for name, value in architecture[part]["init_args"].items()}
+    return flat
