@@ -16,6 +16,7 @@ LAYERS = (
     {"data", "hf"},
     {"text"},
     {"checkpoint"},
+    {"sharded"},
     {"nn"},
     {"arguments", "files", "sizes"},
     {"errors"},

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ropepp_lit.checkpoint import SHARDED_METADATA, save_file
+from ropepp_lit.checkpoint import save_file
 from ropepp_lit.errors import UsageError
+from ropepp_lit.sharded import SHARDED_METADATA
 
 LAST = "last.ckpt"
 
