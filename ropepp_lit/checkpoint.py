@@ -77,10 +77,9 @@ def _check_entry(path: Path, checkpoint: Any) -> dict[str, Any]:
     if found != FORMAT_VERSION:
         raise UsageError(f"{path}: format_version {found}, and this version of ropepp-lit reads {FORMAT_VERSION}")
     architecture, state = ours.get("architecture"), checkpoint.get("state_dict")
-    parts = [architecture.get(name) for name in ARCHITECTURE] if isinstance(architecture, dict) else [None]
-    classes = parts[1:]
+    parts: list[Any] = [architecture.get(name) for name in ARCHITECTURE] if isinstance(architecture, dict) else [None]
     if not all(isinstance(part, dict) for part in parts) or not all(
-        isinstance(part.get("class_path"), str) and isinstance(part.get("init_args"), dict) for part in classes
+        isinstance(part.get("class_path"), str) and isinstance(part.get("init_args"), dict) for part in parts[1:]
     ):
         raise UsageError(f"{path}: damaged: its entry 'architecture' does not describe a model")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

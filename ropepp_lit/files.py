@@ -14,6 +14,9 @@ from typing import Any
 
 from ropepp_lit.errors import UsageError
 
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+"""What flock answers on file systems that have no locks."""
+
 _NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EBADF}
 """What fsync answers on file systems or for folders that have no such operation."""
 
@@ -50,6 +53,40 @@ def _is_relative(name: str) -> bool:
     return bool(parts) and not name.startswith("/") and ".." not in parts
 
 
+def local_path(key: str, value: str) -> str:
+    """A file or folder on this machine that a user names to be written.
+
+    Args:
+        key: What the user calls it, for messages.
+        value: Its path.
+
+    Returns:
+        The path, absolute where it is given by dots alone, such as `.`.
+
+    Raises:
+        UsageError: it is a URL or empty.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|(hf|file):", value):
+        raise UsageError(f"{key}: {value} is a URL; name a folder or file on this machine and copy it afterwards")
+    if not value or "\0" in value:
+        raise UsageError(f"{key}: {value!r} is not a path; name a file or folder")
+    return os.path.abspath(value) if Path(value).name in ("", "..") else value
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise where a folder that is to appear whole cannot take the name.
+
+    Raises:
+        UsageError: there is something of that name that is not an empty folder, or it is the current folder.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UsageError(f"out: {path}: already exists and is not a folder; name another one")
+    if path.exists() and any(path.iterdir()):
+        raise UsageError(f"out: {path} is not empty; name an empty or a new folder")
+    if path.exists() and path.samefile(os.curdir):
+        raise UsageError(f"out: {path} is the current folder; name a folder inside it")
+
+
 def write_whole(path: Path, contents: str | bytes) -> None:
     """Write a file, text as UTF-8, that appears under its name only when it is complete."""
     partial = path.with_name(f".{path.name}.partial")
@@ -75,11 +112,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
         A folder beside it, to be filled. It is renamed at the end, or deleted after an error.
 
     Raises:
-        UsageError: the path exists and is not an empty folder, or the folder cannot be written.
+        UsageError: see :func:`check_new_folder`; or the folder cannot be written.
     """
     path = Path(os.path.abspath(path))
-    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-        raise UsageError(f"{path}: already exists; name another folder")
+    check_new_folder(path)
     partial = path.with_name(f".{path.name}.partial")
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,16 +155,22 @@ def write_errors(path: str | Path) -> Iterator[None]:
 
 def write_failure(error: BaseException) -> str | None:
     """Why the operating system refused to write, in a few words; None where an error has another cause."""
+    found = system_error(error)
+    return None if found is None else found.strerror or str(found)
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The operating system's error that an error is, or was caused by; None where there is none."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError):
-            return seen.strerror or str(seen)
-        # torch's archive writer fails again when it closes a file that it could not write, and safetensors passes the
-        # system's error on as text.
-        if match := re.search(r"([^:(]+) \(os error (\d+)\)", str(seen)):
-            return os.strerror(int(match[2]))
+            return seen
+        # safetensors passes the system's error on as text. torch's archive writer fails again when it closes a file
+        # that it could not write; the cause is the error before, which a thread or another rank does not pass on.
+        if match := re.search(r"\(os error (\d+)\)", str(seen)):
+            return OSError(int(match[1]), os.strerror(int(match[1])))
         if "inline_container" in str(seen) and seen.__context__ is None:
-            return "the archive cannot be written, perhaps because the disk is full"
+            return OSError(errno.ENOSPC, "the archive cannot be written, perhaps because the disk is full")
         seen = seen.__context__
     return None
 
@@ -160,6 +202,40 @@ def flush(path: Path) -> None:
         sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes that lock the same file waiting until the block ends.
+
+    Where the file system has no locks a file beside it marks that the block runs. Where nothing can be written no lock
+    is taken: what is complete can be read, and whatever would be written fails by itself.
+
+    Args:
+        path: The lock's file, in an existing folder.
+    """
+    from filelock import FileLock, SoftFileLock
+
+    lock: FileLock | SoftFileLock = FileLock(path)
+    has_locks = True
+    try:
+        lock.acquire()
+    except NotImplementedError:  # of older versions of filelock, where there is no flock
+        has_locks = False
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            yield
+            return
+        if error.errno not in _NO_LOCKS:
+            raise
+        has_locks = False
+    if not has_locks:
+        lock = SoftFileLock(path.with_name(f"{path.name}.held"))
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def checksum(path: Path) -> str:

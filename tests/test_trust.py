@@ -254,7 +254,7 @@ def test_a_table_of_contents_names_files_of_its_folder(folder, name):
     table = sharded._Reader(folder).read_metadata()
     next(iter(table.storage_data.values())).relative_path = name
     (folder / ".metadata").write_bytes(pickle.dumps(table))
-    with pytest.raises(UsageError, match=r"\.metadata: .* is not the name of a file in its folder"):
+    with pytest.raises(UsageError, match=r"\.metadata: .* is not a file name inside its folder"):
         checkpoint.read_checkpoint(folder)
 
 
