@@ -37,7 +37,7 @@ def inside(folder: Path, name: Any, *, source: str | Path | None = None, for_wri
     where = source if source is not None else folder
     if not isinstance(name, str) or not _is_relative(name):
         raise UsageError(
-            f"{where}: {name!r} is not the name of a file in its folder; do not use files from this source"
+            f"{where}: {name!r} is not a file name inside its folder; get the files from elsewhere"
         )
     path = folder / name
     if for_writing and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
@@ -67,7 +67,7 @@ def local_path(key: str, value: str) -> str:
         UsageError: it is a URL or empty.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|(hf|file):", value):
-        raise UsageError(f"{key}: {value} is a URL; name a folder or file on this machine and copy it afterwards")
+        raise UsageError(f"{key}: {value} is a URL; name a file or folder on this machine and copy it afterwards")
     if not value or "\0" in value:
         raise UsageError(f"{key}: {value!r} is not a path; name a file or folder")
     return os.path.abspath(value) if Path(value).name in ("", "..") else value
