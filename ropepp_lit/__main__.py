@@ -1,6 +1,10 @@
 """`python -m ropepp_lit` is the command `ropepp-lit`."""
 
-from ropepp_lit.cli import main
+import sys
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the current folder; `main` adds it behind the libraries
+    from ropepp_lit.cli import main
+
     main()

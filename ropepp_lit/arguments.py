@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-from ropepp_lit.errors import UsageError
+from ropepp_lit.errors import DISK_FULL, UsageError
+from ropepp_lit.files import local_path, system_error
 
 
 class OneLineErrors:
@@ -34,7 +35,8 @@ def call(function: Callable[..., None], arguments: list[str]) -> None:
         arguments: The subcommand's name and its options.
 
     Raises:
-        UsageError: an argument is missing, unknown or of the wrong type.
+        UsageError: an argument is missing, unknown or of the wrong type; `out` or `cache_dir` is a URL; the disk is
+            full.
     """
     parser = _Parser(prog=f"ropepp-lit {arguments[0]}", description=(function.__doc__ or "").split("\n")[0])
     parser.add_function_arguments(function, as_group=False, as_positional=True)
@@ -44,4 +46,18 @@ def call(function: Callable[..., None], arguments: list[str]) -> None:
         parser.add_argument(name, nargs="*", type=str, help=documented[name])
     values: dict[str, Any] = parser.parse_args(arguments[1:]).as_dict()
     words = [word for name in many for word in values.pop(name)]
-    function(*words, **values)
+    for name in ("out", "cache_dir"):
+        if values.get(name) is not None:
+            values[name] = local_path(name, values[name])
+    try:
+        function(*words, **values)
+    except UsageError:
+        raise
+    except Exception as error:
+        refusal = system_error(error)
+        if refusal is None or refusal.errno not in DISK_FULL:
+            raise
+        where = refusal.filename or values.get("out") or "the disk"
+        raise UsageError(
+            f"{where}: cannot be written: {refusal.strerror}; make room and run the command again"
+        ) from error

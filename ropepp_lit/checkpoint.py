@@ -27,40 +27,23 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import pickle
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as distributed_checkpoint
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from ropepp_lit.errors import UsageError
+from ropepp_lit.files import sync, write_errors
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
+from ropepp_lit.sharded import is_sharded, load_sharded_state, read_pickled, read_sharded_rest, tensor_shapes
 
 T = TypeVar("T")
 
 KEY = "ropepp_lit"
 FORMAT_VERSION = 1
-SHARDED_METADATA = "meta.pt"
-"""In a folder of shards, Lightning's file of all that is no weight and no optimizer state."""
-
-_OTHER_TYPES = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-}
-
+ARCHITECTURE = ("decoder", "positions", "frequencies")
 _STATE_DICT = "state_dict."
 """What stands before the names of weights in a folder of shards."""
 
@@ -83,25 +66,25 @@ def read_checkpoint(path: str | Path, *, shapes_only: bool = False) -> dict[str,
         return _check_entry(path, _read_sharded(path, shapes_only))
     if not path.is_file():
         raise UsageError(f"{path}: no such checkpoint; name a .ckpt file, or a folder in Hugging Face's format")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise UsageError(f"{path}: not a readable checkpoint: the file is damaged, or is something else") from error
-    return _check_entry(path, checkpoint)
+    return _check_entry(path, read_pickled(path))
 
 
 def _check_entry(path: Path, checkpoint: Any) -> dict[str, Any]:
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict):
         raise UsageError(f"{path}: not a checkpoint of ropepp-lit (it has no entry {KEY!r})")
-    found = checkpoint[KEY]["format_version"]
+    ours = checkpoint[KEY]
+    found = ours.get("format_version")
     if found != FORMAT_VERSION:
         raise UsageError(f"{path}: format_version {found}, and this version of ropepp-lit reads {FORMAT_VERSION}")
+    architecture, state = ours.get("architecture"), checkpoint.get("state_dict")
+    parts: list[Any] = [architecture.get(name) for name in ARCHITECTURE] if isinstance(architecture, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts) or not all(
+        isinstance(part.get("class_path"), str) and isinstance(part.get("init_args"), dict) for part in parts[1:]
+    ):
+        raise UsageError(f"{path}: damaged: its entry 'architecture' does not describe a model")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UsageError(f"{path}: damaged: its entry 'state_dict' does not contain weights alone")
     return checkpoint
-
-
-def is_sharded(path: str | Path) -> bool:
-    """Whether a checkpoint is a folder of shards."""
-    return (Path(path) / SHARDED_METADATA).is_file()
 
 
 def load_shards(path: str | Path, weights: dict[str, Tensor], *, is_distributed: bool) -> None:
@@ -115,77 +98,23 @@ def load_shards(path: str | Path, weights: dict[str, Tensor], *, is_distributed:
     Raises:
         UsageError: a shard is damaged or missing, or does not have such a tensor.
     """
-    with _damage(path), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is meant
-        distributed_checkpoint.load(
-            {_STATE_DICT + name: value for name, value in weights.items()},
-            storage_reader=_Reader(path),
-            no_dist=not is_distributed,
-        )
+    state = {_STATE_DICT + name: value for name, value in weights.items()}
+    load_sharded_state(path, state, is_distributed=is_distributed)
 
 
 def _read_sharded(path: Path, shapes_only: bool) -> dict[str, Any]:
-    """What a folder of shards holds, weights assembled in memory; optimizer states are left on the disk."""
-    with _damage(path):
-        checkpoint = torch.load(path / SHARDED_METADATA, map_location="cpu", weights_only=True)
-        tensors = {
-            name.removeprefix(_STATE_DICT): torch.empty(
-                stored.size, dtype=stored.properties.dtype, device="meta" if shapes_only else "cpu"
-            )
-            for name, stored in _Reader(path).read_metadata().state_dict_metadata.items()
-            if name.startswith(_STATE_DICT) and isinstance(stored, TensorStorageMetadata)
-        }
+    """What a folder of shards stores, weights assembled in memory; optimizer states are left on the disk."""
+    checkpoint = read_sharded_rest(path)
+    device = "meta" if shapes_only else "cpu"
+    tensors = {
+        name.removeprefix(_STATE_DICT): torch.empty(size, dtype=dtype, device=device)
+        for name, (size, dtype) in tensor_shapes(path).items()
+        if name.startswith(_STATE_DICT)
+    }
     if not shapes_only:
         load_shards(path, tensors, is_distributed=False)
     checkpoint["state_dict"] = tensors
     return checkpoint
-
-
-@contextmanager
-def _damage(path: str | Path) -> Iterator[None]:
-    """Report what goes wrong while a folder of shards is read."""
-    try:
-        yield
-    except (
-        OSError,
-        RuntimeError,
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        KeyError,
-        CheckpointException,
-    ) as error:
-        raise UsageError(f"{path}: not a readable checkpoint: a shard is damaged or missing") from error
-
-
-class _Reader(FileSystemReader):
-    """torch's reader of distributed checkpoints, whose pickled table of contents may name nothing but its own types."""
-
-    def read_metadata(self, *arguments: Any, **keywords: Any) -> Metadata:
-        """The table of contents."""
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _Unpickler(file).load()
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        """Types of a table of contents; anything else is refused and not imported."""
-        if (module, name) == ("builtins", "getattr"):
-            return _enum_member  # how early releases of Python 3.11 pickle members of enumerations
-        allowed = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-        allowed = allowed and name.lstrip("_")[:1].isupper()  # classes
-        allowed = allowed or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-        if not allowed and (module, name) not in _OTHER_TYPES:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
-        return super().find_class(module, name)
-
-
-def _enum_member(kind: Any, name: str) -> Any:
-    if not (isinstance(kind, type) and issubclass(kind, Enum)):
-        raise pickle.UnpicklingError(f"an attribute of {kind} has no place in a checkpoint")
-    return kind[name]
 
 
 def make_checkpoint(weights: dict[str, Tensor], **entry: Any) -> dict[str, Any]:
@@ -214,14 +143,13 @@ def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     if path.exists():
         raise UsageError(f"{path}: there already; name another file")
     partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file(checkpoint, partial)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(checkpoint, partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def save_file(checkpoint: dict[str, Any], path: Path) -> None:
@@ -238,7 +166,7 @@ def save_file(checkpoint: dict[str, Any], path: Path) -> None:
             cause = error.__context__
             raise cause if isinstance(cause, OSError) else error from None
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def decoder_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -261,14 +189,21 @@ def load_decoder(checkpoint: dict[str, Any], *, trust: str | None = None) -> Dec
         UsageError: the checkpoint names a foreign class that is not trusted or cannot be imported.
     """
     architecture = checkpoint[KEY]["architecture"]
-    weights = decoder_weights(checkpoint)
+    try:
+        config = DecoderConfig(**architecture["decoder"])
+    except TypeError as error:
+        raise UsageError(f"the checkpoint's decoder is not one that this version knows ({error})") from error
     with torch.device("meta"):
         decoder = Decoder(
-            DecoderConfig(**architecture["decoder"]),
+            config,
             instantiate(architecture["positions"], PositionScheme, trust=trust),
             instantiate(architecture["frequencies"], Frequencies, trust=trust),
         )
-    decoder.load_state_dict(weights, assign=True)
+    try:
+        decoder.load_state_dict(decoder_weights(checkpoint), assign=True)
+    except RuntimeError as error:  # its first line names the class alone
+        problem = str(error).splitlines()[1:2] or [str(error)]
+        raise UsageError(f"the checkpoint's weights do not fit its architecture: {problem[0].strip()}") from error
     if decoder.config.tie_word_embeddings:
         decoder.lm_head.weight = decoder.model.embed_tokens.weight
     return decoder.eval()
@@ -311,7 +246,11 @@ def instantiate(description: dict[str, Any], base: type[T], *, trust: str | None
             f"the checkpoint was made with {class_path}, which is not part of ropepp-lit; "
             f"if you trust that code and it can be imported here, add: --trust {class_path}"
         )
-    return import_class(class_path, base)(**description["init_args"])
+    found = import_class(class_path, base)
+    try:
+        return found(**description["init_args"])
+    except TypeError as error:
+        raise UsageError(f"the checkpoint's {class_path} does not take its settings ({error})") from error
 
 
 def import_class(class_path: str, base: type[T]) -> type[T]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from typing import NoReturn
 
 from ropepp_lit import __version__
-from ropepp_lit.errors import UsageError
+from ropepp_lit.errors import DISK_FULL, UsageError
+from ropepp_lit.terminal import prepare_streams
 
 SUBCOMMANDS = {
     "fit": ("train a model by a recipe", "ropepp_lit.train.cli"),
@@ -24,29 +26,56 @@ SUBCOMMANDS = {
 """What each subcommand does, and the module whose `main(arguments)` does it; the subcommand is the first argument."""
 
 
+PRINTING = ("generate", "plan")
+"""Subcommands that only print; they end when nobody reads on, and the others go on."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command.
+
+    Exits with 2 after a user's mistake, 130 after Ctrl-C, and 141 where a command that only prints loses its reader,
+    as in `ropepp-lit generate … | head`.
 
     Args:
         arguments: Words behind `ropepp-lit`; empty means those of the process.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        arguments = sys.argv[1:]
+        prepare_streams(ends_with_reader=not arguments or arguments[0].startswith("-") or arguments[0] in PRINTING)
+        package = os.path.dirname(os.path.abspath(__file__))
+        if os.path.dirname(package) != os.getcwd():
+            os.environ["PYTHONSAFEPATH"] = "1"  # Python processes that are started do not put their folder first
+    try:
+        _run(arguments)
+    except UsageError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except OSError as error:
+        if error.filename is None and error.errno not in DISK_FULL:
+            raise
+        _fail(f"{error.filename or 'disk'}: {error.strerror}", 2)
+    sys.stdout.flush()  # here, where a reader that has gone is no error
+
+
+def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return
     if arguments[0] == "--version":
         print(f"ropepp-lit {__version__}")
         return
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a scheme in a file of the user's own is found in the current folder
-    try:
-        if arguments[0] not in SUBCOMMANDS:
-            raise UsageError(f"no subcommand {arguments[0]!r}; choose one of {', '.join(SUBCOMMANDS)}")
-        importlib.import_module(SUBCOMMANDS[arguments[0]][1]).main(arguments)
-    except UsageError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"ropepp-lit: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    # A scheme in a file of the user's own is found in the current folder, where no library has that name.
+    sys.path[:] = [*(entry for entry in sys.path if entry not in ("", ".")), ""]
+    if arguments[0] not in SUBCOMMANDS:
+        raise UsageError(f"no subcommand {arguments[0]!r}; choose one of {', '.join(SUBCOMMANDS)}")
+    importlib.import_module(SUBCOMMANDS[arguments[0]][1]).main(arguments)
+
+
+def _fail(problem: str, code: int) -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"ropepp-lit: error: {' '.join(problem.split())}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _help() -> str:

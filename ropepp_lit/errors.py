@@ -1,4 +1,9 @@
-"""The one error that means: the user can mend this."""
+"""The one error of a user's mistake, and what the system answers when a disk is full."""
+
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors: no space, no quota left, a file beyond the largest size."""
 
 
 class UsageError(ValueError):

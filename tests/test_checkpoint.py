@@ -1,10 +1,7 @@
-import io
-import pickle
 import tracemalloc
 
 import pytest
 import torch
-from torch.distributed.checkpoint import metadata
 
 from ropepp_lit import checkpoint
 from ropepp_lit.errors import UsageError
@@ -71,24 +68,3 @@ def test_a_file_is_streamed(tmp_path):
     tracemalloc.stop()
     assert (tmp_path / "file").stat().st_size > 32 * 2**20
     assert peak < 2**20
-
-
-class Attribute:
-    """Pickled as early releases of Python 3.11 pickle members of enumerations."""
-
-    def __init__(self, owner, name):
-        self.owner, self.name = owner, name
-
-    def __reduce__(self):
-        return getattr, (self.owner, self.name)
-
-
-def test_a_table_of_contents_may_name_members_of_enumerations_and_no_other_attribute():
-    def read(value):
-        return checkpoint._Unpickler(io.BytesIO(pickle.dumps(value))).load()
-
-    kind = metadata._MEM_FORMAT_ENCODING
-    assert [read(Attribute(kind, member.name)) for member in kind] == list(kind)
-    for owner, name in ((kind, "__base__"), (metadata.Metadata, "__init__"), (kind.TORCH_CHANNELS_LAST, "name")):
-        with pytest.raises((pickle.UnpicklingError, KeyError)):
-            read(Attribute(owner, name))

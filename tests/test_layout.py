@@ -16,8 +16,10 @@ LAYERS = (
     {"data", "hf"},
     {"text"},
     {"checkpoint"},
+    {"sharded"},
     {"nn"},
-    {"arguments", "files", "sizes"},
+    {"arguments"},
+    {"files", "sizes", "terminal"},
     {"errors"},
 )
 """From the top; a module imports what stands below its own layer. Packages of one layer do not import each other."""

@@ -9,7 +9,6 @@ the order of the stream, so the shards depend on the documents alone and not on 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import gzip
 import hashlib
 import json
@@ -25,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from litdata.streaming import Cache, TokensLoader
 from tqdm import tqdm
 
@@ -38,8 +36,8 @@ from ropepp_lit.data.shards import (
     Manifest,
     TokenSet,
 )
-from ropepp_lit.errors import UsageError
-from ropepp_lit.files import checksum, write_whole
+from ropepp_lit.errors import DISK_FULL, UsageError
+from ropepp_lit.files import check_new_folder, checksum, locked, write_whole
 from ropepp_lit.text.identity import tokenizer_digest
 from ropepp_lit.text.sources import START, Cursor, Reader, Record, Source, find_files
 from ropepp_lit.text.tokenizer import BOS, EOS, TextTokenizer, load_tokenizer, train_tokenizer
@@ -147,7 +145,7 @@ def prepare(
     files = find_files(sources, key=key)
     fingerprint = fingerprint_of(files, settings)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(out.with_name(f".{out.name}.lock")):
+    with locked(out.with_name(f".{out.name}.lock")):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             if not (out / MANIFEST).is_file():
                 raise UsageError(f"out: {out} holds something else; name an empty or a new folder")
@@ -155,10 +153,11 @@ def prepare(
             if manifest.fingerprint != fingerprint:
                 raise UsageError(f"out: {out} holds shards of other sources or settings; name another folder")
             return manifest
+        check_new_folder(out)
         try:
             return _Work(sources, files, settings, fingerprint, out, key, show_progress).run()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in DISK_FULL:
                 raise
             raise UsageError(
                 f"out: {out}: {error.strerror}; make room and run the same command again: finished parts are kept"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
-from filelock import FileLock
-
 from ropepp_lit.errors import UsageError
+from ropepp_lit.files import inside, locked, write_errors
 
 SCHEMES = ("s3://", "gs://")
 
@@ -48,13 +50,15 @@ class RemoteFolder:
         """Fetch a file that may have changed, within :data:`SECONDS_TO_FAIL`.
 
         Raises:
-            UsageError: there is no such file or bucket, no access, no answer in time, or no library for the store.
+            UsageError: there is no such file or bucket, no access, no answer in time, no library for the store, or the
+                cache cannot be written.
         """
         errors: list[Exception] = []
+        content = io.BytesIO()
 
         def work() -> None:
             try:
-                self._download(name)
+                self._copy(name, content)
             except Exception as error:
                 errors.append(error)
 
@@ -65,6 +69,11 @@ class RemoteFolder:
             raise UsageError(f"{self.url}/{name}: no answer within {SECONDS_TO_FAIL} seconds; check the endpoint")
         if errors:
             raise errors[0]
+        path = inside(self.folder, name, source=self.url, for_writing=True)
+        with write_errors(path):
+            if not path.is_file() or path.read_bytes() != content.getvalue():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _write(path, lambda file: file.write(content.getvalue()))
 
     def fetch_chunk(self, name: str, num_bytes: int) -> tuple[Path, bool]:
         """A chunk's file in the cache, downloaded unless one of the right size is there.
@@ -79,25 +88,28 @@ class RemoteFolder:
         Raises:
             UsageError: as for :meth:`fetch_small`.
         """
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):
-            found = path.is_file() and path.stat().st_size == num_bytes
-            if not found:
-                self._download(name)
-        os.utime(path)
+        path = inside(self.folder, name, source=self.url, for_writing=True)
+
+        def is_kept() -> bool:
+            return path.is_file() and path.stat().st_size == num_bytes
+
+        found = is_kept()  # without a lock, so that a complete cache may be read-only
+        if not found:
+            with write_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with locked(path.with_name(f".{path.name}.lock")):
+                    found = is_kept()
+                    if not found:
+                        _write(path, lambda file: self._copy(name, file))
+        with suppress(OSError):  # a read-only cache
+            os.utime(path)
         self._evict(keep=path)
         return path, not found
 
-    def _download(self, name: str) -> None:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    def _copy(self, name: str, file: IO[bytes]) -> None:
         try:
-            with partial.open("wb") as file:
-                # Not download_file: it returns without the file where another process holds its lock.
-                self._connect().download_fileobj(f"{self.url}/{name}", file)
-            os.replace(partial, path)
+            # Not download_file: it returns without the file where another process holds its lock.
+            self._connect().download_fileobj(f"{self.url}/{name}", file)
         except Exception as error:
             if not _is_of_store(error):
                 raise
@@ -105,8 +117,6 @@ class RemoteFolder:
             raise UsageError(
                 f"{self.url}/{name}: {problem}; check the URL, the endpoint and the credentials in the environment"
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     def _connect(self) -> Any:
         """A downloader of this process; connections don't survive a fork."""
@@ -140,11 +150,23 @@ class RemoteFolder:
             if total <= self._max_bytes:
                 return
             if path != keep:
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # a read-only cache
+                    path.unlink(missing_ok=True)
                 total -= size
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_downloader": None}
+
+
+def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
+    """Write a file, which appears only when it is complete; several processes may do it at once."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+    try:
+        with partial.open("wb") as file:
+            fill(file)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _is_of_store(error: Exception) -> bool:

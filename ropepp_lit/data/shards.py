@@ -17,7 +17,7 @@ import numpy as np
 from ropepp_lit.data.plan import WINDOW_CHUNKS, Span
 from ropepp_lit.data.remote import RemoteFolder
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import checksum, write_whole
+from ropepp_lit.files import checksum, inside, write_whole
 from ropepp_lit.text.identity import opening_of, tokenizer_digest
 
 FORMAT_VERSION = 1
@@ -127,13 +127,16 @@ class Manifest:
         """Read the manifest of a folder.
 
         Raises:
-            UsageError: there is none, or it is not one of ours.
+            UsageError: there is none, or it is not one of ours, or it names files outside its folder.
         """
         path = folder / MANIFEST
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             splits = {name: TokenSet.from_dict(split) for name, split in values.pop("splits").items()}
             manifest = cls(**{"opening": opening_of(values), **values}, splits=splits)
+            manifest._check_names(path)
+        except UsageError:
+            raise
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}; the folder holds no finished token shards") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -167,6 +170,15 @@ class Manifest:
                 "prepare it again"
             )
         return text
+
+    def _check_names(self, path: Path) -> None:
+        """Raise UsageError where a split or a chunk is not a file's name in the manifest's folder."""
+        for split, tokens in self.splits.items():
+            inside(path.parent, split, source=path)
+            for chunk in tokens.chunks:
+                inside(path.parent / split, chunk.filename, source=path)
+        if np.dtype(self.dtype).kind not in "iu":
+            raise ValueError(f"dtype {self.dtype!r} is not one of token ids")
 
 
 class TokenShards:

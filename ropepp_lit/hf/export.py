@@ -21,6 +21,7 @@ from torch import Tensor
 from ropepp_lit import __version__
 from ropepp_lit.checkpoint import KEY, instantiate
 from ropepp_lit.errors import UsageError
+from ropepp_lit.files import whole_folder
 from ropepp_lit.hf.compare import load_in_float32
 from ropepp_lit.hf.config import Architecture, write_config
 from ropepp_lit.hf.folder import CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, weights_of
@@ -100,32 +101,15 @@ def export(
     Raises:
         UsageError: the folder holds something, the model has no place in transformers, or the logits differ.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"out: {out} is not empty; name an empty or a new folder")
     architecture = architecture_of(checkpoint)
     fields = write_config(architecture)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
+    with whole_folder(out) as folder:
         weights = weights_of(checkpoint)
         dtype = dtype or next(iter(weights.values())).dtype
         _write_weights(weights, folder, dtype, max_shard_bytes)
         _write_settings(checkpoint[KEY], fields, dtype, folder)
         _write_card(checkpoint[KEY], architecture, fields, dtype, folder)
-        difference = _check(checkpoint, folder, architecture, dtype) if check else None
-        for path in folder.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
-    except OSError as error:
-        raise UsageError(f"out: {out}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return difference
+        return _check(checkpoint, folder, architecture, dtype) if check else None
 
 
 def architecture_of(checkpoint: dict[str, Any]) -> Architecture:

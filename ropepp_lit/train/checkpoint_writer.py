@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ropepp_lit.checkpoint import SHARDED_METADATA, save_file
+from ropepp_lit.checkpoint import save_file
 from ropepp_lit.errors import UsageError
+from ropepp_lit.files import flush, write_failure
+from ropepp_lit.sharded import SHARDED_METADATA
 
 LAST = "last.ckpt"
 
@@ -39,6 +41,7 @@ class CheckpointWriter:
         self._executor: ThreadPoolExecutor | None = None
         self._write: Future[None] | None = None
         self._path = Path()
+        self._has_noticed = False
 
     def open(self) -> None:
         """Create the process group and the thread. Every rank must call it."""
@@ -137,15 +140,57 @@ class CheckpointWriter:
         """Rename what is whole, point the link at it, and only then delete old checkpoints."""
         _flush(_partial(path))
         os.replace(_partial(path), path)
-        last = path.with_name(LAST)
-        _remove(_partial(last))
-        _partial(last).symlink_to(path.name)
-        os.replace(_partial(last), last)
+        notice = _point_last_at(path)
+        if notice is not None and not self._has_noticed:
+            self._has_noticed = True
+            print(f"Notice: {notice}.", file=sys.stderr)
         _flush(path.parent)
         steps = sorted(saved_steps(path.parent))
         for old in steps[: -self.keep] if self.keep else []:
             if old < (step_of(path) or 0):
                 _remove(path.with_name(f"step={old}.ckpt"))
+
+
+def _point_last_at(path: Path) -> str | None:
+    """Make `last.ckpt` the newest checkpoint: a symbolic link; hard links or a copy where the file system has none.
+
+    Hard links take no space, and stay valid when `keep` deletes the step.
+
+    Returns:
+        What the user must know about it.
+    """
+    last = path.with_name(LAST)
+    partial, notice = _partial(last), None
+    _remove(partial)
+    try:
+        partial.symlink_to(path.name)
+    except (OSError, NotImplementedError):
+        try:
+            _copy_tree(path, partial, os.link)
+        except (OSError, NotImplementedError):
+            notice = f"{last} is a copy of the newest checkpoint and takes its space again, as there are no links here"
+            try:
+                _remove(partial)
+                _copy_tree(path, partial, shutil.copyfile)
+                _flush(partial)
+            except OSError as error:
+                _remove(partial)
+                _remove(last)
+                return f"{last} is not there ({error.strerror}); name {path}, or continue by --ckpt_path auto"
+    if last.is_dir() and not last.is_symlink():
+        _remove(last)
+    os.replace(partial, last)
+    return notice
+
+
+def _copy_tree(path: Path, copy: Path, copy_file: Callable[..., object]) -> None:
+    """Copy a file, or a folder of files."""
+    if not path.is_dir():
+        copy_file(path, copy)
+        return
+    copy.mkdir()
+    for part in path.iterdir():
+        _copy_tree(part, copy / part.name, copy_file)
 
 
 def step_of(path: Path) -> int | None:
@@ -196,11 +241,7 @@ def _reason(error: BaseException) -> str:
     """Why a write failed, in a line."""
     if isinstance(error, CheckpointException):
         error = next((failure for failure, _ in error.failures.values()), error)
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if "inline_container" in str(error):  # torch passes only its own error on from a thread or another rank
-        return "the archive cannot be written, perhaps because the disk is full"
-    return f"{type(error).__name__}: {error}"
+    return write_failure(error) or f"{type(error).__name__}: {error}"
 
 
 def _remove(path: Path) -> None:
@@ -214,8 +255,4 @@ def _flush(path: Path) -> None:
     """Fsync a file, or a partial folder with its files, before anything that follows."""
     for part in path.iterdir() if path.is_dir() and path.name.endswith(".partial") else ():
         _flush(part)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(path)

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, HeadLayout
 from ropepp_lit.nn.context_parallel import ContextGroup, ContextShard, Mode, choose_mode, tokens_of_rank
+from ropepp_lit.sharded import load_sharded_state, read_pickled, read_sharded_rest
 from ropepp_lit.train.parallel import ParallelDims, set_gradient_reduction, shard_decoder
 
 
@@ -200,11 +201,22 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load weights and optimizer states; returns the rest."""
         path = Path(self.broadcast(checkpoint_path))
-        if path.is_dir():
-            return super().load_checkpoint(path, weights_only=True)
-        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         assert self.model is not None
+        if path.is_dir():
+            # Not Lightning's: it unpickles whatever the folder names.
+            weights = get_model_state_dict(self.model)
+            optimizers = {
+                f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)
+                for number, optimizer in enumerate(self.optimizers)
+            }
+            state: dict[str, Any] = {"state_dict": weights, **optimizers}
+            load_sharded_state(path, state, is_distributed=True)
+            set_model_state_dict(self.model, state["state_dict"])
+            for number, optimizer in enumerate(self.optimizers):
+                set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
+            return read_sharded_rest(path)
+        checkpoint = read_pickled(path)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
         states = checkpoint.get("optimizer_states", []) if self.optimizers else []
         for optimizer, state in zip(self.optimizers, states, strict=True):

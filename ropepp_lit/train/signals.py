@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 """What schedulers send before they take a machine away, and Ctrl-C."""
 
 _FAILED = 2**15

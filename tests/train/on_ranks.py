@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from ropepp_lit import checkpoint
+from ropepp_lit import sharded as shard_folders
 from ropepp_lit.eval.models import Model
 from ropepp_lit.eval.retrieval import write_answers
 from ropepp_lit.nn import Decoder, DecoderConfig, FoPE, Frequencies, RoPEPP
@@ -179,14 +179,14 @@ def shards(folder, dims):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             distributed_checkpoint.save({"state_dict": state}, checkpoint_id=path)
-        (path / checkpoint.SHARDED_METADATA).touch()
-        sizes, read_data = [], checkpoint._Reader.read_data
+        (path / shard_folders.SHARDED_METADATA).touch()
+        sizes, read_data = [], shard_folders._Reader.read_data
 
         def counted(self, plan, planner, sizes=sizes, read_data=read_data):
             sizes.append(sum(item.lengths.numel() for item in plan.items))
             return read_data(self, plan, planner)
 
-        checkpoint._Reader.read_data = counted
+        shard_folders._Reader.read_data = counted
         try:
             torch.manual_seed(99)
             others = [
@@ -196,7 +196,7 @@ def shards(folder, dims):
             for other in others:
                 load_weights(other, str(path))
         finally:
-            checkpoint._Reader.read_data = read_data
+            shard_folders._Reader.read_data = read_data
         for other in others:
             assert all(torch.equal(value, full(saved)[name]) for name, value in full(other).items())
         total = sum(value.numel() for value in others[1].state_dict().values())

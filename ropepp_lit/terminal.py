@@ -1,0 +1,85 @@
+"""Standard streams that survive any encoding, a reader that has gone, and being closed."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import os
+import sys
+from typing import Any
+
+READER_GONE = 141
+"""Exit code of a command that only prints, when nobody reads on: that of a program ended by SIGPIPE."""
+
+_PLAIN = str.maketrans("█–—−×→…·≥≤", "#---x>..><")
+"""Near characters of ASCII, each as wide as the original."""
+
+
+def prepare_streams(*, ends_with_reader: bool) -> None:
+    r"""Make stdout and stderr print every text, and keep a closed pipe from ending the process.
+
+    Characters that the encoding does not have are replaced by a near one of ASCII or `?`; bytes of a file name that is
+    not UTF-8 appear as `\xff`. Streams that are closed become the null device.
+
+    Args:
+        ends_with_reader: Exit with :data:`READER_GONE` once nobody reads stdout. Otherwise the output is dropped and
+            the work goes on.
+    """
+    codecs.register_error("ropepp_lit.near", _near)
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+        elif name != "stdin" and isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, _lasting(stream, ends=ends_with_reader and name == "stdout"))
+
+
+def _lasting(stream: io.TextIOWrapper, *, ends: bool) -> io.TextIOWrapper:
+    """The same stream with other answers to errors."""
+    raw = getattr(stream.buffer, "raw", None)
+    if not isinstance(raw, io.FileIO):  # a test's, or one of a notebook
+        stream.reconfigure(errors="ropepp_lit.near")
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Descriptor(raw.fileno(), ends=ends)),
+        encoding=stream.encoding,
+        errors="ropepp_lit.near",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+class _Descriptor(io.FileIO):
+    """An open file whose reader may go."""
+
+    def __init__(self, number: int, *, ends: bool) -> None:
+        super().__init__(number, "w", closefd=False)
+        self._ends = ends
+
+    def write(self, data: Any) -> int:
+        """Write, or drop the data where nobody reads them."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            if self._ends:
+                raise SystemExit(READER_GONE) from None
+            return len(memoryview(data).cast("B"))
+
+
+def _near(error: UnicodeError) -> tuple[str, int]:
+    """Replace what cannot be encoded."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(map(_near_character, text)), error.end
+
+
+def _near_character(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte that os.fsdecode could not read
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    plain = character.translate(_PLAIN)
+    return plain if plain.isascii() else "?"
