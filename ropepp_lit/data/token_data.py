@@ -79,7 +79,8 @@ class TokenData(LightningDataModule):
         self._max_bytes = parse_bytes("data.max_cache_size", max_cache_size)
         self._remotes: dict[str, RemoteFolder] = {}
         self._folders: dict[str, Path] = {}
-        self._notes: list[str] = []
+        self.notices: list[str] = []
+        """Lines to print before the data are used."""
         for name, value, least in (
             ("context_length", context_length, 1),
             ("batch_size", batch_size, 1),
@@ -114,6 +115,7 @@ class TokenData(LightningDataModule):
                 texts.append(name)
         find_files(texts, key="data.source")
         self._tokenizer.check(shards=[name for name in self.weights if name not in texts], texts=texts)
+        self.notices = list(self._tokenizer.notices)
 
     def continue_from(self, path: str, entry: dict[str, Any]) -> None:
         """Use the tokenizer of the checkpoint of a run that goes on, or that is measured.
@@ -175,7 +177,7 @@ class TokenData(LightningDataModule):
         everything = [*self.manifests.items(), *others]
         self.largest_token_id = max(manifest.largest_token_id for _, manifest in everything)
         """Of the tokens that occur."""
-        self._notes = list(_notes_on_special_ids(everything))
+        self.notices += _notes_on_special_ids(everything)
         settings: dict[str, Any] = {
             "context_length": self.context_length,
             "intra_document_masking": self.intra_document_masking,
@@ -183,11 +185,6 @@ class TokenData(LightningDataModule):
         }
         self._train = Blocks(train, "train", in_order=False, **settings)
         self._validation = [Blocks([opened], split, in_order=True, **settings) for opened, split in validation]
-
-    @property
-    def notices(self) -> list[str]:
-        """Lines to print before the data are used."""
-        return [*self._tokenizer.notices, *self._notes]
 
     def _open(self, source: str, name: str, tokenizers: dict[str, str], weight: float = 1.0) -> Source:
         folder = self._folders[source]

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 _NOT_OF_TEXT = ("version", "truncation", "padding", "post_processor")
 """Parts of a tokenizer.json that do not decide which ids a text becomes; what opens texts is compared as ids."""
 
 
+@lru_cache(maxsize=4)  # a run opens its data several times
 def tokenizer_digest(text: str) -> str:
-    """SHA-256 of a tokenizer.json's values, whatever its white space and the order of its keys.
+    """SHA-256 of what :func:`same_tokenizer` compares, whatever the white space and the order of keys.
 
     Raises:
         ValueError: it is not JSON.
     """
-    return hashlib.sha256(json.dumps(json.loads(text), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_rules(text), sort_keys=True).encode()).hexdigest()
 
 
 def opening_of(entry: Mapping[str, Any]) -> list[int]:

@@ -95,7 +95,12 @@ def test_text_held_out_is_that_of_the_run(run, copied, tmp_path):
     touch_text(copied)
     shutil.rmtree(elsewhere / "texts")
     shutil.move(copied / "texts", elsewhere / "texts")  # the same documents are right wherever they lie
-    run("evaluate", *arguments, "--out", "out", cwd=elsewhere)
+    assert "Note" not in run("evaluate", *arguments, "--out", "out", cwd=elsewhere).stdout
+    checkpoint = last(copied)
+    del checkpoint[KEY]["held_out"]
+    torch.save(checkpoint, elsewhere / "old.ckpt")
+    printed = run("evaluate", "old.ckpt", *arguments[1:], "--out", "old", cwd=elsewhere).stdout
+    assert "Note: old.ckpt is of an earlier version and does not store what was held out from it; the" in printed
 
 
 def written(copied, name, *, special=(0, 1), tokenizer=None):
