@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ropepp_lit.arguments import OneLineErrors
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
+from ropepp_lit.files import local_path
 from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of
@@ -101,6 +102,10 @@ class RecipeCLI(LightningCLI):
         """Parse; Lightning's own method would warn where a process with other arguments calls this one."""
         check_classes(args)
         self.config = parser.parse_args(args)
+        options = self.config[self.config["subcommand"]]
+        for key in ("trainer.default_root_dir", "data.cache_dir"):
+            if options.get(key) is not None:
+                local_path(key, str(options[key]))
 
     def before_fit(self) -> None:
         """Check everything that can be checked; then write the recipe into the run's folder."""
