@@ -12,6 +12,7 @@ A checkpoint is Lightning's, plus one entry `ropepp_lit` of plain dicts, lists a
 | `recipe`            | the whole recipe of the run, or None where it was not started by the command            |
 | `origin`            | what the weights began from, or None where they were random                             |
 | `tokens_seen`       | tokens that all ranks have read since the run began                                     |
+| `train_loss`        | `nats` and `tokens` of the training loss since it was last logged, or absent            |
 | `validation`        | what the newest validation found, by set                                                |
 | `tokenizer`         | the tokenizer's JSON, or None                                                           |
 | `bos_token_id`      | the token that is named as the beginning of texts, or None                              |

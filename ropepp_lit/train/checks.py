@@ -25,15 +25,6 @@ REFUSED: dict[Way, tuple[str, ...]] = {"init_from": (), "fit": (TOKENIZER, SPECI
 """Differences between a checkpoint and a recipe that are refused. Others are printed."""
 
 
-def check_checkpointing(trainer: Any) -> None:
-    """Raise UsageError where the trainer's options switch checkpoints off."""
-    if trainer.enable_checkpointing is False:
-        raise UsageError(
-            "trainer.enable_checkpointing: a run always saves its last step; "
-            "for no other checkpoints set checkpoints.every_n_steps above trainer.max_steps"
-        )
-
-
 def checkpoint_to_continue(options: Any) -> str | None:
     """The checkpoint that `ckpt_path` names: for `auto` the newest of the run's folder, None where there is none."""
     if options.ckpt_path != "auto":
