@@ -105,6 +105,27 @@ def is_sharded(path: str | Path) -> bool:
     return (Path(path) / SHARDED_METADATA).is_file()
 
 
+def check_whole(path: str | Path) -> None:
+    """Find a checkpoint that was cut off or lacks a part; of the weights only the sizes on the disk are looked at.
+
+    Args:
+        path: A .ckpt file, or a .ckpt folder of shards.
+
+    Raises:
+        UsageError: see :func:`read_checkpoint`; or a shard is missing or too short.
+    """
+    path = Path(path)
+    read_checkpoint(path, shapes_only=True)
+    if not is_sharded(path):
+        return
+    ends: dict[str, int] = {}
+    for stored in _Reader(path).read_metadata().storage_data.values():
+        ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
+    for name, end in ends.items():
+        if not (path / name).is_file() or (path / name).stat().st_size < end:
+            raise UsageError(f"{path}: not a readable checkpoint: the shard {name} is damaged or missing")
+
+
 def load_shards(path: str | Path, weights: dict[str, Tensor], *, is_distributed: bool) -> None:
     """Read weights from a folder of shards into tensors.
 

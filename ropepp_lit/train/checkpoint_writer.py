@@ -21,6 +21,7 @@ from ropepp_lit.checkpoint import SHARDED_METADATA, save_file
 from ropepp_lit.errors import UsageError
 
 LAST = "last.ckpt"
+_SHARD_NAMES = {SHARDED_METADATA, ".metadata"}
 
 
 class CheckpointWriter:
@@ -136,16 +137,17 @@ class CheckpointWriter:
     def _publish(self, path: Path) -> None:
         """Rename what is whole, point the link at it, and only then delete old checkpoints."""
         _flush(_partial(path))
+        _make_way(path)
         os.replace(_partial(path), path)
         last = path.with_name(LAST)
         _remove(_partial(last))
         _partial(last).symlink_to(path.name)
         os.replace(_partial(last), last)
         _flush(path.parent)
-        steps = sorted(saved_steps(path.parent))
+        newest = step_of(path) or 0
+        steps = sorted(step for step in saved_steps(path.parent) if step <= newest)  # later ones are damaged
         for old in steps[: -self.keep] if self.keep else []:
-            if old < (step_of(path) or 0):
-                _remove(path.with_name(f"step={old}.ckpt"))
+            _remove(path.with_name(f"step={old}.ckpt"))
 
 
 def step_of(path: Path) -> int | None:
@@ -169,6 +171,15 @@ def remove_partial(folder: Path) -> None:
 def _partial(path: Path) -> Path:
     """The hidden name under which a checkpoint or link is written."""
     return path.with_name(f".{path.name}.partial")
+
+
+def _make_way(path: Path) -> None:
+    """Delete a folder of shards of the same name, which was damaged; the file system replaces a file by itself.
+
+    A folder with anything else in it stays, and cannot be replaced.
+    """
+    if path.is_dir() and all(part.name in _SHARD_NAMES or part.suffix == ".distcp" for part in path.iterdir()):
+        shutil.rmtree(path)
 
 
 def _is_rank_zero() -> bool:

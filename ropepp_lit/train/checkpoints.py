@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ropepp_lit.checkpoint import read_checkpoint
+from ropepp_lit.checkpoint import check_whole, read_checkpoint
 from ropepp_lit.errors import UsageError
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoint_writer import LAST, CheckpointWriter, remove_partial, saved_steps
+from ropepp_lit.train.checkpoint_writer import LAST, CheckpointWriter, remove_partial, saved_steps, step_of
 from ropepp_lit.train.curves import flush
 from ropepp_lit.train.signals import StopRequest, replace_lightnings_broadcast
 
@@ -133,9 +133,24 @@ def folder_of(run_folder: str | Path) -> Path:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None where there is none."""
-    steps = saved_steps(folder)
-    return folder / f"step={max(steps)}.ckpt" if steps else None
+    """The newest whole checkpoint, or None where there is none; :func:`damaged_since` names those that are not."""
+    paths = (folder / f"step={step}.ckpt" for step in sorted(saved_steps(folder), reverse=True))
+    return next(filter(_is_whole, paths), None)
+
+
+def damaged_since(folder: Path, path: Path | None) -> list[Path]:
+    """Checkpoints newer than the newest whole one; they stay until their steps are saved again."""
+    first = -1 if path is None else step_of(path)
+    assert first is not None
+    return [folder / f"step={step}.ckpt" for step in sorted(saved_steps(folder)) if step > first]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        check_whole(path)
+    except UsageError:
+        return False
+    return True
 
 
 def check_folder(folder: Path, ckpt_path: str | None) -> None:
@@ -148,7 +163,8 @@ def check_folder(folder: Path, ckpt_path: str | None) -> None:
         ckpt_path: The checkpoint that the run continues from, or None.
 
     Raises:
-        UsageError: the folder holds checkpoints, and `ckpt_path` is none of them, or is older than the newest.
+        UsageError: the folder holds checkpoints, and `ckpt_path` is none of them, or is older than the newest whole
+            one.
     """
     steps = saved_steps(folder)
     if not steps:
@@ -157,5 +173,6 @@ def check_folder(folder: Path, ckpt_path: str | None) -> None:
     if ckpt_path is None or Path(ckpt_path).resolve().parent != folder.resolve():
         raise UsageError(f"{folder} holds checkpoints of an earlier run (step {max(steps)}); {hint}")
     step = read_checkpoint(ckpt_path, shapes_only=True)["global_step"]
-    if step < max(steps):
-        raise UsageError(f"ckpt_path: {ckpt_path} is step {step}, and {folder} holds step {max(steps)}; {hint}")
+    for newer in sorted((other for other in steps if other > step), reverse=True):
+        if _is_whole(folder / f"step={newer}.ckpt"):
+            raise UsageError(f"ckpt_path: {ckpt_path} is step {step}, and {folder} holds step {newer}; {hint}")

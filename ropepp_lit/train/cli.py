@@ -198,9 +198,8 @@ class RecipeCLI(LightningCLI):
     def _go_on_with_curves(self, checkpoint: dict[str, Any]) -> None:
         """Let the curves be those of the run up to the checkpoint."""
         trainer = self.trainer
-        interval, accumulated = trainer.val_check_interval, trainer.accumulate_grad_batches
-        if isinstance(interval, float):
-            interval = max(1, int(interval * trainer.max_steps * accumulated))
+        accumulated = trainer.accumulate_grad_batches
+        interval = self.config_init.fit.trainer.val_check_interval or trainer.max_steps * accumulated
         step = checkpoint["global_step"]
         validates = trainer.limit_val_batches != 0 and is_due(
             step,

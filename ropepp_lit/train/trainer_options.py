@@ -92,15 +92,10 @@ def check_options(trainer: Any) -> None:
     if trainer.min_steps is not None and trainer.min_steps > trainer.max_steps > 0:
         raise UsageError(f"trainer.min_steps: {trainer.min_steps} is above trainer.max_steps {trainer.max_steps}")
     interval = trainer.val_check_interval
-    if interval is not None and (not isinstance(interval, int | float) or isinstance(interval, bool)):
+    if interval is not None and (not isinstance(interval, int) or isinstance(interval, bool) or interval < 1):
         raise UsageError(
-            "trainer.val_check_interval: runs are counted in steps, not in time; give a number of batches, or the "
-            "share of the run as a fraction"
-        )
-    if interval is not None and (interval <= 0 or (isinstance(interval, float) and interval > 1)):
-        raise UsageError(
-            f"trainer.val_check_interval: {interval} must be 1 or more batches, or a fraction of the run; for no "
-            "validation set trainer.limit_val_batches to 0"
+            f"trainer.val_check_interval: {interval} must be a number of batches, 1 or more; leave it empty to validate "
+            "at the end, or set trainer.limit_val_batches to 0 for no validation"
         )
     for callback in trainer.callbacks:
         for kind, remedy in _REFUSED_CALLBACKS.items():
@@ -123,7 +118,7 @@ def dry_run(trainer: Any) -> dict[str, Any]:
         "max_steps": int(trainer.fast_dev_run),
         "min_steps": None,
         "limit_val_batches": int(trainer.fast_dev_run),
-        "val_check_interval": 1.0,
+        "val_check_interval": None,
         "num_sanity_val_steps": 0,
         "logger": False,
         "profiler": None,

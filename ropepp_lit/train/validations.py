@@ -47,6 +47,7 @@ def validate_by_steps(trainer: pl.Trainer, model: _Validated) -> None:
     run was killed between its checkpoint and its validation.
     """
     loop = trainer.fit_loop.epoch_loop
+    trainer.fit_loop.min_epochs = 0  # Lightning makes it 1 where `min_steps` is given, which is the whole run
 
     def should_validate(data_fetcher: Any) -> bool:
         if not loop._should_check_val_epoch() or not trainer.global_step:
