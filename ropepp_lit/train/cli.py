@@ -104,7 +104,13 @@ class RecipeCLI(LightningCLI):
         if config.logger in (None, True) and self.subcommand == "fit":
             folder = config.default_root_dir or "."
             kwargs["logger"] = TensorBoardLogger(folder, name="tensorboard", version="")
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if str(config.precision) in ("16", "16-mixed") and trainer.precision == "bf16-mixed":
+            raise UsageError("trainer.precision: 16-mixed is for GPUs; use bf16-mixed on a CPU")
+        # Now, not when files have been written; also for one device, as each of a launcher's processes would be a run.
+        environment = trainer._accelerator_connector.cluster_environment
+        environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
+        return trainer
 
     def instantiate_classes(self) -> None:
         """What Lightning or a cluster's environment refuses is one line."""

@@ -59,6 +59,9 @@ def in_one_line(key: str) -> Iterator[None]:
             f"{where}cannot be written: {error.strerror}; when that is fixed, continue by --ckpt_path auto"
         ) from error
     except Exception as error:
+        root = _root(error)
+        if _is_refusal(root) and root is not error:  # the parser tried a class whose arguments Lightning refuses
+            raise UsageError(f"{key}: {_message(root)}") from error
         modules = _modules(error.__traceback__)
         if any(module.startswith(_ENVIRONMENTS) for module in modules):
             raise UsageError(f"the cluster's environment variables: {_in_words(error)}") from error
@@ -69,6 +72,17 @@ def in_one_line(key: str) -> Iterator[None]:
         raise
 
 
+def _root(error: BaseException) -> BaseException:
+    """The exception that others were raised for."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
+
+
+def _is_refusal(error: BaseException) -> bool:
+    return isinstance(error, MisconfigurationException | ModuleNotFoundError)
+
+
 def _modules(trace: TracebackType | None) -> list[str]:
     return [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(trace)]
 
@@ -77,13 +91,13 @@ def _functions(trace: TracebackType | None) -> list[str]:
     return [frame.f_code.co_name for frame, _ in traceback.walk_tb(trace)]
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"{error.args[0]} is not set" if error.args else "a name is missing"
     return _message(error)
 
 
-def _message(error: Exception) -> str:
+def _message(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if len(text) > _MAX_LENGTH:
         text = next(line for line in str(error).splitlines() if line.strip()).strip()

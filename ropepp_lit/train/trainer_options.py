@@ -94,8 +94,8 @@ def check_options(trainer: Any) -> None:
     interval = trainer.val_check_interval
     if interval is not None and (not isinstance(interval, int) or isinstance(interval, bool) or interval < 1):
         raise UsageError(
-            f"trainer.val_check_interval: {interval} must be a number of batches, 1 or more; leave it empty to validate "
-            "at the end, or set trainer.limit_val_batches to 0 for no validation"
+            f"trainer.val_check_interval: {interval} must be a number of batches, 1 or more; leave it empty to "
+            "validate at the end, or set trainer.limit_val_batches to 0 for no validation"
         )
     for callback in trainer.callbacks:
         for kind, remedy in _REFUSED_CALLBACKS.items():

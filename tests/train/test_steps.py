@@ -63,7 +63,7 @@ def whole(fit):
     return fit("whole")
 
 
-class Kill(Exception):
+class KillError(Exception):
     """Takes the place of SIGKILL: nothing is saved or logged after it."""
 
 
@@ -87,7 +87,7 @@ def terminate(trainer):
 
 
 def kill(trainer):
-    raise Kill
+    raise KillError
 
 
 def curves(folder):
@@ -125,10 +125,10 @@ STOPS = {
     "a callback after the step": (At("on_train_batch_end", stop, batch=14), None),
     "an early stop": (At("on_validation_end", stop, step=4), None),
     "a signal in the validation": (At("on_validation_batch_start", terminate, step=4), SystemExit),
-    "an error": (At("on_train_batch_end", kill, batch=13), Kill),
-    "an error before the validation": (At("on_validation_start", kill, step=4), Kill),
-    "an error after the validation": (At("on_validation_end", kill, step=4), Kill),
-    "an error in a save": (At("on_save_checkpoint", kill, step=6), Kill),
+    "an error": (At("on_train_batch_end", kill, batch=13), KillError),
+    "an error before the validation": (At("on_validation_start", kill, step=4), KillError),
+    "an error after the validation": (At("on_validation_end", kill, step=4), KillError),
+    "an error in a save": (At("on_save_checkpoint", kill, step=6), KillError),
 }
 
 
@@ -156,7 +156,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(fit, whole, stoppe
 def test_readers_of_the_curves_see_each_step_once(fit, whole):
     """Steps 5 and 6 were logged and not saved; `validate` logs nothing."""
     options = ["--trainer.log_every_n_steps", 1, "--checkpoints.every_n_steps", 4]
-    with pytest.raises(Kill):
+    with pytest.raises(KillError):
         fit("twice", *options, callbacks=[At("on_train_batch_start", kill, batch=7 * ACCUMULATE - 1)])
     assert max(step for _, step in curves(Path("twice"))) == 6
     fit("twice", *options, "--ckpt_path", "auto")
@@ -170,7 +170,7 @@ def test_readers_of_the_curves_see_each_step_once(fit, whole):
 def test_a_csv_logger_goes_on_in_its_file(fit, whole):
     """A single logger that is no list; the version is found again."""
     logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "csv"]
-    with pytest.raises(Kill):
+    with pytest.raises(KillError):
         fit("csv", *logger, callbacks=[At("on_train_batch_start", kill, batch=23)])
     fit("csv", *logger, "--ckpt_path", "auto")
     fit("csv", *logger, "--ckpt_path", "csv/checkpoints/last.ckpt", subcommand="validate")
@@ -338,8 +338,9 @@ def test_a_run_without_a_step_is_no_success(fit, capsys):
 
 TEXTS = [
     "1e3", "on", "Off", "y", "1:30", "null", "~", "", " a ", "-x", "--prompt", "a'b \"c\" $HOME \\n", "0x1f", "1_000",
-    "[1, 2]", "{a: b}", "# no comment", "é→", ".5", "5.", "=", "<<", "!x", "&a", "*a", "%", "@", "`", "2020-01-01", "nan",
-    ".inf", "- x", "x: y", "a\nb\n", "\ttab", "True", "?", "...", "---", "1", "+1", "0o7", "\u2028", "\x7f", "\U0001f600",
+    "[1, 2]", "{a: b}", "# no comment", "é→", ".5", "5.", "=", "<<", "!x", "&a", "*a", "%", "@", "`", "2020-01-01",
+    "nan", ".inf", "- x", "x: y", "a\nb\n", "\ttab", "True", "?", "...", "---", "1", "+1", "0o7", "\u2028", "\x7f",
+    "\U0001f600",
 ]  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """The Trainer's options: what a run takes, and the one line by which it refuses the others."""
 
 import inspect
-import sys
 
 import lightning.pytorch as pl
 import pytest
@@ -67,7 +66,7 @@ def test_refused(mistake, options, expected):
 
 
 SLURM = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
 
 
 @pytest.mark.parametrize(
@@ -82,8 +81,8 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "
         (["--trainer.num_nodes", "0"], {}, "trainer.num_nodes: 0 must be 1 or more"),
         (["--trainer.precision", "fp8"], {}, "precision"),
         (["--trainer.precision", "transformer-engine"], {}, ""),
-        (["--trainer.precision", "16-mixed", "--trainer.strategy", "fsdp2"], {}, "16-mixed does not work with fsdp2"),
-        (["--trainer.precision", "16-true"], {}, ""),
+        (["--trainer.precision", "16-mixed"], {}, "trainer.precision: 16-mixed is for GPUs; use bf16-mixed"),
+        (["--trainer.precision", "16"], {}, "trainer.precision: 16-mixed is for GPUs; use bf16-mixed"),
         (["--trainer.gradient_clip_algorithm", "sum"], {}, "trainer: `gradient_clip_algorithm` sum is invalid"),
         (["--trainer.deterministic", "maybe"], {}, "deterministic"),
         (["--trainer.profiler", "stopwatch"], {}, "trainer: "),
@@ -94,10 +93,10 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "
         ([CALLBACKS, "EarlyStopping", f"{CALLBACKS}.monitor", "x", f"{CALLBACKS}.mode", "up"], {}, "`mode` can be"),
         ([], SLURM, "the cluster's environment variables: You set `--ntasks=2` in your SLURM bash script"),
         ([], {**SLURM, "SLURM_NTASKS": "many"}, "the cluster's environment variables: invalid literal"),
-        ([], {**SLURM, "SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "4"}, "environment variables: "),
-        ([], TORCHRUN, "the cluster's environment variables: "),
-        ([], {"TORCHELASTIC_RUN_ID": "1"}, "the cluster's environment variables: "),
-        (["--trainer.devices", "2"], {**TORCHRUN, "WORLD_SIZE": "3", "LOCAL_RANK": "0"}, "environment variables: "),
+        ([], {**SLURM, "SLURM_NTASKS_PER_NODE": "2"}, "environment variables: You set `devices=1` in Lightning, but"),
+        ([], TORCHRUN, "the cluster's environment variables: WORLD_SIZE is not set"),
+        ([], {**TORCHRUN, "WORLD_SIZE": "2"}, "environment variables: You set `devices=1` and `num_nodes=1`"),
+        (["--trainer.devices", "2"], {**TORCHRUN, "WORLD_SIZE": "3"}, "environment variables: You set `devices=2`"),
     ],
 )
 def test_refused_by_lightning(mistake, monkeypatch, options, environment, expected):
