@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,9 +55,9 @@ def in_one_line(key: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        where = f"{error.filename}: " if error.filename else ""
         raise UsageError(
-            f"{where}cannot be written: {error.strerror}; when that is fixed, continue by --ckpt_path auto"
+            f"{error.filename or 'the files of the run'}: cannot be written: {error.strerror}; when that is fixed, "
+            "continue by --ckpt_path auto"
         ) from error
     except Exception as error:
         root = _root(error)
@@ -70,6 +71,18 @@ def in_one_line(key: str) -> Iterator[None]:
         if modules and modules[-1].startswith(_REFUSE):
             raise UsageError(f"{key}: {_in_words(error)}") from error
         raise
+
+
+def quiet_full_disk_in_threads() -> None:
+    """Leave out the traceback of a thread that cannot write, such as TensorBoard's: its next call raises the error."""
+    previous = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        error = arguments.exc_value
+        if not (isinstance(error, OSError) and error.errno in _NO_ROOM):
+            previous(arguments)
+
+    threading.excepthook = hook
 
 
 def _root(error: BaseException) -> BaseException:

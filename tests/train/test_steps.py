@@ -388,3 +388,82 @@ def test_a_run_with_an_odd_prompt_and_folder(fit, run, capsys):
     start = words.index("fit")
     main(words[start : start + 7])
     assert "--- sample at step 2 ---" in capsys.readouterr().out
+
+
+PROBES = """
+import resource
+
+import torch
+from lightning.pytorch import Callback
+
+
+class FullDisk(Callback):
+    def on_train_start(self, *_):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # as a full disk: the system writes no more than that
+
+
+class NaN(Callback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_start(self, trainer, module):
+        loss = module._summed_loss
+
+        def spoilt(batch):
+            is_bad = trainer.training and trainer.global_step + 1 == self.step and trainer.global_rank == 1
+            return loss(batch) * (torch.nan if is_bad else 1.0)
+
+        module._summed_loss = spoilt
+"""
+
+
+def options_of(recipe, folder):
+    (folder / "probes.py").write_text(PROBES)
+    (folder / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    return ["--config", "mine.yaml", "--trainer.default_root_dir", "run"]
+
+
+def test_a_single_callback_that_saves(run, tiny, tmp_path):
+    callback = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 4, "monitor": "train/loss"}}
+    options = options_of({"trainer": {"callbacks": callback}}, tmp_path)
+    printed = run("fit", *tiny, *options, cwd=tmp_path).stdout
+    assert "Next:" in printed
+    assert (tmp_path / "run/checkpoints/last.ckpt").readlink().name == "step=8.ckpt"
+    assert list((tmp_path / "run/tensorboard").rglob("*.ckpt"))
+    occupied = [*options, "--trainer.callbacks.dirpath", "run/checkpoints", "--ckpt_path", "auto"]
+    errors = run("fit", *tiny, *occupied, cwd=tmp_path, returncode=2).stderr
+    assert "run/checkpoints is where the run saves its own checkpoints; choose another dirpath" in errors
+
+
+@pytest.mark.parametrize("logger", ["TensorBoardLogger", "CSVLogger"])
+def test_a_full_disk_ends_the_run_with_one_line(run, tiny, tmp_path, logger):
+    options = options_of({"trainer": {"callbacks": {"class_path": "probes.FullDisk"}}}, tmp_path)
+    options += [
+        "--trainer.max_steps",
+        1000,
+        "--checkpoints.every_n_steps",
+        1000,
+        "--trainer.enable_progress_bar",
+        "false",
+    ]
+    options += ["--trainer.logger", logger, "--trainer.logger.save_dir", "run"]
+    options += ["--trainer.logger.flush_logs_every_n_steps", 1] if logger == "CSVLogger" else []
+    errors = run("fit", *tiny, *options, cwd=tmp_path, returncode=2).stderr
+    assert errors.count("ropepp-lit: error: the files of the run: cannot be written: File too large; when that is") == 1
+    assert "Traceback" not in errors
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+def test_two_processes_decide_alike_about_nan(run, tiny, tmp_path, strategy):
+    """Only rank 1 has a bad loss."""
+    callback = {"class_path": "probes.NaN", "init_args": {"step": 3}}
+    options = options_of({"trainer": {"callbacks": callback, "devices": 2, "strategy": strategy}}, tmp_path)
+    errors = run("fit", *tiny, *options, cwd=tmp_path, returncode=2).stderr
+    line = "infinite at step 3; the last good checkpoint is run/checkpoints/step=2.ckpt."
+    assert errors.count(line) == 1, errors
+    assert "Traceback" not in errors
+    options += ["--model.on_nan", "skip", "--ckpt_path", "auto", "--trainer.log_every_n_steps", 3]
+    printed = run("fit", *tiny, *options, cwd=tmp_path).stdout
+    assert printed.count("Step 3 is skipped") == 1
+    assert read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 8
