@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,11 @@ class CheckpointWriter:
         self.wait()
         self._path = path
         if _is_rank_zero():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove(_partial(path))
+            with suppress(OSError):  # what fails here fails again in the write, which reports it on all ranks
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _remove(_partial(path))
+        if is_sharded and self._group is not None:
+            dist.barrier(self._group)  # no rank writes into the folder before rank 0 has removed an old one
         write = self._shards(checkpoint) if is_sharded else None
         if self.in_background and _is_rank_zero():
             checkpoint = _copy(checkpoint, live)

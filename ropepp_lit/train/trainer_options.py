@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from lightning.pytorch.callbacks.pruning import ModelPruning
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from ropepp_lit.errors import UsageError
 
@@ -120,7 +121,7 @@ def dry_run(trainer: Any) -> dict[str, Any]:
         "limit_val_batches": int(trainer.fast_dev_run),
         "val_check_interval": None,
         "num_sanity_val_steps": 0,
-        "logger": False,
+        "logger": DummyLogger(),  # not False, which callbacks such as LearningRateMonitor refuse
         "profiler": None,
         "callbacks": [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)],
     }
