@@ -161,8 +161,7 @@ class RecipeCLI(LightningCLI):
         check_folders(options.trainer.callbacks, folder_of(folder))
         if self.trainer.is_global_zero:
             write_recipe(folder / "recipe.yaml", self.model.recipe, self._read_recipe)
-        if before is not None:
-            self._go_on_with_curves(before)
+        self._go_on_with_curves(before)
 
     def before_validate(self) -> None:
         """Check everything that can be checked."""
@@ -201,9 +200,13 @@ class RecipeCLI(LightningCLI):
     def _read_recipe(self, path: Path) -> dict[str, Any]:
         return self._as_plain(self.parser.parse_args(["fit", "--config", str(path)]))
 
-    def _go_on_with_curves(self, checkpoint: dict[str, Any]) -> None:
-        """Let the curves be those of the run up to the checkpoint."""
+    def _go_on_with_curves(self, checkpoint: dict[str, Any] | None) -> None:
+        """Let the curves be those of the run up to the checkpoint; empty where it begins."""
         trainer = self.trainer
+        folder = Path(trainer.default_root_dir)
+        if checkpoint is None:
+            go_on_from(trainer.loggers, 0, run_folder=folder, validates=False)
+            return
         accumulated = trainer.accumulate_grad_batches
         interval = self.config_init.fit.trainer.val_check_interval or trainer.max_steps * accumulated
         step = checkpoint["global_step"]
@@ -213,7 +216,6 @@ class RecipeCLI(LightningCLI):
             accumulate_grad_batches=accumulated,
             interval=interval,
         )
-        folder = Path(trainer.default_root_dir)
         go_on_from(trainer.loggers, step, run_folder=folder, validates=validates)
 
     def after_fit(self) -> None:

@@ -72,8 +72,9 @@ def go_on_from(loggers: list[Logger], step: int, *, run_folder: Path, validates:
 
     Args:
         loggers: Before they have opened their files.
-        step: Of the checkpoint.
-        run_folder: A CSVLogger without a version goes on with its newest version in this folder.
+        step: Of the checkpoint; 0 where a run begins, perhaps again after it was killed before its first checkpoint:
+            then only files in its own folder are changed.
+        run_folder: Loggers without a version go on with their newest version in this folder.
         validates: Whether the validation of that step is still to come: then its figures are taken out too.
 
     Raises:
@@ -84,13 +85,18 @@ def go_on_from(loggers: list[Logger], step: int, *, run_folder: Path, validates:
         return at < step or (at == step and not (validates and name.startswith(_OF_A_VALIDATION)))
 
     for logger in loggers:
+        if not isinstance(logger, TensorBoardLogger | CSVLogger):
+            continue
+        is_ours = Path(logger.save_dir).resolve().is_relative_to(run_folder.resolve())
+        if not step and not is_ours:
+            continue
+        if logger._version is None and is_ours:
+            newest = logger._get_next_version() - 1
+            logger._version = newest if newest >= 0 else None
         if isinstance(logger, TensorBoardLogger):
             for path in sorted(Path(logger.log_dir).glob("*.tfevents.*")):
                 _filter_events(path, is_kept)
-        elif isinstance(logger, CSVLogger):
-            if logger._version is None and Path(logger.save_dir).resolve().is_relative_to(run_folder.resolve()):
-                newest = logger._get_next_version() - 1
-                logger._version = newest if newest >= 0 else None
+        else:
             rows = list(_rows(Path(logger.log_dir) / "metrics.csv", is_kept))
             if rows:
                 writer = logger.experiment  # deletes the file

@@ -164,7 +164,16 @@ def test_readers_of_the_curves_see_each_step_once(fit, whole):
     events = EventAccumulator("twice/tensorboard").Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
     assert [event.step for event in events.Scalars("val/loss")] == [2, 4, 6, 8]
-    assert len(curves(Path("twice"))) == len({*curves(Path("twice"))})
+
+
+def test_killed_before_anything_was_saved(fit, whole):
+    """The run begins again, in its first files."""
+    for _ in range(2):
+        with pytest.raises(KillError):
+            fit("early", "--trainer.log_every_n_steps", 1, callbacks=[At("on_save_checkpoint", kill, step=2)])
+    assert [step for tag, step in curves(Path("early")) if tag == "train/loss"] == [1, 2]
+    fit("early", "--ckpt_path", "auto")
+    assert_same_run(Path("early"), whole)
 
 
 def test_a_csv_logger_goes_on_in_its_file(fit, whole):
