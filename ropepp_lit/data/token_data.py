@@ -169,9 +169,9 @@ class TokenData(LightningDataModule):
             )
         self.manifest = next(iter(self.manifests.values()))
         self.tokenizer_json = next(iter(tokenizers.values()))
-        self.text_tokenizer = TextTokenizer.from_entry(self.entry)
         self.held_out = {name: tokens.digest for name, tokens in self.validation_sets.items()}
         """A name for the documents of each validation set."""
+        self.text_tokenizer = TextTokenizer.from_entry(self.entry)
         everything = [*self.manifests.items(), *others]
         self.largest_token_id = max(manifest.largest_token_id for _, manifest in everything)
         """Of the tokens that occur."""
