@@ -261,7 +261,8 @@ def test_a_complete_cache_that_is_read_only(texts, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "value", ["s3://a/run", "gs://a/run", "file:///tmp/run", "hf://a/run", "hf:a/run", "https://a/b", "S3://a", "", "a\0b"]
+    "value",
+    ["s3://a/run", "gs://a/run", "file:///tmp/run", "hf://a/run", "hf:a/run", "https://a/b", "S3://a", "", "a\0b"],
 )
 def test_paths_that_are_none_of_this_machine(value):
     with pytest.raises(UsageError, match="^out: .*name a file or folder"):
