@@ -76,7 +76,7 @@ def check_task(task: str, options: Options) -> None:
 
 @functools.cache
 def _manager(include_path: str | None, *, defaults: bool) -> tuple[Any, dict[str, Any]]:
-    """lm-eval's task manager, which takes seconds to index its own tasks, and what it passes to tasks as it loads them."""
+    """lm-eval's task manager (indexing its own tasks takes seconds), and what it passes to tasks as it loads them."""
     from lm_eval.tasks import TaskManager
 
     metadata: dict[str, Any] = {"max_seq_lengths": []}
@@ -297,11 +297,12 @@ def _measurements(
             "higher_is_better": higher,
         }
         if name in tasks:
-            items = [
-                sample[metric]
+            samples = [
+                sample
                 for sample in results["samples"][name]
                 if sample["filter"] == filter_key and metric in sample["metrics"]
             ]
+            items, names = [sample[metric] for sample in samples], [sample["doc_hash"] for sample in samples]
             aggregate = tasks[name].aggregation().get(metric) or _mean
             numerators, denominators, aggregation = spread(items, aggregate, value)
             said |= {"examples": len(items), "of": results["n-samples"][name]["original"]}
@@ -310,9 +311,15 @@ def _measurements(
                 found[task.task_name, key] for task in groups[name].get_all_tasks() if (task.task_name, key) in found
             ]
             numerators, denominators, aggregation = _of_group(leaves, value)
+            names = [leaf.sample for leaf in leaves]
             said |= {"examples": len(numerators), "tasks": len(leaves)}
         found[name, key] = Measurement(
-            **fields, numerators=numerators, denominators=denominators, aggregation=aggregation, details=said
+            **fields,
+            numerators=numerators,
+            denominators=denominators,
+            sample=hashlib.sha256("\0".join(names).encode()).hexdigest()[:16],
+            aggregation=aggregation,
+            details=said,
         )
         yield found[name, key]
 

@@ -220,7 +220,7 @@ class DecoderLM(TemplateLM):
             documents = Documents.from_ids(is_prompt.int().to(self.model.device))
         # A stop sequence of n bytes is of n tokens at most; special tokens may stand among them.
         tail = max((len(stop.encode()) for stop in until), default=0) + 8
-        ends = self.model.stop_token_ids
+        ends = self.model.tokenizer.stop_token_ids
         written: list[list[int]] = [[] for _ in prompts]
         open_rows = set(range(len(prompts)))
         for tokens in generate(

@@ -45,11 +45,6 @@ class Model:
         """What texts begin with."""
         return list(self.tokenizer.opening)
 
-    @property
-    def stop_token_ids(self) -> frozenset[int]:
-        """Tokens that end what it writes."""
-        return frozenset({self.tokenizer.eos_token_id})
-
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without what opens and closes documents."""
         return self.tokenizer.encode_text(text)

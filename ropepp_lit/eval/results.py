@@ -65,12 +65,6 @@ class Measurement:
     noise_std: float | None = None
     numerators: list[float]
     denominators: list[float]
-    aggregation: str | None = None
-    """`mean`, `perplexity` or `bits_per_byte`: what makes the value of the ratio; None means by the metric's name."""
-
-    higher_is_better: bool | None = None
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """How it was measured, by name, for the page."""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -81,7 +75,7 @@ class Measurement:
     def value(self) -> float:
         """Over all examples."""
         ratio = np.sum(self.numerators) / np.sum(self.denominators)
-        return float(_FINISH.get(self.aggregation or self.metric, lambda x: x)(ratio))
+        return float(_FINISH.get(self.metric, lambda x: x)(ratio))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -154,4 +148,4 @@ def _resample(several: list[Measurement], *, seed: int) -> np.ndarray:
             np.einsum("be,br,re->b", count, share, numerators) / np.einsum("be,br,re->b", count, share, denominators)
             for count, share in weights
         ]
-    return _FINISH.get(several[0].aggregation or several[0].metric, lambda x: x)(np.concatenate(ratios))
+    return _FINISH.get(several[0].metric, lambda x: x)(np.concatenate(ratios))

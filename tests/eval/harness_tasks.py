@@ -18,7 +18,7 @@ DOCUMENTS = [
 
 COMMON = """
 dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}, train: {train}}}}}
+dataset_kwargs: {{cache_dir: {cache}, data_files: {{test: {data}, train: {train}}}}}
 test_split: test
 metadata: {{version: 3}}
 """
@@ -76,6 +76,29 @@ generation_kwargs: {until: [], max_gen_toks: 8}
 process_results: !function functions.edits
 metric_list: [{metric: wer, aggregation: !function functions.rate, higher_is_better: false}]
 """,
+    "local_sampled": """
+task: local_sampled
+output_type: generate_until
+doc_to_text: "{{text}}"
+doc_to_target: answer
+generation_kwargs: {max_gen_toks: 8, num_beams: 4}
+metric_list: [{metric: exact_match}]
+""",
+    "local_needles": """
+task: local_needles
+dataset_path: ""
+output_type: generate_until
+test_split: test
+custom_dataset: !function functions.needles
+doc_to_text: "{{input}}"
+doc_to_target: "{{outputs}}"
+process_results: !function functions.score
+generation_kwargs: {until: [], max_gen_toks: 4}
+metric_list:
+  - {metric: "4096", aggregation: !function functions.of_length, higher_is_better: true}
+  - {metric: "8192", aggregation: !function functions.of_length, higher_is_better: true}
+metadata: {version: 1}
+""",
     "local_group": """
 group: local_group
 task: [local_lambada, local_no_context]
@@ -85,6 +108,28 @@ metadata: {version: 1}
 }
 
 FUNCTIONS = '''
+import itertools
+
+import datasets
+
+
+def needles(max_seq_lengths, tokenizer, **kwargs):
+    """As RULER's tasks: examples of one length after those of another."""
+    per_length = [
+        [{"input": f"Example {k} of {n}", "outputs": ["x"], "max_length": n} for k in range(6)] for n in max_seq_lengths
+    ]
+    return {"test": datasets.Dataset.from_list(list(itertools.chain(*per_length)))}
+
+
+def score(doc, results):
+    return {"4096": -1.0, "8192": -1.0} | {str(doc["max_length"]): float(doc["max_length"] % 7)}
+
+
+def of_length(items):
+    found = [item for item in items if item != -1]
+    return sum(found) / len(found) if found else -1
+
+
 def edits(doc, results):
     wanted, written = doc["text"].split(), results[0].split()
     wrong = sum(a != b for a, b in zip(wanted, written)) + abs(len(wanted) - len(written))
@@ -106,9 +151,9 @@ def write_tasks(folder: Path) -> Path:
     for name, documents in (("test", DOCUMENTS[:8]), ("train", DOCUMENTS[8:])):
         lines = "".join(json.dumps(document) + "\n" for document in documents)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    common = COMMON.format(data=folder / "test.jsonl", train=folder / "train.jsonl")
+    common = COMMON.format(cache=folder / "cache", data=folder / "test.jsonl", train=folder / "train.jsonl")
     for name, task in TASKS.items():
-        text = task if name == "local_group" else task + common
+        text = task if name in ("local_group", "local_needles") else task + common
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     (folder / "functions.py").write_text(FUNCTIONS, encoding="utf-8")
     return folder
