@@ -23,6 +23,8 @@ test_split: test
 metadata: {{version: 3}}
 """
 
+# lm-eval 0.4.13's `hf` scores the wrong tokens where two requests read the same tokens and have continuations of
+# different lengths, so no two tasks here have that.
 TASKS = {
     "local_choice": """
 task: local_choice
@@ -53,7 +55,7 @@ task: local_no_context
 output_type: loglikelihood
 doc_to_text: ""
 target_delimiter: ""
-doc_to_target: text
+doc_to_target: "{{text}} Again."
 metric_list: [{metric: perplexity}, {metric: acc}]
 """,
     "local_filters": """

@@ -208,7 +208,7 @@ def test_a_chat_template_is_used_where_it_is_asked_for(folders, tasks):
     (value, *_) = [item.value for item in found]
     assert math.log(value) == pytest.approx(math.log(wanted["results"]["local_lambada"]["perplexity,none"]), abs=1e-4)
     assert value != plain[0].value
-    with pytest.raises(UsageError, match="apply_chat_template: .* stores no chat template"):
+    with pytest.raises(UsageError, match=r"apply_chat_template: .* stores no chat template"):
         harness.measure(load(folders("qwen")), "local_lambada", lengths=[64], limit=2, options=options)
 
 
@@ -296,6 +296,6 @@ def test_retrieval_scores_as_ruler_does(small_checkpoints, task, length):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["ruler_vt", "ruler_cwe", "ruler_fwe", "niah_single_1"])
 def test_rulers_makers_of_examples_end(small_checkpoints, task):
-    with pytest.raises(UsageError, match="tokens are too few|cannot load") as caught:
+    with pytest.raises(UsageError, match=r"tokens are too few|cannot load") as caught:
         harness.measure(load(small_checkpoints["ec"]), task, lengths=[128], limit=2, options=Options())
     assert "\n" not in str(caught.value)
