@@ -12,6 +12,7 @@ A checkpoint is Lightning's, plus one entry `ropepp_lit` of plain dicts, lists a
 | `recipe`            | the whole recipe of the run, or None where it was not started by the command            |
 | `origin`            | what the weights began from, or None where they were random                             |
 | `tokens_seen`       | tokens that all ranks have read since the run began                                     |
+| `train_loss`        | `nats` and `tokens` of the training loss since it was last logged, or absent            |
 | `validation`        | what the newest validation found, by set                                                |
 | `tokenizer`         | the tokenizer's JSON, or None                                                           |
 | `bos_token_id`      | the token that is named as the beginning of texts, or None                              |
@@ -37,7 +38,14 @@ from torch import Tensor
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import sync, write_errors
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
-from ropepp_lit.sharded import is_sharded, load_sharded_state, read_pickled, read_sharded_rest, tensor_shapes
+from ropepp_lit.sharded import (
+    check_shards,
+    is_sharded,
+    load_sharded_state,
+    read_pickled,
+    read_sharded_rest,
+    tensor_shapes,
+)
 
 T = TypeVar("T")
 
@@ -85,6 +93,21 @@ def _check_entry(path: Path, checkpoint: Any) -> dict[str, Any]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UsageError(f"{path}: damaged: its entry 'state_dict' does not contain weights alone")
     return checkpoint
+
+
+def check_whole(path: str | Path) -> None:
+    """Find a checkpoint that was cut off or lacks a part; of the weights only the sizes on the disk are looked at.
+
+    Args:
+        path: A .ckpt file, or a .ckpt folder of shards.
+
+    Raises:
+        UsageError: see :func:`read_checkpoint`; or a shard is missing or too short.
+    """
+    path = Path(path)
+    read_checkpoint(path, shapes_only=True)
+    if is_sharded(path):
+        check_shards(path)
 
 
 def load_shards(path: str | Path, weights: dict[str, Tensor], *, is_distributed: bool) -> None:

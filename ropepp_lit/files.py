@@ -36,9 +36,7 @@ def inside(folder: Path, name: Any, *, source: str | Path | None = None, for_wri
     """
     where = source if source is not None else folder
     if not isinstance(name, str) or not _is_relative(name):
-        raise UsageError(
-            f"{where}: {name!r} is not a file name inside its folder; get the files from elsewhere"
-        )
+        raise UsageError(f"{where}: {name!r} is not a file name inside its folder; get the files from elsewhere")
     path = folder / name
     if for_writing and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise UsageError(f"{path}: a symbolic link leads out of {folder}; remove the link")
@@ -216,26 +214,34 @@ def locked(path: Path) -> Iterator[None]:
     """
     from filelock import FileLock, SoftFileLock
 
-    lock: FileLock | SoftFileLock = FileLock(path)
-    has_locks = True
     try:
+        lock = FileLock(path) if _has_locks(path) else SoftFileLock(path.with_name(f"{path.name}.held"))
         lock.acquire()
-    except NotImplementedError:  # of older versions of filelock, where there is no flock
-        has_locks = False
     except OSError as error:
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            yield
-            return
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        has_locks = False
-    if not has_locks:
-        lock = SoftFileLock(path.with_name(f"{path.name}.held"))
-        lock.acquire()
+        yield
+        return
     try:
         yield
     finally:
         lock.release()
+
+
+def _has_locks(path: Path) -> bool:
+    """Whether files can be locked there. filelock's own way out of it may delete the mark of another process."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has locks of another kind
+        return True
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in _NO_LOCKS
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def checksum(path: Path) -> str:

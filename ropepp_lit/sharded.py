@@ -96,6 +96,17 @@ def tensor_shapes(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
         }
 
 
+def check_shards(path: Path) -> None:
+    """Raise UsageError where a shard is missing or shorter than the table of contents says."""
+    ends: dict[str, int] = {}
+    with _damage(path):
+        for stored in _Reader(path).read_metadata().storage_data.values():
+            ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
+    for name, end in ends.items():
+        if not (path / name).is_file() or (path / name).stat().st_size < end:
+            raise UsageError(f"{path}: not a readable checkpoint: the shard {name} is damaged or missing")
+
+
 @contextmanager
 def _damage(path: str | Path) -> Iterator[None]:
     """Report what goes wrong while a folder of shards is read."""

@@ -1,7 +1,6 @@
 """Machines as people have them: any encoding, closed pipes, hostile folders, full disks, poor file systems."""
 
 import errno
-import fcntl
 import os
 import subprocess
 import sys
@@ -75,15 +74,12 @@ def test_plain_names_of_the_users_own_modules_are_found_last(hostile, command_pa
     assert not list(hostile.glob("RAN*"))
 
 
-NAME = os.fsdecode(b"caf\xe9.jsonl")
-
-
 @pytest.fixture(scope="module")
 def odd_texts(tmp_path_factory):
-    """Documents in a file whose name is not UTF-8."""
+    """A document, and one that is no text and whose name is not UTF-8."""
     folder = tmp_path_factory.mktemp("odd")
-    with open(os.fsencode(folder) + b"/caf\xe9.jsonl", "wb") as file:
-        file.write(b'{"text": "a text of words"}\n' * 50 + b"broken\n")
+    (folder / "a.txt").write_text("text " * 1000)
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"\xff broken")
     return folder
 
 
@@ -97,13 +93,15 @@ def test_reports_in_any_encoding(command_path, tmp_path, odd_texts, encoding):
     )
     assert finished.returncode == 0, finished.stderr.decode(errors="replace")
     assert b"Next: ropepp-lit prepare --verify shards" in finished.stdout
-    assert b"caf\\xe9.jsonl" in finished.stdout
+    assert b"caf\\xe9.txt: not UTF-8" in finished.stdout
     bar = "█".encode() if encoding == "utf-8" else b"#"
     assert bar * 5 in finished.stdout
     # an error's line too
-    finished = start(command_path, "generate", NAME, cwd=odd_texts, environment={"PYTHONIOENCODING": encoding})
+    finished = start(
+        command_path, "generate", os.fsdecode(b"caf\xe9.txt"), cwd=odd_texts, environment={"PYTHONIOENCODING": encoding}
+    )
     assert finished.returncode == 2
-    assert finished.stderr.startswith(b"ropepp-lit: error: caf\\xe9.jsonl: not a readable checkpoint")
+    assert finished.stderr.startswith(b"ropepp-lit: error: caf\\xe9.txt: not a readable checkpoint")
 
 
 def piped(command, reader, cwd, variables=""):
@@ -257,14 +255,14 @@ def test_a_complete_cache_that_is_read_only(texts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "open", read_only)
     assert prepare_cached(str(texts), settings, cache_dir=tmp_path / "cache", show_progress=False) == folder
-    assert fcntl is not None
 
 
 @pytest.mark.parametrize(
-    "value", ["s3://a/run", "gs://a/run", "file:///tmp/run", "hf://a/run", "hf:a/run", "https://a/b", "S3://a", "", "a\0b"]
+    "value",
+    ["s3://a/run", "gs://a/run", "file:///tmp/run", "hf://a/run", "hf:a/run", "https://a/b", "S3://a", "", "a\0b"],
 )
 def test_paths_that_are_none_of_this_machine(value):
-    with pytest.raises(UsageError, match="^out: .*name a file or folder"):
+    with pytest.raises(UsageError, match=r"^out: .*name a file or folder"):
         files.local_path("out", value)
     for path in ("run", "a:b", "/tmp/run", "a//b", "..a"):
         assert files.local_path("out", path) == path
@@ -316,7 +314,8 @@ def test_the_current_folder_as_out(run, texts, tmp_path, command, expected):
     [
         ("file", True), ("folder/file", True), ("a..b", True), ("..", False), ("../file", False),
         ("folder/../../file", False), ("/etc/passwd", False), ("", False), (".", False), ("C:file", False),
-        ("C:\\file", False), ("..\\file", False), ("\\\\server\\file", False), ("a\0b", False), (None, False), (3, False),
+        ("C:\\file", False), ("..\\file", False), ("\\\\server\\file", False), ("a\0b", False), (None, False),
+        (3, False),
     ],
 )  # fmt: skip
 def test_names_that_stay_inside(tmp_path, name, expected):
@@ -338,13 +337,18 @@ def test_links_that_lead_out_are_not_written_through(tmp_path):
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    with pytest.raises(UsageError, match="out: cannot be written: No space left"):
-        with files.write_errors("out"), files.whole_folder(tmp_path / "out") as folder:
+
+    def fail(error):
+        with files.whole_folder(tmp_path / "out") as folder:
             (folder / "a").touch()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(KeyError), files.whole_folder(tmp_path / "out") as folder:
-        (folder / "a").touch()
-        raise KeyError
+            raise error
+
+    with pytest.raises(UsageError, match="out: cannot be written: No space left"):
+        fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with pytest.raises(UsageError, match="out: cannot be written: No space left"):
+        fail(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    with pytest.raises(KeyError):
+        fail(KeyError())
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()
     with files.whole_folder(tmp_path / "out") as folder:
@@ -385,3 +389,43 @@ print("imported")
 def test_modules_are_imported_without_what_windows_lacks(run_file, tmp_path):
     (tmp_path / "missing.py").write_text(MISSING)
     assert run_file(tmp_path / "missing.py", cwd=tmp_path).stdout == "imported\n"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tiny, run):
+    """A folder with a trained checkpoint, a file of weights with plain RoPE, and an export."""
+    folder = tmp_path_factory.mktemp("models")
+    options = [*tiny, "--model.positions", "RoPE", "--trainer.max_steps", 1, "--trainer.default_root_dir", "run"]
+    run("fit", *options, cwd=folder)
+    run("export", "run/checkpoints/last.ckpt", "hf", "--check", "false", cwd=folder)
+    return folder
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize(
+    ("kilobytes", "command"),
+    [
+        (8, ["import", "MODELS/hf", "new.ckpt"]),
+        (8, ["upcycle", "MODELS/run/checkpoints/last.ckpt", "new.ckpt", "--variant", "ec"]),
+        (8, ["export", "MODELS/run/checkpoints/last.ckpt", "new", "--check", "false"]),
+        (8, ["figures", "--out", "new", "--context_length", "64"]),
+        (1, ["prepare", "TEXTS", "--tokenizer", "bytes", "--out", "new"]),
+        (8, ["fit", "TINY", "--trainer.max_steps", "2", "--trainer.default_root_dir", "new"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_full_disk(command_path, models, texts, tiny, tmp_path, kilobytes, command):
+    """Files beyond a size cannot be written: one line, and no file that is not whole."""
+    places = {"TINY": tiny, "TEXTS": [str(texts)]}
+    words = [word for name in command for word in places.get(name, [name.replace("MODELS", str(models))])]
+    line = " ".join(f"'{word}'" for word in (command_path, *words))
+    finished = start("bash", "-c", f"ulimit -f {kilobytes}; exec {line}", cwd=tmp_path)
+    errors = [text for text in finished.stderr.decode().splitlines() if "Seed set" not in text]
+    assert finished.returncode == 2, errors
+    assert errors[-1].split("\r")[-1].strip().startswith("ropepp-lit: error: "), errors
+    assert "File too large" in errors[-1]
+    assert not any("Traceback" in text for text in errors)
+    kept = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    if command[0] not in ("prepare", "fit"):  # those keep their finished parts, their recipe and curves
+        assert not kept
+    assert not {name for name in kept if name.endswith((".ckpt", ".safetensors", ".png"))}

@@ -1,6 +1,7 @@
 """Checkpoints, manifests and folders from elsewhere: one line, and nothing is run, written or deleted."""
 
 import io
+import json
 import os
 import pathlib
 import pickle
@@ -10,10 +11,14 @@ import pytest
 import torch
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint import filesystem, metadata
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropepp_lit import checkpoint, sharded
+from ropepp_lit.data.prepare import Settings, prepare
+from ropepp_lit.data.shards import MANIFEST, Manifest, verify
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPEPP
+from ropepp_lit.text.tokenizer import byte_tokenizer
 
 CONFIG = {
     "vocab_size": 258, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -305,3 +310,67 @@ def test_what_is_no_checkpoint(tmp_path, kind):
         checkpoint.load_decoder(checkpoint.read_checkpoint(path))
     assert "\n" not in str(error.value)
     assert tree(tmp_path) == before
+
+
+def attack_split(values):
+    values["splits"]["../../outside"] = values["splits"].pop("train")
+
+
+def attack_chunk(name):
+    def attack(values):
+        values["splits"]["train"]["chunks"][0]["filename"] = name
+
+    return attack
+
+
+MANIFESTS = {
+    "a split outside": attack_split,
+    "a chunk outside": attack_chunk("../../../../../../home/user/.bashrc"),
+    "an absolute chunk": attack_chunk("/etc/passwd"),
+    "a chunk of another system": attack_chunk("..\\..\\file"),
+    "a drive": attack_chunk("C:file"),
+    "a chunk without a name": attack_chunk(""),
+    "a number": attack_chunk(3),
+    "NUL": attack_chunk("a\0b"),
+    "objects as tokens": lambda values: values.update(dtype="O"),
+    "no type": lambda values: values.update(dtype="nothing"),
+}
+
+
+@pytest.mark.parametrize("attack", MANIFESTS)
+def test_a_manifest_names_files_of_its_folder(texts, tmp_path, attack):
+    folder = tmp_path / "shards"
+    prepare([str(texts)], Settings(tokenizer="bytes"), out=folder, show_progress=False)
+    values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    MANIFESTS[attack](values)
+    (folder / MANIFEST).write_text(json.dumps(values), encoding="utf-8")
+    before = tree(tmp_path)
+    for read in (Manifest.read, verify):
+        with pytest.raises(UsageError, match=r"manifest\.json: ") as error:
+            read(folder)
+        assert "\n" not in str(error.value)
+    assert tree(tmp_path) == before
+
+
+CODE = "open({target!r}, 'w')\n"
+
+
+def test_code_that_a_folder_brings_is_never_run(run, tmp_path):
+    """`auto_map` of config.json and of the tokenizer's settings."""
+    torch.manual_seed(0)
+    folder, target = tmp_path / "shared", str(tmp_path / "target")
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG, max_position_embeddings=64))
+    model.save_pretrained(folder)
+    byte_tokenizer().tokenizer.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    maps = {name: f"evil.{name}" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": maps}), encoding="utf-8")
+    settings = {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "evil.py").write_text(CODE.format(target=target), encoding="utf-8")
+    for words in (["import", "shared", "new.ckpt"], ["generate", "shared", "--max_new_tokens", 1],
+                  ["export", "shared", "again"]):  # fmt: skip
+        run(*words, cwd=tmp_path)
+        assert not (tmp_path / "target").exists(), words
+    settings = json.loads((tmp_path / "again/tokenizer_config.json").read_text(encoding="utf-8"))
+    assert "auto_map" not in settings  # lm-eval loads the export with trust_remote_code

@@ -23,12 +23,16 @@ def evaluate(
     out: str,
     text: str | None = None,
     min_tokens: int = 0,
-    limit: int = 50,
+    limit: int | None = None,
     stride: int | None = None,
     noise_std: str = "0,0.5,1,2",
     seed: int = 0,
     dtype: str = "float32",
     trust: str | None = None,
+    num_fewshot: int | None = None,
+    include_path: str | None = None,
+    apply_chat_template: bool = False,
+    max_length: int | None = None,
 ) -> None:
     """Measure checkpoints at several lengths: tables, plots and a page to read. Stopped, the same command goes on.
 
@@ -42,12 +46,18 @@ def evaluate(
         text: Documents for perplexity and attention: files, folders, globs, with commas, as for prepare; empty means
             the documents that the first checkpoint's run held out.
         min_tokens: Leave out documents of fewer tokens (of the first model).
-        limit: Documents, and examples of each family or harness task.
+        limit: Documents, examples of each family, and examples of each harness task (and length); empty means 50, and
+            all examples of a harness task.
         stride: Tokens from one window of perplexity to the next; empty means that windows don't overlap.
         noise_std: Standard deviations of the noise on scores, with commas.
         seed: Of examples and noise.
         dtype: float32 or bfloat16, of weights and arithmetic.
         trust: `module.Class` of a position scheme of your own that a checkpoint was made with and may be imported.
+        num_fewshot: Examples in the prompts of harness tasks; empty means each task's own number.
+        include_path: A folder with lm-eval tasks (YAML) of your own for harness:NAME.
+        apply_chat_template: Put the prompts of harness tasks into the tokenizer's chat template.
+        max_length: Tokens of prompt and answer that harness tasks read at most; empty means the trained context. What
+            is longer loses its beginning, and is reported.
     """
     from pathlib import Path
 
@@ -69,18 +79,23 @@ def evaluate(
 
     import torch  # heavy imports wait until the arguments are known to be right
 
+    from ropepp_lit.eval.harness import Options
     from ropepp_lit.eval.models import load_model
     from ropepp_lit.eval.tasks import Settings
 
     torch.set_flush_denormal(True)  # far keys may get weights near 1e-40, on which CPUs are slow
+    options_of_harness = Options(
+        num_fewshot=num_fewshot, include_path=include_path, apply_chat_template=apply_chat_template,
+        max_length=max_length,
+    )  # fmt: skip
     settings = Settings(
         tasks=tuple(word.strip() for word in tasks.split(",") if word.strip()),
-        lengths=sizes, limit=limit, stride=stride, noise_std=deviations, seed=seed,
+        lengths=sizes, limit=limit, stride=stride, noise_std=deviations, seed=seed, options=options_of_harness,
     )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device, "trust": trust}
     first = load_model(checkpoints[0], **options)
-    texts = _read_texts(first, text, min_tokens, limit) if settings.needs_text else []
+    texts = _read_texts(first, text, min_tokens, settings.examples) if settings.needs_text else []
     for old in folder.glob("attention-*.png"):
         old.unlink()  # maps of models that may not be asked for now; theirs are kept in parts
     runs, descriptions = [], []
@@ -161,8 +176,10 @@ def _measure(
         for unit in units:
             bar.set_postfix_str(str(unit))
             key = {
-                "model": model.fingerprint, "unit": list(unit), "limit": settings.limit, "stride": settings.stride,
+                "model": model.fingerprint, "unit": list(unit), "stride": settings.stride,
                 "seed": settings.seed, "dtype": dtype, "lengths": settings.lengths if unit.task == "harness" else None,
+                "limit": settings.limit if unit.task == "harness" else settings.examples,
+                "harness": settings.options.identity() if unit.task == "harness" else None,
                 "texts": texts_digest if unit.task in ("perplexity", "attention") else None,
             }  # fmt: skip
             part = folder / "parts" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"

@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,9 @@ INTERVAL = (2.5, 97.5)
 KEYS = ("task", "part", "metric", "length", "position", "depth", "heads", "noise_std")
 """What tells measurements of one model apart."""
 
+LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
+"""What a metric's name ends with, if the lower value is the better one."""
+
 CLEAN = {"position": None, "depth": None, "heads": "", "noise_std": None}
 """What the rows have that are of whole windows, all depths and heads as they are."""
 
@@ -42,29 +45,44 @@ COLUMNS = (
     "model", *KEYS, "value", "low", "high", "difference", "difference_low", "difference_high", "examples", "runs",
 )  # fmt: skip
 
-_FINISH: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+AGGREGATIONS: dict[str, Callable[[Any], Any]] = {
+    "mean": lambda ratio: ratio,
     "perplexity": np.exp,
     "bits_per_byte": lambda ratio: ratio / math.log(2),
     "score": lambda ratio: 100 * ratio,
     "attention": lambda ratio: 100 * ratio,
 }
-"""What makes a metric of sum(numerators) / sum(denominators); others are that ratio."""
+"""What makes a value of sum(numerators) / sum(denominators), by the name of an aggregation or metric. All increase."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One quantity, example by example: the sum of the numerators over that of the denominators is its value."""
+    """One quantity, example by example: the sum of the numerators over that of the denominators is its ratio.
+
+    The value is that ratio, or what the metric's aggregation makes of it.
+    """
 
     task: str
     metric: str
     part: str = ""
+    """A family of retrieval, a set of documents, a task of lm-eval; empty means all together."""
     length: int | None = None
     position: int | None = None
     depth: float | None = None
     heads: str = ""
     noise_std: float | None = None
     numerators: list[float]
+    """One for each example."""
     denominators: list[float]
+    """One for each example; 0 where it does not count."""
+    sample: str = ""
+    """Names the examples (a digest): only measurements of one sample are of the very same examples and paired."""
+    higher_is_better: bool | None = None
+    """None: known from the metric's name (:data:`LOWER_IS_BETTER`), otherwise neither is better."""
+    aggregation: str | None = None
+    """A key of :data:`AGGREGATIONS`; None means that of the metric's name, or the ratio itself."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Plain values by name, how it was measured: of lm-eval's tasks `filter`, `shots`, `task_version` and so on."""
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -74,8 +92,12 @@ class Measurement:
     @property
     def value(self) -> float:
         """Over all examples."""
-        ratio = np.sum(self.numerators) / np.sum(self.denominators)
-        return float(_FINISH.get(self.metric, lambda x: x)(ratio))
+        return float(self.finish(np.sum(self.numerators) / np.sum(self.denominators)))
+
+    @property
+    def finish(self) -> Callable[[Any], Any]:
+        """What makes values of ratios."""
+        return AGGREGATIONS.get(self.aggregation or self.metric, AGGREGATIONS["mean"])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -148,4 +170,4 @@ def _resample(several: list[Measurement], *, seed: int) -> np.ndarray:
             np.einsum("be,br,re->b", count, share, numerators) / np.einsum("be,br,re->b", count, share, denominators)
             for count, share in weights
         ]
-    return _FINISH.get(several[0].metric, lambda x: x)(np.concatenate(ratios))
+    return several[0].finish(np.concatenate(ratios))

@@ -62,6 +62,15 @@ _HOPS = 4
 _COMMON, _FREQUENT = 10, 3
 _ZIPF = 2.0
 
+MAX_LEAST = 2**17
+"""Tokens up to which a length is looked for where the one that was given is too short."""
+
+MAX_CHARACTERS = 64
+"""Characters for each token of an example at most: tokenizers with fewer tokens cannot fill a length."""
+
+GUESSES = 12
+"""Steps in which the number of fillers is guessed from their mean length; then intervals are halved."""
+
 
 class Draft(NamedTuple):
     """An example whose length is still open."""
@@ -133,18 +142,18 @@ def make_examples(
         seed: Of what they say.
 
     Raises:
-        UsageError: the length is too short for the family.
+        UsageError: the length is too short for the family, or the tokenizer cannot write its examples.
     """
+    _check_answers(family, tokenizer, seed)
     examples = [_fit(family, tokenizer, length, seed, number) for number in numbers]
     found = [example for example in examples if example is not None]
     if len(found) == len(numbers):
         return found
     least = length
-    while any(_fit(family, tokenizer, least, seed, number) is None for number in numbers):
+    while least <= MAX_LEAST and any(_fit(family, tokenizer, least, seed, number) is None for number in numbers):
         least += 1 + least // 20
-    raise UsageError(
-        f"lengths: {length} tokens are too few for retrieval:{family} with this tokenizer; give {least} or more"
-    )
+    remedy = f"give {least} or more" if least <= MAX_LEAST else "leave the family out"
+    raise UsageError(f"lengths: {length} tokens are too few for retrieval:{family} with this tokenizer; {remedy}")
 
 
 def answer_tokens(family: str, tokenizer: TextTokenizer, *, seed: int) -> int:
@@ -245,16 +254,32 @@ def _encode(tokenizer: TextTokenizer, text: str) -> list[int]:
     return tokenizer.encode_text(text)
 
 
+def _check_answers(family: str, tokenizer: TextTokenizer, seed: int) -> None:
+    """Raise UsageError where even a perfect answer would not score, as with a vocabulary without digits."""
+    made = draft(family, units=100, seed=str(seed))
+    written = tokenizer.decode(_encode(tokenizer, made.ideal))
+    if score(made.answers, written) < 1:
+        raise UsageError(
+            f"tasks: retrieval:{family}: this tokenizer cannot write its answers: {made.ideal.strip()!r} comes back as "
+            f"{written.strip()[:80]!r}; leave the family out"
+        )
+
+
 def _fit(family: str, tokenizer: TextTokenizer, length: int, seed: int, number: int) -> Example | None:
     """The example, cut so that its prompt and room for the answer have `length` tokens; None where it cannot."""
     opening = tokenizer.opening
     room = length - answer_tokens(family, tokenizer, seed=seed) - len(opening)
+    if room < 1:
+        return None
     probe = list(itertools.islice(draft(family, units=100, seed=str(seed), number=number).fillers, 20))
-    per_filler = len(_encode(tokenizer, " ".join(probe))) / len(probe)
+    per_filler = max(1, len(_encode(tokenizer, " ".join(probe)))) / len(probe)
     units = max(1, int(room / per_filler))
     while True:
         made = draft(family, units=units, seed=str(seed), number=number)
-        ids = _cut(tokenizer, made, room, per_filler)
+        try:
+            ids = _cut(tokenizer, made, room, per_filler)
+        except _EndlessError as error:
+            raise UsageError(f"lengths: retrieval:{family} at {length:,} tokens: {error}; leave it out") from error
         if ids is not None:
             return Example([*opening, *ids], made.answers, made.ideal, made.depth)
         if units == 1:
@@ -262,25 +287,50 @@ def _fit(family: str, tokenizer: TextTokenizer, length: int, seed: int, number: 
         units = units * 9 // 10  # what is repeated may be longer than what fills: repeat it less often
 
 
+class _EndlessError(Exception):
+    """No number of fillers makes an example long enough."""
+
+
 def _cut(tokenizer: TextTokenizer, made: Draft, room: int, per_filler: float) -> list[int] | None:
-    """The last `room` tokens of a draft with as many fillers as that takes; None where they would not hold all else."""
-    pool = list(itertools.islice(made.fillers, 1))
-    while _excess(tokenizer, made, pool, room) < 0:
-        pool += itertools.islice(made.fillers, math.ceil(-_excess(tokenizer, made, pool, room) / per_filler))
-    count, spare = len(pool), _excess(tokenizer, made, pool, room)
-    while count > 1 and spare >= (tokens := len(_encode(tokenizer, f" {pool[count - 1]}"))):
-        spare, count = spare - tokens, count - 1
-    while _excess(tokenizer, made, pool[:count], room) < 0:  # tokens at the seams are not quite those of the parts
-        count += 1
-    ids = _encode(tokenizer, made.text(pool[:count]))
-    if len(ids) - room > len(_encode(tokenizer, pool[count - 1])):
+    """The last `room` tokens of a draft with as many fillers as that takes; None where they would not hold all else.
+
+    Each step reads the whole text, so the number of fillers is found in few steps, whatever the length.
+
+    Raises:
+        _EndlessError: more fillers do not make more tokens, or there are no more.
+    """
+    pool: list[str] = []
+    ids: list[int] = []
+    while len(ids) < room:
+        more = list(itertools.islice(made.fillers, math.ceil((room - len(ids)) / per_filler)))
+        pool += more
+        text, before = made.text(pool), len(ids)
+        ids = _encode(tokenizer, text)
+        if len(ids) < room and (not more or len(ids) <= before or len(text) > MAX_CHARACTERS * room):
+            raise _EndlessError(
+                f"its text of {len(text):,} characters has {len(ids):,} tokens with this tokenizer, and more of it "
+                "would not fill that length"
+            )
+        per_filler = max(1, len(ids) - before) / max(1, len(more))
+    low, high, longest_below = 0, len(pool), 0
+    for step in itertools.count():
+        if high - low <= 1:
+            break
+        if step >= GUESSES:
+            middle = (low + high) // 2
+        elif low == 0 or len(ids) - room <= room - longest_below:
+            middle = high - int((len(ids) - room) / per_filler)
+        else:
+            middle = low + math.ceil((room - longest_below) / per_filler)
+        middle = min(max(middle, low + 1), high - 1)
+        tried = _encode(tokenizer, made.text(pool[:middle]))
+        if len(tried) >= room:
+            high, ids = middle, tried
+        else:
+            low, longest_below = middle, len(tried)
+    if len(ids) - room > len(_encode(tokenizer, pool[high - 1])):
         return None  # more would be cut than the first filler
     return ids[len(ids) - room :]
-
-
-def _excess(tokenizer: TextTokenizer, made: Draft, fillers: list[str], room: int) -> int:
-    """Tokens that the example has beyond the room."""
-    return len(_encode(tokenizer, made.text(fillers))) - room
 
 
 def _single(rng: random.Random, depth: float, units: int) -> Draft:

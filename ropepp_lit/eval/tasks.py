@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from ropepp_lit.eval.results import Measurement
 
 TASKS = ("perplexity", "retrieval", "noise", "attention", "harness:NAME")
 ATTENTION_TEXTS = 4
+EXAMPLES = 50
+"""Documents, and examples of each family, where no limit is given."""
 
 
 class Unit(NamedTuple):
@@ -44,19 +46,21 @@ class Settings:
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
-    limit: int = 50
-    """Documents, or examples of each family."""
+    limit: int | None = None
+    """Documents, examples of each family, examples of each task of lm-eval; None means EXAMPLES, and the whole task."""
 
     stride: int | None = None
     noise_std: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)
     seed: int = 0
+    options: harness.Options = field(default_factory=harness.Options)
+    """Of lm-eval."""
 
     def __post_init__(self) -> None:
         if not self.tasks:
             raise UsageError(f"tasks: name at least one of {', '.join(TASKS)}")
         for name in self.tasks:
             _parse(name)
-        if self.limit < 1:
+        if self.limit is not None and self.limit < 1:
             raise UsageError(f"limit: {self.limit} must be 1 or more")
         if self.stride is not None and not 1 <= self.stride <= min(self.lengths):
             raise UsageError(f"stride: {self.stride} must be 1 or more, and no more than the shortest of lengths")
@@ -64,6 +68,16 @@ class Settings:
             raise UsageError("noise_std: give standard deviations of 0 or more, such as 0,0.5,1")
         if "harness" in self.kinds:
             harness.check_harness()
+        elif self.options != harness.Options():
+            raise UsageError(
+                "tasks: num_fewshot, include_path, apply_chat_template and max_length are for harness:NAME alone; "
+                "name a task of lm-eval, or leave them out"
+            )
+
+    @property
+    def examples(self) -> int:
+        """Documents, or examples of each family."""
+        return EXAMPLES if self.limit is None else self.limit
 
     @property
     def kinds(self) -> set[str]:
@@ -123,7 +137,7 @@ def work_of(unit: Unit, settings: Settings, num_tokens: Sequence[int]) -> int:
         num_tokens: Of each document.
     """
     if unit.task == "retrieval":
-        return settings.limit * (unit.length or 0)
+        return settings.examples * (unit.length or 0)
     if unit.task == "perplexity":
         assert unit.length is not None
         stride = settings.stride or unit.length
@@ -143,14 +157,18 @@ def check(model: Model, units: Sequence[Unit], settings: Settings, num_tokens: S
         num_tokens: Of each document, where attention is measured.
 
     Raises:
-        UsageError: a length is too short for a family, longer than any document, or too long for the memory.
+        UsageError: a length is too short for a family, longer than any document, or too long for the memory, or
+            lm-eval knows no such task.
     """
     for length in settings.lengths:
         check_memory(model, length)
+    for unit in units:
+        if unit.task == "harness":
+            harness.check_task(unit.part, settings.options)
     shortest = min(settings.lengths)  # longer ones hold what it holds
     for family in dict.fromkeys(unit.part for unit in units if unit.task == "retrieval"):
         # In short contexts words a few tokens longer may be too long, so all are tried.
-        numbers = range(settings.limit if shortest <= 4096 else len(retrieval.DEPTHS))
+        numbers = range(settings.examples if shortest <= 4096 else len(retrieval.DEPTHS))
         retrieval.make_examples(family, model.tokenizer, length=shortest, numbers=numbers, seed=settings.seed)
     for unit in units:
         if unit.task == "attention" and unit.length is not None and max(num_tokens) < unit.length:
@@ -184,7 +202,9 @@ def measure(
         UsageError: the length is too short for the unit.
     """
     if unit.task == "harness":
-        found = harness.measure(model, unit.part, lengths=settings.lengths, limit=settings.limit, seed=settings.seed)
+        found = harness.measure(
+            model, unit.part, lengths=settings.lengths, limit=settings.limit, options=settings.options
+        )
         progress(1)
         return found, None
     assert unit.length is not None
@@ -215,7 +235,7 @@ def _measure(
             model, texts, length=unit.length, stride=settings.stride, chunk_tokens=chunk_tokens, progress=progress
         )
     return retrieval.measure(
-        model, unit.part, length=unit.length, limit=settings.limit, seed=settings.seed, chunk_tokens=chunk_tokens,
+        model, unit.part, length=unit.length, limit=settings.examples, seed=settings.seed, chunk_tokens=chunk_tokens,
         progress=progress,
     )  # fmt: skip
 

@@ -239,7 +239,7 @@ class Decoder(nn.Module):
             UsageError: a token id outside the vocabulary (checked on CPU; on a GPU the kernel asserts).
             ValueError: the cache is full.
         """
-        return self.lm_head(self._hidden(input_ids, positions, documents, cache)[:, -logits_to_keep:])
+        return self.lm_head(self.hidden_states(input_ids, positions, documents, cache)[:, -logits_to_keep:])
 
     def loss(
         self,
@@ -271,17 +271,17 @@ class Decoder(nn.Module):
             UsageError: see :meth:`forward`.
             ValueError: see :meth:`forward`.
         """
-        hidden = self._hidden(input_ids, positions, documents, cache)
+        hidden = self.hidden_states(input_ids, positions, documents, cache)
         return self.lm_head.loss(hidden, labels, reduction=reduction, places=places)
 
-    def _hidden(
+    def hidden_states(
         self,
         input_ids: Tensor,
-        positions: Tensor | None,
-        documents: Documents | ShardedDocuments | None,
-        cache: KVCache | None,
+        positions: Tensor | None = None,
+        documents: Documents | ShardedDocuments | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        """[B, T, hidden_size] after the last norm."""
+        """[B, T, hidden_size] after the last norm, what `lm_head` reads; arguments are those of :meth:`forward`."""
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_ids(input_ids)
         group = self.context_group if cache is None else None

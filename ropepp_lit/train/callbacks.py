@@ -141,6 +141,8 @@ class TextSample(Callback):
         if trainer.sanity_checking or not self.max_new_tokens or not isinstance(data, TokenData):
             return
         assert isinstance(pl_module, CausalLM)
+        if trainer.state.fn == "fit" and pl_module.validated_step != pl_module.steps_taken:
+            return  # a signal has cut the validation short
         tokenizer = data.text_tokenizer
         prompt = tokenizer.encode_prompt(self.prompt)
         device = pl_module.device

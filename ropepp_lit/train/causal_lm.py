@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, describe_architecture, read_checkpoint
@@ -16,14 +16,16 @@ from ropepp_lit.data.batch import Batch
 from ropepp_lit.data.token_data import TokenData, replica_of
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
+from ropepp_lit.train.curves import log_figures, loss_figures
+from ropepp_lit.train.finite import DivergedError, FiniteSteps, OnNaN, check_weights
 from ropepp_lit.train.fsdp import FSDP2Strategy, whole
 from ropepp_lit.train.metrics import TokenLoss
 from ropepp_lit.train.optimizer import OptimizerConfig
 from ropepp_lit.train.parallel import build_decoder
 from ropepp_lit.train.schedule import Schedule
+from ropepp_lit.train.step_state import StepState, recount_batches
 from ropepp_lit.train.throughput import Throughput
-
-_IN_PROGRESS_BAR = {"train/loss", "val/loss", "tokens_per_second", "lr", "gradient_norm"}
+from ropepp_lit.train.validations import validate_by_steps, validate_if_due, validated_step
 
 
 class CausalLM(LightningModule):
@@ -50,6 +52,10 @@ class CausalLM(LightningModule):
             data begin anew. Its geometry and variant must be the recipe's; base and scaling may be others.
         init_optimizer: Take the optimizer's state from there too (of a checkpoint in one file).
         schedule: Learning rate by steps.
+        on_nan: At a step whose gradients are NaN or infinite: `stop` ends the run and names the last checkpoint;
+            `skip` reads the data and leaves the weights and the optimizer's state as they are (the host waits for the
+            device at each step), and stops after 10 such steps in a row. With `precision: 16-mixed` the loss scaling
+            skips such steps itself, and a NaN loss ends the run when it is logged.
     """
 
     def __init__(
@@ -68,6 +74,7 @@ class CausalLM(LightningModule):
         attention: Literal["sdpa", "varlen", "flash_attn", "fa3", "fa4"] | None = None,
         init_from: str | None = None,
         init_optimizer: bool = False,
+        on_nan: OnNaN = "stop",
     ) -> None:
         super().__init__()
         self.config = decoder
@@ -117,6 +124,10 @@ class CausalLM(LightningModule):
         self._gradient_norm: Tensor | None = None
         self._throughput: Throughput | None = None
         self._validation = ExitStack()
+        self._finite = FiniteSteps(on_nan)
+        self._step_state = StepState()
+        self._loaded_train_loss: dict[str, Any] | None = None
+        self._drop_validation = False
 
     def setup(self, stage: str) -> None:
         """One loss for each validation set."""
@@ -157,11 +168,23 @@ class CausalLM(LightningModule):
         """Optimizer steps of these weights; `global_step` does not tell where a checkpoint is only validated."""
         return max(self.global_step, self._loaded_step)
 
+    @property
+    def validated_step(self) -> int:
+        """The newest step that all validation sets were measured at; 0 where there is none."""
+        return validated_step(self.last_validation)
+
     def _lr_factor(self, step: int) -> float:
         return self.schedule.factor(step, self.schedule.total_steps or self.trainer.max_steps)
 
+    def on_fit_start(self) -> None:
+        """Validate at the ends of steps."""
+        validate_by_steps(self.trainer, self)
+
     def on_train_start(self) -> None:
-        """Let the recipe rule: Lightning has restored learning rates and the like of the checkpoint's run."""
+        """Let the recipe rule: Lightning has restored learning rates and the like of the checkpoint's run.
+
+        A validation that the run was killed before is made now.
+        """
         if self.init_optimizer and self.init_from is not None and self.global_step == 0:
             state = read_checkpoint(self.init_from)["optimizer_states"][0]
             (optimizer,) = self.trainer.optimizers
@@ -175,6 +198,22 @@ class CausalLM(LightningModule):
                 group["lr"] = recipe["lr"] * self._lr_factor(self.global_step)
             scheduler.base_lrs = [recipe["lr"] for recipe in self._recipe_groups]
         self._throughput = Throughput(self.config, self.decoder.head_layout, self.trainer.world_size)
+        if self._loaded_train_loss is not None and self.trainer.is_global_zero:  # the sum over all ranks
+            self.train_loss.nats += self._loaded_train_loss["nats"]
+            self.train_loss.tokens += self._loaded_train_loss["tokens"]
+        self._end_step()
+        validate_if_due(self.trainer, self)
+
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+        """Step, and note what a checkpoint of this step stores."""
+        super().optimizer_step(*arguments, **keywords)
+        if self._finite.skipped:
+            self._step_state.restore(self.train_loss)
+            self._finite.skipped = False
+        self._end_step()
+
+    def _end_step(self) -> None:
+        self._step_state.note(self.trainer, tokens_seen=self.tokens_seen, train_loss=self.train_loss)
 
     def _schedulers(self) -> list[Any]:
         return [config.scheduler for config in self.trainer.lr_scheduler_configs]
@@ -222,11 +261,26 @@ class CausalLM(LightningModule):
             torch.nn.utils.clip_grad_value_(self.decoder.parameters(), gradient_clip_val)
         limit = gradient_clip_val if gradient_clip_val and not by_value else math.inf
         self._gradient_norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), limit)
+        if scaler is None and self._finite.watch(whole(self._gradient_norm), self.global_step + 1):
+            optimizer.zero_grad(set_to_none=True)  # without gradients the step changes nothing
+            rank_zero_only(print)(
+                f"\nStep {self.global_step + 1} is skipped: its loss or gradients are NaN or infinite", flush=True
+            )
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Every `log_every_n_steps` optimizer steps, log what happened since the last time."""
+        """Log; at the last step tell Lightning to stop."""
         if self.global_step >= self.trainer.max_steps:
             self.trainer.should_stop = True  # so Lightning validates the last step, and its checkpoint has the figures
+        self.log_training()
+
+    def log_training(self) -> None:
+        """Every `log_every_n_steps` optimizer steps, log what happened since the last time.
+
+        A second call at the same step does nothing.
+
+        Raises:
+            DivergedError: the loss or the gradient norm is NaN or infinite.
+        """
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self._gradient_norm is None or self.global_step % interval:
             return
@@ -235,47 +289,51 @@ class CausalLM(LightningModule):
         loss, norm = torch.stack([self.train_loss.compute()[0], whole(self._gradient_norm).double()]).tolist()
         self.train_loss.reset()
         self._gradient_norm = None
+        self._end_step()
+        if self._finite.mode == "stop" and not math.isfinite(loss + norm):
+            self._finite.check()
+        if self._finite.mode == "stop" and not math.isfinite(loss):
+            raise DivergedError(f"the training loss is {loss} at step {self.global_step}")
         data = getattr(self.trainer, "datamodule", None)
-        values = _figures("train/", loss, data.bytes_per_token() if isinstance(data, TokenData) else None)
+        values = loss_figures("train/", loss, data.bytes_per_token() if isinstance(data, TokenData) else None)
         values |= self._throughput.read()
         values["tokens_seen"] = self.tokens_seen
         values["lr"] = self._schedulers()[0].get_last_lr()[0]
         values["gradient_norm"] = norm
-        self.log_figures(values, self.global_step)
+        log_figures(self.trainer, values, self.global_step)
 
-    def log_figures(self, values: dict[str, float], step: int) -> None:
-        """Log numbers to the loggers, the progress bar and `trainer.callback_metrics`.
-
-        Not by Lightning's `log`: it keeps numbers on the device and reads them back after every batch that follows.
-        TensorBoard gets integers in float64, as float32 holds none beyond 2²⁴ exactly.
-
-        Args:
-            values: By name.
-            step: Optimizer steps taken.
-        """
-        for logger in self.trainer.loggers:
-            others = values
-            if isinstance(logger, TensorBoardLogger):
-                others = {name: value for name, value in values.items() if not isinstance(value, int)}
-                if self.trainer.is_global_zero:
-                    for name in values.keys() - others.keys():
-                        logger.experiment.add_scalar(name, values[name], step, new_style=True, double_precision=True)
-            logger.log_metrics(others, step)
-        tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
-        self.trainer.callback_metrics.update(tensors)
-        self.trainer.logged_metrics.update(tensors)
-        self.trainer.progress_bar_metrics.update({k: v for k, v in values.items() if k in _IN_PROGRESS_BAR})
+    def check_finite(self) -> None:
+        """Raise DivergedError where a step was bad; waits for the device."""
+        self._finite.check()
 
     def untimed(self) -> AbstractContextManager[None]:
         """Stop the clock of training for something else."""
         return nullcontext() if self._throughput is None else self._throughput.paused()
 
     def on_validation_start(self) -> None:
-        """Stop the clock of training."""
+        """Stop the clock of training.
+
+        Raises:
+            DivergedError: a step before was bad.
+        """
+        if self.trainer.state.fn == "fit":
+            self.check_finite()
         self._validation.enter_context(self.untimed())
 
+    def drop_validation(self) -> None:
+        """Leave out the figures of the current validation, which a signal cuts short."""
+        self._drop_validation = True
+
     def on_validation_epoch_end(self) -> None:
-        """Log loss, perplexity and bits per byte over each whole validation set, and the loss over all of them."""
+        """Log loss, perplexity and bits per byte over each whole validation set, and the loss over all of them.
+
+        Raises:
+            DivergedError: the loss is NaN or infinite during training.
+        """
+        if self._drop_validation:
+            for metric in self._val_losses.values():
+                metric.reset()
+            return
         data = getattr(self.trainer, "datamodule", None)
         values: dict[str, float] = {}
         nats = total = 0.0
@@ -283,21 +341,29 @@ class CausalLM(LightningModule):
             loss, tokens = (float(value) for value in metric.compute())
             metric.reset()
             nats, total = nats + loss * tokens, total + tokens
-            found = _figures("", loss, data.bytes_per_token(name) if isinstance(data, TokenData) else None)
+            found = loss_figures("", loss, data.bytes_per_token(name) if isinstance(data, TokenData) else None)
             prefix = "val/" if len(self._val_losses) == 1 else f"val/{name}/"
             values |= {prefix + figure: value for figure, value in found.items()}
             if not self.trainer.sanity_checking:
                 self.last_validation[name] = found | {"tokens": tokens, "step": float(self.steps_taken)}
         values["val/loss"] = nats / total if total else math.nan
         if not self.trainer.sanity_checking:
-            self.log_figures(values, self.steps_taken)
+            log_figures(self.trainer, values, self.steps_taken)
+        if self.trainer.state.fn == "fit" and total and not math.isfinite(nats):
+            raise DivergedError(f"the validation loss is {values['val/loss']} at step {self.steps_taken}")
 
     def on_validation_end(self) -> None:
         """Let the clock of training run on."""
         self._validation.close()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what :mod:`ropepp_lit.checkpoint` describes."""
+        """Add what :mod:`ropepp_lit.checkpoint` describes; all of it belongs to the newest optimizer step.
+
+        Raises:
+            DivergedError: a step was bad, or a weight is NaN or infinite; there is no use in such a checkpoint.
+        """
+        self.check_finite()
+        check_weights(self.trainer, self.decoder)
         datamodule = getattr(self.trainer, "datamodule", None)
         manifest = getattr(datamodule, "manifest", None)
         checkpoint[KEY] = {
@@ -315,24 +381,15 @@ class CausalLM(LightningModule):
             "held_out": getattr(datamodule, "held_out", None),
             "origin": self.init_from,
             **self.settings,
+            **self._step_state.write(checkpoint, self.trainer),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the count of tokens, and count batches as this recipe accumulates them."""
+        """Take up the count of tokens and the curves, and count batches as this recipe accumulates them."""
         self.tokens_seen, self._loaded_step = checkpoint[KEY]["tokens_seen"], checkpoint["global_step"]
         if "loops" not in checkpoint:  # weights alone, to be validated
             return
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        progress["is_last_batch"] = False  # the run may go on beyond the steps it was first meant to take
-        batches = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        for counts in (progress["current"], progress["total"]):
-            behind = counts["ready"] - counts["completed"]
-            counts.update({"ready": batches, "started": batches, "processed": batches, "completed": batches - behind})
-
-
-def _figures(prefix: str, loss: float, bytes_per_token: float | None) -> dict[str, Any]:
-    """Loss in nats per token, its perplexity, and bits per byte where the bytes are known."""
-    values = {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(min(loss, 700.0))}
-    if bytes_per_token is not None:
-        values[f"{prefix}bits_per_byte"] = loss / math.log(2) / bytes_per_token
-    return values
+        self._loaded_train_loss = checkpoint[KEY].get("train_loss")
+        figures = checkpoint[KEY]["validation"]
+        self.last_validation = figures if figures.keys() == self._val_losses.keys() else {}
+        recount_batches(checkpoint, self.trainer.accumulate_grad_batches)

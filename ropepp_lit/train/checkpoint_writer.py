@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ropepp_lit.files import flush, write_failure
 from ropepp_lit.sharded import SHARDED_METADATA
 
 LAST = "last.ckpt"
+_SHARD_NAMES = {SHARDED_METADATA, ".metadata"}
 
 
 class CheckpointWriter:
@@ -77,8 +79,11 @@ class CheckpointWriter:
         self.wait()
         self._path = path
         if _is_rank_zero():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove(_partial(path))
+            with suppress(OSError):  # what fails here fails again in the write, which reports it on all ranks
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _remove(_partial(path))
+        if is_sharded and self._group is not None:
+            dist.barrier(self._group)  # no rank writes into the folder before rank 0 has removed an old one
         write = self._shards(checkpoint) if is_sharded else None
         if self.in_background and _is_rank_zero():
             checkpoint = _copy(checkpoint, live)
@@ -139,16 +144,17 @@ class CheckpointWriter:
     def _publish(self, path: Path) -> None:
         """Rename what is whole, point the link at it, and only then delete old checkpoints."""
         _flush(_partial(path))
+        _make_way(path)
         os.replace(_partial(path), path)
         notice = _point_last_at(path)
         if notice is not None and not self._has_noticed:
             self._has_noticed = True
             print(f"Notice: {notice}.", file=sys.stderr)
         _flush(path.parent)
-        steps = sorted(saved_steps(path.parent))
+        newest = step_of(path) or 0
+        steps = sorted(step for step in saved_steps(path.parent) if step <= newest)  # later ones are damaged
         for old in steps[: -self.keep] if self.keep else []:
-            if old < (step_of(path) or 0):
-                _remove(path.with_name(f"step={old}.ckpt"))
+            _remove(path.with_name(f"step={old}.ckpt"))
 
 
 def _point_last_at(path: Path) -> str | None:
@@ -214,6 +220,15 @@ def remove_partial(folder: Path) -> None:
 def _partial(path: Path) -> Path:
     """The hidden name under which a checkpoint or link is written."""
     return path.with_name(f".{path.name}.partial")
+
+
+def _make_way(path: Path) -> None:
+    """Delete a folder of shards of the same name, which was damaged; the file system replaces a file by itself.
+
+    A folder with anything else in it stays, and cannot be replaced.
+    """
+    if path.is_dir() and all(part.name in _SHARD_NAMES or part.suffix == ".distcp" for part in path.iterdir()):
+        shutil.rmtree(path)
 
 
 def _is_rank_zero() -> bool:

@@ -10,9 +10,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ropepp_lit.checkpoint import KEY, read_checkpoint
+from ropepp_lit.checkpoint import check_whole, read_checkpoint
 from ropepp_lit.errors import UsageError
-from ropepp_lit.train.checkpoint_writer import LAST, CheckpointWriter, remove_partial, saved_steps
+from ropepp_lit.train.causal_lm import CausalLM
+from ropepp_lit.train.checkpoint_writer import LAST, CheckpointWriter, remove_partial, saved_steps, step_of
+from ropepp_lit.train.curves import flush
 from ropepp_lit.train.signals import StopRequest, replace_lightnings_broadcast
 
 __all__ = ["LAST", "Checkpoints", "check_folder", "folder_of", "newest", "saved_steps"]
@@ -43,39 +45,41 @@ class Checkpoints(Checkpoint):
         self._writer = CheckpointWriter(in_background=async_save, keep=keep)
         self._saved_step = self._seen_step = 0
         self._lacks_figures = False
-        self._position: list[dict[str, Any]] = []
-        self._tokens_seen = 0
+        self.is_dry_run = False
+        """Whether nothing is saved; the command sets it."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the signal handlers, and delete what a killed run left unfinished."""
         self.stop.install()
         replace_lightnings_broadcast(trainer)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not self.is_dry_run:
             remove_partial(folder_of(trainer.default_root_dir))
         self._writer.open()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The step that the run continues from is saved already."""
-        self._saved_step = trainer.global_step
-        self._end_step(trainer)
+        self._saved_step = self._seen_step = trainer.global_step
         self.stop.install()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Save every `every_n_steps` optimizer steps, and the last step before it is validated."""
         step = trainer.global_step
         is_end_of_step = step != self._seen_step  # otherwise gradients accumulate
-        if is_end_of_step:
-            self._end_step(trainer)
+        self._seen_step = step
         if self.stop.agree(failed=self._writer.has_failed):
             self._stop(trainer)
         elif is_end_of_step and (step % self.every_n_steps == 0 or step >= trainer.max_steps):
+            assert isinstance(pl_module, CausalLM)
+            pl_module.log_training()
             self._save(trainer)
             self._lacks_figures = step >= trainer.max_steps and not _is_sharded(trainer)  # a file can be replaced
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """A signal ends a validation during training."""
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """A signal ends a validation during training; it is made when the run goes on."""
         if trainer.state.fn == "fit" and self.stop.agree(failed=self._writer.has_failed):
             self._stop(trainer)
+            assert isinstance(pl_module, CausalLM)
+            pl_module.drop_validation()
             raise StopIteration  # ends Lightning's evaluation loop
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -88,26 +92,23 @@ class Checkpoints(Checkpoint):
         """Restore the signal handlers."""
         self.stop.uninstall()
 
+    def finish(self) -> None:
+        """Wait until what was saved is on the disk. Every rank must call it."""
+        self._writer.close()
+
     def _stop(self, trainer: pl.Trainer) -> None:
         """End the run without another validation; :meth:`on_train_end` saves."""
+        trainer.fit_loop.epoch_loop.min_steps = None  # it would keep the run from stopping
         if self.stop.failed:
             self._writer.wait()  # raises
         trainer.should_stop, trainer.limit_val_batches = True, 0
 
-    def _end_step(self, trainer: pl.Trainer) -> None:
-        """Note what a checkpoint of this step stores and micro-batches of the next step change."""
-        self._seen_step = trainer.global_step
-        loader = trainer.fit_loop._combined_loader
-        assert loader is not None
-        self._position = loader._state_dicts()
-        self._tokens_seen = getattr(trainer.lightning_module, "tokens_seen", 0)
-
     def _save(self, trainer: pl.Trainer) -> None:
         step = self._saved_step = trainer.global_step
+        if self.is_dry_run:
+            return
+        flush(trainer.loggers)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        # Between two steps the weights, the optimizer and the schedule are still those of the last one.
-        checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self._position
-        checkpoint[KEY]["tokens_seen"] = self._tokens_seen
         path = folder_of(trainer.default_root_dir) / f"step={step}.ckpt"
         self._writer.save(checkpoint, path, is_sharded=_is_sharded(trainer), live=_live_tensors(trainer))
 
@@ -132,9 +133,24 @@ def folder_of(run_folder: str | Path) -> Path:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None where there is none."""
-    steps = saved_steps(folder)
-    return folder / f"step={max(steps)}.ckpt" if steps else None
+    """The newest whole checkpoint, or None where there is none; :func:`damaged_since` names those that are not."""
+    paths = (folder / f"step={step}.ckpt" for step in sorted(saved_steps(folder), reverse=True))
+    return next(filter(_is_whole, paths), None)
+
+
+def damaged_since(folder: Path, path: Path | None) -> list[Path]:
+    """Checkpoints newer than the newest whole one; they stay until their steps are saved again."""
+    first = -1 if path is None else step_of(path)
+    assert first is not None
+    return [folder / f"step={step}.ckpt" for step in sorted(saved_steps(folder)) if step > first]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        check_whole(path)
+    except UsageError:
+        return False
+    return True
 
 
 def check_folder(folder: Path, ckpt_path: str | None) -> None:
@@ -147,7 +163,8 @@ def check_folder(folder: Path, ckpt_path: str | None) -> None:
         ckpt_path: The checkpoint that the run continues from, or None.
 
     Raises:
-        UsageError: the folder holds checkpoints, and `ckpt_path` is none of them, or is older than the newest.
+        UsageError: the folder holds checkpoints, and `ckpt_path` is none of them, or is older than the newest whole
+            one.
     """
     steps = saved_steps(folder)
     if not steps:
@@ -156,5 +173,6 @@ def check_folder(folder: Path, ckpt_path: str | None) -> None:
     if ckpt_path is None or Path(ckpt_path).resolve().parent != folder.resolve():
         raise UsageError(f"{folder} holds checkpoints of an earlier run (step {max(steps)}); {hint}")
     step = read_checkpoint(ckpt_path, shapes_only=True)["global_step"]
-    if step < max(steps):
-        raise UsageError(f"ckpt_path: {ckpt_path} is step {step}, and {folder} holds step {max(steps)}; {hint}")
+    for newer in sorted((other for other in steps if other > step), reverse=True):
+        if _is_whole(folder / f"step={newer}.ckpt"):
+            raise UsageError(f"ckpt_path: {ckpt_path} is step {step}, and {folder} holds step {newer}; {hint}")

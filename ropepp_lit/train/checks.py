@@ -14,9 +14,10 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoints import folder_of, newest
+from ropepp_lit.train.checkpoints import damaged_since, folder_of, newest
 from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.fsdp import FSDP2Strategy
+from ropepp_lit.train.summary import rank_zero_print
 
 Way = Literal["init_from", "fit", "validate"]
 """What a checkpoint is used for: a run starts from its weights, goes on from it, or validates it."""
@@ -25,20 +26,22 @@ REFUSED: dict[Way, tuple[str, ...]] = {"init_from": (), "fit": (TOKENIZER, SPECI
 """Differences between a checkpoint and a recipe that are refused. Others are printed."""
 
 
-def check_checkpointing(trainer: Any) -> None:
-    """Raise UsageError where the trainer's options switch checkpoints off."""
-    if trainer.enable_checkpointing is False:
-        raise UsageError(
-            "trainer.enable_checkpointing: a run always saves its last step; "
-            "for no other checkpoints set checkpoints.every_n_steps above trainer.max_steps"
-        )
-
-
 def checkpoint_to_continue(options: Any) -> str | None:
-    """The checkpoint that `ckpt_path` names: for `auto` the newest of the run's folder, None where there is none."""
+    """The checkpoint that `ckpt_path` names: for `auto` the newest whole one of the run's folder, None without any.
+
+    Raises:
+        UsageError: all of the folder's checkpoints are damaged.
+    """
     if options.ckpt_path != "auto":
         return options.ckpt_path
-    found = newest(folder_of(options.trainer.default_root_dir or "."))
+    folder = folder_of(options.trainer.default_root_dir or ".")
+    found = newest(folder)
+    damaged = damaged_since(folder, found)
+    if damaged and found is None:
+        names = ", ".join(path.name for path in damaged)
+        raise UsageError(f"ckpt_path: {folder} holds damaged checkpoints only ({names}); move them away to begin anew")
+    for path in damaged:
+        rank_zero_print(f"{path} is damaged: going on from {found}; it is replaced when its step is saved again")
     return str(found) if found else None
 
 

@@ -13,24 +13,31 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import DoublePrecision
-from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ropepp_lit.arguments import OneLineErrors
+from ropepp_lit.checkpoint import KEY, read_checkpoint
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
+from ropepp_lit.files import local_path
 from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of
-from ropepp_lit.train.checks import Checks, check_checkpointing, checkpoint_to_continue
+from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of, newest
+from ropepp_lit.train.checks import Checks, checkpoint_to_continue
 from ropepp_lit.train.classes import CLASSES, check_classes
+from ropepp_lit.train.curves import go_on_from
 from ropepp_lit.train.evaluation import Evaluation
+from ropepp_lit.train.finite import DivergedError
 from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.garbage import GarbageCollection
+from ropepp_lit.train.recipe import write_recipe
+from ropepp_lit.train.refusals import in_one_line, quiet_full_disk_in_threads
 from ropepp_lit.train.summary import rank_zero_print, stop_summary, training_summary, validation_summary
+from ropepp_lit.train.trainer_options import check_folders, check_options, dry_run, has_progress_bar
+from ropepp_lit.train.validations import is_due, validated_step
 
 
 class _Parser(OneLineErrors, LightningArgumentParser):
@@ -79,28 +86,62 @@ class RecipeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """All that a run writes goes into its own folder, TensorBoard's events too."""
         config = self.config_init[self.subcommand].trainer
-        check_checkpointing(config)
-        if config.enable_progress_bar is not False:
-            kwargs["callbacks"] = [*(config.callbacks or []), ProgressBar()]
+        check_options(config)
+        self.is_dry_run = bool(config.fast_dev_run)
+        if self.is_dry_run:
+            for key, value in dry_run(config).items():
+                config[key] = value
+        if self.subcommand == "validate":
+            kwargs["logger"] = False  # the curves are those of the run
+        else:
+            self.config_init.fit.checkpoints.is_dry_run = self.is_dry_run
+        if config.enable_progress_bar is not False and not has_progress_bar(config.callbacks):
+            kwargs["callbacks"] = [*config.callbacks, ProgressBar()]
         if isinstance(config.strategy, FSDP2Strategy):
             if config.precision == "64-true":
                 # Lightning has the plugin, and refuses its name where the strategy is an object.
-                kwargs |= {"precision": None, "plugins": [*(config.plugins or []), DoublePrecision()]}
+                kwargs |= {"precision": None, "plugins": [*config.plugins, DoublePrecision()]}
             config.strategy.check_precision(str(config.precision))
-        if config.logger in (None, True):
+        if config.logger in (None, True) and self.subcommand == "fit":
             folder = config.default_root_dir or "."
             kwargs["logger"] = TensorBoardLogger(folder, name="tensorboard", version="")
+        trainer = super().instantiate_trainer(**kwargs)
+        if str(config.precision) in ("16", "16-mixed") and trainer.precision == "bf16-mixed":
+            raise UsageError("trainer.precision: 16-mixed is for GPUs; use bf16-mixed on a CPU")
+        # Now, not when files have been written; also for one device, as each of a launcher's processes would be a run.
+        environment = trainer._accelerator_connector.cluster_environment
+        environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
+        return trainer
+
+    def instantiate_classes(self) -> None:
+        """What Lightning or a cluster's environment refuses is one line."""
+        with in_one_line("trainer"):
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """What Lightning refuses, a full disk and a loss that is NaN are one line."""
         try:
-            return super().instantiate_trainer(**kwargs)
-        except UsageError:
-            raise
-        except (MisconfigurationException, ValueError) as error:  # missing devices, an unknown strategy, and the like
-            raise UsageError(f"trainer: {str(error).splitlines()[0]}") from error
+            with in_one_line("trainer"):
+                super()._run_subcommand(subcommand)
+        except DivergedError as error:
+            self.config_init.fit.checkpoints.finish()
+            if not self.trainer.is_global_zero:
+                sys.exit(0)  # with another code the launcher would kill rank 0 before it has printed the line
+            found = newest(folder_of(self.trainer.default_root_dir))
+            last = f"the last good checkpoint is {found}" if found else "no checkpoint was saved before"
+            raise UsageError(
+                f"{error}; {last}. Lower model.optimizer.lr, or set model.on_nan to skip, and continue by --ckpt_path "
+                "auto"
+            ) from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own method would warn where a process with other arguments calls this one."""
         check_classes(args)
         self.config = parser.parse_args(args)
+        options = self.config[self.config["subcommand"]]
+        for key in ("trainer.default_root_dir", "data.cache_dir"):
+            if options.get(key) is not None:
+                local_path(key, str(options[key]))
 
     def before_fit(self) -> None:
         """Check everything that can be checked; then write the recipe into the run's folder."""
@@ -109,14 +150,23 @@ class RecipeCLI(LightningCLI):
         checks.check_steps()
         options.weights_only = True
         options.ckpt_path = checkpoint_to_continue(options)
+        before = None if options.ckpt_path is None else read_checkpoint(options.ckpt_path, shapes_only=True)
+        self._first_step = 0 if before is None else before["global_step"]
+        if self.is_dry_run:
+            options.trainer.max_steps += self._first_step
+            self.trainer.fit_loop.epoch_loop.max_steps = options.trainer.max_steps
         self.model.loads_checkpoint = options.ckpt_path is not None
         checks.open_checkpoint(options.ckpt_path)
         self._check(checks)
-        check_folder(folder_of(self.trainer.default_root_dir), options.ckpt_path)
-        recipe = yaml.safe_load(self.parser.dump(self.config, skip_unset=False, format="yaml"))["fit"]
-        recipe = {name: value for name, value in recipe.items() if name not in self._subcommand_method_arguments["fit"]}
-        self.model.recipe = recipe
-        self._write_recipe(recipe)
+        self.model.recipe = self._as_plain(self.config)
+        if self.is_dry_run:
+            return
+        folder = Path(self.trainer.default_root_dir)
+        check_folder(folder_of(folder), options.ckpt_path)
+        check_folders(options.trainer.callbacks, folder_of(folder))
+        if self.trainer.is_global_zero:
+            write_recipe(folder / "recipe.yaml", self.model.recipe, self._read_recipe)
+        self._go_on_with_curves(before)
 
     def before_validate(self) -> None:
         """Check everything that can be checked."""
@@ -146,17 +196,45 @@ class RecipeCLI(LightningCLI):
         for line in [*lines, *checks.check_data(), *checks.compare()]:
             rank_zero_print(line)
 
-    @rank_zero_only
-    def _write_recipe(self, recipe: dict[str, Any]) -> None:
-        folder = Path(self.trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    def _as_plain(self, config: Any) -> dict[str, Any]:
+        """The recipe of parsed options of `fit`, without what is no part of it, such as `ckpt_path`."""
+        recipe = yaml.safe_load(self.parser.dump(config, skip_unset=False, format="yaml"))["fit"]
+        others = self._subcommand_method_arguments["fit"]
+        return {name: value for name, value in recipe.items() if name not in others}
+
+    def _read_recipe(self, path: Path) -> dict[str, Any]:
+        return self._as_plain(self.parser.parse_args(["fit", "--config", str(path)]))
+
+    def _go_on_with_curves(self, checkpoint: dict[str, Any] | None) -> None:
+        """Let the curves be those of the run up to the checkpoint; empty where it begins."""
+        trainer = self.trainer
+        folder = Path(trainer.default_root_dir)
+        if checkpoint is None:
+            go_on_from(trainer.loggers, 0, run_folder=folder, validates=False)
+            return
+        accumulated = trainer.accumulate_grad_batches
+        interval = self.config_init.fit.trainer.val_check_interval or trainer.max_steps * accumulated
+        step = checkpoint["global_step"]
+        validates = trainer.limit_val_batches != 0 and is_due(
+            step,
+            validated_step(checkpoint[KEY]["validation"]),
+            accumulate_grad_batches=accumulated,
+            interval=interval,
+        )
+        go_on_from(trainer.loggers, step, run_folder=folder, validates=validates)
 
     def after_fit(self) -> None:
-        """Validate the last step unless that is done, and print the summary."""
+        """Validate the last step unless that is done, and print the summary.
+
+        Raises:
+            UsageError: the run ended without a step.
+        """
         self._leave_if_stopped()
-        steps = {figures["step"] for figures in self.model.last_validation.values()}
-        if steps != {self.model.steps_taken}:
+        self._require_a_step()
+        if self.is_dry_run:
+            rank_zero_print(f"\nDry run: trained to step {self.model.steps_taken:,} and validated; nothing is saved.")
+            return
+        if self.model.validated_step != self.model.steps_taken:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         rank_zero_print(validation_summary(self.model, self.datamodule))
         prompt, seconds = self.config_init["fit"].sample.prompt, time.monotonic() - self._started
@@ -164,14 +242,25 @@ class RecipeCLI(LightningCLI):
 
     def _leave_if_stopped(self) -> None:
         """After a signal, exit with the code of a program that the signal ended."""
-        checkpoints = self.trainer.checkpoint_callback
-        assert isinstance(checkpoints, Checkpoints)
-        number = checkpoints.stop.received
+        number = self.config_init.fit.checkpoints.stop.received
         if number is None:
             return
         rank_zero_print(stop_summary(self.model, self.trainer, number=number))
         # Rank 0 alone: a launcher ends the others when one of them fails.
         sys.exit(128 + number if self.trainer.is_global_zero else 0)
+
+    def _require_a_step(self) -> None:
+        trainer = self.trainer
+        if trainer.global_step >= trainer.max_steps or trainer.global_step > self._first_step:
+            return
+        timers = (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
+        if any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers):
+            raise UsageError(
+                "trainer.max_time: all of it is used up before a step; it counts the time of all starts of a run: "
+                "raise it"
+            )
+        if trainer.global_step == 0:
+            raise UsageError("the run ended without a step; see what trainer.callbacks stop it for")
 
     def after_validate(self) -> None:
         """Print the results."""
@@ -195,6 +284,7 @@ def main(arguments: list[str]) -> None:
         arguments: The subcommand and its options.
     """
     quiet()
+    quiet_full_disk_in_threads()
     # Before anything is computed, as threads inherit it. CPUs are slow on weights near 1e-40, which ALiBi's softmax
     # gives to many far keys.
     torch.set_flush_denormal(True)

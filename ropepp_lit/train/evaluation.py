@@ -17,6 +17,7 @@ from ropepp_lit.eval.tasks import Settings, averages, check, measure
 from ropepp_lit.nn import Decoder
 from ropepp_lit.sizes import parse_tokens
 from ropepp_lit.train.causal_lm import CausalLM
+from ropepp_lit.train.curves import log_figures
 
 
 @contextmanager
@@ -85,6 +86,7 @@ class Evaluation(Callback):
             return
         self._evaluated_step = step
         assert isinstance(pl_module, CausalLM)
+        pl_module.check_finite()
         data = trainer.datamodule  # type: ignore[attr-defined]
         model = self._model(pl_module.decoder, data)
         with pl_module.untimed(), evaluating(trainer, pl_module.decoder):
@@ -100,7 +102,7 @@ class Evaluation(Callback):
             noise = "" if item.noise_std is None else f"/noise_{item.heads}_{item.noise_std:g}"
             name = "/".join(filter(None, ("eval", item.task, item.part, str(item.length), item.metric)))
             values[f"{name}{noise}"] = float(item.value)
-        pl_module.log_figures(values, step)
+        log_figures(trainer, values, step)
 
     @staticmethod
     def _model(decoder: Decoder, data: TokenData) -> Model:

@@ -14,7 +14,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, PositionScheme, RoPE, RoPEPP
 from ropepp_lit.nn.context_parallel import MODES, Mode, choose_mode, elements_moved
 from ropepp_lit.sizes import parse_bytes
-from ropepp_lit.train.checks import Checks, check_checkpointing, checkpoint_to_continue
+from ropepp_lit.train.checks import Checks, checkpoint_to_continue
 from ropepp_lit.train.cli import RecipeCLI, quiet
 from ropepp_lit.train.costs import cache_bytes_per_token, layout_of, training_flops_per_token
 from ropepp_lit.train.devices import DEVICES, find_device
@@ -22,6 +22,7 @@ from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.memory import PARTS, Memory, StepMemory
 from ropepp_lit.train.optimizer import Muon, split_parameters
 from ropepp_lit.train.setup import DTYPES, Setup
+from ropepp_lit.train.trainer_options import check_options
 
 GIB = 2**30
 
@@ -31,7 +32,7 @@ class PlanCLI(RecipeCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """None is needed, and this machine may have no such devices."""
-        check_checkpointing(self.config_init["fit"].trainer)
+        check_options(self.config_init["fit"].trainer)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing is run."""

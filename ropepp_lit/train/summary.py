@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import LAST, folder_of, newest
+from ropepp_lit.train.recipe import command
 
 
 @rank_zero_only
@@ -54,11 +54,11 @@ Step {model.steps_taken:,}, {model.tokens_seen:,} tokens read, {seconds:.0f} sec
 Everything is in {folder}: checkpoints, recipe.yaml, tensorboard.
 
 Next:
-  ropepp-lit generate {checkpoint} --prompt {shlex.quote(prompt)}
-  ropepp-lit validate --config {recipe} --ckpt_path {checkpoint}
-  ropepp-lit evaluate {checkpoint} --out {Path(folder) / "evaluation"}
-  ropepp-lit fit --config {recipe} --ckpt_path auto --trainer.max_steps {2 * trainer.max_steps}
-  tensorboard --logdir {folder}"""
+  {command("ropepp-lit", "generate", checkpoint, prompt=prompt)}
+  {command("ropepp-lit", "validate", config=recipe, ckpt_path=checkpoint)}
+  {command("ropepp-lit", "evaluate", checkpoint, out=Path(folder) / "evaluation")}
+  {command("ropepp-lit", "fit", config=recipe, ckpt_path="auto", trainer__max_steps=2 * trainer.max_steps)}
+  {command("tensorboard", logdir=folder)}"""
 
 
 def stop_summary(model: CausalLM, trainer: pl.Trainer, *, number: int) -> str:
@@ -74,5 +74,5 @@ def stop_summary(model: CausalLM, trainer: pl.Trainer, *, number: int) -> str:
     return (
         f"\nStopped by {signal.Signals(number).name} at step {model.steps_taken:,}, "
         f"{f'saved as {saved}' if saved else 'before anything was saved'}. "
-        f"Continue: ropepp-lit fit --config {folder / 'recipe.yaml'} --ckpt_path auto"
+        f"Continue: {command('ropepp-lit', 'fit', config=folder / 'recipe.yaml', ckpt_path='auto')}"
     )

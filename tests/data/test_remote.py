@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -107,6 +108,45 @@ def test_a_damaged_chunk_is_named_and_not_kept(server, shards, tmp_path):
     assert not list(tmp_path.rglob(chunk))
     with pytest.raises(UsageError, match=rf"s3://{BUCKET}/damaged/train/.*Not Found.*check the URL"):
         data._train._shards[0].open_chunk(1)
+
+
+@pytest.mark.parametrize("kind", ["split", "chunk"])
+def test_a_manifest_cannot_name_files_outside_the_cache(server, shards, tmp_path, kind):
+    """They were written there, and deleted where their checksum was another."""
+    client = boto3.client("s3", endpoint_url=server)
+    victim = tmp_path / "victim.bin"
+    values = json.loads((shards / "manifest.json").read_text())
+    chunk = values["splits"]["train"]["chunks"][0]
+    victim.write_bytes(bytes(4 * (chunk["documents"] + 2) + 2 * chunk["tokens"]))
+    if kind == "chunk":
+        chunk["filename"] = "../../../../victim.bin"
+    else:
+        values["splits"]["../../../.."] = values["splits"].pop("train")
+        chunk["filename"] = "victim.bin"
+    client.put_object(Bucket=BUCKET, Key="hostile/manifest.json", Body=json.dumps(values).encode())
+    client.upload_file(str(shards / "tokenizer.json"), BUCKET, "hostile/tokenizer.json")
+    before = victim.stat().st_mtime_ns
+    with pytest.raises(UsageError, match="is not a file name inside its folder"):
+        make(f"s3://{BUCKET}/hostile", tmp_path / "cache")
+    assert victim.stat().st_mtime_ns == before
+    folder = RemoteFolder(f"s3://{BUCKET}/hostile", tmp_path / "cache", max_bytes=10**9)
+    with pytest.raises(UsageError, match="is not a file name inside its folder"):
+        folder.fetch_chunk("train/../../../../victim.bin", 10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "victim.bin"]
+
+
+def test_a_complete_cache_may_be_read_only(server, shards, tmp_path, monkeypatch):
+    expected = [batch.input_ids for batch in make(f"s3://{BUCKET}/shards", tmp_path).train_dataloader()]
+
+    def refuse(*arguments, **keywords):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("ropepp_lit.data.remote._write", refuse)
+    monkeypatch.setattr(os, "utime", refuse)
+    found = [batch.input_ids for batch in make(f"s3://{BUCKET}/shards", tmp_path).train_dataloader()]
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    with pytest.raises(UsageError, match=r"manifest\.json: cannot be written: Read-only file system"):
+        make(f"s3://{BUCKET}/shards", tmp_path / "other")
 
 
 def test_a_kept_chunk_of_an_older_set_is_fetched_again(server, shards, tmp_path):

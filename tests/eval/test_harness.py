@@ -1,10 +1,272 @@
-"""lm-eval's RULER tasks: the same examples, answered and scored the same way."""
+"""lm-eval's tasks on our decoder: the same numbers and texts as by lm-eval's `hf` model on an export."""
+
+import math
 
 import pytest
 import torch
 
+from ropepp_lit.errors import UsageError
 from ropepp_lit.eval import harness, retrieval
+from ropepp_lit.eval.harness import Options
 from ropepp_lit.eval.models import load_model
+from ropepp_lit.hf.export import export
+from ropepp_lit.hf.folder import open_checkpoint
+from tests.eval.harness_tasks import write_tasks
+from tests.others import KINDS, LONG, make_folder
+
+lm_eval = pytest.importorskip("lm_eval")
+
+PLAIN = (
+    "local_choice", "local_rolling", "local_lambada", "local_no_context", "local_filters", "local_wer", "local_group",
+)  # fmt: skip
+MAX_LENGTH = 192
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return str(write_tasks(tmp_path_factory.mktemp("lm-eval") / "tasks"))
+
+
+@pytest.fixture(scope="module")
+def folders(small_checkpoints, tmp_path_factory):
+    """Hugging Face folders: of others, and exports of ours."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("folders") / kind
+            if kind in KINDS:
+                made[kind] = make_folder(kind, folder)
+            else:
+                export(open_checkpoint(small_checkpoints[kind]), folder, dtype=None, max_shard_bytes=10**9, check=False)
+                made[kind] = folder
+        return made[kind]
+
+    return make
+
+
+def load(path):
+    return load_model(str(path), dtype=torch.float32, device=torch.device("cpu"))
+
+
+def hf_model(folder, **options):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(
+        pretrained=str(folder), device="cpu", dtype="float32", batch_size=3, max_length=MAX_LENGTH,
+        trust_remote_code=True, **options,
+    )  # fmt: skip
+
+
+def instances(kind, *arguments):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "eh", "ec"])
+def test_requests_are_answered_as_by_the_hf_model(folders, small_checkpoints, kind):
+    from ropepp_lit.eval.language_model import DecoderLM
+
+    hf = hf_model(folders(kind))
+    ours = DecoderLM(load(small_checkpoints.get(kind, folders(kind))), max_length=MAX_LENGTH)
+    first = hf.tokenizer.decode([hf.prefix_token_id])
+    pairs = instances(
+        "loglikelihood",
+        ("The quick brown", " fox"), ("The quick brown ", "fox"), ("The quick brown", " cat sleeps."), ("", "A fox"),
+        (f"{first}The fox", " reads"), ("Two\n\nlines:", "\n漢字 🙂"), (LONG, " It ends."), ("a", LONG[:60]),
+    )  # fmt: skip
+    found, wanted = ours.loglikelihood(pairs), hf.loglikelihood(pairs)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], rel=1e-5, abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    assert ours.requests_cut == 1
+    assert ours.tokens_cut == sum(map(len, hf._encode_pair(LONG, " It ends."))) - MAX_LENGTH - 1
+
+    texts = instances("loglikelihood_rolling", (LONG,), ("A fox.",), (LONG[:700],))
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(hf.loglikelihood_rolling(texts), rel=1e-5)
+    assert ours.requests_cut == 1
+
+    stops = {"until": ["e", "\n\n"], "max_gen_toks": 24, "do_sample": False}
+    free = {"until": [], "max_gen_toks": 40, "temperature": 0.0}
+    prompts = [("The quick", stops), ("def add(", free), ("The fox reads 漢字", free), (LONG, free), ("Naïve", stops)]
+    prompts = instances("generate_until", *prompts)
+    assert ours.generate_until(prompts) == hf.generate_until(prompts)
+    assert ours.requests_cut == 2
+
+
+@pytest.mark.parametrize("kind", ["llama2", "ec"])
+def test_tasks_give_the_numbers_of_the_hf_model(folders, small_checkpoints, tasks, kind):
+    from lm_eval.tasks import TaskManager
+
+    found, has_lengths = harness.run_task(
+        load(small_checkpoints.get(kind, folders(kind))), PLAIN[:-1], length=64, limit=None,
+        options=Options(include_path=tasks, max_length=MAX_LENGTH),
+    )  # fmt: skip
+    wanted = lm_eval.simple_evaluate(
+        model=hf_model(folders(kind)), tasks=list(PLAIN[:-1]), bootstrap_iters=0,
+        task_manager=TaskManager(include_path=tasks, include_defaults=False),
+    )["results"]  # fmt: skip
+    assert has_lengths == []
+    assert len(found) == 14
+    for item in found:
+        metric, _, filter_key = item.metric.partition(",")
+        value = wanted[item.part][f"{metric},{filter_key or 'none'}"]
+        if item.aggregation == "perplexity":
+            assert math.log(item.value) == pytest.approx(math.log(value), rel=1e-5, abs=1e-4)
+        else:
+            assert item.value == pytest.approx(value, rel=1e-4, abs=1e-6)
+        assert len(item.numerators) == 8
+
+
+def by_metric(found):
+    return {(item.part, item.metric): item for item in found}
+
+
+@pytest.fixture(scope="module")
+def found(small_checkpoints, tasks):
+    """What all local tasks give, by task and metric."""
+    options = Options(include_path=tasks, max_length=MAX_LENGTH)
+    run, _ = harness.run_task(load(small_checkpoints["ec"]), PLAIN[:-1], length=64, limit=None, options=options)
+    return by_metric(run)
+
+
+def test_a_perplexity_is_that_of_the_task(found):
+    lambada = found["local_lambada", "perplexity"]
+    assert lambada.value == pytest.approx(math.exp(sum(lambada.numerators) / 8))
+    assert lambada.value > 100  # not its inverse
+    words = [float(len(text.split())) for text in _texts()]
+    assert found["local_rolling", "word_perplexity"].denominators == words
+
+
+def _texts():
+    from tests.eval.harness_tasks import DOCUMENTS
+
+    return [document["text"] for document in DOCUMENTS[:8]]
+
+
+def test_each_filter_has_a_row_of_its_own(found):
+    strict = found["local_filters", "exact_match,strict-match"]
+    flexible = found["local_filters", "exact_match,flexible-extract"]
+    assert (strict.value, strict.numerators) == (1, [1.0] * 8)
+    assert (flexible.value, flexible.numerators) == (0, [0.0] * 8)
+    assert (strict.details["filter"], strict.details["examples"], strict.details["of"]) == ("strict-match", 8, 8)
+
+
+def test_the_task_says_which_direction_is_better(found):
+    directions = {metric: item.higher_is_better for (_, metric), item in found.items()}
+    assert {metric for metric, higher in directions.items() if not higher} == {
+        "brier_score", "word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity", "wer",
+    }  # fmt: skip
+
+
+def test_how_it_was_measured_is_in_the_details(found):
+    details = found["local_choice", "acc"].details
+    assert (details["shots"], details["task_version"], details["lm-eval"]) == (2, 3, lm_eval.__version__)
+    assert (details["max_length"], details["prompts_cut"], details["limit"]) == (MAX_LENGTH, 0, None)
+
+
+def test_options_reach_lm_eval(small_checkpoints, tasks):
+    options = Options(include_path=tasks, max_length=MAX_LENGTH, num_fewshot=1)
+    few = harness.measure(load(small_checkpoints["ec"]), "local_choice", lengths=[64], limit=3, options=options)
+    for item in few:
+        assert (item.details["shots"], item.details["examples"], item.details["of"]) == (1, 3, 8)
+
+
+def test_every_length_is_measured(small_checkpoints, tasks):
+    model = load(small_checkpoints["ec"])
+    options = Options(include_path=tasks)
+    found = harness.measure(model, "local_needles", lengths=[4096, 512, 9000], limit=2, options=options)
+    assert [(item.length, item.metric, item.numerators) for item in found] == [
+        (length, "score", [float(length % 7)] * 2) for length in (4096, 512, 9000)
+    ]
+    assert [item.details["max_length"] for item in found] == [4096, 512, 9000]
+    whole = harness.measure(model, "local_needles", lengths=[512], limit=None, options=options)
+    assert len(whole[0].numerators) == 6
+    plain = harness.measure(model, "local_rolling", lengths=[512, 1024], limit=1, options=options)
+    assert [item.length for item in plain] == [None] * 3
+
+
+def test_what_a_model_does_not_read_is_said(small_checkpoints, tasks, capsys):
+    options = Options(include_path=tasks, max_length=40)
+    (item, *_) = harness.measure(
+        load(small_checkpoints["ec"]), "local_lambada", lengths=[64], limit=None, options=options
+    )
+    assert item.details["prompts_cut"] > 0
+    line = f"{item.details['prompts_cut']} prompts or texts were longer than the 40 tokens that ec reads"
+    assert line in capsys.readouterr().err
+
+
+def test_a_chat_template_is_used_where_it_is_asked_for(folders, tasks):
+    options = Options(include_path=tasks, max_length=400, apply_chat_template=True)
+    chat = load(folders("chat"))
+    plain = harness.measure(chat, "local_lambada", lengths=[64], limit=2, options=Options(include_path=tasks))
+    found = harness.measure(chat, "local_lambada", lengths=[64], limit=2, options=options)
+    wanted = lm_eval.simple_evaluate(
+        model=hf_model(folders("chat")), tasks=["local_lambada"], limit=2, bootstrap_iters=0, apply_chat_template=True,
+        task_manager=lm_eval.tasks.TaskManager(include_path=tasks, include_defaults=False),
+    )  # fmt: skip
+    (value, *_) = [item.value for item in found]
+    assert math.log(value) == pytest.approx(math.log(wanted["results"]["local_lambada"]["perplexity,none"]), abs=1e-4)
+    assert value != plain[0].value
+    with pytest.raises(UsageError, match=r"apply_chat_template: .* stores no chat template"):
+        harness.measure(load(folders("qwen")), "local_lambada", lengths=[64], limit=2, options=options)
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "message"),
+    [
+        ("local_sampled", "", "tasks: lm-eval: the task generates with num_beams=4, which is not supported"),
+        ("local_wer", "max_length: 8", "max_length: the task writes up to 8 tokens, and 8 are read and written"),
+        ("unsafe", "task: unsafe\nunsafe_code: true", "harness:unsafe runs code that the model writes"),
+        ("gone", "task: gone\ndataset_path: json\ndataset_kwargs: {data_files: gone.json}", "cannot load the task or"),
+        ("online", "task: online\ndataset_path: nobody/nothing", "cannot load the task or its data"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(small_checkpoints, tasks, tmp_path, monkeypatch, task, settings, message):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    reads = int(settings.split()[-1]) if settings.startswith("max_length") else MAX_LENGTH
+    if settings.startswith("task"):
+        tasks = str(tmp_path)
+        rest = "test_split: test\ndoc_to_text: text\ndoc_to_target: text\noutput_type: generate_until\n"
+        if task == "unsafe":
+            data = tmp_path / "data.jsonl"
+            data.write_text('{"text": "x"}\n')
+            rest += f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {tmp_path}/c}}\n"
+        (tmp_path / "task.yaml").write_text(f"{settings}\n{rest}")
+    with pytest.raises(UsageError, match=message) as caught:
+        harness.measure(
+            load(small_checkpoints["ec"]), task, lengths=[64], limit=1,
+            options=Options(include_path=tasks, max_length=reads),
+        )  # fmt: skip
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mean", "matthews", "words"])
+def test_influence_values_have_the_spread_of_the_metric(name):
+    import numpy as np
+    from lm_eval.api import metrics
+
+    draw = np.random.default_rng(0)
+    if name == "words":
+        items = [(int(draw.integers(0, size)), int(size)) for size in draw.integers(1, 30, 150)]
+
+        def aggregate(items):
+            return sum(wrong for wrong, _ in items) / sum(words for _, words in items)
+
+    elif name == "matthews":
+        gold = draw.integers(0, 2, 150)
+        items = list(zip(gold.tolist(), np.where(draw.uniform(size=150) < 0.3, 1 - gold, gold).tolist(), strict=True))
+        aggregate = metrics.matthews_corrcoef
+    else:
+        items, aggregate = draw.normal(size=150).tolist(), metrics.mean
+    value = aggregate(items)
+    numerators, denominators, aggregation = harness.spread(items, aggregate, value)
+    assert aggregation == "mean"
+    assert np.sum(numerators) / np.sum(denominators) == pytest.approx(value)
+    resampled = [aggregate([items[k] for k in draw.integers(0, 150, 150)]) for _ in range(300)]
+    assert np.std(numerators) / 150**0.5 == pytest.approx(np.std(resampled), rel=0.2)
+
 
 # Bytes are many: a list of common words needs more of them.
 TASKS = [("niah_single_1", 4096), ("niah_multikey_2", 4096), ("ruler_fwe", 4096), ("ruler_cwe", 16384)]
@@ -12,23 +274,28 @@ TASKS = [("niah_single_1", 4096), ("niah_multikey_2", 4096), ("ruler_fwe", 4096)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "length"), TASKS)
-def test_answers_and_scores_are_those_of_lm_eval(small_checkpoints, task, length):
-    process_results = pytest.importorskip("lm_eval.tasks.ruler.common_utils").process_results
-    model = load_model(str(small_checkpoints["ec"]), dtype=torch.float32, device=torch.device("cpu"))
-    options = {"lengths": [length], "limit": 2, "seed": 0}
-    found = harness.run(model, task, **options)
-    samples = found["samples"][task]
-    assert len(samples) == 2
-    for sample in samples:
-        ((prompt, settings),) = sample["arguments"]
-        ids = [*model.opening, *model.encode(prompt)]
-        (written,) = retrieval.write_answers(model, [ids], max_new_tokens=settings["max_gen_toks"])
-        (answered,) = sample["filtered_resps"]
-        assert written.startswith(answered[:40])
-        answers = [str(answer) for answer in sample["doc"]["outputs"]]
-        assert retrieval.score(answers, written) == sample[str(length)]
-        for text in ("", answers[0], f"They are {', '.join(answers)}.", answers[-1].upper()):
-            assert retrieval.score(answers, text) == process_results(sample["doc"], [text])[str(length)]
-    (measured,) = harness.measure(model, task, **options)
+def test_retrieval_scores_as_ruler_does(small_checkpoints, task, length):
+    from lm_eval.tasks.ruler.common_utils import process_results
+
+    model = load(small_checkpoints["ec"])
+    with harness._loaded(model, [task], length, Options()) as (loaded, _):
+        documents = [loaded["tasks"][task].dataset["test"][number] for number in range(2)]
+    scores = []
+    for document in documents:
+        prompt = f"{document['input']} {document['gen_prefix']}"
+        (written,) = retrieval.write_answers(model, [[*model.opening, *model.encode(prompt)]], max_new_tokens=128)
+        answers = [str(answer) for answer in document["outputs"]]
+        scores.append(retrieval.score(answers, written))
+        for text in (written, "", answers[0], f"They are {', '.join(answers)}.", answers[-1].upper()):
+            assert retrieval.score(answers, text) == process_results(document, [text])[str(length)]
+    (measured,) = harness.measure(model, task, lengths=[length], limit=2, options=Options())
     assert (measured.part, measured.metric, measured.length) == (task, "score", length)
-    assert measured.numerators == [sample[str(length)] for sample in samples]
+    assert measured.numerators == scores
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["ruler_vt", "ruler_cwe", "ruler_fwe", "niah_single_1"])
+def test_rulers_makers_of_examples_end(small_checkpoints, task):
+    with pytest.raises(UsageError, match=r"tokens are too few|cannot load") as caught:
+        harness.measure(load(small_checkpoints["ec"]), task, lengths=[128], limit=2, options=Options())
+    assert "\n" not in str(caught.value)

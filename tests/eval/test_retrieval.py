@@ -1,5 +1,6 @@
 """Retrieval: what is asked, and how it is scored."""
 
+import dataclasses
 import itertools
 import random
 import re
@@ -7,13 +8,16 @@ import tracemalloc
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, models
+from tokenizers.normalizers import Replace
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval import retrieval
 from ropepp_lit.eval.models import Model, load_model
 from ropepp_lit.eval.recall import recall_documents
 from ropepp_lit.eval.retrieval import DEPTHS, FAMILIES, answer_tokens, average, make_examples, measure, score
-from ropepp_lit.text.tokenizer import byte_tokenizer, train_tokenizer
+from ropepp_lit.text.tokenizer import TextTokenizer, byte_tokenizer, load_tokenizer, train_tokenizer
+from tests.others import make_tokenizer
 
 ONCE = ("single", "multikey", "multivalue", "multiquery")
 """Families whose answers each stand in the context once."""
@@ -87,6 +91,70 @@ def test_a_short_context_is_refused_with_the_length_that_would_do(tokenizer, fam
         make_examples(family, tokenizer, length=30, numbers=range(3), seed=0)
     least = int(str(refused.value).split("give ")[1].split()[0])
     assert len(make_examples(family, tokenizer, length=least, numbers=range(3), seed=0)) == 3
+
+
+@pytest.mark.parametrize("kind", ["chat", "llama2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_examples_have_their_length_with_others_tokenizers(tmp_path, kind, family):
+    """The chat tokenizer cuts texts to 64 tokens as it is saved, Llama 2's begins every text with a space."""
+    make_tokenizer(kind, tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    room = answer_tokens(family, tokenizer, seed=0)
+    for example in make_examples(family, tokenizer, length=2000, numbers=range(2), seed=0):
+        assert len(example.input_ids) + room == 2000
+        assert tuple(example.input_ids[: len(tokenizer.opening)]) == tokenizer.opening
+        assert all(answer in tokenizer.decode(example.input_ids) for answer in example.answers)
+
+
+def _bytes_behind(normalizer):
+    tokenizer = byte_tokenizer()
+    tokenizer.tokenizer.normalizer = normalizer
+    return dataclasses.replace(tokenizer, is_bytes=False)
+
+
+def _one_word():
+    return TextTokenizer(tokenizer=Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]")), eos_token_id=0)
+
+
+NOT_DIGITS, DIGITS = Regex(r"\D+"), Regex(r"\d")
+
+
+@pytest.mark.parametrize(
+    ("make", "family", "message"),
+    [
+        (_one_word, "single", "retrieval:single: this tokenizer cannot write its answers: '[0-9]{5}.' comes back as"),
+        (lambda: _bytes_behind(Replace(DIGITS, "")), "tracking", "cannot write its answers"),
+        (
+            lambda: _bytes_behind(Replace(NOT_DIGITS, "")),
+            "single",
+            "retrieval:single at 512 tokens: its text of .* has",
+        ),
+        (lambda: _bytes_behind(Replace(NOT_DIGITS, " ")), "single", "tokens with this tokenizer, and more of it would"),
+    ],
+)
+def test_texts_that_cannot_fill_a_length_are_refused(make, family, message):
+    with pytest.raises(UsageError, match=message) as refused:
+        make_examples(family, make(), length=512, numbers=range(3), seed=0)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_family_that_has_no_more_to_say_is_refused(monkeypatch):
+    """At 90,000 keys `multikey` has used each number of five digits."""
+    values = retrieval._values
+    monkeypatch.setattr(retrieval, "_values", lambda rng: itertools.islice(values(rng), 50))
+    with pytest.raises(UsageError, match=r"retrieval:multikey at 4,096 tokens: its text of .* has"):
+        make_examples("multikey", byte_tokenizer(), length=4096, numbers=range(3), seed=0)
+
+
+def test_long_examples_are_made_in_few_steps(monkeypatch):
+    read = []
+    encode = retrieval._encode
+    monkeypatch.setattr(retrieval, "_encode", lambda tokenizer, text: read.append(len(text)) or encode(tokenizer, text))
+    for family in ("single", "multikey"):
+        read.clear()
+        (example,) = make_examples(family, byte_tokenizer(), length=32_768, numbers=[0], seed=0)
+        assert len(example.input_ids) + answer_tokens(family, byte_tokenizer(), seed=0) == 32_768
+        assert sum(read) < 5 * 32_768
 
 
 def test_scores():

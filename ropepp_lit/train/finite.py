@@ -1,0 +1,83 @@
+"""Steps whose loss or gradients are NaN or infinite: they end the run, or are left out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ropepp_lit.errors import UsageError
+
+OnNaN = Literal["stop", "skip"]
+
+MAX_SKIPPED = 10
+"""Steps in a row that are skipped before the run ends: then the weights or the settings are at fault, not the data."""
+
+
+class DivergedError(UsageError):
+    """Loss, gradients or weights are NaN or infinite; the command adds the last checkpoint to the line."""
+
+
+class FiniteSteps:
+    """Watches the gradient norm of each step.
+
+    The norm is the same on every rank, so all ranks decide alike. With `stop` the first bad step is noted on the
+    device and read when something else waits for the device anyway: logging, validation, a checkpoint. With `skip` the
+    host waits for the norm of each step.
+
+    Args:
+        mode: `stop` or `skip`.
+    """
+
+    def __init__(self, mode: OnNaN) -> None:
+        self.mode = mode
+        self.skipped = False
+        """Whether the newest step is skipped."""
+        self._first_bad: Tensor | None = None
+        self._in_a_row = 0
+
+    def watch(self, norm: Tensor, step: int) -> bool:
+        """Note the gradient norm of a step; returns whether the step must be skipped.
+
+        Args:
+            norm: A scalar, the same on every rank.
+            step: Number of the step, the first is 1.
+
+        Raises:
+            DivergedError: ten steps in a row would be skipped.
+        """
+        if self.mode == "stop":
+            if self._first_bad is None:
+                self._first_bad = torch.zeros((), dtype=torch.int64, device=norm.device)
+            is_first = ~torch.isfinite(norm) & (self._first_bad == 0)
+            self._first_bad = torch.where(is_first, step, self._first_bad)
+            return False
+        self.skipped = not bool(torch.isfinite(norm))
+        self._in_a_row = self._in_a_row + 1 if self.skipped else 0
+        if self._in_a_row > MAX_SKIPPED:
+            raise DivergedError(
+                f"loss or gradients are NaN or infinite for {MAX_SKIPPED} steps in a row, up to step {step}"
+            )
+        return self.skipped
+
+    def check(self) -> None:
+        """Raise DivergedError where a step was bad; waits for the device."""
+        step = 0 if self._first_bad is None else int(self._first_bad)
+        if step:
+            raise DivergedError(f"loss or gradients are NaN or infinite at step {step}")
+
+
+def check_weights(trainer: pl.Trainer, decoder: nn.Module) -> None:
+    """Raise DivergedError on all ranks where a weight of any rank is NaN or infinite; waits for the device."""
+    parameters = [p.detach() for p in decoder.parameters()]
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    filled = [p for p in local if p.numel()]
+    bad = torch.zeros((), dtype=torch.int64, device=trainer.strategy.root_device)
+    if filled:
+        largest = torch.stack([value.float() for value in torch._foreach_norm(filled, float("inf"))])
+        bad += (~torch.isfinite(largest)).sum()
+    if int(trainer.strategy.reduce(bad, reduce_op="sum")):
+        raise DivergedError(f"weights are NaN or infinite at step {trainer.global_step}")

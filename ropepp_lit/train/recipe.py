@@ -1,0 +1,95 @@
+"""Recipes and commands that a run writes for the user: read back, they are what was meant."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ropepp_lit.errors import UsageError
+from ropepp_lit.files import write_whole
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes each string that some parser of YAML could read as something else, such as `1e3`, `on` or `1:30`."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write equal parts twice, not as references."""
+        return True
+
+
+_PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*", re.ASCII)
+_WORDS = {"", ".", "..", "y", "n", "yes", "no", "on", "off", "true", "false", "null", "none", ".nan", ".inf"}
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    is_plain = _PLAIN.fullmatch(text) and text.lower() not in _WORDS and not text.startswith(".")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def to_yaml(recipe: dict[str, Any]) -> str:
+    """A recipe as YAML, ASCII."""
+    return yaml.dump(recipe, Dumper=_Dumper, sort_keys=False, width=10**6)
+
+
+def write_recipe(path: Path, recipe: dict[str, Any], read: Callable[[Path], dict[str, Any]]) -> None:
+    """Write a recipe, and read it as the command does.
+
+    Args:
+        path: Of the file.
+        recipe: Plain values.
+        read: Parses a recipe's file, and returns plain values as `recipe` has them.
+
+    Raises:
+        UsageError: the file cannot be written, or is read as another recipe; then there is no file.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, to_yaml(recipe))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    try:
+        again = read(path)
+        difference = first_difference(recipe, again)
+    except UsageError as error:
+        difference = str(error)
+    if difference:
+        path.unlink()
+        raise UsageError(f"{path}: the recipe cannot be written so that it is read as it was given: {difference}")
+
+
+def first_difference(one: Any, other: Any, key: str = "") -> str | None:
+    """The first key of a recipe that differs in another one, with both values; None where they are equal."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in {**one, **other}:
+            found = first_difference(one.get(name), other.get(name), f"{key}.{name}" if key else str(name))
+            if found:
+                return found
+        return None
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        differences = (first_difference(a, b, f"{key}[{i}]") for i, (a, b) in enumerate(zip(one, other, strict=True)))
+        return next(filter(None, differences), None)
+    return None if type(one) is type(other) and one == other else f"{key} {one!r} → {other!r}"
+
+
+def command(*words: object, **options: object) -> str:
+    """A command line that a shell reads as it is meant.
+
+    Args:
+        words: Positional ones.
+        options: Written as `--name value`, or `--name=value` where the value would look like an option.
+    """
+    parts = []
+    for word in map(str, words):
+        parts.append(f"./{word}" if word.startswith("-") else word)
+    for name, value in options.items():
+        name, text = f"--{name.replace('__', '.')}", str(value)
+        parts += [f"{name}={text}"] if text.startswith("-") else [name, text]
+    return shlex.join(parts)

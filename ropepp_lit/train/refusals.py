@@ -1,0 +1,117 @@
+"""What Lightning, a strategy, a cluster's environment or the disk refuses, in one line."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from ropepp_lit.errors import UsageError
+
+_ENVIRONMENTS = "lightning.fabric.plugins.environments"
+_REFUSE = (
+    "lightning.fabric.accelerators",
+    "lightning.fabric.connector",
+    "lightning.fabric.plugins",
+    "lightning.fabric.strategies",
+    "lightning.fabric.utilities.device_parser",
+    "lightning.fabric.loggers",
+    "lightning.pytorch.accelerators",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+    "lightning.pytorch.plugins",
+    "lightning.pytorch.profilers",
+    "lightning.pytorch.strategies",
+    "lightning.pytorch.trainer.connectors",
+    "lightning.pytorch.trainer.setup",
+    "lightning.pytorch.trainer.trainer",
+)
+"""Modules of Lightning whose errors refuse a setting."""
+
+_MAX_LENGTH = 400
+"""Characters of a message of several lines that is still given as a whole."""
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+@contextmanager
+def in_one_line(key: str) -> Iterator[None]:
+    """Turn a refusal into a UsageError; other exceptions are bugs and keep their traceback.
+
+    Args:
+        key: Of the recipe, for the line's beginning.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except MisconfigurationException as error:
+        raise UsageError(f"{key}: {_message(error)}") from error
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise UsageError(
+            f"{error.filename or 'the files of the run'}: cannot be written: {error.strerror}; when that is fixed, "
+            "continue by --ckpt_path auto"
+        ) from error
+    except Exception as error:
+        root = _root(error)
+        if _is_refusal(root) and root is not error:  # the parser tried a class whose arguments Lightning refuses
+            raise UsageError(f"{key}: {_message(root)}") from error
+        modules = _modules(error.__traceback__)
+        if any(module.startswith(_ENVIRONMENTS) for module in modules):
+            raise UsageError(f"the cluster's environment variables: {_in_words(error)}") from error
+        if any(name == "_init_dist_connection" for name in _functions(error.__traceback__)):
+            raise UsageError(f"the processes cannot connect: {_in_words(error)}") from error
+        if modules and modules[-1].startswith(_REFUSE):
+            raise UsageError(f"{key}: {_in_words(error)}") from error
+        raise
+
+
+def quiet_full_disk_in_threads() -> None:
+    """Leave out the traceback of a thread that cannot write, such as TensorBoard's: its next call raises the error."""
+    previous = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        error = arguments.exc_value
+        if not (isinstance(error, OSError) and error.errno in _NO_ROOM):
+            previous(arguments)
+
+    threading.excepthook = hook
+
+
+def _root(error: BaseException) -> BaseException:
+    """The exception that others were raised for."""
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error
+
+
+def _is_refusal(error: BaseException) -> bool:
+    return isinstance(error, MisconfigurationException | ModuleNotFoundError)
+
+
+def _modules(trace: TracebackType | None) -> list[str]:
+    return [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(trace)]
+
+
+def _functions(trace: TracebackType | None) -> list[str]:
+    return [frame.f_code.co_name for frame, _ in traceback.walk_tb(trace)]
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, KeyError):
+        return f"{error.args[0]} is not set" if error.args else "a name is missing"
+    return _message(error)
+
+
+def _message(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if len(text) > _MAX_LENGTH:
+        text = next(line for line in str(error).splitlines() if line.strip()).strip()
+    return text or type(error).__name__
