@@ -106,7 +106,7 @@ def test_text_held_out_is_that_of_the_run(run, copied, tmp_path):
 def written(copied, name, *, special=(0, 1), tokenizer=None):
     """A checkpoint of weights like those of the run, with other values in its entry."""
     checkpoint = last(copied)
-    entry = {**checkpoint[KEY], "bos_token_id": special[0], "eos_token_id": special[1]}
+    entry = {**checkpoint[KEY], "bos_token_id": special[0], "opening": [special[0]], "eos_token_id": special[1]}
     if tokenizer is not None:
         entry["tokenizer"] = tokenizer
     checkpoint[KEY] = entry
@@ -123,7 +123,7 @@ WAYS = ("init_from", "ckpt_path", "validate")
 TABLE = {  # what differs: what happens by way in, and what is printed
     "nothing": ((ACCEPTED, ACCEPTED, ACCEPTED), ""),
     "tokenizer of the data": ((NOTED, REFUSED, REFUSED), "tokenizer"),
-    "special ids": ((NOTED, REFUSED, NOTED), "bos_token_id 5 → 0"),
+    "special ids": ((NOTED, REFUSED, NOTED), "opening [5] → [0]"),
     "base": ((NOTED, NOTED, NOTED), "model.frequencies.rope_theta 10000.0 → 20000.0"),
     "shapes": ((REFUSED, REFUSED, REFUSED), "its weights do not fit the recipe's model"),
 }
