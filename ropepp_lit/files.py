@@ -1,20 +1,163 @@
-"""Files that appear under their name only when they are complete, and what they contain."""
+"""Files and folders that appear under their name only when they are complete, and names that stay in their folder."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from pathlib import Path
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ropepp_lit.errors import UsageError
+
+_NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EBADF}
+"""What fsync answers on file systems or for folders that have no such operation."""
+
+
+def inside(folder: Path, name: Any, *, source: str | Path | None = None, for_writing: bool = False) -> Path:
+    """The path of a file whose name comes from a manifest, an index or a store.
+
+    Args:
+        folder: Folder that the name may not leave.
+        name: Relative path of the file, with forward slashes.
+        source: File that contains the name, for the message; empty means the folder.
+        for_writing: Refuse symbolic links that lead out of the folder too. Files are read through links, since
+            Hugging Face's cache and users keep large files behind them.
+
+    Raises:
+        UsageError: the name is not a relative path, or leads out of the folder.
+    """
+    where = source if source is not None else folder
+    if not isinstance(name, str) or not _is_relative(name):
+        raise UsageError(f"{where}: {name!r} is not the name of a file in its folder; do not use files from this source")
+    path = folder / name
+    if for_writing and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise UsageError(f"{path}: a symbolic link leads out of {folder}; remove the link")
+    return path
+
+
+def _is_relative(name: str) -> bool:
+    """Whether a name is a path below a folder, on every operating system."""
+    if "\0" in name or "\\" in name or re.match("[A-Za-z]:", name):
+        return False
+    parts = PurePosixPath(name).parts
+    return bool(parts) and not name.startswith("/") and ".." not in parts
 
 
 def write_whole(path: Path, contents: str | bytes) -> None:
     """Write a file, text as UTF-8, that appears under its name only when it is complete."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(contents.encode() if isinstance(contents, str) else contents)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            file.write(contents.encode() if isinstance(contents, str) else contents)
+            file.flush()
+            sync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Make a folder that appears under its name only when the block ends without an error.
+
+    Args:
+        path: Folder that does not exist, or an empty one.
+
+    Yields:
+        A folder beside it, to be filled. It is renamed at the end, or deleted after an error.
+
+    Raises:
+        UsageError: the path exists and is not an empty folder, or the folder cannot be written.
+    """
+    path = Path(os.path.abspath(path))
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise UsageError(f"{path}: already exists; name another folder")
+    partial = path.with_name(f".{path.name}.partial")
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            for file in partial.rglob("*"):
+                flush(file)
+            os.replace(partial, path)
+            flush(path.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def write_errors(path: str | Path) -> Iterator[None]:
+    """Report that a file or folder cannot be written, for example because the disk is full, in one line.
+
+    Args:
+        path: What the block writes, for the message.
+
+    Raises:
+        UsageError: instead of an OSError, or of an error of torch or safetensors that one caused.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = write_failure(error)
+        if reason is None:
+            raise
+        raise UsageError(f"{path}: cannot be written: {reason}") from error
+
+
+def write_failure(error: BaseException) -> str | None:
+    """Why the operating system refused to write, in a few words; None where an error has another cause."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen.strerror or str(seen)
+        # torch's archive writer fails again when it closes a file that it could not write, and safetensors passes the
+        # system's error on as text.
+        if match := re.search(r"([^:(]+) \(os error (\d+)\)", str(seen)):
+            return os.strerror(int(match[2]))
+        if "inline_container" in str(seen) and seen.__context__ is None:
+            return "the archive cannot be written, perhaps because the disk is full"
+        seen = seen.__context__
+    return None
+
+
+def sync(descriptor: int) -> None:
+    """Fsync an open file; goes on where the file system has no such operation.
+
+    Raises:
+        OSError: the file cannot be written to the disk.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FSYNC:
+            raise
+
+
+def flush(path: Path) -> None:
+    """Fsync a file or folder by its name, where the file system has such an operation.
+
+    Raises:
+        OSError: what was written cannot be kept.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder, on Windows
+        return
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def checksum(path: Path) -> str:
