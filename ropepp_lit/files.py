@@ -33,7 +33,9 @@ def inside(folder: Path, name: Any, *, source: str | Path | None = None, for_wri
     """
     where = source if source is not None else folder
     if not isinstance(name, str) or not _is_relative(name):
-        raise UsageError(f"{where}: {name!r} is not the name of a file in its folder; do not use files from this source")
+        raise UsageError(
+            f"{where}: {name!r} is not the name of a file in its folder; do not use files from this source"
+        )
     path = folder / name
     if for_writing and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise UsageError(f"{path}: a symbolic link leads out of {folder}; remove the link")
