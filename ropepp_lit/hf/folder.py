@@ -11,7 +11,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from ropepp_lit.checkpoint import KEY, decoder_weights, describe_architecture, make_checkpoint, read_checkpoint
+from ropepp_lit.checkpoint import (
+    KEY,
+    compute_dtype,
+    decoder_weights,
+    describe_architecture,
+    make_checkpoint,
+    read_checkpoint,
+)
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.config import Architecture, family_of, read_config
 from ropepp_lit.hf.layouts import CONFIG, find_folder, is_hub_name, origin_of, read_json, read_tensors
@@ -116,7 +123,7 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
-    """What the front matter of a folder's README.md says of licence and base model."""
+    """Licence that the front matter of a folder's README.md states, and the model that a checkpoint of it is based on."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     match = re.match(r"\ufeff?\s*---\n(.*?)\n---", text, flags=re.DOTALL)
@@ -125,7 +132,9 @@ def _read_card(folder: Path) -> dict[str, Any]:
     except yaml.YAMLError:
         front = None
     kept = ("license", "license_name", "license_link", "base_model")
-    return {key: front[key] for key in kept if front.get(key)} if isinstance(front, dict) else {}
+    card = {key: front[key] for key in kept if front.get(key)} if isinstance(front, dict) else {}
+    name, is_from_hub, _ = origin_of(folder).partition("@")
+    return card | ({"base_model": name} if is_from_hub else {})
 
 
 def _check_tensors(folder: Path, tensors: dict[str, Tensor], architecture: Architecture) -> None:
@@ -138,7 +147,7 @@ def _check_tensors(folder: Path, tensors: dict[str, Tensor], architecture: Archi
     if architecture.decoder.tie_word_embeddings:
         embedding, output = (tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
         if embedding is not None:
-            if output is not None and not torch.equal(output, embedding):
+            if output is not None and not _equal(output, embedding):
                 raise UsageError(
                     f"{folder / CONFIG}: tie_word_embeddings is true, and lm_head.weight is another matrix"
                 )
@@ -148,10 +157,15 @@ def _check_tensors(folder: Path, tensors: dict[str, Tensor], architecture: Archi
             raise UsageError(f"{folder}: the tensor {name} is missing")
         found = tuple(tensors[name].shape)
         if found != shape:
-            raise UsageError(f"{folder}: {name} has the shape {found}, and {CONFIG} wants {shape}")
+            raise UsageError(f"{folder}: {name} has the shape {found}, and by {CONFIG} it is {shape}")
     extra = sorted(set(tensors) - set(wanted))
     if extra:
         raise UsageError(f"{folder}: the tensor {extra[0]} has no place in the decoder ({len(extra)} have none)")
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return first.shape == second.shape and torch.equal(first.to(dtype), second.to(dtype))
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -160,3 +174,17 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     if checkpoint[KEY]["architecture"]["decoder"]["tie_word_embeddings"]:
         weights.pop("lm_head.weight", None)
     return weights
+
+
+def describe_dtypes(checkpoint: dict[str, Any]) -> str | None:
+    """Dtypes of a checkpoint's weights in words, the one that is computed in first; None where there is one alone."""
+    computed = compute_dtype(checkpoint)
+    others: dict[str, list[str]] = {}
+    weights = weights_of(checkpoint)
+    for name, value in weights.items():
+        if value.dtype != computed:
+            others.setdefault(str(value.dtype).removeprefix("torch."), []).append(name)
+    if not others:
+        return None
+    described = ", ".join(f"{dtype} ({len(names)}, such as {names[0]})" for dtype, names in others.items())
+    return f"the weights are {str(computed).removeprefix('torch.')}, with tensors in {described}"

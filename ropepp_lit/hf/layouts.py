@@ -235,7 +235,7 @@ def _read_indexed(folder: Path, index: Path, layout: Layout) -> dict[str, Tensor
         raise UsageError(f"{index}: no weight_map in it; download the file again")
     files = {name: inside(folder, name, source=index) for name in places.values()}
     tensors: dict[str, Tensor] = {}
-    for name, path in sorted(files.items()):
+    for path in sorted(files.values()):
         if not path.is_file():
             raise UsageError(f"{path}: missing, and {index.name} names it; download the folder again")
         tensors |= _read(path, layout)
