@@ -112,9 +112,13 @@ def read_config(
         heads = values["num_attention_heads"]
         values.setdefault("num_key_value_heads", heads)
         head_dim = values.setdefault("head_dim", family.head_dim or values["hidden_size"] // heads)
-        query, output = (shapes[f"model.layers.0.self_attn.{part}_proj.weight"] for part in ("q", "o"))
     except KeyError as error:
         raise UsageError(f"{name}: {error.args[0]} is missing") from error
+    projections = [f"model.layers.0.self_attn.{part}_proj.weight" for part in ("q", "o")]
+    for projection in projections:
+        if len(shapes.get(projection, ())) != 2:
+            raise UsageError(f"{name}: the weights beside it have no matrix {projection}")
+    query, output = (shapes[projection] for projection in projections)
     values["attention_output_bias"] = values.get("attention_bias", False)
     values |= family.geometry(config)
     is_ours = config["model_type"] == "ropepp"

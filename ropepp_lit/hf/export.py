@@ -104,7 +104,8 @@ def export(
         The largest difference of a logit, as a share of the largest logit; None where nothing was compared.
 
     Raises:
-        UsageError: the folder is not empty or cannot be written, the model has no place in transformers, or the logits differ.
+        UsageError: the folder is not empty or cannot be written, the model has no place in transformers, or the logits
+            differ.
     """
     if out.resolve() == Path.cwd():
         raise UsageError(f"out: {out} is the current folder; name a new folder")

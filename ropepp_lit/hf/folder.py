@@ -64,6 +64,11 @@ def open_checkpoint(
     path = locate(source, revision=revision)
     if (path / CONFIG).is_file():
         return read_folder(path, **options)
+    if options:
+        raise UsageError(
+            f"source: {source} is no Hugging Face folder; rope_theta, scaling, factor, "
+            "original_max_position_embeddings and ignore say how one is read"
+        )
     return read_checkpoint(path, shapes_only=shapes_only)
 
 
@@ -123,7 +128,7 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
-    """Licence that the front matter of a folder's README.md states, and the model that a checkpoint of it is based on."""
+    """Licence that a folder's README.md states in its front matter, and the model that its weights are based on."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     match = re.match(r"\ufeff?\s*---\n(.*?)\n---", text, flags=re.DOTALL)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
     single: str
     """Usual name of a single file; of several in a folder, this one is read."""
 
-    index: str
+    indexes: str
     """Glob of the JSON file that maps tensors to files."""
 
     read: Callable[[Path], dict[str, Tensor]]
@@ -130,7 +130,7 @@ def _fetch(name: str, revision: str | None, pattern: str) -> Path:
             reason = f"the Hugging Face Hub has no revision {revision} of it"
         elif isinstance(error, GatedRepoError):
             reason = "access is restricted; accept the conditions on its page and run: hf auth login"
-        elif isinstance(error, RepositoryNotFoundError | EntryNotFoundError):
+        elif isinstance(error, RepositoryNotFoundError):
             reason = "not on the Hugging Face Hub, or private; check the name, or run: hf auth login"
         raise UsageError(f"source: {name}: no such folder here, and {reason}") from error
 
@@ -193,7 +193,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _is_there(folder: Path, layout: Layout) -> bool:
-    return bool(_candidates(folder, layout)) or any(folder.glob(layout.index))
+    return bool(_candidates(folder, layout)) or any(folder.glob(layout.indexes))
 
 
 def _candidates(folder: Path, layout: Layout) -> list[Path]:
@@ -207,7 +207,7 @@ def _candidates(folder: Path, layout: Layout) -> list[Path]:
 
 def _find_index(folder: Path, layout: Layout) -> Path | None:
     usual = folder / f"{layout.single}.index.json"
-    found = [usual] if usual.is_file() else sorted(folder.glob(layout.index))
+    found = [usual] if usual.is_file() else sorted(folder.glob(layout.indexes))
     if len(found) > 1:
         raise UsageError(f"{folder}: several indexes ({', '.join(file.name for file in found)}); leave one there")
     return found[0] if found else None
