@@ -127,7 +127,7 @@ def test_official_folders_that_say_nothing_of_the_method(tmp_path, official_fold
         ({"model_type": "new"}, r"model_type 'new' is not supported; known are llama, mistral"),
         ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not supported"),
         ({"sliding_window": 512}, r"sliding_window 512 is not supported"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types \[.*'sliding_attention'\] is not supp"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types \[.*'sliding_attention'\] is not"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config .* is not supported"),
         ({"attention_dropout": 0.1}, r"attention_dropout 0\.1 is not supported"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5 is not supported"),
