@@ -12,7 +12,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.families import FAMILIES, NOT_READ, Family
 from ropepp_lit.hf.rotary import FIELDS as ROTARY
 from ropepp_lit.hf.rotary import IMPORT, Rotary, read_frequencies, write_frequencies
-from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme, RoPE, RoPEPP
+from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme, RNoPE, RoPE, RoPEPP
 
 GEOMETRY = (
     "vocab_size",
@@ -134,8 +134,13 @@ def read_config(
     stated = config.get("rope_config") or {}
     if bool(stated.get("imag")) != (found != "rope") and "rope_config" in config:
         raise UsageError(f"{name}: rope_config says imag {stated.get('imag')}, and the shapes are those of {found}")
-    scheme = RoPE() if found == "rope" else RoPEPP(variant="ec" if found == "ec" else "eh")
+    scheme: PositionScheme = RoPE() if found == "rope" else RoPEPP(variant="ec" if found == "ec" else "eh")
+    if family.nope_layers is not None and (nope_layers := family.nope_layers(config)):
+        scheme = RNoPE(nope_layers=nope_layers)
     frequencies = read_frequencies(config, rotary, name=name, default_theta=family.rope_theta)
+    if family.is_unscaled and type(frequencies) is not Frequencies and rotary.scaling is None:
+        scaling = write_frequencies(frequencies)["rope_type"]
+        raise UsageError(f"{name}: rope_type {scaling!r} is not supported: transformers reads it as longrope here")
     context = int(config.get("max_position_embeddings") or family.max_position_embeddings)
     if "sliding_window" in ignore and _slides(config, family):
         context = int({**family.defaults, **config}["sliding_window"])
@@ -165,9 +170,9 @@ def write_config(architecture: Architecture) -> dict[str, Any]:
         UsageError: a position scheme, or a combination of biases, that transformers has no family for.
     """
     config, scheme = architecture.decoder, architecture.scheme
-    if type(scheme) not in (RoPE, RoPEPP):
+    if type(scheme) not in (RoPE, RoPEPP, RNoPE):
         raise UsageError(
-            f"model.positions: {type(scheme).__name__} has no place in an export; only RoPE and RoPEPP have"
+            f"model.positions: {type(scheme).__name__} has no place in an export; only RoPE, RoPEPP and RNoPE have"
         )
     rotary = write_frequencies(architecture.frequencies)
     values = config.to_dict()
@@ -179,6 +184,16 @@ def write_config(architecture: Architecture) -> dict[str, Any]:
     scaling = {key: value for key, value in rotary.items() if key != "rope_theta"}
     fields["rope_scaling"] = None if rotary["rope_type"] == "default" else scaling
     fields["rope_parameters"] = rotary
+    same_bias = config.attention_bias == config.attention_output_bias
+    if isinstance(scheme, RNoPE):
+        if config.qk_norm or not same_bias or rotary["rope_type"] == "yarn_by_rotations":
+            raise UsageError(
+                "model.positions: transformers has RNoPE in SmolLM3 alone, without qk_norm, with all attention biases "
+                "or none, and not with YarnByRotations"
+            )
+        layers = [int(layer not in scheme.nope_layers) for layer in range(config.num_hidden_layers)]
+        fields |= {"no_rope_layers": layers, "layer_types": ["full_attention"] * len(layers)}
+        return {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], **fields}
     if isinstance(scheme, RoPEPP) or rotary["rope_type"] == "yarn_by_rotations":
         layout = scheme.head_layout(
             num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads
@@ -188,7 +203,6 @@ def write_config(architecture: Architecture) -> dict[str, Any]:
         extra = {field: values[field] for field in ("attention_output_bias", "qk_norm")}
         variant = scheme.variant if isinstance(scheme, RoPEPP) else "rope"
         return {"model_type": "ropepp", "architectures": ["RopePPForCausalLM"], **fields, **extra, "variant": variant}
-    same_bias = config.attention_bias == config.attention_output_bias
     if config.qk_norm and same_bias and not config.mlp_bias:
         del fields["mlp_bias"]
         return {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **fields, "use_sliding_window": False}

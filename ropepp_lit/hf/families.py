@@ -36,6 +36,12 @@ class Family(NamedTuple):
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
 
+    is_unscaled: bool = False
+    """Whether transformers reads every scaling of the family as longrope, which is not read."""
+
+    nope_layers: Callable[[Config], list[int]] | None = None
+    """Layers without positions; None where the family has no such layers."""
+
     geometry: Callable[[Config], Config] = _nothing
     """Values of the DecoderConfig that follow from config.json."""
 
@@ -101,6 +107,15 @@ def _scale(value: Tensor, factor: float) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32)) * factor
 
 
+def _nope_layers(config: Config) -> list[int]:
+    """Of SmolLM3: `no_rope_layers` has a 0 for each such layer; without it every fourth is one."""
+    layers, interval = config["num_hidden_layers"], config.get("no_rope_layer_interval") or 4
+    has_rope = config.get("no_rope_layers")
+    if has_rope is None:
+        has_rope = [(layer + 1) % interval for layer in range(layers)]
+    return [layer for layer in range(min(layers, len(has_rope))) if not has_rope[layer]]
+
+
 _WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 
 FAMILIES = {
@@ -114,11 +129,19 @@ FAMILIES = {
     "qwen3": Family(
         defaults=_WINDOWS, head_dim=128, max_position_embeddings=32_768, geometry=lambda config: {"qk_norm": True}
     ),
-    "phi3": Family(rms_norm_eps=1e-5, max_position_embeddings=4096, rewrite=_split_fused),
+    "phi3": Family(is_unscaled=True, rms_norm_eps=1e-5, max_position_embeddings=4096, rewrite=_split_fused),
     "granite": Family(
         fields=("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
         geometry=_fold_geometry,
         rewrite=_fold_multipliers,
+    ),
+    "smollm3": Family(
+        fields=("no_rope_layers", "no_rope_layer_interval"),
+        defaults={"use_sliding_window": False},
+        rope_theta=2e6,
+        tie_word_embeddings=True,
+        max_position_embeddings=32_768,
+        nope_layers=_nope_layers,
     ),
     "ropepp": Family(fields=("attention_output_bias", "qk_norm", "variant")),
 }
