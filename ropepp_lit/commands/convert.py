@@ -27,7 +27,7 @@ def import_(
 ) -> None:
     """Turn a Hugging Face folder into a checkpoint, with a recipe to go on from it.
 
-    Reads the families llama, mistral, qwen2, qwen3, phi3 and granite, folders of the public RoPE++ code, and our own
+    Reads the families llama, mistral, qwen2, qwen3, phi3, granite and smollm3, folders of the public RoPE++ code, and our own
     exports. No code of the folder is run.
 
     Args:

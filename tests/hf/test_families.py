@@ -74,23 +74,20 @@ def test_logits_are_those_of_transformers(tmp_path, case):
     write_checkpoint(tmp_path / "model.ckpt", read_folder(tmp_path / "hf"))
     checkpoint = read_checkpoint(tmp_path / "model.ckpt")
     input_ids = torch.randint(260, (2, 80))
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 2e-7)):
-        expected = model.to(dtype)(input_ids).logits
-        found = load_decoder(checkpoint, dtype=dtype)(input_ids)
-        # In float64 transformers still has float32 angles and norms.
-        assert (found - expected).abs().max() <= max(tolerance, 1e-5) * expected.abs().max()
+    expected = model(input_ids).logits
+    tolerance = 2e-5 * expected.abs().max()
+    assert (load_decoder(checkpoint)(input_ids) - expected).abs().max() <= tolerance
     export(checkpoint, tmp_path / "out", dtype=None, max_shard_bytes=10**9, check=False)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    expected = model.float()(input_ids).logits
-    assert (again(input_ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (again(input_ids).logits - expected).abs().max() <= tolerance
 
 
 REFUSED = {
-    "mistral's windows": ("mistral", {"sliding_window": 16}, r"sliding_window 16 is not supported \(attention is the sa"),
+    "mistral's windows": ("mistral", {"sliding_window": 16}, r"sliding_window 16 is not supported \(attention is the"),
     "qwen's windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
                        "use_sliding_window True is not supported; .*sliding_window 16 is not supported"),
     "longrope": ("phi3", {"rope_scaling": {"type": "longrope"}}, "rope_type 'longrope' is not supported"),
-    "phi's yarn": ("phi3", {"rope_scaling": {**YARN}}, "rope_type 'yarn' is not supported: transformers reads it as lo"),
+    "phi's yarn": ("phi3", {"rope_scaling": {**YARN}}, "rope_type 'yarn' is not supported: transformers reads it"),
     "a part of each head": ("phi3", {"partial_rotary_factor": 0.75}, r"partial_rotary_factor 0\.75 is not supported"),
     "gemma": ("gemma", {}, "model_type 'gemma' is not supported; it has GeGLU"),
     "olmo2": ("olmo2", {}, "model_type 'olmo2' is not supported; it normalizes"),
@@ -124,7 +121,7 @@ HARMLESS = {
     "repetition_penalty": 1.1, "length_penalty": 1.0, "typical_p": 1.0, "diversity_penalty": 0.5, "max_new_tokens": 9,
     "no_repeat_ngram_size": 3, "num_return_sequences": 1, "suppress_tokens": [1], "bad_words_ids": [[1]],
     "torch_dtype": "bfloat16", "use_cache": True, "_name_or_path": "x/y", "_attn_implementation_autoset": True,
-    "pretraining_tp": 1, "tokenizer_class": "X", "id2label": {"0": "A"}, "pad_token_id": 3, "chunk_size_feed_forward": 0,
+    "pretraining_tp": 1, "tokenizer_class": "X", "id2label": {"0": "A"}, "chunk_size_feed_forward": 0,
     "pruned_heads": {}, "is_encoder_decoder": False, "tie_encoder_decoder": False, "torchscript": False,
 }  # fmt: skip
 
@@ -142,7 +139,7 @@ def test_fields_of_generation_are_known(tmp_path):
 
 def test_everything_that_transformers_4_wrote_is_known(tmp_path):
     """All fields of a configuration's to_dict, as it was saved before only differences were."""
-    values = transformers.LlamaConfig(**{key: value for key, value in GEOMETRY.items()}).to_dict()
+    values = transformers.LlamaConfig(**GEOMETRY).to_dict()
     folder = make_folder(tmp_path / "hf")
     own = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, **own, "rope_parameters": None}))
