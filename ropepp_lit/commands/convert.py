@@ -27,8 +27,8 @@ def import_(
 ) -> None:
     """Turn a Hugging Face folder into a checkpoint, with a recipe to go on from it.
 
-    Reads the families llama, mistral, qwen2, qwen3, phi3, granite and smollm3, folders of the public RoPE++ code, and our own
-    exports. No code of the folder is run.
+    Reads the families llama, mistral, qwen2, qwen3, phi3, granite and smollm3, folders of the public RoPE++ code, and
+    our own exports. No code of the folder is run.
 
     Args:
         source: Folder with config.json and model.safetensors (one file of any name, or several, with or without an

@@ -16,7 +16,7 @@ from ropepp_lit.hf.folder import read_folder
 from ropepp_lit.hf.rotary import Rotary
 from ropepp_lit.nn import RoPEPP, Yarn, YarnByRotations
 from ropepp_lit.text.tokenizer import byte_tokenizer
-from tests.hf.folders import make_folder, make_weights
+from tests.hf.folders import make_folder, make_weights, old_format
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 CASES = ["rope_theta1e4", "eh_theta1e4", "ec_theta1e4", "ec_theta5e5", "ec_yarn32", "eh_pi8"]
