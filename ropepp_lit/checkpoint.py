@@ -21,6 +21,7 @@ A checkpoint is Lightning's, plus one entry `ropepp_lit` of plain dicts, lists a
 | `held_out`          | a checksum of each validation set's documents, by set, or absent                        |
 | `tokenizer_config`  | the tokenizer's settings in Hugging Face's JSON, or absent                              |
 | `generation_config` | Hugging Face's settings of generation in JSON, or absent                                |
+| `card`              | licence and base model that a Hugging Face folder's README.md states, or absent         |
 """
 
 from __future__ import annotations
@@ -201,12 +202,32 @@ def decoder_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def load_decoder(checkpoint: dict[str, Any], *, trust: str | None = None) -> Decoder:
+def compute_dtype(checkpoint: dict[str, Any]) -> torch.dtype:
+    """The dtype in which a checkpoint's decoder computes: that of most elements of its blocks' matrices.
+
+    Others' folders store norms or the output layer in a wider dtype than the rest; a product needs one dtype.
+    """
+    counts: dict[torch.dtype, int] = {}
+    for name, value in decoder_weights(checkpoint).items():
+        if ".layers." in name and value.dim() > 1:
+            counts[value.dtype] = counts.get(value.dtype, 0) + value.numel()
+    return max(counts, key=lambda dtype: (counts[dtype], dtype.itemsize))
+
+
+def load_decoder(
+    checkpoint: dict[str, Any],
+    *,
+    trust: str | None = None,
+    dtype: torch.dtype | None = None,
+    keep_dtypes: bool = False,
+) -> Decoder:
     """Build the decoder that a checkpoint holds, with its weights, on the CPU.
 
     Args:
         checkpoint: Of :func:`read_checkpoint`.
         trust: `module.Class` of a position scheme or frequencies that are not ours and may be imported.
+        dtype: Of the parameters; empty means :func:`compute_dtype`.
+        keep_dtypes: Leave each parameter in the dtype that it is stored in instead.
 
     Raises:
         UsageError: the checkpoint names a foreign class that is not trusted or cannot be imported.
@@ -229,6 +250,10 @@ def load_decoder(checkpoint: dict[str, Any], *, trust: str | None = None) -> Dec
         raise UsageError(f"the checkpoint's weights do not fit its architecture: {problem[0].strip()}") from error
     if decoder.config.tie_word_embeddings:
         decoder.lm_head.weight = decoder.model.embed_tokens.weight
+    if not keep_dtypes:
+        dtype = dtype or compute_dtype(checkpoint)
+        for parameter in decoder.parameters():
+            parameter.data = parameter.data.to(dtype)
     return decoder.eval()
 
 

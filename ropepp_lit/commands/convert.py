@@ -17,6 +17,7 @@ def import_(
     source: str,
     out: str,
     *,
+    revision: str | None = None,
     variant: Literal["rope", "ec", "eh"] | None = None,
     rope_theta: float | None = None,
     scaling: Scaling | None = None,
@@ -26,13 +27,15 @@ def import_(
 ) -> None:
     """Turn a Hugging Face folder into a checkpoint, with a recipe to go on from it.
 
-    Reads the families llama, mistral, qwen2 and qwen3, folders of the public RoPE++ code, and our own exports. No code
-    of the folder is run.
+    Reads the families llama, mistral, qwen2, qwen3, phi3, granite and smollm3, folders of the public RoPE++ code, and
+    our own exports. No code of the folder is run.
 
     Args:
-        source: Folder with config.json and safetensors (or pytorch_model.bin, read as weights only), or the name of one
-            on the Hugging Face Hub (ORGANIZATION/MODEL).
+        source: Folder with config.json and model.safetensors (one file of any name, or several, with or without an
+            index) or pytorch_model.bin (the same; in torch's present or old format, read as weights only), or the name
+            of one on the Hugging Face Hub (ORGANIZATION/MODEL, or ORGANIZATION/MODEL@REVISION).
         out: The checkpoint to write, such as model.ckpt; a recipe of the same name is written beside it.
+        revision: Branch, tag or commit on the Hub; the commit is stored in the checkpoint.
         variant: What the shapes must be; empty takes what they are.
         rope_theta: The base, where config.json does not say it.
         scaling: The scaling of the rotary frequencies, where config.json does not say it (old RoPE++ folders).
@@ -40,21 +43,12 @@ def import_(
         original_max_position_embeddings: Context that the scaling starts from.
         ignore: Fields of config.json, separated by commas, that change nothing in the model.
     """
-    from ropepp_lit.checkpoint import KEY, write_checkpoint
-    from ropepp_lit.hf.config import Rotary
     from ropepp_lit.hf.folder import find_folder, read_folder
 
     path = _new_checkpoint(out)
-    checkpoint = read_folder(
-        find_folder(source),
-        variant=variant,
-        rotary=Rotary(scaling, factor, original_max_position_embeddings, rope_theta),
-        ignore=tuple(filter(None, ignore.split(","))),
-    )
-    write_checkpoint(path, checkpoint)
-    _report(path, checkpoint)
-    if checkpoint[KEY]["tokenizer"] is None:
-        print(f"Notice: {source} has no tokenizer, so the checkpoint cannot read or write text.")
+    options = _folder_options(variant, rope_theta, scaling, factor, original_max_position_embeddings, ignore)
+    checkpoint = read_folder(find_folder(source, revision=revision), **options)
+    _write(path, checkpoint)
 
 
 def upcycle(
@@ -64,6 +58,12 @@ def upcycle(
     variant: Literal["ec", "eh"],
     pairs: Literal["average", "first"] = "average",
     text: str | None = None,
+    revision: str | None = None,
+    rope_theta: float | None = None,
+    scaling: Scaling | None = None,
+    factor: float | None = None,
+    original_max_position_embeddings: int | None = None,
+    ignore: str = "",
 ) -> None:
     """Turn a RoPE checkpoint into a RoPE++ one, to be trained on.
 
@@ -71,26 +71,30 @@ def upcycle(
     the heads, so it is an approximation to be trained on; --text measures how far the loss moves.
 
     Args:
-        source: A .ckpt file with plain RoPE, or a Hugging Face folder.
+        source: A .ckpt file with plain RoPE, a Hugging Face folder, or the name of one on the Hugging Face Hub.
         out: The checkpoint to write, such as model-ec.ckpt; a recipe of the same name is written beside it.
         variant: `ec` keeps the KV cache and doubles the attention heads; `eh` keeps the heads and halves the cache.
         pairs: For EH: `average` each two heads, or keep the `first` of them.
         text: A UTF-8 file on which the loss is measured before and after.
+        revision: Of a name on the Hub: branch, tag or commit.
+        rope_theta: Of a Hugging Face folder, as the next four: the base, where config.json does not say it.
+        scaling: The scaling of the rotary frequencies, where config.json does not say it.
+        factor: Of the scaling.
+        original_max_position_embeddings: Context that the scaling starts from.
+        ignore: Fields of config.json, separated by commas, that change nothing in the model.
     """
     from pathlib import Path
 
-    from ropepp_lit.checkpoint import write_checkpoint
     from ropepp_lit.hf.compare import compare
     from ropepp_lit.hf.folder import open_checkpoint
     from ropepp_lit.hf.upcycle import upcycle as work
 
     path = _new_checkpoint(out)
-    original = open_checkpoint(source)
+    options = _folder_options(None, rope_theta, scaling, factor, original_max_position_embeddings, ignore)
+    original = open_checkpoint(source, revision=revision, **options)
     checkpoint = work(original, variant=variant, pairs=pairs)
-    comparison = compare(original, checkpoint, None if text is None else Path(text))
-    write_checkpoint(path, checkpoint)
-    print(comparison)
-    _report(path, checkpoint)
+    print(compare(original, checkpoint, None if text is None else Path(text)))
+    _write(path, checkpoint)
 
 
 def export(
@@ -107,9 +111,9 @@ def export(
     alone (trust_remote_code=True).
 
     Args:
-        checkpoint: A .ckpt file.
+        checkpoint: A .ckpt file, a Hugging Face folder, or the name of one on the Hugging Face Hub.
         out: The folder: a new or empty one.
-        dtype: Of the weights; empty keeps theirs.
+        dtype: Of the weights; empty keeps that of each tensor.
         max_shard_size: Of a file of weights, such as 5GB.
         check: Load the folder in a fresh process without ropepp-lit and compare logits, beyond the trained context too.
     """
@@ -119,7 +123,7 @@ def export(
 
     from ropepp_lit.checkpoint import KEY
     from ropepp_lit.hf.export import export as work
-    from ropepp_lit.hf.folder import open_checkpoint
+    from ropepp_lit.hf.folder import describe_dtypes, open_checkpoint
     from ropepp_lit.sizes import parse_bytes
 
     contents = open_checkpoint(checkpoint)
@@ -135,7 +139,26 @@ def export(
     else:
         print(f"{out} is written; loaded by transformers, its logits differ by {difference:.1e} of the largest.")
     if contents[KEY]["tokenizer"] is None:
-        print("Notice: the checkpoint holds no tokenizer, so the folder has none.")
+        print("Notice: the checkpoint stores no tokenizer, so the folder has none.")
+    if dtype is None and (notice := describe_dtypes(contents)):
+        print(f"Notice: {notice}; transformers computes in the first.")
+
+
+def _folder_options(
+    variant: str | None,
+    rope_theta: float | None,
+    scaling: str | None,
+    factor: float | None,
+    original_max_position_embeddings: int | None,
+    ignore: str,
+) -> dict[str, Any]:
+    """Options that say how a Hugging Face folder is read; only those that are given."""
+    from ropepp_lit.hf.rotary import Rotary
+
+    rotary = Rotary(scaling, factor, original_max_position_embeddings, rope_theta)
+    fields = tuple(filter(None, (field.strip() for field in ignore.split(","))))
+    given = {"variant": variant, "rotary": None if rotary == Rotary() else rotary, "ignore": fields}
+    return {key: value for key, value in given.items() if value}
 
 
 def _new_checkpoint(out: str) -> Path:
@@ -152,12 +175,13 @@ def _new_checkpoint(out: str) -> Path:
     return path
 
 
-def _report(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write the recipe that goes on from a checkpoint, and say what was written and what to type next."""
+def _write(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a checkpoint and the recipe that goes on from it; say what was written and what to type next."""
     import yaml
 
-    from ropepp_lit.checkpoint import KEY, load_decoder
-    from ropepp_lit.files import write_whole
+    from ropepp_lit.checkpoint import KEY, load_decoder, write_checkpoint
+    from ropepp_lit.files import write_errors, write_whole
+    from ropepp_lit.hf.folder import describe_dtypes
 
     ours = checkpoint[KEY]
     decoder = load_decoder(checkpoint)
@@ -172,7 +196,13 @@ def _report(path: Path, checkpoint: dict[str, Any]) -> None:
     if ours["tokenizer"] is not None:
         recipe["data"] |= {"tokenizer": str(path), "train_tokenizer": None}
     fragment = path.with_suffix(".yaml")
-    write_whole(fragment, yaml.safe_dump(recipe, sort_keys=False))
+    write_checkpoint(path, checkpoint)
+    try:
+        with write_errors(fragment):
+            write_whole(fragment, yaml.safe_dump(recipe, sort_keys=False))
+    except BaseException:
+        path.unlink()
+        raise
     print(
         f"""{path}: {decoder.positions_in_words}, {decoder.num_parameters:,} parameters
 {layout.num_query_heads} query projections → {layout.num_attention_heads} attention heads, \
@@ -184,6 +214,16 @@ Next:
   ropepp-lit generate {path} --prompt TEXT
   ropepp-lit export {path} FOLDER"""
     )
+    frequencies, context = decoder.frequencies, ours["context_length"]
+    if notice := describe_dtypes(checkpoint):
+        print(f"Notice: {notice}; generate computes in the first, an export keeps each.")
+    if frequencies.reach is not None and context is not None and context > frequencies.reach:
+        print(
+            f"Notice: the model states {context:,} tokens, more than factor × original_max_position_embeddings "
+            f"({frequencies.reach:,})."
+        )
+    if ours["tokenizer"] is None:
+        print("Notice: the source has no tokenizer, so the checkpoint cannot read or write text.")
 
 
 def main(arguments: list[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from ropepp_lit.checkpoint import KEY, load_decoder
 from ropepp_lit.errors import UsageError
-from ropepp_lit.hf.folder import open_checkpoint
+from ropepp_lit.hf.folder import locate, open_checkpoint
 from ropepp_lit.nn import Decoder
 from ropepp_lit.text.tokenizer import TextTokenizer
 
@@ -70,7 +70,7 @@ class Model:
 
 
 def load_model(source: str, *, trust: str | None = None, dtype: torch.dtype, device: torch.device) -> Model:
-    """A checkpoint or Hugging Face folder as a model.
+    """A checkpoint, Hugging Face folder or name on the Hugging Face Hub as a model.
 
     Args:
         source: `PATH`, or `NAME=PATH`; without a name it is that of the run's folder, or of the file.
@@ -82,16 +82,17 @@ def load_model(source: str, *, trust: str | None = None, dtype: torch.dtype, dev
         UsageError: no such checkpoint, a damaged one, or one without a tokenizer.
     """
     name, path = source.split("=", 1) if "=" in source and not Path(source).exists() else ("", source)
-    contents = open_checkpoint(path)
+    location = locate(path)
+    contents = open_checkpoint(location)
     entry = contents[KEY]
     if entry["tokenizer"] is None:
         raise UsageError(f"{path}: the checkpoint stores no tokenizer, so it cannot read text")
     return Model(
         name=name or _name_of(Path(path)),
         path=path,
-        decoder=load_decoder(contents, trust=trust).to(dtype).to(device),
+        decoder=load_decoder(contents, trust=trust, dtype=dtype).to(dtype).to(device),
         tokenizer=TextTokenizer.from_entry(entry),
-        fingerprint=_fingerprint(Path(path)),
+        fingerprint=_fingerprint(location),
         entry=entry,
     )
 
@@ -99,7 +100,9 @@ def load_model(source: str, *, trust: str | None = None, dtype: torch.dtype, dev
 def _name_of(path: Path) -> str:
     """runs/NAME/checkpoints/last.ckpt is NAME; others are called as their file or folder."""
     path = path.absolute()
-    return path.parent.parent.name if path.parent.name == "checkpoints" else path.stem
+    if path.parent.name == "checkpoints":
+        return path.parent.parent.name
+    return path.stem if path.suffix == ".ckpt" else path.name
 
 
 def _fingerprint(path: Path) -> str:

@@ -45,20 +45,28 @@ def compare(before: dict[str, Any], after: dict[str, Any], text: Path | None) ->
 
 
 def load_in_float32(checkpoint: dict[str, Any], *, dtype: torch.dtype | None = None) -> Decoder:
-    """A checkpoint's decoder that computes in float32; blocks keep the dtype of their weights until they run.
+    """A checkpoint's decoder that computes in float32; blocks keep their stored weights and are converted as they run.
 
     Args:
         checkpoint: Of :func:`~ropepp_lit.checkpoint.read_checkpoint`.
         dtype: What the weights are rounded to; None leaves them.
     """
-    decoder = load_decoder(checkpoint)
-    decoder = decoder if dtype is None else decoder.to(dtype)
-    stored = decoder.model.embed_tokens.weight.dtype
+    decoder = load_decoder(checkpoint, dtype=dtype, keep_dtypes=dtype is None)
     for module in (decoder.model.embed_tokens, decoder.model.norm, decoder.lm_head):
         module.float()
+    stored: dict[torch.nn.Module, list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
+
+    def widen(block: torch.nn.Module, _: Any) -> None:
+        stored[block] = [(parameter, parameter.data) for parameter in block.parameters()]
+        block.float()
+
+    def restore(block: torch.nn.Module, *_: Any) -> None:
+        for parameter, value in stored.pop(block):
+            parameter.data = value
+
     for block in decoder.model.layers:
-        block.register_forward_pre_hook(lambda block, _: block.float() and None)
-        block.register_forward_hook(lambda block, *_: block.to(stored) and None)
+        block.register_forward_pre_hook(widen)
+        block.register_forward_hook(restore)
     return decoder
 
 

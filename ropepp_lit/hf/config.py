@@ -1,7 +1,7 @@
 """config.json of Hugging Face and our geometry, position scheme and frequencies, both ways.
 
-Families that are read: `llama`, `mistral`, `qwen2`, `qwen3`, the public RoPE++ code's folders (which call themselves
-`llama`; the shapes of the weights tell the variant) and `ropepp`, which is what :mod:`ropepp_lit.hf.export` writes.
+Families that are read are those of :mod:`ropepp_lit.hf.families`, folders of the public RoPE++ code (which call
+themselves `llama`; the shapes of the weights tell the variant) and `ropepp`, which :mod:`ropepp_lit.hf.export` writes.
 """
 
 from __future__ import annotations
@@ -9,19 +9,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn import (
-    DecoderConfig,
-    Frequencies,
-    Linear,
-    Llama3,
-    PositionScheme,
-    RoPE,
-    RoPEPP,
-    Yarn,
-    YarnByRotations,
-)
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "ropepp")
+from ropepp_lit.hf.families import FAMILIES, NOT_READ, Family
+from ropepp_lit.hf.rotary import FIELDS as ROTARY
+from ropepp_lit.hf.rotary import IMPORT, Rotary, read_frequencies, write_frequencies
+from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme, RNoPE, RoPE, RoPEPP
 
 GEOMETRY = (
     "vocab_size",
@@ -36,52 +27,45 @@ GEOMETRY = (
 
 HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias")
 
-ROTARY = ("rope_theta", "rope_scaling", "rope_parameters", "rope_config")
-
-OURS = ("attention_output_bias", "qk_norm", "variant")
-"""Fields of `ropepp` that Llama lacks."""
-
 INDIFFERENT = frozenset(
-    (
-        *(
-            "architectures",
-            "auto_map",
-            "model_type",
-            "name_or_path",
-            "_name_or_path",
-            "_model_name_or_path",
-            "transformers_version",
-        ),
-        *("torch_dtype", "dtype", "use_cache", "pretraining_tp", "return_dict", "output_attentions"),
-        *(
-            "output_hidden_states",
-            "bos_token_id",
-            "eos_token_id",
-            "pad_token_id",
-            "sep_token_id",
-            "unk_token_id",
-            "ignore_index",
-        ),
-        *("max_position_embeddings", "max_window_layers", "id2label", "label2id", "problem_type", "is_llama_config"),
-        *("rope_interleaved", "task_specific_params", "chunk_size_feed_forward", "transformers.js_config"),
-    )
+    """
+    architectures auto_map model_type name_or_path _name_or_path _model_name_or_path transformers_version
+    transformers.js_config _commit_hash torch_dtype dtype use_cache pretraining_tp return_dict output_attentions
+    output_hidden_states torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward gradient_checkpointing
+    attn_implementation _attn_implementation _attn_implementation_autoset _attn_implementation_internal
+    _flash_attn_2_enabled use_flash_attn use_flash_attention max_position_embeddings max_window_layers
+    bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id decoder_start_token_id tokenizer_class prefix
+    ignore_index id2label label2id num_labels problem_type finetuning_task task_specific_params is_decoder
+    tie_encoder_decoder is_llama_config
+    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p min_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens cross_attention_hidden_size
+    unsloth_version unsloth_fixed
+    """.split()
 )
-"""Fields that change no logit, or that are looked at elsewhere."""
+"""Fields that change no logit, such as settings of generation, or that are looked at elsewhere."""
 
-SCALINGS = {
-    "default": (Frequencies, ()),
-    "linear": (Linear, ("factor",)),
-    "yarn": (
-        Yarn,
-        ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"),
-    ),
-    "yarn_by_rotations": (
-        YarnByRotations,
-        ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
-    ),
-    "llama3": (Llama3, ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")),
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_dropout": (0, None),
+    "resid_pdrop": (0, None),
+    "embd_pdrop": (0, None),
+    "partial_rotary_factor": (1, None),
+    "quantization_config": (None,),
+    "rope_interleaved": (False, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "use_sliding_window": (False, None),
 }
-"""By transformers' `rope_type` (`yarn_by_rotations` is ours): the class, and its settings beside `rope_theta`."""
+"""Fields whose other values change the model, and the values that the decoder has."""
+
+_REMEDIES = {
+    **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop"), "it acts in training alone"),
+    "sliding_window": "attention is the same up to that many tokens",
+}
+"""Fields of these that may be left out at a price."""
 
 
 class Architecture(NamedTuple):
@@ -92,15 +76,6 @@ class Architecture(NamedTuple):
     frequencies: Frequencies
     context_length: int
     """Tokens that the model is meant to read: `max_position_embeddings`."""
-
-
-class Rotary(NamedTuple):
-    """What the caller knows better than config.json; None means what the file says."""
-
-    scaling: str | None = None
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    rope_theta: float | None = None
 
 
 def read_config(
@@ -125,26 +100,30 @@ def read_config(
     Raises:
         UsageError: a family, field or rotary type that the decoder does not have; shapes of another variant.
     """
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise UsageError(f"{name}: model_type {family!r} is not supported; known are {', '.join(FAMILIES)}")
-    _refuse_unknown(config, name, ignore)
+    family = family_of(config, name)
+    _check_fields(config, family, name, ignore)
     try:
-        values = {field: config[field] for field in GEOMETRY if field in config}
-        values |= {field: config[field] for field in HEADS if config.get(field) is not None}
-        values.setdefault("rms_norm_eps", 1e-6)  # transformers' default in all of these families
+        values = {field: config[field] for field in (*GEOMETRY, *HEADS) if config.get(field) is not None}
+        for field, value in values.items():
+            if not isinstance(value, int | float):
+                raise UsageError(f"{name}: {field} {value!r} is not a number")
+        values.setdefault("rms_norm_eps", family.rms_norm_eps)
+        values.setdefault("tie_word_embeddings", family.tie_word_embeddings)
         heads = values["num_attention_heads"]
         values.setdefault("num_key_value_heads", heads)
-        head_dim = values.setdefault("head_dim", values["hidden_size"] // heads)
-        query, output = (shapes[f"model.layers.0.self_attn.{part}_proj.weight"] for part in ("q", "o"))
+        head_dim = values.setdefault("head_dim", family.head_dim or values["hidden_size"] // heads)
     except KeyError as error:
         raise UsageError(f"{name}: {error.args[0]} is missing") from error
+    projections = [f"model.layers.0.self_attn.{part}_proj.weight" for part in ("q", "o")]
+    for projection in projections:
+        if len(shapes.get(projection, ())) != 2:
+            raise UsageError(f"{name}: the weights beside it have no matrix {projection}")
+    query, output = (shapes[projection] for projection in projections)
     values["attention_output_bias"] = values.get("attention_bias", False)
-    if family == "qwen2":
-        values |= {"attention_bias": True, "attention_output_bias": False}
-    values["qk_norm"] = family == "qwen3"
-    found = _variant_of(query[0], output[1], heads=heads, head_dim=head_dim, is_ours=family == "ropepp", name=name)
-    if family == "ropepp":
+    values |= family.geometry(config)
+    is_ours = config["model_type"] == "ropepp"
+    found = _variant_of(query[0], output[1], heads=heads, head_dim=head_dim, is_ours=is_ours, name=name)
+    if is_ours:
         values["attention_output_bias"], values["qk_norm"] = config["attention_output_bias"], config["qk_norm"]
         if found != "rope":
             found = config["variant"]
@@ -155,9 +134,30 @@ def read_config(
     stated = config.get("rope_config") or {}
     if bool(stated.get("imag")) != (found != "rope") and "rope_config" in config:
         raise UsageError(f"{name}: rope_config says imag {stated.get('imag')}, and the shapes are those of {found}")
-    scheme = RoPE() if found == "rope" else RoPEPP(variant="ec" if found == "ec" else "eh")
-    frequencies = _read_frequencies(config, rotary, name)
-    return Architecture(DecoderConfig(**values), scheme, frequencies, int(config.get("max_position_embeddings", 2048)))
+    scheme: PositionScheme = RoPE() if found == "rope" else RoPEPP(variant="ec" if found == "ec" else "eh")
+    if family.nope_layers is not None and (nope_layers := family.nope_layers(config)):
+        scheme = RNoPE(nope_layers=nope_layers)
+    frequencies = read_frequencies(config, rotary, name=name, default_theta=family.rope_theta)
+    if family.is_unscaled and type(frequencies) is not Frequencies and rotary.scaling is None:
+        scaling = write_frequencies(frequencies)["rope_type"]
+        raise UsageError(f"{name}: rope_type {scaling!r} is not supported: transformers reads it as longrope here")
+    context = int(config.get("max_position_embeddings") or family.max_position_embeddings)
+    if "sliding_window" in ignore and _slides(config, family):
+        context = int({**family.defaults, **config}["sliding_window"])
+    return Architecture(DecoderConfig(**values), scheme, frequencies, context)
+
+
+def family_of(config: dict[str, Any], name: str) -> Family:
+    """The family that a config.json names.
+
+    Raises:
+        UsageError: one that is not read.
+    """
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        reason = f"it {NOT_READ[model_type]}" if model_type in NOT_READ else f"known are {', '.join(FAMILIES)}"
+        raise UsageError(f"{name}: model_type {model_type!r} is not supported; {reason}")
+    return FAMILIES[model_type]
 
 
 def write_config(architecture: Architecture) -> dict[str, Any]:
@@ -170,11 +170,11 @@ def write_config(architecture: Architecture) -> dict[str, Any]:
         UsageError: a position scheme, or a combination of biases, that transformers has no family for.
     """
     config, scheme = architecture.decoder, architecture.scheme
-    if type(scheme) not in (RoPE, RoPEPP):
+    if type(scheme) not in (RoPE, RoPEPP, RNoPE):
         raise UsageError(
-            f"model.positions: {type(scheme).__name__} has no place in an export; only RoPE and RoPEPP have"
+            f"model.positions: {type(scheme).__name__} has no place in an export; only RoPE, RoPEPP and RNoPE have"
         )
-    rotary = _write_frequencies(architecture.frequencies)
+    rotary = write_frequencies(architecture.frequencies)
     values = config.to_dict()
     fields: dict[str, Any] = {field: values[field] for field in (*GEOMETRY, *HEADS)}
     fields |= {"hidden_act": "silu", "attention_dropout": 0.0, "max_position_embeddings": architecture.context_length}
@@ -184,6 +184,16 @@ def write_config(architecture: Architecture) -> dict[str, Any]:
     scaling = {key: value for key, value in rotary.items() if key != "rope_theta"}
     fields["rope_scaling"] = None if rotary["rope_type"] == "default" else scaling
     fields["rope_parameters"] = rotary
+    same_bias = config.attention_bias == config.attention_output_bias
+    if isinstance(scheme, RNoPE):
+        if config.qk_norm or not same_bias or rotary["rope_type"] == "yarn_by_rotations":
+            raise UsageError(
+                "model.positions: transformers has RNoPE in SmolLM3 alone, without qk_norm, with all attention biases "
+                "or none, and not with YarnByRotations"
+            )
+        layers = [int(layer not in scheme.nope_layers) for layer in range(config.num_hidden_layers)]
+        fields |= {"no_rope_layers": layers, "layer_types": ["full_attention"] * len(layers)}
+        return {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], **fields}
     if isinstance(scheme, RoPEPP) or rotary["rope_type"] == "yarn_by_rotations":
         layout = scheme.head_layout(
             num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads
@@ -193,7 +203,6 @@ def write_config(architecture: Architecture) -> dict[str, Any]:
         extra = {field: values[field] for field in ("attention_output_bias", "qk_norm")}
         variant = scheme.variant if isinstance(scheme, RoPEPP) else "rope"
         return {"model_type": "ropepp", "architectures": ["RopePPForCausalLM"], **fields, **extra, "variant": variant}
-    same_bias = config.attention_bias == config.attention_output_bias
     if config.qk_norm and same_bias and not config.mlp_bias:
         del fields["mlp_bias"]
         return {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **fields, "use_sliding_window": False}
@@ -208,32 +217,50 @@ def write_config(architecture: Architecture) -> dict[str, Any]:
     )
 
 
-def _refuse_unknown(config: dict[str, Any], name: str, ignore: tuple[str, ...]) -> None:
-    """Refuse what would change the model and cannot be represented, and what is not known."""
-    allowed = {
-        "hidden_act": ("silu",),
-        "attention_dropout": (0, 0.0, None),
-        "use_sliding_window": (False, None),
-        "partial_rotary_factor": (1, 1.0, None),
-        "quantization_config": (None,),
-    }
-    known = {*GEOMETRY, *HEADS, *ROTARY, *INDIFFERENT, *(OURS if config["model_type"] == "ropepp" else ())}
-    for field, value in config.items():
-        if field in ignore or field in known:
+def _check_fields(config: dict[str, Any], family: Family, name: str, ignore: tuple[str, ...]) -> None:
+    """Refuse, in one message, every field that the decoder cannot represent and every field that is not known."""
+    used = {*GEOMETRY, *HEADS, *ROTARY, *family.fields}
+    for field in ignore:
+        if field not in config and field not in _REMEDIES:
+            raise UsageError(f"ignore: {name} has no field {field}")
+        if field in used:
+            raise UsageError(f"ignore: {field} is used; it cannot be left out")
+    refused, unknown = [], {}
+    for field, value in {**family.defaults, **config}.items():
+        if field in ignore or field in used or field in INDIFFERENT:
             continue
-        if field in allowed:
-            if value not in allowed[field]:
-                raise UsageError(f"{name}: {field} {value!r} is not supported")
+        if field in _ALLOWED:
+            fits = value in _ALLOWED[field] or (field == "use_sliding_window" and not _slides(config, family))
         elif field == "sliding_window":
-            if value is not None and config.get("use_sliding_window") is not False:
-                raise UsageError(f"{name}: sliding_window {value!r} is not supported; only full attention is")
+            fits = not _slides(config, family)
         elif field == "layer_types":
-            if set(value or ()) - {"full_attention"}:
-                raise UsageError(f"{name}: layer_types other than full_attention are not supported")
-        elif value not in (None, False, 0, "", [], {}):
-            raise UsageError(
-                f"{name}: {field} {value!r} is not known; if it changes nothing in the model, add --ignore {field}"
-            )
+            fits = set(value or ()) <= {"full_attention"}
+        else:
+            if value not in (None, False, 0, "", [], {}):
+                unknown[field] = value
+            continue
+        if not fits:
+            price = f" ({_REMEDIES[field]}: {IMPORT} --ignore {field})" if field in _REMEDIES else ""
+            refused.append(f"{field} {value!r} is not supported{price}")
+    if unknown:
+        listed = ", ".join(f"{field} {value!r}" for field, value in unknown.items())
+        refused.append(
+            f"not known: {listed}; if they change nothing in the model: "
+            f"{IMPORT} --ignore {','.join((*ignore, *unknown))}"
+        )
+    if refused:
+        raise UsageError(f"{name}: {'; '.join(refused)}")
+
+
+def _slides(config: dict[str, Any], family: Family) -> bool:
+    """Whether a layer attends to a window that is smaller than the context."""
+    values = {**family.defaults, **config}
+    window, first = values.get("sliding_window"), values.get("max_window_layers")
+    if window is None or window >= (values.get("max_position_embeddings") or family.max_position_embeddings):
+        return False
+    if "use_sliding_window" not in family.defaults:
+        return values.get("use_sliding_window", True) is not False
+    return bool(values["use_sliding_window"]) and (first is None or first < config.get("num_hidden_layers", 0))
 
 
 def _variant_of(query: int, output: int, *, heads: int, head_dim: int, is_ours: bool, name: str) -> str:
@@ -249,50 +276,3 @@ def _variant_of(query: int, output: int, *, heads: int, head_dim: int, is_ours: 
             f"{heads} heads of {head_dim}"
         )
     return found
-
-
-def _read_frequencies(config: dict[str, Any], rotary: Rotary, name: str) -> Frequencies:
-    """Base and scaling, as transformers 4 or 5, the public RoPE++ code or the caller says."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = parameters.get("rope_theta", config.get("rope_theta", 10_000.0))
-    values = {key: value for key, value in parameters.items() if key not in ("rope_theta", "rope_type", "type")}
-    scaling = parameters.get("rope_type", parameters.get("type", "default"))
-    stated = config.get("rope_config") or {}
-    unknown = [key for key, value in stated.items() if value and key not in ("imag", "imag_mode", "yarn", "factor")]
-    if unknown:
-        raise UsageError(f"{name}: rope_config.{unknown[0]} is not supported")
-    if stated.get("factor") or stated.get("yarn"):
-        scaling, values = "linear", {"factor": stated.get("factor", 32)}
-        if stated.get("yarn"):
-            scaling, values = "yarn_by_rotations", {**values, "original_max_position_embeddings": 4096}
-    if rotary.scaling is not None:
-        scaling, values = rotary.scaling, {}
-    for key in ("factor", "original_max_position_embeddings"):
-        if getattr(rotary, key) is not None:
-            values[key] = getattr(rotary, key)
-    if scaling not in SCALINGS:
-        raise UsageError(f"{name}: rope_type {scaling!r} is not supported; known are {', '.join(SCALINGS)}")
-    kind, keys = SCALINGS[scaling]
-    if values.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise UsageError(f"{name}: partial_rotary_factor is not supported")
-    for key, value in values.items():
-        if key not in keys and value is not None and not (scaling == "default" and rotary.scaling is None):
-            raise UsageError(f"{name}: {key} {value!r} is not supported with rope_type {scaling}")
-    if scaling != "default" and values.get("factor") is None:
-        raise UsageError(f"factor: say how far {scaling} stretches the context, by --factor")
-    if "original_max_position_embeddings" in keys and values.get("original_max_position_embeddings") is None:
-        raise UsageError(
-            f"original_max_position_embeddings: {name} does not say what context {scaling} starts from; "
-            "give it by --original_max_position_embeddings"
-        )
-    settings = {key: values[key] for key in keys if values.get(key) is not None}
-    return kind(rope_theta=float(rotary.rope_theta or theta), **settings)
-
-
-def _write_frequencies(frequencies: Frequencies) -> dict[str, Any]:
-    """`rope_parameters` of transformers 5; its type and settings are `rope_scaling` of transformers 4 too."""
-    for rope_type, (kind, keys) in SCALINGS.items():
-        if type(frequencies) is kind:
-            settings = {key: getattr(frequencies, key) for key in keys}
-            return {"rope_type": rope_type, "rope_theta": frequencies.rope_theta, **settings}
-    raise UsageError(f"model.frequencies: transformers has no rotary type for {type(frequencies).__name__}")

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,12 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ropepp_lit import __version__
-from ropepp_lit.checkpoint import KEY, instantiate
+from ropepp_lit.checkpoint import KEY, compute_dtype, instantiate
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import whole_folder
 from ropepp_lit.hf.compare import load_in_float32
 from ropepp_lit.hf.config import Architecture, write_config
-from ropepp_lit.hf.folder import CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, weights_of
+from ropepp_lit.hf.folder import GENERATION, TOKENIZER, TOKENIZER_CONFIG, weights_of
+from ropepp_lit.hf.layouts import CONFIG
 from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme
 from ropepp_lit.text import tokenizer_files
 from ropepp_lit.text.tokenizer import TextTokenizer
@@ -36,6 +38,9 @@ AUTO_MAP = {
     "AutoModel": "modeling_ropepp.RopePPModel",
     "AutoModelForCausalLM": "modeling_ropepp.RopePPForCausalLM",
 }
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear layers of a block; peft's own choice of `target_modules` does not know the type `ropepp`."""
 
 TRIED = "4.56.2, 4.57.6, 5.23.0 and 5.24.0"
 """Versions of transformers that loaded a RoPE++ export with the same logits."""
@@ -90,7 +95,7 @@ def export(
     Args:
         checkpoint: Of :func:`~ropepp_lit.hf.folder.open_checkpoint`.
         out: The folder; must not exist, or be empty.
-        dtype: Of the weights; None keeps theirs.
+        dtype: Of the weights; None keeps that of each.
         max_shard_bytes: Of a file of weights.
         check: Load the folder in a fresh process that cannot import ropepp_lit and compare logits, at positions beyond
             the trained context too.
@@ -99,17 +104,17 @@ def export(
         The largest difference of a logit, as a share of the largest logit; None where nothing was compared.
 
     Raises:
-        UsageError: the folder holds something, the model has no place in transformers, or the logits differ.
+        UsageError: the folder is not empty or cannot be written, the model has no place in transformers, or the logits
+            differ.
     """
     architecture = architecture_of(checkpoint)
     fields = write_config(architecture)
+    computed = dtype or compute_dtype(checkpoint)
     with whole_folder(out) as folder:
-        weights = weights_of(checkpoint)
-        dtype = dtype or next(iter(weights.values())).dtype
-        _write_weights(weights, folder, dtype, max_shard_bytes)
-        _write_settings(checkpoint[KEY], fields, dtype, folder)
-        _write_card(checkpoint[KEY], architecture, fields, dtype, folder)
-        return _check(checkpoint, folder, architecture, dtype) if check else None
+        _write_weights(weights_of(checkpoint), folder, dtype, max_shard_bytes)
+        _write_settings(checkpoint[KEY], fields, computed, folder)
+        _write_card(checkpoint[KEY], architecture, fields, computed, folder)
+        return _check(checkpoint, folder, architecture, computed) if check else None
 
 
 def architecture_of(checkpoint: dict[str, Any]) -> Architecture:
@@ -127,14 +132,14 @@ def architecture_of(checkpoint: dict[str, Any]) -> Architecture:
     )
 
 
-def _write_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
+def _write_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, max_shard_bytes: int) -> None:
     """Safetensors, one shard in memory at a time."""
-    sizes = {name: torch.empty(value.shape, dtype=dtype, device="meta") for name, value in weights.items()}
+    sizes = {name: torch.empty_like(value, dtype=dtype, device="meta") for name, value in weights.items()}
     split = split_torch_state_dict_into_shards(
         sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
     )
     for filename, names in split.filename_to_tensors.items():
-        shard = {name: weights[name].to(dtype).contiguous() for name in names}
+        shard = {name: weights[name].to(dtype or weights[name].dtype).contiguous() for name in names}
         save_file(shard, folder / filename, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -189,11 +194,16 @@ def _write_card(
         heads += f" ({fields['num_attention_heads'] // 2} real, {fields['num_attention_heads'] // 2} imaginary)"
     cache = 2 * config.num_hidden_layers * fields["num_key_value_heads"] * config.head_dim * dtype.itemsize
     remote = ", trust_remote_code=True" if is_ropepp else ""
+    card = ours.get("card") or {}
+    front = {
+        **card,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["ropepp-lit", *(["ropepp", "custom_code"] if is_ropepp else [])],
+    }
     lines = [
         "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        f"tags: [ropepp-lit{', ropepp, custom_code' if is_ropepp else ''}]",
+        yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
         "---",
         "",
         f"# {'RoPE++ ' + variant.upper() if variant != 'rope' else 'RoPE'} language model",
@@ -215,6 +225,11 @@ def _write_card(
         "",
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{remote})',
         *([f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{remote})'] if ours["tokenizer"] else []),
+        "",
+        "# LoRA, for peft.get_peft_model(model, config)",
+        "from peft import LoraConfig",
+        "",
+        f'config = LoraConfig(task_type="CAUSAL_LM", target_modules={list(LINEAR)})',
         "```",
         "",
     ]
@@ -257,8 +272,13 @@ def _check(checkpoint: dict[str, Any], folder: Path, architecture: Architecture,
             cwd=name,
             env={**os.environ, "HF_MODULES_CACHE": str(Path(name) / "modules"), "HF_HUB_OFFLINE": "1"},
         )
+        if finished.returncode < 0:
+            raise UsageError(
+                f"out: the process that loads the export was killed ({signal.Signals(-finished.returncode).name}), "
+                "perhaps because memory ran out; free some, or leave the check out by --check false"
+            )
         if finished.returncode:
-            reason = finished.stderr.strip().splitlines()[-1]
+            reason = (finished.stderr.strip().splitlines() or [f"exit status {finished.returncode}"])[-1]
             raise UsageError(f"out: transformers cannot load the export ({reason})")
         answers = load_file(answer)
     if "text" in values and values["text"].tolist() != answers["text"].tolist():

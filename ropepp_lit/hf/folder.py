@@ -3,59 +3,72 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+import yaml
 from torch import Tensor
 
-from ropepp_lit.checkpoint import KEY, decoder_weights, describe_architecture, make_checkpoint, read_checkpoint
+from ropepp_lit.checkpoint import (
+    KEY,
+    compute_dtype,
+    decoder_weights,
+    describe_architecture,
+    make_checkpoint,
+    read_checkpoint,
+)
 from ropepp_lit.errors import UsageError
-from ropepp_lit.hf.config import Architecture, Rotary, read_config
+from ropepp_lit.hf.config import Architecture, family_of, read_config
+from ropepp_lit.hf.layouts import CONFIG, find_folder, is_hub_name, origin_of, read_json, read_tensors
+from ropepp_lit.hf.rotary import Rotary
 from ropepp_lit.nn import Decoder
 from ropepp_lit.text import tokenizer_files
 from ropepp_lit.text.tokenizer import TextTokenizer
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
+GENERATION = "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
-def find_folder(source: str) -> Path:
-    """A folder on this machine, or one fetched from the Hugging Face Hub (or found in its cache) by its name.
+def locate(source: str | Path, *, revision: str | None = None) -> Path:
+    """The path of a model that a command or recipe names; one on the Hugging Face Hub is fetched.
 
     Args:
-        source: A folder, or ORGANIZATION/MODEL.
+        source: A .ckpt file or folder, a Hugging Face folder, or `ORGANIZATION/MODEL` on the Hub, with or without
+            `@REVISION`.
+        revision: Branch, tag or commit on the Hub.
 
     Raises:
-        UsageError: neither is to be had.
+        UsageError: the model cannot be fetched, or a revision is given for something else.
     """
-    if (Path(source) / CONFIG).is_file():
-        return Path(source)
-    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise UsageError(f"source: {source}: no {CONFIG} there; name a folder in Hugging Face's format")
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except Exception as error:  # httpx's, and the Hub's own
-        raise UsageError(
-            f"source: {source}: neither here nor to be had from the Hugging Face Hub ({type(error).__name__}); "
-            "check the name and the connection"
-        ) from error
+    if revision is not None or is_hub_name(source):
+        return find_folder(source, revision=revision)
+    return Path(source)
 
 
-def open_checkpoint(path: str | Path, *, shapes_only: bool = False, **options: Any) -> dict[str, Any]:
-    """A checkpoint of ours, or a Hugging Face folder read as one.
+def open_checkpoint(
+    source: str | Path, *, revision: str | None = None, shapes_only: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Read a model that a command or recipe names: the one entry of all of them.
 
     Args:
-        path: A .ckpt file or folder, or a folder with a config.json.
+        source: See :func:`locate`.
+        revision: See :func:`locate`.
         shapes_only: See :func:`~ropepp_lit.checkpoint.read_checkpoint`.
-        options: Those of :func:`read_folder`.
+        options: Those of :func:`read_folder`; a checkpoint of ours takes none.
+
+    Raises:
+        UsageError: the source cannot be read.
     """
-    if (Path(path) / CONFIG).is_file():
-        return read_folder(Path(path), **options)
+    path = locate(source, revision=revision)
+    if (path / CONFIG).is_file():
+        return read_folder(path, **options)
+    if options:
+        raise UsageError(
+            f"source: {source} is no Hugging Face folder; rope_theta, scaling, factor, "
+            "original_max_position_embeddings and ignore say how one is read"
+        )
     return read_checkpoint(path, shapes_only=shapes_only)
 
 
@@ -69,8 +82,7 @@ def read_folder(
     """Read a Hugging Face folder as a checkpoint of ours. No code of the folder is run.
 
     Args:
-        folder: With config.json and safetensors (one file or several with an index) or, read by `weights_only`,
-            pytorch_model.bin.
+        folder: With config.json and weights in a layout of :mod:`ropepp_lit.hf.layouts`.
         variant: See :func:`~ropepp_lit.hf.config.read_config`.
         rotary: See there.
         ignore: See there.
@@ -79,8 +91,9 @@ def read_folder(
         UsageError: something is missing, damaged or not supported; nothing is dropped in silence.
     """
     path = folder / CONFIG
-    config = _read_json(path)
-    tensors = _read_tensors(folder)
+    config = read_json(path)
+    family = family_of(config, str(path))
+    tensors = family.rewrite(read_tensors(folder), config)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     architecture = read_config(config, shapes, name=str(path), variant=variant, rotary=rotary, ignore=ignore)
     _check_tensors(folder, tensors, architecture)
@@ -89,7 +102,8 @@ def read_folder(
         architecture=describe_architecture(architecture.decoder, architecture.scheme, architecture.frequencies),
         context_length=architecture.context_length,
         **_read_tokenizer(folder),
-        origin=folder.resolve().name,
+        origin=origin_of(folder),
+        card=_read_card(folder),
     )
 
 
@@ -97,7 +111,7 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
     """Entries of a checkpoint on the folder's tokenizer and its settings of generation; see :mod:`.checkpoint`."""
     generation = folder / GENERATION
     entry: dict[str, Any] = {
-        "generation_config": json.dumps(_read_json(generation)) if generation.is_file() else None,
+        "generation_config": json.dumps(read_json(generation)) if generation.is_file() else None,
         "tokenizer_config": None,
     }
     loaded = tokenizer_files.load(folder)
@@ -113,49 +127,19 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_card(folder: Path) -> dict[str, Any]:
+    """Licence that a folder's README.md states in its front matter, and the model that its weights are based on."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    match = re.match(r"\ufeff?\s*---\n(.*?)\n---", text, flags=re.DOTALL)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; name a folder in Hugging Face's format") from error
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: not a JSON object")
-    return values
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the folder by name, memory-mapped."""
-    index = folder / "model.safetensors.index.json"
-    pickled = folder / "pytorch_model.bin"
-    if (folder / "model.safetensors").is_file():
-        return _read_safetensors(folder / "model.safetensors")
-    if index.is_file():
-        tensors: dict[str, Tensor] = {}
-        places = _read_json(index).get("weight_map", {})
-        for name in sorted(set(places.values())):
-            if not (folder / name).is_file():
-                raise UsageError(f"{folder / name}: missing, and {index.name} names it")
-            tensors |= _read_safetensors(folder / name)
-        missing = sorted(set(places) - set(tensors))
-        if missing:
-            raise UsageError(f"{index}: names {missing[0]}, which is in none of the files")
-        return tensors
-    if pickled.is_file():
-        try:
-            return torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-            raise UsageError(f"{pickled}: damaged, or holds more than weights, which is not run") from error
-    raise UsageError(f"{folder}: holds neither model.safetensors, nor an index of several, nor pytorch_model.bin")
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"{path}: damaged or not safetensors ({str(error).splitlines()[0]})") from error
+        front = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        front = None
+    kept = ("license", "license_name", "license_link", "base_model")
+    card = {key: front[key] for key in kept if front.get(key)} if isinstance(front, dict) else {}
+    name, is_from_hub, _ = origin_of(folder).partition("@")
+    return card | ({"base_model": name} if is_from_hub else {})
 
 
 def _check_tensors(folder: Path, tensors: dict[str, Tensor], architecture: Architecture) -> None:
@@ -168,7 +152,7 @@ def _check_tensors(folder: Path, tensors: dict[str, Tensor], architecture: Archi
     if architecture.decoder.tie_word_embeddings:
         embedding, output = (tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
         if embedding is not None:
-            if output is not None and not torch.equal(output, embedding):
+            if output is not None and not _equal(output, embedding):
                 raise UsageError(
                     f"{folder / CONFIG}: tie_word_embeddings is true, and lm_head.weight is another matrix"
                 )
@@ -178,10 +162,15 @@ def _check_tensors(folder: Path, tensors: dict[str, Tensor], architecture: Archi
             raise UsageError(f"{folder}: the tensor {name} is missing")
         found = tuple(tensors[name].shape)
         if found != shape:
-            raise UsageError(f"{folder}: {name} has the shape {found}, and {CONFIG} wants {shape}")
+            raise UsageError(f"{folder}: {name} has the shape {found}, and by {CONFIG} it is {shape}")
     extra = sorted(set(tensors) - set(wanted))
     if extra:
         raise UsageError(f"{folder}: the tensor {extra[0]} has no place in the decoder ({len(extra)} have none)")
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return first.shape == second.shape and torch.equal(first.to(dtype), second.to(dtype))
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -190,3 +179,17 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     if checkpoint[KEY]["architecture"]["decoder"]["tie_word_embeddings"]:
         weights.pop("lm_head.weight", None)
     return weights
+
+
+def describe_dtypes(checkpoint: dict[str, Any]) -> str | None:
+    """Dtypes of a checkpoint's weights in words, the one that is computed in first; None where there is one alone."""
+    computed = compute_dtype(checkpoint)
+    others: dict[str, list[str]] = {}
+    weights = weights_of(checkpoint)
+    for name, value in weights.items():
+        if value.dtype != computed:
+            others.setdefault(str(value.dtype).removeprefix("torch."), []).append(name)
+    if not others:
+        return None
+    described = ", ".join(f"{dtype} ({len(names)}, such as {names[0]})" for dtype, names in others.items())
+    return f"the weights are {str(computed).removeprefix('torch.')}, with tensors in {described}"

@@ -62,6 +62,7 @@ def upcycle(
         "eos_token_id",
         "opening",
         "context_length",
+        "card",
     )
     return make_checkpoint(
         weights,

@@ -1,6 +1,6 @@
 """Decoders with RoPE, RoPE++ and other position schemes in plain PyTorch: no Lightning, no data, no files."""
 
-from ropepp_lit.nn.baselines import ALiBi, FoPE, NoPE, PartialRoPE
+from ropepp_lit.nn.baselines import ALiBi, FoPE, NoPE, PartialRoPE, RNoPE
 from ropepp_lit.nn.config import DecoderConfig
 from ropepp_lit.nn.decoder import Decoder
 from ropepp_lit.nn.documents import Documents
@@ -22,6 +22,7 @@ __all__ = [
     "PartialRoPE",
     "PositionScheme",
     "Probe",
+    "RNoPE",
     "RoPE",
     "RoPEPP",
     "Yarn",

@@ -38,7 +38,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
-        self.rotate, self.scale = scheme.rotate, 1 / math.sqrt(config.head_dim)
+        self.rotate, self.scale = scheme.rotation(layer), 1 / math.sqrt(config.head_dim)
         layout = scheme.head_layout(
             num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads
         )

@@ -8,11 +8,13 @@ Shapes are those of :mod:`ropepp_lit.nn.positions`. Names here and there:
 | `FoPE`        | FoPE           | `modeling_llama_fope`   |
 | `ALiBi`       | ALiBi          | `modeling_llama_alibi`  |
 | `NoPE`        |                |                         |
+| `RNoPE`       |                |                         |
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,24 @@ class NoPE(PositionScheme):
     def rotate(self, queries: Tensor, keys: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Queries and keys as they are."""
         return queries, keys
+
+
+class RNoPE(RoPE):
+    """RoPE in some layers and no positions in the others (arXiv 2501.18795), as in SmolLM3.
+
+    Args:
+        nope_layers: Layers without positions, counted from 0.
+    """
+
+    def __init__(self, *, nope_layers: list[int]) -> None:
+        self.nope_layers = list(nope_layers)
+
+    def rotation(self, layer: int) -> Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]]:
+        """RoPE's, or that of NoPE."""
+        return NoPE().rotate if layer in self.nope_layers else self.rotate
+
+    def __str__(self) -> str:
+        return f"RoPE except in layers {', '.join(map(str, self.nope_layers))}"
 
 
 class PartialRoPE(RoPE):

@@ -9,6 +9,7 @@ Names of the public RoPE++ code: `imag1` is `RoPEPP(variant="eh")`, `imag2` is `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -112,6 +113,10 @@ class PositionScheme(ABC):
             `extra_dims`, in the dtype of the arguments. The heads that share a key/value head are consecutive. Scores
             are divided by the root of `head_dim`, not of the grown size.
         """
+
+    def rotation(self, layer: int) -> Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, Tensor]]:
+        """The function that a layer, counted from 0, rotates by: :meth:`rotate`, unless layers differ."""
+        return self.rotate
 
     def __str__(self) -> str:
         return type(self).__name__

@@ -12,81 +12,33 @@ from safetensors.torch import load_file, save_file
 
 from ropepp_lit.checkpoint import KEY, load_decoder, read_checkpoint
 from ropepp_lit.errors import UsageError
-from ropepp_lit.hf.config import Rotary
-from ropepp_lit.hf.folder import find_folder, read_folder
-from ropepp_lit.nn import Linear, Llama3, RoPEPP, Yarn, YarnByRotations
+from ropepp_lit.hf.folder import read_folder
+from ropepp_lit.hf.rotary import Rotary
+from ropepp_lit.nn import RoPEPP, Yarn, YarnByRotations
 from ropepp_lit.text.tokenizer import byte_tokenizer
+from tests.hf.folders import make_folder, make_weights, old_format
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 CASES = ["rope_theta1e4", "eh_theta1e4", "ec_theta1e4", "ec_theta5e5", "ec_yarn32", "eh_pi8"]
 
 
+GEOMETRY = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "tie_word_embeddings": False}
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """A small folder that transformers itself wrote."""
+    """A small folder."""
     return write(tmp_path / "llama")
 
 
-def write(path, family="llama", *, shard="5GB", **changes):
-    """What transformers writes for a family, with random weights."""
-    import transformers
-
-    geometry = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    geometry |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
-    config = transformers.AutoConfig.for_model(family, **{**geometry, **changes})
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    model.save_pretrained(path, max_shard_size=shard)
-    return path
+def write(path, layout="model.safetensors"):
+    return make_folder(path, layout=layout, weights=make_weights(**GEOMETRY), **GEOMETRY)
 
 
 def change(folder, file="config.json", **values):
     path = folder / file
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, **values}))
-
-
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("llama", {}),
-        ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32, "tie_word_embeddings": True}),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 20_000.0}}),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
-                                       "original_max_position_embeddings": 64, "beta_fast": 16.0}}),
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5, "low_freq_factor": 1.0,
-                                       "high_freq_factor": 4.0, "original_max_position_embeddings": 64}}),
-        ("mistral", {"sliding_window": None}),
-        ("qwen2", {"tie_word_embeddings": True}),
-        ("qwen3", {"head_dim": 32}),
-        ("qwen3", {"head_dim": 16, "attention_bias": True}),
-    ],
-)  # fmt: skip
-def test_families_give_the_logits_of_transformers(tmp_path, family, changes):
-    import transformers
-
-    folder = write(tmp_path / family, family, shard="60kB", **changes)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    decoder = load_decoder(read_folder(folder))
-    input_ids = torch.randint(260, (2, 40))
-    with torch.no_grad():
-        expected = model(input_ids).logits
-    torch.testing.assert_close(decoder(input_ids), expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
-
-
-def test_rotary_parameters_of_transformers_4(folder):
-    change(folder, rope_parameters=None, rope_theta=30_000.0, rope_scaling={"type": "linear", "factor": 2.0})
-    frequencies = load_decoder(read_folder(folder)).frequencies
-    assert isinstance(frequencies, Linear)
-    assert (frequencies.rope_theta, frequencies.factor) == (30_000.0, 2.0)
-    scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    change(folder, rope_theta=500_000.0, rope_scaling={**scaling, "original_max_position_embeddings": 8192})
-    frequencies = load_decoder(read_folder(folder)).frequencies
-    assert isinstance(frequencies, Llama3)
-    assert (frequencies.rope_theta, frequencies.factor) == (500_000.0, 32.0)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -109,9 +61,9 @@ def test_official_folders_that_say_nothing_of_the_method(tmp_path, official_fold
     torch.testing.assert_close(decoder(io["input_ids"]), io["logits"], atol=2e-5, rtol=0)
     with pytest.raises(UsageError, match=r"variant: ec was named, and the shapes of the weights are those of eh"):
         read_folder(folder, variant="ec")
-    with pytest.raises(UsageError, match=r"factor: say how far linear stretches the context"):
+    with pytest.raises(UsageError, match=r"factor: .* does not say how far linear extends the context"):
         read_folder(folder, rotary=Rotary(scaling="linear"))
-    with pytest.raises(UsageError, match=r"original_max_position_embeddings: .* give it by --original"):
+    with pytest.raises(UsageError, match=r"original_max_position_embeddings: .* --original_max_position_embeddings N"):
         read_folder(folder, rotary=Rotary(scaling="yarn", factor=4.0))
     yarn = Rotary("yarn", 4.0, 4096, 20_000.0)
     assert isinstance(load_decoder(read_folder(folder, rotary=yarn)).frequencies, Yarn)
@@ -123,14 +75,17 @@ def test_official_folders_that_say_nothing_of_the_method(tmp_path, official_fold
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported; known are llama, mistral"),
+        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported; it has LayerNorm"),
+        ({"model_type": "new"}, r"model_type 'new' is not supported; known are llama, mistral"),
         ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not supported"),
-        ({"sliding_window": 512}, r"sliding_window 512 is not supported"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types other than full_attention"),
+        ({"sliding_window": 16}, r"sliding_window 16 is not supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types \[.*'sliding_attention'\] is not"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config .* is not supported"),
         ({"attention_dropout": 0.1}, r"attention_dropout 0\.1 is not supported"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5 is not supported"),
-        ({"logit_scale": 0.5}, r"logit_scale 0\.5 is not known; .*add --ignore logit_scale"),
+        ({"logit_scale": 0.5, "depth": 3, "rope_interleaved": True, "temperature": 0.6},
+         r"rope_interleaved True is not supported; not known: logit_scale 0\.5, depth 3; if they change nothing in the "
+         r"model: ropepp-lit import FOLDER model\.ckpt --ignore logit_scale,depth$"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, r"rope_type 'longrope' is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, r"rope_type 'dynamic' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0,
@@ -139,7 +94,7 @@ def test_official_folders_that_say_nothing_of_the_method(tmp_path, official_fold
         ({"rope_config": {"imag": True, "imag_mode": "imag2"}}, r"rope_config says imag True, .* those of rope"),
         ({"rope_config": {"fourier": True}}, r"rope_config\.fourier is not supported"),
         ({"num_attention_heads": 8, "head_dim": 16}, r"q_proj makes 64 .* fits no variant of 8 heads of 16"),
-        ({"num_key_value_heads": 1}, r"k_proj.weight has the shape \(32, 64\), and config.json wants \(16, 64\)"),
+        ({"num_key_value_heads": 1}, r"k_proj.weight has the shape \(32, 64\), and by config.json it is \(16, 64\)"),
         ({"num_hidden_layers": 3}, r"the tensor model\.layers\.2\.\S+ is missing"),
         ({"num_hidden_layers": 1}, r"the tensor model\.layers\.1\.\S+ has no place in the decoder \(9 have none\)"),
         ({"attention_bias": True}, r"the tensor model\.layers\.0\.self_attn\.q_proj\.bias is missing"),
@@ -171,15 +126,20 @@ def test_pickles_are_read_as_weights_and_run_nothing(folder, tmp_path):
     torch.save(weights, folder / "pytorch_model.bin")
     again = read_folder(folder)["state_dict"]
     assert all(torch.equal(again[f"decoder.{name}"], value) for name, value in weights.items())
-    for dump in (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))):
+    more = r"stores more than weights \(posix\.mkdir\), which is not run"
+    for dump, reason in (
+        (torch.save, more),
+        (old_format, more),
+        (lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2)), "damaged or not a file of torch|more"),
+    ):
         dump({**weights, "evil": Evil(str(tmp_path / "ran"))}, folder / "pytorch_model.bin")
-        with pytest.raises(UsageError, match=r"pytorch_model\.bin: damaged, or holds more than weights"):
+        with pytest.raises(UsageError, match=rf"pytorch_model\.bin: {reason}"):
             read_folder(folder)
     assert not (tmp_path / "ran").exists()
 
 
 def test_damaged_folders(tmp_path):
-    folder = write(tmp_path / "sharded", shard="60kB")
+    folder = write(tmp_path / "sharded", layout="index of safetensors")
     shards = sorted(folder.glob("model-*.safetensors"))
     content = shards[1].read_bytes()
     shards[1].write_bytes(content[:-100])
@@ -192,7 +152,8 @@ def test_damaged_folders(tmp_path):
     with pytest.raises(UsageError, match=r"index\.json: names \S+, which is in none of the files"):
         read_folder(folder)
     (folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(UsageError, match=r"holds neither model\.safetensors, nor an index"):
+    shards[1].unlink()
+    with pytest.raises(UsageError, match=r"file 2 of \d of model is missing"):
         read_folder(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UsageError, match=r"config\.json: not JSON"):
@@ -217,20 +178,6 @@ def test_special_tokens_and_settings_of_the_tokenizer(folder):
     assert json.loads(ours["tokenizer_config"]) == settings
 
 
-def test_a_folder_by_its_name_on_the_hub(tmp_path, monkeypatch):
-    """As the Hub's own library keeps it on this machine: no connection is made."""
-    cached = tmp_path / "models--someone--model"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("0" * 40)
-    (cached / "snapshots").mkdir()
-    write(cached / "snapshots" / ("0" * 40))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert len(read_folder(find_folder("someone/model"))["state_dict"]) == 21
-    with pytest.raises(UsageError, match=r"source: someone/else: neither here nor to be had from the Hugging Face Hub"):
-        find_folder("someone/else")
-
-
 @pytest.mark.end_to_end
 def test_the_command(run, mistake, tmp_path):
     folder = write(tmp_path / "llama")
@@ -241,13 +188,13 @@ def test_the_command(run, mistake, tmp_path):
     assert read_checkpoint(tmp_path / "model.ckpt")[KEY]["origin"] == "llama"
     out = run("export", "model.ckpt", "hf", "--dtype", "bfloat16", cwd=tmp_path).stdout
     assert "hf is written; loaded by transformers, its logits differ by" in out
-    assert "holds no tokenizer, so the folder has none" in out
+    assert "stores no tokenizer, so the folder has none" in out
     assert {value.dtype for value in load_file(tmp_path / "hf" / "model.safetensors").values()} == {torch.bfloat16}
     for (subcommand, *arguments), message in (
         (("import", folder, "model.ckpt"), "out: model.ckpt: there already; name another file"),
         (("import", folder, "model.pt"), "out: model.pt: name a file that ends with .ckpt"),
         (("import", tmp_path, "other.ckpt"), "no config.json there; name a folder in Hugging Face's format"),
-        (("export", "model.ckpt", "hf"), "out: hf is not empty; name an empty or a new folder"),
+        (("export", "model.ckpt", "hf"), "hf: already exists; name another folder"),
         (("export", "none.ckpt", "hf2"), "none.ckpt: no such checkpoint"),
         (("export", "model.ckpt", "hf2", "--max_shard_size", "big"), "max_shard_size: 'big' is no size"),
         (

@@ -1,0 +1,298 @@
+"""Layouts of weights in Hugging Face folders: which are fetched, read and refused.
+
+:data:`LAYOUTS` is the one table: :func:`find_folder` fetches by it, :func:`read_tensors` reads by it, and
+:data:`READABLE` is its text for help and messages.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ropepp_lit.errors import UsageError
+from ropepp_lit.files import inside
+
+CONFIG = "config.json"
+
+SETTINGS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "README.md")
+"""What is fetched beside the weights."""
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""Of weights that are read."""
+
+
+class Layout(NamedTuple):
+    """How a library names the files of its weights."""
+
+    pattern: str
+    """Glob of the files with weights, and of what is fetched from the Hub."""
+
+    single: str
+    """Usual name of a single file; of several in a folder, this one is read."""
+
+    indexes: str
+    """Glob of the JSON file that maps tensors to files."""
+
+    read: Callable[[Path], dict[str, Tensor]]
+    """Reads one file."""
+
+
+REFUSED = {
+    "adapter_model.*": "stores an adapter without its base model; merge it by peft's merge_and_unload() first",
+    "consolidated*": "is in the original format of Meta or Mistral; use the repository's safetensors, or convert it by "
+    "transformers' convert_llama_weights_to_hf.py or convert_mistral_weights_to_hf.py",
+    "*.gguf": "is GGUF; load it by transformers (from_pretrained(FOLDER, gguf_file=NAME)) and save_pretrained",
+    "*.h5": "is TensorFlow's; load it by transformers 4 (from_tf=True) and save_pretrained",
+    "*.msgpack": "is Flax's; load it by transformers 4 (from_flax=True) and save_pretrained",
+    "*.ckpt": "is not a file of a Hugging Face folder; name the .ckpt file itself",
+    "*.pt": "is not a file of a Hugging Face folder; save the model by transformers' save_pretrained",
+    "*.pth": "is not a file of a Hugging Face folder; save the model by transformers' save_pretrained",
+}
+"""Files of weights that are not read, by their names, and what to do."""
+
+NO_WEIGHTS = ("training_args.*", "optimizer*", "scheduler*", "random_states*", "rng_state*")
+"""Files that training leaves beside a model."""
+
+READABLE = (
+    "model.safetensors (one file of any name, or several, with or without an index) or pytorch_model.bin (the same; in "
+    "torch's present or old format, read as weights only)"
+)
+
+_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_NUMBERED = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})\.\w+")
+_LFS = b"version https://git-lfs"
+
+
+def find_folder(source: str | Path, *, revision: str | None = None) -> Path:
+    """A folder on this machine, or one that is fetched from the Hugging Face Hub or taken from its cache.
+
+    Args:
+        source: A folder, or `ORGANIZATION/MODEL` with or without `@REVISION`.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        UsageError: there is no such folder, or it cannot be fetched.
+    """
+    folder = Path(source)
+    if folder.exists():
+        if revision is not None:
+            raise UsageError(f"revision: {source} is a folder on this machine; a revision selects one on the Hub")
+        return _check_config(folder)
+    match = _NAME.fullmatch(str(source))
+    if match is None or (match[2] and revision):
+        raise UsageError(
+            f"source: {source}: no such folder; name one in Hugging Face's format, or ORGANIZATION/MODEL on the Hub"
+        )
+    for layout in LAYOUTS:
+        folder = _fetch(match[1], match[2] or revision, layout.pattern)
+        if _is_there(folder, layout):
+            break
+    return _check_config(folder)
+
+
+def _check_config(folder: Path) -> Path:
+    if (folder / CONFIG).is_file():
+        return folder
+    if (folder / "adapter_config.json").is_file():
+        raise UsageError(f"source: {folder}: {REFUSED['adapter_model.*']}")
+    raise UsageError(f"source: {folder}: no {CONFIG} there; name a folder in Hugging Face's format")
+
+
+def is_hub_name(source: str | Path) -> bool:
+    """Whether this can only be the name of a model on the Hub."""
+    return not Path(source).exists() and not str(source).endswith(".ckpt") and bool(_NAME.fullmatch(str(source)))
+
+
+def _fetch(name: str, revision: str | None, pattern: str) -> Path:
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=[*SETTINGS, pattern],
+                ignore_patterns=["*/*", *REFUSED],
+            )
+        )
+    except Exception as error:  # httpx's, and the Hub's own
+        reason = f"cannot be fetched from the Hugging Face Hub ({type(error).__name__}); check the connection"
+        if isinstance(error, RevisionNotFoundError):
+            reason = f"the Hugging Face Hub has no revision {revision} of it"
+        elif isinstance(error, GatedRepoError):
+            reason = "access is restricted; accept the conditions on its page and run: hf auth login"
+        elif isinstance(error, RepositoryNotFoundError):
+            reason = "not on the Hugging Face Hub, or private; check the name, or run: hf auth login"
+        raise UsageError(f"source: {name}: no such folder here, and {reason}") from error
+
+
+def origin_of(folder: Path) -> str:
+    """Where a folder comes from: `ORGANIZATION/MODEL@COMMIT` in the Hub's cache, else the folder's name."""
+    folder = folder.absolute()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return f"{repository.removeprefix('models--').replace('--', '/')}@{folder.name}"
+    return folder.resolve().name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        UsageError: the file is missing, or something else.
+    """
+    try:
+        text = path.read_bytes()
+        check_pointer(path, text)
+        values = json.loads(text.decode("utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; name a folder in Hugging Face's format") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: not a JSON object")
+    return values
+
+
+def check_pointer(path: Path, content: bytes) -> None:
+    """Raise UsageError where a file is git-lfs's pointer to the real one."""
+    if content.startswith(_LFS):
+        raise UsageError(f"{path}: a git-lfs pointer, not the file itself; run in its folder: git lfs pull")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder by name; memory-mapped, except from files in torch's old format.
+
+    Raises:
+        UsageError: no layout that is read; a file that is missing, damaged, quantized or outside the folder.
+    """
+    for layout in LAYOUTS:
+        if not _is_there(folder, layout):
+            continue
+        if (folder / layout.single).is_file():
+            return _read(folder / layout.single, layout)
+        if index := _find_index(folder, layout):
+            return _read_indexed(folder, index, layout)
+        tensors: dict[str, Tensor] = {}
+        for file in _whole_set(folder, _candidates(folder, layout)):
+            tensors |= _read(file, layout)
+        return tensors
+    for pattern, reason in REFUSED.items():
+        for file in sorted(folder.glob(pattern)):
+            raise UsageError(f"{file}: {reason}")
+    raise UsageError(f"{folder}: no weights there that can be read: {READABLE}")
+
+
+def _is_there(folder: Path, layout: Layout) -> bool:
+    return bool(_candidates(folder, layout)) or any(folder.glob(layout.indexes))
+
+
+def _candidates(folder: Path, layout: Layout) -> list[Path]:
+    """Files that may store the model's weights in this layout."""
+    return sorted(
+        file
+        for file in folder.glob(layout.pattern)
+        if not any(file.match(pattern) for pattern in (*REFUSED, *NO_WEIGHTS))
+    )
+
+
+def _find_index(folder: Path, layout: Layout) -> Path | None:
+    usual = folder / f"{layout.single}.index.json"
+    found = [usual] if usual.is_file() else sorted(folder.glob(layout.indexes))
+    if len(found) > 1:
+        raise UsageError(f"{folder}: several indexes ({', '.join(file.name for file in found)}); leave one there")
+    return found[0] if found else None
+
+
+def _whole_set(folder: Path, files: list[Path]) -> list[Path]:
+    """Check that files without an index are one model: a single file, or all parts of a numbered set."""
+    parts = [_NUMBERED.fullmatch(file.name) for file in files]
+    if parts == [None]:
+        return files
+    sets = {(part[1], int(part[3])) for part in parts if part}
+    if not all(parts) or len(sets) != 1:
+        names = ", ".join(file.name for file in files)
+        raise UsageError(f"{folder}: several files of weights and no index of them ({names}); leave one model there")
+    ((stem, count),) = sets
+    missing = sorted(set(range(1, count + 1)) - {int(part[2]) for part in parts if part})
+    if missing:
+        raise UsageError(f"{folder}: file {missing[0]} of {count} of {stem} is missing; download the folder again")
+    return files
+
+
+def _read_indexed(folder: Path, index: Path, layout: Layout) -> dict[str, Tensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise UsageError(f"{index}: no weight_map in it; download the file again")
+    files = {name: inside(folder, name, source=index) for name in places.values()}
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(files.values()):
+        if not path.is_file():
+            raise UsageError(f"{path}: missing, and {index.name} names it; download the folder again")
+        tensors |= _read(path, layout)
+    missing = sorted(set(places) - set(tensors))
+    if missing:
+        raise UsageError(f"{index}: names {missing[0]}, which is in none of the files")
+    return tensors
+
+
+def _read(path: Path, layout: Layout) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        start = file.read(64)
+    check_pointer(path, start)
+    if not start:
+        raise UsageError(f"{path}: empty; download the file again")
+    tensors = layout.read(path)
+    for name, value in tensors.items():
+        if value.dtype not in DTYPES and not name.endswith("rotary_emb.inv_freq"):
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise UsageError(
+                f"{path}: {name} is {dtype}; quantized weights are not read, use the model's plain weights"
+            )
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"{path}: damaged or not safetensors ({str(error).splitlines()[0]})") from error
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
+    """By `weights_only`; a file in torch's old format, which is no zip archive, is read into memory."""
+    with path.open("rb") as file:
+        is_archive = file.read(2) == b"PK"
+    try:
+        if is_archive and not zipfile.is_zipfile(path):
+            raise EOFError
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except pickle.UnpicklingError as error:
+        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UsageError(
+                f"{path}: stores more than weights ({foreign[1]}), which is not run; save it as safetensors where you "
+                "trust it"
+            ) from error
+        raise UsageError(f"{path}: damaged or not a file of torch; download it again") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise UsageError(f"{path}: damaged or cut off; download it again") from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UsageError(f"{path}: stores other things than tensors by name; save the model by save_pretrained")
+    return {str(name): value.detach() for name, value in found.items()}
+
+
+LAYOUTS = (
+    Layout("*.safetensors", "model.safetensors", "*.safetensors.index.json", _read_safetensors),
+    Layout("*.bin", "pytorch_model.bin", "*.bin.index.json", _read_pickled),
+)
+"""In the order in which they are looked for."""
