@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -39,11 +39,40 @@ UNPACK = "unpack it first"
 _WEIGHTS = "it stores tensors: name files of text"
 
 _NOT_TEXT = {
-    **dict.fromkeys(".pdf .doc .docx .odt .rtf .epub .ps .ppt .pptx .xls .xlsx .ods .ipynb .warc .wet .wat".split(), CONVERT),
-    **dict.fromkeys(".zip .tar .tgz .7z .rar .lz4 .whl .jar .lzma .z".split(), UNPACK),
-    **dict.fromkeys(".bin .safetensors .gguf .pt .pth .ckpt .npy .npz .pkl .pickle .h5 .hdf5 .onnx .model .msgpack".split(), _WEIGHTS),
-    **dict.fromkeys(".png .jpg .jpeg .gif .webp .bmp .tif .tiff .ico .mp3 .mp4 .wav .flac .ogg .avi .mov".split(), CONVERT),
-    **dict.fromkeys(".pyc .so .o .a .dll .exe .class .db .sqlite .sqlite3 .idx .orc .avro .tfrecord .lance".split(), CONVERT),
+    **dict.fromkeys(
+        (
+            ".pdf .doc .docx .odt .rtf .epub .ps .ppt .pptx .xls .xlsx .ods .ipynb .warc .wet "
+            ".wat"
+        ).split(),
+        CONVERT,
+    ),
+    **dict.fromkeys(
+        (
+            ".zip .tar .tgz .7z .rar .lz4 .whl .jar .lzma .z"
+        ).split(),
+        UNPACK,
+    ),
+    **dict.fromkeys(
+        (
+            ".bin .safetensors .gguf .pt .pth .ckpt .npy .npz .pkl .pickle .h5 .hdf5 .onnx "
+            ".model .msgpack"
+        ).split(),
+        _WEIGHTS,
+    ),
+    **dict.fromkeys(
+        (
+            ".png .jpg .jpeg .gif .webp .bmp .tif .tiff .ico .mp3 .mp4 .wav .flac .ogg .avi "
+            ".mov"
+        ).split(),
+        CONVERT,
+    ),
+    **dict.fromkeys(
+        (
+            ".pyc .so .o .a .dll .exe .class .db .sqlite .sqlite3 .idx .orc .avro .tfrecord "
+            ".lance"
+        ).split(),
+        CONVERT,
+    ),
 }  # fmt: skip
 """Endings of files that are not text, and what to do with them."""
 
@@ -82,11 +111,11 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How documents are read from files.
+    r"""How documents are read from files.
 
     Args:
         text_key: Key or column of the text in JSON and tables.
-        split: What separates documents in text files, with escapes such as `\\n`; a line end in it stands for
+        split: What separates documents in text files, with escapes such as `\n`; a line end in it stands for
             CRLF too. Empty means that each text file is one document.
 
     Raises:
@@ -147,35 +176,37 @@ def decompressed(raw: IO[bytes]) -> io.BufferedReader:
     """A stream of what a file contains, by the first bytes and not by the name."""
     assert isinstance(raw, io.BufferedReader)
     head = raw.peek(6)[:6]
-    stream: IO[bytes]
+    stream: Any
     if head.startswith(b"\x1f\x8b"):
         stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "gzip")
     elif head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):
-        longest = {zstd.DecompressionParameter.window_log_max: 31}  # by `zstd --long=31`; by default 27
+        longest = {int(zstd.DecompressionParameter.window_log_max): 31}  # by `zstd --long=31`; by default 27
         stream = zstd.ZstdFile(raw, options=longest)
     elif head.startswith(b"BZh"):
         stream = bz2.BZ2File(raw)
     elif head.startswith(b"\xfd7zXZ\x00"):
-        stream = lzma.LZMAFile(raw)
+        stream = lzma.LZMAFile(raw)  # noqa: SIM115 (closed by the caller)
     else:
         return raw
-    return io.BufferedReader(stream, 2**20)  # type: ignore[type-var]
+    return io.BufferedReader(stream, 2**20)
 
 
 def problem_of(head: bytes, name: str) -> Record | None:
+    """Why a file cannot be one of documents, by its name and its first bytes behind a compression."""
     for signature, problem, remedy in _SIGNATURES:
         if head.startswith(signature):
             return Record(None, problem, name, remedy)
     if kind_by_content(head, name) in ("parquet", "arrow"):
         return None
-    if (remedy := _NOT_TEXT.get(ending_of(name))) is not None:
-        return Record(None, f"a {ending_of(name)} file is not text", name, remedy)
+    if ending_of(name) in _NOT_TEXT:
+        return Record(None, f"a {ending_of(name)} file is not text", name, _NOT_TEXT[ending_of(name)])
     if b"\0" in head:
         return Record(None, "a binary file (NUL bytes)", name, CONVERT)
     return None
 
 
 def kind_by_content(head: bytes, name: str) -> str:
+    """The format of a file; tables by their first bytes, others by the name."""
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):

@@ -52,6 +52,11 @@ class SourceFile:
     """As messages call it: the path as it was found, printable."""
 
     @property
+    def kind(self) -> str:
+        """The format that the name promises."""
+        return kind_of(self.path.name)
+
+    @property
     def num_bytes(self) -> int:
         """Size on the disk; 0 where the file is gone."""
         return self.path.stat().st_size if self.path.exists() else 0
@@ -309,12 +314,12 @@ class Reader:
     def __iter__(self) -> Iterator[tuple[Cursor, Record]]:
         """Each record, and the place behind it."""
         for index, file in enumerate(self._files):
-            before, skip, state = self.bytes_read, 0, None
+            before, skip, begin = self.bytes_read, 0, None
             if index == self._start.file:
-                skip, state = self._start.record, self._start.state
+                skip, begin = self._start.record, self._start.state
             if index >= self._start.file:
                 if isinstance(file, HubDataset):
-                    for number, (row, state) in enumerate(file.rows(skip, state), start=skip + 1):
+                    for number, (row, state) in enumerate(file.rows(skip, begin), start=skip + 1):
                         yield Cursor(index, number, state), pick(row, f"{file.name}:{number}", self._options.text_key)
                 else:
                     records = read_file(file.path, file.name, self._options, skip=skip, progress=self._advance(before))
