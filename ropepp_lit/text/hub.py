@@ -108,10 +108,7 @@ class HubDataset:
         except Exception as error:  # of datasets, fsspec, aiohttp, httpx, pyarrow: there is no common class
             # Not a record that could be left out: everything behind it would be lost.
             line, where = line_of(error), f"row {number + 1}" if number else "its beginning"
-            if "script" in line:
-                remedy = "its files can be prepared by themselves, after `hf download`"
-            elif isinstance(error, (TypeError, KeyError, datasets.exceptions.DatasetGenerationError)):
-                remedy = "its files can be prepared by themselves, after `hf download`, or run the same command again"
-            else:
-                remedy = "run the same command again: it goes on with the finished parts"
+            remedy = "prepare its files by themselves, after `hf download`"
+            if "script" not in line:  # code that a dataset brings is not run
+                remedy = f"run the same command again (finished parts are kept), or {remedy}"
             raise UsageError(f"{self.name}: at {where}: {type(error).__name__}: {line}; {remedy}") from error
