@@ -50,8 +50,10 @@ def read_file(
                 if skip == 0:
                     yield problem
                 return
-            for record in _records(raw, stream, kind_by_content(head, name), name, options, skip):
-                progress(min(raw.tell(), path.stat().st_size) if not raw.closed else 0)
+            kind = kind_by_content(head, name)
+            for number, record in enumerate(_records(raw, stream, kind, name, options, skip)):
+                if number % 64 == 0:
+                    progress(raw.tell())
                 yield record
     except BROKEN as error:
         yield Record(None, f"unreadable: {line_of(error)}", name, "replace it by a whole copy")
@@ -198,22 +200,25 @@ def _rows(column: pyarrow.Array, name: str, before: int, skip: int) -> Iterator[
 def _read_csv(stream: io.BufferedReader, name: str, key: str, skip: int, delimiter: str) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    rows = csv.reader(text, delimiter=delimiter, strict=True)
-    header = next(rows, None)
-    if header is None:
-        return
-    if key not in header:
-        yield _no_column(header, name, key)
-        return
-    column = header.index(key)
-    for number, row in enumerate((row for row in rows if row), start=1):
-        if number <= skip:
-            continue
-        where = f"{name}:{number}"
-        if len(row) != len(header):
-            yield Record(None, "another number of columns than the first line", where)
-        else:
-            yield _check(row[column], where)
+    try:
+        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        header = next(rows, None)
+        if header is None:
+            return
+        if key not in header:
+            yield _no_column(header, name, key)
+            return
+        column = header.index(key)
+        for number, row in enumerate((row for row in rows if row), start=1):
+            if number <= skip:
+                continue
+            where = f"{name}:{number}"
+            if len(row) != len(header):
+                yield Record(None, "another number of columns than the first line", where)
+            else:
+                yield _check(row[column], where)
+    finally:
+        text.detach()  # the caller closes the stream
 
 
 def _read_pieces(stream: io.BufferedReader, name: str, separator: re.Pattern[bytes], skip: int) -> Iterator[Record]:
@@ -229,7 +234,6 @@ def _read_pieces(stream: io.BufferedReader, name: str, separator: re.Pattern[byt
         begin = 0
         while True:
             match = separator.search(buffer, max(begin, searched))
-            # At the end of what is read a separator may go on: "\r" of CRLF, of which "\n" alone would match.
             if match is None and not ended:
                 break
             end = len(buffer) if match is None else match.start()
@@ -237,6 +241,7 @@ def _read_pieces(stream: io.BufferedReader, name: str, separator: re.Pattern[byt
             if piece.strip() or too_long:
                 number += 1
                 if number > skip:
+                    too_long = too_long or len(piece) > MAX_DOCUMENT_BYTES
                     yield _too_long(f"{name}:{number}") if too_long else _decode(piece, f"{name}:{number}")
                 too_long = False
             if match is None:
