@@ -161,8 +161,8 @@ class Preparation:
             tokenizer = load_tokenizer(settings.tokenizer, bos_token=settings.bos_token, eos_token=settings.eos_token)
             write_whole(self._folder / TOKENIZER, tokenizer.json)
             if settings.special_tokens:
+                tokenizer = dataclasses.replace(tokenizer, is_bytes=False)  # not by the look-up of bytes
                 tokenizer.tokenizer.encode_special_tokens = False
-                tokenizer = dataclasses.replace(tokenizer, is_bytes=False)
             return tokenizer
         path = self._folder / TOKENIZER
         if path.is_file():
