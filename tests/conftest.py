@@ -51,7 +51,7 @@ def tiny(texts, tmp_path_factory):
 
     recipe = Path(__file__).parent / "train" / "tiny.yaml"
     cache = tmp_path_factory.mktemp("cache")
-    settings = Settings(tokenizer="bytes", validation_fraction=0.2, on_error="skip")  # those of tiny.yaml
+    settings = Settings(tokenizer="bytes", validation_fraction=0.2)  # those of tiny.yaml
     prepare_cached(str(texts), settings, cache_dir=cache, show_progress=False)
     return ["--config", str(recipe), "--data.source", str(texts), "--data.cache_dir", str(cache)]
 

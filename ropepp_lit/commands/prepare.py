@@ -1,4 +1,4 @@
-"""`ropepp-lit prepare`: text, JSON lines and parquet to token shards that serve any context length."""
+"""`ropepp-lit prepare`: text, JSON and tables to token shards that serve any context length."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def prepare(
     train_tokenizer: int | None = None,
     bos_token: str | None = None,
     eos_token: str | None = None,
+    special_tokens: bool = False,
     text_key: str = "text",
+    split: str | None = None,
     min_tokens: int = 0,
     max_tokens: int | None = None,
     validation_fraction: float = 0.0,
@@ -28,23 +30,30 @@ def prepare(
     on_error: Literal["stop", "skip"] = "stop",
     chunk_size: str = "64MB",
     workers: int | None = None,
+    part: str | None = None,
+    merge: str | None = None,
     verify: str | None = None,
 ) -> None:
-    """Turn text into token shards, or check finished ones.
+    r"""Turn text into token shards, or check finished ones.
 
     Interrupted, the same command goes on where it was stopped. The shards depend on the documents and the options
     alone, not on how the documents are stored or on the number of workers.
 
     Args:
-        sources: Text files, .jsonl, .jsonl.gz, .jsonl.zst and .parquet files, folders or globs of them, `builtin`, or a
-            Hugging Face dataset: hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.
+        sources: Files of text, JSON (.json, .jsonl, .ndjson) and tables (.parquet, .arrow, .feather, .csv, .tsv), plain
+            or compressed (.gz, .zst, .bz2, .xz); folders or globs of them, those of datasets' save_to_disk too;
+            `builtin`; or a Hugging Face dataset: hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with NAME@REVISION for
+            a certain revision.
         out: Folder of the shards: a new or empty one.
         tokenizer: `bytes`, a tokenizer.json, a .ckpt file, or a Hugging Face folder or name on the Hub
             (ORGANIZATION/MODEL).
         train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with so many tokens on the documents.
         bos_token: What stands before documents, instead of what the tokenizer itself puts there ("" for nothing).
         eos_token: What ends documents, instead of what the tokenizer's folder says.
-        text_key: Key or column of the text in JSON lines and parquet.
+        special_tokens: Whether special tokens spelt in a text are tokens; otherwise they are text like any other.
+        text_key: Key or column of the text in JSON and tables.
+        split: What separates documents in text files, such as '\n\n' or '<|endoftext|>'; empty means that each text
+            file is one document. \n, \t, \r, \xNN, \uNNNN and \\ are escapes; a line end may be CRLF in the file.
         min_tokens: Leave shorter documents out (the paper: 512).
         max_tokens: Leave longer documents out.
         validation_fraction: Share of the documents that is held out, chosen by a hash of their text.
@@ -52,8 +61,11 @@ def prepare(
         dedup: Leave a document out whose text is exactly that of an earlier one, found by a hash of 64 bits (takes some
             60 bytes of memory for each document).
         on_error: What a document that cannot be read does: `stop`, or `skip` it and count it.
-        chunk_size: Bytes of a chunk at most, such as 64MB.
+        chunk_size: Bytes of a chunk at most, such as 64MB; a document that is larger has a chunk of its own.
         workers: Threads that tokenize; empty means as many as there are cores.
+        part: Make only part K of N of the shards, to be joined by `merge`: K/N (from 1/N to N/N), auto (K and N from
+            SLURM's job array) or auto/N (K from SLURM's job array or a Kubernetes job's index).
+        merge: Instead of preparing, join the folders of all parts into `out`: --merge DIR… --out DIR.
         verify: Instead of preparing, re-read this folder of shards and check everything.
     """
     import os
@@ -64,6 +76,13 @@ def prepare(
 
     if verify is not None:
         _verify(Path(verify))
+        return
+    if merge is not None:
+        if out is None:
+            raise UsageError("out: name the folder of the joined shards by --out")
+        from ropepp_lit.data import shares
+
+        _report(Path(out), shares.merge([Path(folder) for folder in (merge, *sources)], out=Path(out)))
         return
     for name, value, least in (
         ("min_tokens", min_tokens, 0),
@@ -83,26 +102,40 @@ def prepare(
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # read when tokenizers is first used
 
     from ropepp_lit.data import prepare as work
+    from ropepp_lit.data.part_writer import MAX_CHUNK_BYTES
+    from ropepp_lit.data.shares import Share
     from ropepp_lit.text.tokenizer import check_choice
 
     check_choice("", tokenizer, train_tokenizer)
+    chunk_bytes = parse_bytes("chunk_size", chunk_size)
+    if chunk_bytes > MAX_CHUNK_BYTES:
+        raise UsageError(f"chunk_size: {chunk_size} must be below 4GiB, which litdata's format has no room for")
+    share = None if part is None else Share.parse(part)
     settings = work.Settings(
         tokenizer=tokenizer,
         train_tokenizer=train_tokenizer,
         bos_token=bos_token,
         eos_token=eos_token,
+        special_tokens=special_tokens,
         text_key=text_key,
+        split=split,
         min_tokens=min_tokens,
         max_tokens=max_tokens,
         validation_fraction=validation_fraction,
         limit=limit,
         dedup=dedup,
         on_error=on_error,
-        chunk_bytes=parse_bytes("chunk_size", chunk_size),
+        chunk_bytes=chunk_bytes,
     )
     folder = Path(out)
-    manifest = work.prepare(list(sources), settings, out=folder)
-    _report(folder, manifest)
+    manifest = work.prepare(list(sources), settings, out=folder, share=share)
+    if share is None:
+        _report(folder, manifest)
+        return
+    documents, tokens = (sum(getattr(x, name) for x in manifest.splits.values()) for name in ("documents", "tokens"))
+    print("\n".join(work.left_out_lines(manifest)), end="\n" if manifest.skipped else "")
+    print(f"Part {share.number} of {share.count} is in {folder}: {documents:,} documents, {tokens:,} tokens.")
+    print("When all parts are there: ropepp-lit prepare --merge DIR… --out DIR")
 
 
 def _verify(folder: Path) -> None:
@@ -120,14 +153,14 @@ def _verify(folder: Path) -> None:
 
 def _report(folder: Path, manifest: Manifest) -> None:
     """A table of the splits, and how long the documents are: in the terminal and as lengths.png."""
+    from ropepp_lit.data.prepare import left_out_lines
+
     print(f"{'split':<12}{'documents':>14}{'tokens':>18}{'bytes of text':>18}{'bytes/token':>13}")
     for name, split in manifest.splits.items():
         ratio = split.bytes / split.tokens
         print(f"{name:<12}{split.documents:>14,}{split.tokens:>18,}{split.bytes:>18,}{ratio:>13.2f}")
-    for reason, count in manifest.skipped.items():
-        print(f"left out: {count:,} documents, {reason}")
-    for example in manifest.examples[:5]:
-        print(f"  {example}")
+    for line in left_out_lines(manifest):
+        print(line)
     lengths = manifest.splits["train"].lengths
     used = [place for place, (documents, _) in enumerate(lengths) if documents]
     most = max(tokens for _, tokens in lengths)

@@ -7,7 +7,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule, Trainer
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from ropepp_lit.data.batch import Batch
 from ropepp_lit.data.loader import Blocks, RankBatches, Source, TrainLoader, make_loader
 from ropepp_lit.data.plan import PATTERN_SAMPLES
-from ropepp_lit.data.prepare import Settings, cached_folder, prepare_cached
+from ropepp_lit.data.prepare import Settings, cached_folder, left_out_lines, prepare_cached
 from ropepp_lit.data.remote import RemoteFolder, is_remote
 from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenSet
 from ropepp_lit.data.tokenizer_choice import TokenizerChoice
@@ -28,16 +28,20 @@ from ropepp_lit.text.tokenizer import TextTokenizer
 
 
 class TokenData(LightningDataModule):
-    """Text as batches of tokens: prepared once, found again at the next run.
+    r"""Text as batches of tokens: prepared once, found again at the next run.
 
     Args:
         source: A folder that `ropepp-lit prepare` wrote, here or in an object store (`s3://…`, `gs://…`); or text to be
-            prepared now: `builtin` (the source code of Python's standard library), a folder of UTF-8 files, each a
-            document, JSON lines, parquet. Or several, each with its weight: `{shards/long: 0.6, shards/short: 0.4}`.
+            prepared now: `builtin` (the source code of Python's standard library), files or folders of text, JSON and
+            tables, as `ropepp-lit prepare` reads them. Or several, each with its weight:
+            `{shards/long: 0.6, shards/short: 0.4}`.
         validation: Further validation sets: a name, and a folder that `ropepp-lit prepare` wrote; all of its documents
             are read unless some are held out there. Each set is reported by itself.
         tokenizer: `bytes` (one token per byte), a tokenizer.json, or a Hugging Face folder or name on the Hub.
         train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with so many tokens on the training documents.
+        text_key: Key or column of the text in JSON and tables.
+        split: What separates documents in text files, such as `\n\n`; empty means that each file is one.
+        on_error: What a document or file that cannot be read does: `stop`, or `skip` it and count it.
         context_length: Tokens in each row.
         batch_size: Rows in each batch of each device.
         intra_document_masking: Documents packed in one row don't see each other and their positions restart. Without
@@ -57,6 +61,9 @@ class TokenData(LightningDataModule):
         validation: dict[str, str] | None = None,
         tokenizer: str | None = None,
         train_tokenizer: int | None = None,
+        text_key: str = "text",
+        split: str | None = None,
+        on_error: Literal["stop", "skip"] = "stop",
         context_length: int = 512,
         batch_size: int = 8,
         intra_document_masking: bool = True,
@@ -92,6 +99,7 @@ class TokenData(LightningDataModule):
             raise UsageError(f"data.validation_fraction: {validation_fraction} must be between 0 and 1")
         self.tokenizer, self.train_tokenizer = tokenizer, train_tokenizer
         self._tokenizer = TokenizerChoice(tokenizer, train_tokenizer)
+        self.text_key, self.split, self.on_error = text_key, split, on_error
         self.context_length, self.batch_size = context_length, batch_size
         self.intra_document_masking, self.validation_fraction = intra_document_masking, validation_fraction
         self.seed, self.num_workers = seed, num_workers
@@ -129,8 +137,11 @@ class TokenData(LightningDataModule):
         self._tokenizer.continue_from(path, entry)
 
     def prepare_data(self) -> None:
-        """Make the token shards that are not there (one process per machine)."""
+        """Make the token shards that are not there, and print what was left out (one process per machine)."""
         self._find()
+        for source, folder in self._folders.items():
+            for line in left_out_lines(Manifest.read(folder)):
+                print(f"data: {source}: {line}")
 
     def setup(self, stage: str) -> None:
         """Open the shards.
@@ -199,7 +210,13 @@ class TokenData(LightningDataModule):
 
     def _settings(self, source: str) -> Settings:
         """How the text of a source is prepared."""
-        return self._tokenizer.settings(source, validation_fraction=self.validation_fraction, cache_dir=self._cache_dir)
+        others = Settings(
+            validation_fraction=self.validation_fraction,
+            text_key=self.text_key,
+            split=self.split,
+            on_error=self.on_error,
+        )
+        return self._tokenizer.settings(source, others, cache_dir=self._cache_dir)
 
     def _find(self) -> None:
         """Make the folder of each source known."""

@@ -90,20 +90,15 @@ class TokenizerChoice:
                 "data.tokenizer out, or prepare the text again with it"
             )
 
-    def settings(self, source: str, *, validation_fraction: float, cache_dir: Path) -> Settings:
+    def settings(self, source: str, others: Settings, *, cache_dir: Path) -> Settings:
         """How the text of a source is prepared.
 
         Args:
             source: The text.
-            validation_fraction: See :class:`~ropepp_lit.data.token_data.TokenData`.
+            others: The settings but for the tokenizer.
             cache_dir: Of prepared text.
         """
-        settings = Settings(
-            tokenizer=self._name,
-            train_tokenizer=self._train,
-            validation_fraction=validation_fraction,
-            on_error="skip",
-        )
+        settings = dataclasses.replace(others, tokenizer=self._name, train_tokenizer=self._train)
         if self._checkpoint is None or self._loaded is not None:
             return settings
         path, stored = self._checkpoint

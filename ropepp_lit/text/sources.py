@@ -1,30 +1,46 @@
-"""Where documents come from: the built-in corpus, text files, JSON lines and parquet, in one order for ever."""
+"""Where documents come from: the built-in corpus, files of text, JSON and tables, and datasets, in one order."""
 
 from __future__ import annotations
 
 import glob
-import io
+import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-
-import pyarrow
-import pyarrow.parquet
+from typing import Any, NamedTuple
 
 from ropepp_lit.errors import UsageError
+from ropepp_lit.files import write_whole
+from ropepp_lit.text.formats import Options, Record, ending_of, find_problem, kind_of
+from ropepp_lit.text.hub import HUB, HubDataset
+from ropepp_lit.text.readers import pick, read_file
 
 BUILTIN = "builtin"
 """The name of the corpus that every Python brings: the source code of its standard library."""
 
-JSON_LINES = {".jsonl": None, ".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
-"""Endings of files whose lines are JSON objects, and how they are compressed."""
+WHOLE_BYTES = 64 * 2**20
+"""Files up to this size are identified by all of their bytes, larger ones by their size and by samples."""
+
+SAMPLES, SAMPLE_BYTES = 64, 2**16
+"""How many blocks of a larger file count, from its beginning to its end at equal distances, and how long they are."""
+
+_METADATA = ("readme", "license", "licence", "notice", "copying", "citation", "changelog", "authors", "contributing")
+"""How files about a corpus are called, whatever their ending."""
+
+_METADATA_FILES = {
+    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "metadata.json",
+    "manifest.json", "index.json", "croissant.json", "requirements.txt", "_success",
+    "md5sums", "sha256sums", "checksums.txt", "md5sum.txt", "sha256sum.txt",
+}  # fmt: skip
 
 
-HUB = "hf:"
-"""What the name of a Hugging Face dataset begins with."""
+def printable(path: object) -> str:
+    """A path for messages: bytes that are not UTF-8 are escaped."""
+    return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True)
@@ -33,7 +49,12 @@ class SourceFile:
 
     path: Path
     name: str
-    """As messages and fingerprints call it: the path as it was found."""
+    """As messages call it: the path as it was found, printable."""
+
+    @property
+    def kind(self) -> str:
+        """The format that the name promises."""
+        return kind_of(self.path.name)
 
     @property
     def num_bytes(self) -> int:
@@ -41,65 +62,26 @@ class SourceFile:
         return self.path.stat().st_size if self.path.exists() else 0
 
     @property
-    def identity(self) -> list:
-        """Changes when the file does."""
-        stat = self.path.stat()
-        return [self.name, stat.st_size, stat.st_mtime_ns]
-
-
-@dataclass(frozen=True)
-class HubDataset:
-    """A dataset that the library `datasets` streams: from the Hub, or a folder that it can read."""
-
-    name: str
-    """As it was given: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`."""
-    path: str
-    config: str | None
-    split: str
-    num_bytes: int = 0
-    """Not known."""
-
-    @property
-    def identity(self) -> list:
-        """Changes when the dataset does: the Hub's commit, or sizes and times of a folder's files."""
-        folder = Path(self.path).expanduser()
-        if folder.is_dir():
-            files = sorted(path for path in folder.rglob("*") if path.is_file())
-            return [self.name, [SourceFile(path, str(path)).identity for path in files]]
-        from huggingface_hub import HfApi
-
-        try:
-            return [self.name, HfApi().dataset_info(self.path, timeout=20).sha]
-        except Exception as error:  # httpx's, and the Hub's own
-            raise UsageError(f"{self.name}: {_line(error)}; check the name and the connection") from error
-
-    def rows(self) -> Iterator[dict]:
-        """The dataset's rows, in order.
-
-        Raises:
-            UsageError: no such dataset, or it cannot be read to its end.
-        """
-        try:
-            import datasets
-        except ImportError as error:
-            raise UsageError(f"{self.name}: needs the library datasets: pip install 'ropepp-lit[datasets]'") from error
-        try:
-            yield from datasets.load_dataset(self.path, self.config, split=self.split, streaming=True)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            # Not a record that could be skipped: everything behind it would be lost.
-            raise UsageError(f"{self.name}: {_line(error)}; mended, run the same command again") from error
+    def problem(self) -> Record | None:
+        """Why the file cannot be one of documents, as far as its name and first bytes say."""
+        return find_problem(self.path, self.name)
 
 
 Source = SourceFile | HubDataset
 
 
-class Record(NamedTuple):
-    """A document, or why there is none."""
+class LeftOut(NamedTuple):
+    """A file of a folder that is not read."""
 
-    text: str | None
-    problem: str | None
-    where: str
-    """The file, and the line or row in it."""
+    name: str
+    reason: str
+
+
+class Found(NamedTuple):
+    """The files of sources, in order, and those beside them that are not read."""
+
+    files: list[Source]
+    left_out: list[LeftOut]
 
 
 class Cursor(NamedTuple):
@@ -107,53 +89,205 @@ class Cursor(NamedTuple):
 
     file: int
     record: int
-
-
-def find_files(sources: Sequence[str], *, key: str) -> list[Source]:
-    """The files of sources, in order: sources as given, files within a source by path.
-
-    Args:
-        sources: Each `builtin`, a file, a folder (searched to the bottom, hidden files and folders left out), a glob,
-            or `hf:` and the name of a Hugging Face dataset, with its split or its configuration and split behind
-            colons.
-        key: What the user calls them, for messages.
-
-    Raises:
-        UsageError: a source does not exist or holds no files.
-    """
-    return [file for source in sources for file in _find(source, key)]
-
-
-def _find(source: str, key: str) -> list[Source]:
-    if source.startswith(HUB):
-        name, *rest = source.removeprefix(HUB).split(":")
-        if not name or len(rest) > 2:
-            raise UsageError(f"{key}: {source}: write {HUB}NAME, {HUB}NAME:SPLIT or {HUB}NAME:CONFIG:SPLIT")
-        return [HubDataset(source, name, rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train")]
-    if source == BUILTIN:
-        root = Path(sysconfig.get_path("stdlib"))
-        left_out = {"site-packages", "test", "tests", "idle_test"}
-        paths = [path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)]
-    else:
-        root = Path(source).expanduser()
-        if root.is_file():
-            return [SourceFile(root, str(root))]
-        if root.is_dir():
-            paths = [
-                path
-                for path in root.rglob("*")
-                if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
-            ]
-        elif glob.has_magic(source):
-            paths = [path for path in map(Path, glob.glob(str(root), recursive=True)) if path.is_file()]
-        else:
-            raise UsageError(f"{key}: {source}: no such file or folder; name text files or folders, or {BUILTIN!r}")
-    if not paths:
-        raise UsageError(f"{key}: {source}: holds no files; put text, JSON lines or parquet there")
-    return [SourceFile(path, str(path)) for path in sorted(paths, key=lambda path: path.as_posix())]
+    state: dict | None = None
+    """Of a dataset's stream: from where it can go on."""
 
 
 START = Cursor(0, 0)
+
+
+def find(sources: Sequence[str], *, key: str) -> Found:
+    """The files of sources, in order: sources as given, files within a source by path.
+
+    A folder is searched to the bottom, links followed; each real file counts once. Hidden files and folders are left
+    out. Where a folder has files of JSON or tables, only these and .txt files are documents; files about a corpus
+    (README, LICENSE, dataset_info.json and the like) are not, unless a folder has nothing else of their ending. Of a
+    folder that `datasets` saved (`save_to_disk`) the tables are read that it names.
+
+    Args:
+        sources: Each `builtin`, a file, a folder, a glob, or `hf:` and the name of a Hugging Face dataset, with its
+            split or its configuration and split behind colons.
+        key: What the user calls them, for messages.
+
+    Raises:
+        UsageError: a source does not exist or has no files.
+    """
+    found = Found([], [])
+    for source in sources:
+        files, left_out = _find(source, key)
+        found.files.extend(files)
+        found.left_out.extend(left_out)
+    return found
+
+
+def find_files(sources: Sequence[str], *, key: str) -> list[Source]:
+    """The files of :func:`find` alone."""
+    return find(sources, key=key).files
+
+
+def _find(source: str, key: str) -> Found:
+    if source.startswith(HUB):
+        return Found([HubDataset.from_name(source, key=key)], [])
+    left_out: list[LeftOut] = []
+    if source == BUILTIN:
+        root = Path(sysconfig.get_path("stdlib"))
+        names = {"site-packages", "test", "tests", "idle_test"}
+        paths = sorted(path for path in root.rglob("*.py") if not names & set(path.relative_to(root).parts))
+    else:
+        root = Path(source).expanduser()
+        if root.is_file():
+            return Found([SourceFile(root, printable(root))], [])
+        if root.is_dir():
+            paths = list(_walk(root, left_out, key))
+        elif root.exists():
+            raise UsageError(f"{key}: {printable(source)}: not a regular file (a pipe or device); write it to a file")
+        elif glob.has_magic(source):
+            paths = [path for path in map(Path, glob.glob(str(root), recursive=True)) if path.is_file()]
+        else:
+            raise UsageError(
+                f"{key}: {printable(source)}: no such file or folder; name files or folders of text, or {BUILTIN!r}"
+            )
+        paths.sort(key=lambda path: path.as_posix())
+        paths = _once(_documents(paths, left_out), left_out)
+    if not paths:
+        raise UsageError(f"{key}: {printable(source)}: no files there; put text, JSON or tables there")
+    return Found([SourceFile(path, printable(path)) for path in paths], left_out)
+
+
+def _walk(root: Path, left_out: list[LeftOut], key: str) -> Iterator[Path]:
+    """Files below a folder; each real folder is entered once, so that links in circles end."""
+    entered: set[tuple[int, int]] = set()
+
+    def fail(error: OSError) -> None:
+        raise UsageError(f"{key}: {printable(error.filename)}: {error.strerror}; allow reading it, or name its files")
+
+    for name, folders, files in os.walk(root, followlinks=True, onerror=fail):
+        folder, stat = Path(name), os.stat(name)
+        if (stat.st_dev, stat.st_ino) in entered:
+            left_out.append(LeftOut(printable(folder), "a link to a folder that is read already"))
+            folders.clear()
+            continue
+        entered.add((stat.st_dev, stat.st_ino))
+        # Real folders first: where a link leads to one of them, files keep the names of the real one.
+        folders[:] = sorted((f for f in folders if f[0] != "."), key=lambda f: (os.path.islink(folder / f), f))
+        if "dataset_dict.json" in files:
+            names = ", ".join(printable(folder / f) for f in sorted(folders))
+            raise UsageError(f"{key}: {printable(folder)}: a DatasetDict of several splits; name one of them: {names}")
+        if {"state.json", "dataset_info.json"} <= set(files):
+            yield from _saved(folder, key)
+            folders.clear()
+            continue
+        for file in files:
+            path = folder / file
+            if path.is_file() and file[0] != ".":
+                yield path
+            elif file[0] != ".":
+                left_out.append(LeftOut(printable(path), "a broken link, or not a regular file"))
+
+
+def _saved(folder: Path, key: str) -> Iterator[Path]:
+    """The tables of a folder of `save_to_disk`, those that its state names."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        names = [file["filename"] for file in state["_data_files"]]
+        whole = all(Path(name).name == name and (folder / name).is_file() for name in names)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole or state.get("_indices_data_files"):
+        raise UsageError(
+            f"{key}: {printable(folder)}: its state.json does not name tables that are all there; save it again by "
+            "datasets' save_to_disk"
+        )
+    yield from (folder / name for name in names)
+
+
+def _documents(paths: list[Path], left_out: list[LeftOut]) -> list[Path]:
+    """The files that are documents, by what stands beside them."""
+
+    def is_metadata(path: Path) -> bool:
+        name = path.name.lower()
+        return name in _METADATA_FILES or name.split(".")[0].split("-")[0].split("_")[0] in _METADATA
+
+    endings = {ending_of(path.name) for path in paths if not is_metadata(path)}
+    has_data = any(kind_of(path.name) != "text" for path in paths if not is_metadata(path))
+    documents = []
+    for path in paths:
+        if is_metadata(path) and endings and (has_data or ending_of(path.name) not in endings):
+            left_out.append(LeftOut(printable(path), "about the corpus, not a document"))
+        elif has_data and kind_of(path.name) == "text" and ending_of(path.name) != ".txt":
+            left_out.append(LeftOut(printable(path), "beside files of JSON or tables, not a document"))
+        else:
+            documents.append(path)
+    return documents
+
+
+def _once(paths: list[Path], left_out: list[LeftOut]) -> list[Path]:
+    """Each real file once: the first of its names that is not a link, else the first."""
+    first: dict[str, Path] = {}
+    for path in sorted(paths, key=lambda path: os.path.realpath(path) != os.path.abspath(path)):
+        first.setdefault(os.path.realpath(path), path)
+    kept = set(first.values())
+    left_out += [LeftOut(printable(path), "a second name of a file that is read") for path in paths if path not in kept]
+    return [path for path in paths if path in kept]
+
+
+def identify(files: Sequence[Source], *, cache_dir: Path | None = None) -> list[Any]:
+    """What tells these sources from others: contents and their order, not paths and times.
+
+    A file of up to 64 MiB counts with all of its bytes. Of a larger one its size and 64 blocks of 64 KiB do, spread
+    evenly from beginning to end: a change that keeps the size and leaves those as they are is not seen.
+
+    Args:
+        files: What :func:`find` found.
+        cache_dir: Where digests are kept by path, size and time, so that unchanged files are not read again; empty
+            means `ropepp_lit/digests` in the user's cache folder.
+
+    Raises:
+        UsageError: a file or dataset cannot be read.
+    """
+    folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ropepp_lit" / "digests"
+    with ThreadPoolExecutor(max_workers=4) as executor:
+        return list(executor.map(lambda file: _identity(file, folder), files))
+
+
+def _identity(file: Source, folder: Path) -> list[Any]:
+    if isinstance(file, HubDataset):
+        if file.folder is None:
+            return [file.path, file.commit, file.config, file.split]
+        paths = sorted(path for path in file.folder.rglob("*") if path.is_file())
+        return [[_identity(SourceFile(path, printable(path)), folder) for path in paths], file.config, file.split]
+    try:
+        return [kind_of(file.path.name), *_digest(file.path, folder)]
+    except OSError as error:
+        raise UsageError(f"{file.name}: {error.strerror}; allow reading it, or leave it out") from error
+
+
+def _digest(path: Path, folder: Path) -> list[Any]:
+    """Size and SHA-256."""
+    stat = path.stat()
+    if stat.st_size <= 2**20:
+        return [stat.st_size, hashlib.sha256(path.read_bytes()).hexdigest()]
+    known = [os.fsencode(os.path.realpath(path)).hex(), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    entry = folder / hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    try:
+        return [stat.st_size, entry.read_text(encoding="ascii")]
+    except OSError:
+        pass
+    with path.open("rb") as file:
+        if stat.st_size <= WHOLE_BYTES:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        else:
+            sampled = hashlib.sha256()
+            for number in range(SAMPLES):
+                file.seek((stat.st_size - SAMPLE_BYTES) * number // (SAMPLES - 1))
+                sampled.update(file.read(SAMPLE_BYTES))
+            digest = sampled.hexdigest()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(entry, digest)
+    except OSError:  # read-only or full: the file is read again next time
+        pass
+    return [stat.st_size, digest]
 
 
 class Reader:
@@ -161,101 +295,40 @@ class Reader:
 
     Args:
         files: What :func:`find_files` found.
-        text_key: Key or column of the text in JSON lines and parquet.
+        text_key: Key or column of the text in JSON and tables.
+        split: What separates documents in text files; empty means that each file is one.
         start: Where to begin.
+
+    Raises:
+        UsageError: see :class:`~ropepp_lit.text.formats.Options`.
     """
 
-    def __init__(self, files: Sequence[Source], *, text_key: str = "text", start: Cursor = START) -> None:
-        self._files, self._text_key, self._start = files, text_key, start
+    def __init__(
+        self, files: Sequence[Source], *, text_key: str = "text", split: str | None = None, start: Cursor = START
+    ) -> None:
+        self._files, self._start = files, start
+        self._options = Options(text_key=text_key, split=split)
         self.bytes_read = 0
         """Bytes of the files read so far, compressed ones as they lie on the disk."""
 
     def __iter__(self) -> Iterator[tuple[Cursor, Record]]:
         """Each record, and the place behind it."""
         for index, file in enumerate(self._files):
-            size = file.num_bytes
-            if index < self._start.file:
-                self.bytes_read += size
-                continue
-            before = self.bytes_read
-            for number, record in enumerate(self._read(file, before), start=1):
-                if index > self._start.file or number > self._start.record:
-                    yield Cursor(index, number), record
-            self.bytes_read = before + size
+            before, skip, begin = self.bytes_read, 0, None
+            if index == self._start.file:
+                skip, begin = self._start.record, self._start.state
+            if index >= self._start.file:
+                if isinstance(file, HubDataset):
+                    for number, (row, state) in enumerate(file.rows(skip, begin), start=skip + 1):
+                        yield Cursor(index, number, state), pick(row, f"{file.name}:{number}", self._options.text_key)
+                else:
+                    records = read_file(file.path, file.name, self._options, skip=skip, progress=self._advance(before))
+                    for number, record in enumerate(records, start=skip + 1):
+                        yield Cursor(index, number), record
+            self.bytes_read = before + file.num_bytes
 
-    def _read(self, file: Source, before: int) -> Iterator[Record]:
-        if isinstance(file, HubDataset):
-            for number, row in enumerate(file.rows(), start=1):
-                yield self._pick(row, f"{file.name}:{number}")
-            return
-        kinds = [kind for kind in JSON_LINES if file.path.name.endswith(kind)]
-        try:
-            if kinds:
-                yield from self._read_lines(file, JSON_LINES[kinds[0]], before)
-            elif file.path.name.endswith(".parquet"):
-                yield from self._read_rows(file, before)
-            else:
-                yield _decode(file.path.read_bytes(), file.name)
-        except OSError as error:  # pyarrow's errors of damaged files among them
-            yield Record(None, f"unreadable: {error.strerror or _line(error)}", file.name)
-        except pyarrow.ArrowException as error:
-            yield Record(None, f"unreadable: {_line(error)}", file.name)
+    def _advance(self, before: int) -> Any:
+        def advance(num_bytes: int) -> None:
+            self.bytes_read = before + num_bytes
 
-    def _read_lines(self, file: SourceFile, compression: str | None, before: int) -> Iterator[Record]:
-        raw = pyarrow.OSFile(str(file.path))
-        stream = pyarrow.CompressedInputStream(raw, compression) if compression else raw
-        for number, line in enumerate(io.BufferedReader(stream, 2**20), start=1):
-            self.bytes_read = before + raw.tell()
-            if line.strip():
-                yield self._parse(line, f"{file.name}:{number}")
-
-    def _parse(self, line: bytes, where: str) -> Record:
-        try:
-            value = json.loads(line)
-        except UnicodeDecodeError:
-            return Record(None, "not UTF-8", where)
-        except (ValueError, RecursionError):
-            return Record(None, "broken JSON", where)
-        return self._pick(value, where)
-
-    def _pick(self, value: object, where: str) -> Record:
-        """The text in a row."""
-        if not isinstance(value, dict) or self._text_key not in value:
-            return Record(None, f"no key {self._text_key!r}", where)
-        return _check(value[self._text_key], where)
-
-    def _read_rows(self, file: SourceFile, before: int) -> Iterator[Record]:
-        size = file.path.stat().st_size
-        with pyarrow.parquet.ParquetFile(file.path) as parquet:
-            if self._text_key not in parquet.schema_arrow.names:
-                yield Record(None, f"no column {self._text_key!r}", file.name)
-                return
-            number = 0
-            for batch in parquet.iter_batches(batch_size=256, columns=[self._text_key]):
-                for value in batch.column(0):
-                    number += 1
-                    self.bytes_read = before + size * number // parquet.metadata.num_rows
-                    yield _check(value.as_py(), f"{file.name}:{number}")
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def _decode(data: bytes, where: str) -> Record:
-    try:
-        return _check(data.decode("utf-8"), where)
-    except UnicodeDecodeError:
-        return Record(None, "not UTF-8", where)
-
-
-def _check(text: object, where: str) -> Record:
-    if not isinstance(text, str):
-        return Record(None, "the text is not a string", where)
-    if not text:
-        return Record(None, "empty", where)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-        return Record(None, "not UTF-8", where)
-    return Record(text, None, where)
+        return advance

@@ -1,91 +1,22 @@
 """Token shards: the same from every way to store a corpus, whole after every kill, and every fault told."""
 
 import dataclasses
-import gzip
-import hashlib
 import json
 import os
-import random
-import resource
-import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
+from corpora import DOCUMENTS, SETTINGS, contents, read_spans, read_split, reference, run, store
 from tokenizers import Tokenizer
 
-from ropepp_lit.data import prepare as module
+from ropepp_lit.data import preparation as module
 from ropepp_lit.data.plan import Span
-from ropepp_lit.data.prepare import Settings, prepare, prepare_cached
+from ropepp_lit.data.prepare import Settings, prepare_cached
 from ropepp_lit.data.shards import Manifest, TokenShards, verify
 from ropepp_lit.errors import UsageError
-from ropepp_lit.text.tokenizer import byte_tokenizer, train_tokenizer
-
-DOCUMENTS = [f"Document {n}: " + "the quick brown fox – äöü 漢字 🙂\r\n" * (1 + n % 7) for n in range(60)]
-SETTINGS = Settings(tokenizer="bytes", validation_fraction=0.2)
-
-
-def store(folder, kind, documents=DOCUMENTS):
-    """A corpus in one of the ways to store it; returns what is to be named as the source."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(documents)).encode()
-    path = folder / f"corpus.{kind}"
-    if kind == "txt":
-        for number, text in enumerate(documents):
-            (folder / f"{number:04}.txt").write_bytes(text.encode())
-        return str(folder / "*.txt")
-    if kind == "jsonl":
-        path.write_bytes(lines)
-    elif kind == "jsonl.gz":
-        path.write_bytes(gzip.compress(lines[:500]) + gzip.compress(lines[500:]))
-    elif kind == "jsonl.zst":
-        path.write_bytes(b"".join(pyarrow.compress(x, codec="zstd", asbytes=True) for x in (lines[:500], lines[500:])))
-    elif kind == "parquet":
-        table = pyarrow.table({"id": list(range(len(documents))), "text": documents})
-        pyarrow.parquet.write_table(table, path, row_group_size=17)
-    return str(path)
-
-
-def run(source, out, settings=SETTINGS, **changes):
-    sources = [source] if isinstance(source, str) else source
-    return prepare(sources, dataclasses.replace(settings, **changes), out=out, show_progress=False)
-
-
-def read_spans(shards, spans):
-    tokens = np.empty(sum(span.num_tokens for span in spans), dtype=np.int64)
-    assert shards.read(spans, tokens) == len(tokens)
-    return tokens.tolist()
-
-
-def read_split(folder, split):
-    shards = TokenShards(folder, Manifest.read(folder), split)
-    return read_spans(shards, [Span(index, 0, chunk.tokens) for index, chunk in enumerate(shards.chunks)])
-
-
-def contents(folder):
-    """Every file of finished shards but for what names their sources."""
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-    manifest = json.loads(files.pop("manifest.json"))
-    for key in ("fingerprint", "sources"):
-        del manifest[key]
-    return files, manifest
-
-
-def reference(documents, fraction=0.2):
-    """The tokens of each split, plainly."""
-    tokenizer = byte_tokenizer().tokenizer
-    splits = {"train": [], "validation": []}
-    for text in documents:
-        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-        split = "validation" if number < fraction * 2**64 else "train"
-        splits[split] += [0, *tokenizer.encode(text, add_special_tokens=False).ids, 1]
-    return splits
+from ropepp_lit.text.tokenizer import train_tokenizer
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
@@ -169,7 +100,7 @@ def test_a_hugging_face_dataset_is_streamed(tmp_path):
     with pytest.raises(UsageError, match=r"SOURCE: hf:a:b:c:d: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"):
         run("hf:a:b:c:d", tmp_path / "none")
     (source / "data" / "second.parquet").write_bytes(b"no parquet")
-    with pytest.raises(UsageError, match=r"mended, run the same command again"):
+    with pytest.raises(UsageError, match=r"at row 61: .*; run the same command again"):
         run(dataset, tmp_path / "none", on_error="skip")
 
 
@@ -216,96 +147,6 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
         run(source, tmp_path / "empty", min_tokens=5)
 
 
-KILLED = """
-import os, signal, sys, pathlib
-from ropepp_lit.data import prepare as module
-module.PART_BYTES, module.BATCH_BYTES = 1500, 400
-left = int(sys.argv[1])
-
-def counting(function):
-    def counted(*arguments, **keywords):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **keywords)
-    return counted
-
-# Kill at any of the places where the state on the disk changes.
-os.replace = counting(os.replace)
-module._PartWriter.add = counting(module._PartWriter.add)
-module.checksum = counting(module.checksum)
-module.shutil.rmtree = counting(module.shutil.rmtree)
-pathlib.Path.rename = counting(pathlib.Path.rename)
-pathlib.Path.unlink = counting(pathlib.Path.unlink)
-settings = module.Settings(tokenizer="bytes", validation_fraction=0.2, dedup=True)
-module.prepare([sys.argv[2]], settings, out=pathlib.Path(sys.argv[3]), show_progress=False)
-print("left", left)
-"""
-
-
-@pytest.fixture(scope="module")
-def kill_at(run_file, tmp_path_factory):
-    """Prepares a source in a process that is killed at a moment; returns the moments left if it was not reached."""
-    folder = tmp_path_factory.mktemp("script")
-    (folder / "killed.py").write_text(KILLED)
-
-    def kill_at(moment, source, out, *, returncode=0):
-        printed = run_file(folder / "killed.py", moment, source, out, cwd=folder, returncode=returncode).stdout
-        return int(printed.split()[-1]) if returncode == 0 else 0
-
-    return kill_at
-
-
-@pytest.fixture(scope="module")
-def undisturbed(kill_at, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    source = store(folder / "texts", "jsonl.zst", [*DOCUMENTS, *DOCUMENTS[:30]])
-    left = kill_at(10_000, source, folder / "out")
-    return source, contents(folder / "out"), 10_000 - left
-
-
-def kill_and_resume(kill_at, undisturbed, tmp_path, moment):
-    source, expected, _ = undisturbed
-    kill_at(moment, source, tmp_path / "out", returncode=-signal.SIGKILL)
-    kill_at(10_000, source, tmp_path / "out")
-    assert contents(tmp_path / "out") == expected
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
-
-
-@pytest.mark.end_to_end
-@pytest.mark.parametrize("share", [0.3, 0.99])
-def test_killed_and_resumed(kill_at, undisturbed, tmp_path, share):
-    kill_and_resume(kill_at, undisturbed, tmp_path, round(share * undisturbed[2]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(40))
-def test_killed_at_any_moment_and_resumed(kill_at, undisturbed, tmp_path, number):
-    kill_and_resume(kill_at, undisturbed, tmp_path, random.Random(number).randrange(1, undisturbed[2] + 1))
-
-
-@pytest.mark.end_to_end
-def test_the_installed_command_is_killed_and_goes_on(command_path, run_file, tmp_path):
-    source = store(tmp_path / "texts", "jsonl", DOCUMENTS * 2000)
-    command = [command_path, "prepare", source, "--tokenizer", "bytes", "--chunk_size", "1MB", "--out"]
-    process = subprocess.Popen([*command, tmp_path / "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(tmp_path.glob(".out.partial/writing/train/*.bin")):
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "out").exists()
-    printed = run_file(*command, tmp_path / "out", cwd=tmp_path).stdout
-    run_file(*command, tmp_path / "whole", "--workers", "1", cwd=tmp_path)
-    (tmp_path / "out/lengths.png").unlink()
-    (tmp_path / "whole/lengths.png").unlink()
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert "120,000" in printed
-    assert "share of tokens" in printed
-    verified = run_file(command_path, "prepare", "--verify", tmp_path / "out", cwd=tmp_path)
-    assert "tokens are as they were written" in verified.stdout
-
-
 BAD_LINES = [
     (b'{"text": "cut', "broken JSON"),
     (b'{"other": "key"}', "no key 'text'"),
@@ -321,7 +162,7 @@ def test_bad_lines(tmp_path, line, problem):
     good = [json.dumps({"text": text}).encode() for text in DOCUMENTS]
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(b"\n".join([*good[:10], line, b"", b'{"text": ""}', *good[10:]]) + b"\n")
-    with pytest.raises(UsageError, match=rf"corpus\.jsonl:11: {problem}; mend it"):
+    with pytest.raises(UsageError, match=rf"corpus\.jsonl:11: {problem}; "):
         run(str(path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     manifest = run(str(path), tmp_path / "out", on_error="skip")
@@ -355,39 +196,12 @@ def test_missing_columns_and_sources(tmp_path):
         run(store(tmp_path / "a", "parquet"), tmp_path / "out", text_key="content")
     with pytest.raises(UsageError, match=r"SOURCE: .*nowhere: no such file or folder"):
         run(str(tmp_path / "nowhere"), tmp_path / "out")
-    with pytest.raises(UsageError, match=r"SOURCE: .*\*\.none: holds no files"):
+    with pytest.raises(UsageError, match=r"SOURCE: .*\*\.none: no files there"):
         run(str(tmp_path / "*.none"), tmp_path / "out")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UsageError, match=r"SOURCE: no documents for train in 1 files \(1 empty\)"):
         run(str(tmp_path / "empty.txt"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.end_to_end
-def test_no_space_left(tmp_path):
-    source = store(tmp_path / "texts", "jsonl", DOCUMENTS * 200)
-    code = (
-        "import sys; from pathlib import Path; from ropepp_lit.data.prepare import Settings, prepare\n"
-        "from ropepp_lit.errors import UsageError\n"
-        "try: prepare([sys.argv[1]], Settings(tokenizer='bytes'), out=Path(sys.argv[2]), show_progress=False)\n"
-        "except UsageError as error: sys.exit(str(error))\n"
-    )
-    limited = subprocess.run(
-        [sys.executable, "-c", code, source, str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: (
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
-            resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
-        ),
-    )
-    assert limited.returncode == 1
-    assert "make room and run the same command again: finished parts are kept" in limited.stderr
-    assert "Traceback" not in limited.stderr
-    assert not (tmp_path / "out").exists()
-    manifest = run(source, tmp_path / "out", Settings(tokenizer="bytes"))
-    assert manifest.splits["train"].documents == 200 * len(DOCUMENTS)
 
 
 def test_damaged_shards_are_named(tmp_path):

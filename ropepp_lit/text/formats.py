@@ -1,0 +1,219 @@
+"""Formats of files of documents: a table of endings and compressions, checked against a file's first bytes."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import io
+import lzma
+import re
+import zlib
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import pyarrow
+import pyarrow.parquet
+from backports import zstd
+
+from ropepp_lit.errors import UsageError
+
+FORMATS = {
+    ".json": "json", ".jsonl": "json", ".ndjson": "json",
+    ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
+    ".csv": "csv", ".tsv": "tsv",
+}  # fmt: skip
+"""Formats by ending, in any case and before the ending of a compression. Every other file is text."""
+
+COMPRESSIONS = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz")
+"""Endings of compressed files. Whether a file is compressed, and how, is read from its first bytes."""
+
+MAX_DOCUMENT_BYTES = 2**28
+"""Bytes of a document in a text file at most: a larger one is a file of many documents."""
+
+CONVERT = "extract its text into .txt or .jsonl files first"
+UNPACK = "unpack it first"
+_WEIGHTS = "it stores tensors: name files of text"
+
+_NOT_TEXT = {
+    **dict.fromkeys(
+        (
+            ".pdf .doc .docx .odt .rtf .epub .ps .ppt .pptx .xls .xlsx .ods .ipynb .warc .wet "
+            ".wat"
+        ).split(),
+        CONVERT,
+    ),
+    **dict.fromkeys(
+        (
+            ".zip .tar .tgz .7z .rar .lz4 .whl .jar .lzma .z"
+        ).split(),
+        UNPACK,
+    ),
+    **dict.fromkeys(
+        (
+            ".bin .safetensors .gguf .pt .pth .ckpt .npy .npz .pkl .pickle .h5 .hdf5 .onnx "
+            ".model .msgpack"
+        ).split(),
+        _WEIGHTS,
+    ),
+    **dict.fromkeys(
+        (
+            ".png .jpg .jpeg .gif .webp .bmp .tif .tiff .ico .mp3 .mp4 .wav .flac .ogg .avi "
+            ".mov"
+        ).split(),
+        CONVERT,
+    ),
+    **dict.fromkeys(
+        (
+            ".pyc .so .o .a .dll .exe .class .db .sqlite .sqlite3 .idx .orc .avro .tfrecord "
+            ".lance"
+        ).split(),
+        CONVERT,
+    ),
+}  # fmt: skip
+"""Endings of files that are not text, and what to do with them."""
+
+_SIGNATURES = (
+    (b"version https://git-lfs", "a git-lfs pointer instead of the file", "fetch the file by `git lfs pull`"),
+    (b"%PDF-", "a PDF document", CONVERT),
+    (b"%!PS", "a PostScript document", CONVERT),
+    (b"{\\rtf", "an RTF document", CONVERT),
+    (b"WARC/", "a web archive (WARC)", CONVERT),
+    (b"PK\x03\x04", "a zip archive or an office document", UNPACK),
+    (b"\x04\x22\x4d\x18", "compressed by lz4", UNPACK),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
+    (b"\x1f\x9d", "compressed by compress", UNPACK),
+    (b"\xff\xfe", "UTF-16 text", "convert it by `iconv -f UTF-16 -t UTF-8`"),
+    (b"\xfe\xff", "UTF-16 text", "convert it by `iconv -f UTF-16 -t UTF-8`"),
+    (b"\x89PNG", "an image", CONVERT),
+    (b"\xff\xd8\xff", "an image", CONVERT),
+    (b"GIF8", "an image", CONVERT),
+)
+"""First bytes of files that are not what can be read, what these are, and what to do with them."""
+
+BROKEN = (OSError, EOFError, lzma.LZMAError, zlib.error, zstd.ZstdError, pyarrow.ArrowException, csv.Error)
+"""What readers raise for a damaged file."""
+
+
+class Record(NamedTuple):
+    """A document, or why there is none."""
+
+    text: str | None
+    problem: str | None
+    where: str
+    """The file, and the line, row or piece in it."""
+    remedy: str = "correct it"
+    """What to do about the problem."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    r"""How documents are read from files.
+
+    Args:
+        text_key: Key or column of the text in JSON and tables.
+        split: What separates documents in text files, with escapes such as `\n`; a line end in it stands for
+            CRLF too. Empty means that each text file is one document.
+
+    Raises:
+        UsageError: `split` is empty text or ends within an escape.
+    """
+
+    text_key: str = "text"
+    split: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.split is not None and not self._separator:
+            raise UsageError("split: an empty separator; name what stands between documents, such as '\\n\\n'")
+
+    @cached_property
+    def _separator(self) -> bytes:
+        assert self.split is not None
+        try:
+            plain = re.sub(
+                r"\\(?:[nrtfv\\]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})",
+                lambda match: codecs.decode(match[0], "unicode_escape"),
+                self.split,
+            )
+            return plain.encode("utf-8")
+        except UnicodeError as error:
+            raise UsageError(f"split: {self.split!r} is not a text") from error
+
+    @cached_property
+    def separator(self) -> re.Pattern[bytes] | None:
+        """A pattern of what separates documents in text files, by bytes."""
+        if self.split is None:
+            return None
+        return re.compile(re.escape(self._separator).replace(b"\\\n", b"\r?\n"))
+
+
+def kind_of(name: str) -> str:
+    """The format that a file's name promises: json, parquet, arrow, csv, tsv or text."""
+    return FORMATS.get(ending_of(name), "text")
+
+
+def ending_of(name: str) -> str:
+    """The ending of a file's name in small letters, without that of a compression."""
+    path = Path(name.lower())
+    return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+
+
+def find_problem(path: Path, name: str) -> Record | None:
+    """Why a file cannot be one of documents, by its name and first bytes; empty where nothing is known against it."""
+    try:
+        with ExitStack() as stack:
+            raw = stack.enter_context(path.open("rb"))
+            stream = stack.enter_context(decompressed(raw))
+            return problem_of(stream.peek(4096)[:4096], name)
+    except BROKEN as error:
+        return Record(None, f"unreadable: {line_of(error)}", name, "replace it by a whole copy")
+
+
+def decompressed(raw: IO[bytes]) -> io.BufferedReader:
+    """A stream of what a file contains, by the first bytes and not by the name."""
+    assert isinstance(raw, io.BufferedReader)
+    head = raw.peek(6)[:6]
+    stream: Any
+    if head.startswith(b"\x1f\x8b"):
+        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "gzip")
+    elif head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):
+        longest = {int(zstd.DecompressionParameter.window_log_max): 31}  # by `zstd --long=31`; by default 27
+        stream = zstd.ZstdFile(raw, options=longest)
+    elif head.startswith(b"BZh"):
+        stream = bz2.BZ2File(raw)
+    elif head.startswith(b"\xfd7zXZ\x00"):
+        stream = lzma.LZMAFile(raw)  # noqa: SIM115 (closed by the caller)
+    else:
+        return raw
+    return io.BufferedReader(stream, 2**20)
+
+
+def problem_of(head: bytes, name: str) -> Record | None:
+    """Why a file cannot be one of documents, by its name and its first bytes behind a compression."""
+    for signature, problem, remedy in _SIGNATURES:
+        if head.startswith(signature):
+            return Record(None, problem, name, remedy)
+    if kind_by_content(head, name) in ("parquet", "arrow"):
+        return None
+    if ending_of(name) in _NOT_TEXT:
+        return Record(None, f"a {ending_of(name)} file is not text", name, _NOT_TEXT[ending_of(name)])
+    if b"\0" in head:
+        return Record(None, "a binary file (NUL bytes)", name, CONVERT)
+    return None
+
+
+def kind_by_content(head: bytes, name: str) -> str:
+    """The format of a file; tables by their first bytes, others by the name."""
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return "arrow"
+    return kind_of(name)
+
+
+def line_of(error: Exception) -> str:
+    """The first line of an error's message."""
+    return ((getattr(error, "strerror", None) or str(error)) or type(error).__name__).splitlines()[0]

@@ -1,0 +1,284 @@
+"""The documents of one file, in each of the formats."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO
+
+import pyarrow
+import pyarrow.parquet
+
+from ropepp_lit.text.formats import (
+    BROKEN,
+    CONVERT,
+    MAX_DOCUMENT_BYTES,
+    UNPACK,
+    Options,
+    Record,
+    decompressed,
+    kind_by_content,
+    line_of,
+    problem_of,
+)
+
+
+def read_file(
+    path: Path, name: str, options: Options, *, skip: int = 0, progress: Callable[[int], None] = lambda _: None
+) -> Iterator[Record]:
+    """The records of a file, in order. A damaged file's last record names the fault.
+
+    Args:
+        path: The file.
+        name: What messages call it.
+        options: How to read.
+        skip: Leave out so many records from the beginning, at little cost.
+        progress: Gets the number of the file's bytes that are read, compressed as they are, after some records.
+    """
+    try:
+        with ExitStack() as stack:
+            raw = stack.enter_context(path.open("rb"))
+            stream = stack.enter_context(decompressed(raw))
+            head = stream.peek(4096)[:4096]
+            if problem := problem_of(head, name):
+                if skip == 0:
+                    yield problem
+                return
+            kind = kind_by_content(head, name)
+            for number, record in enumerate(_records(raw, stream, kind, name, options, skip)):
+                if number % 64 == 0:
+                    progress(raw.tell())
+                yield record
+    except BROKEN as error:
+        yield Record(None, f"unreadable: {line_of(error)}", name, "replace it by a whole copy")
+
+
+def _records(
+    raw: IO[bytes], stream: io.BufferedReader, kind: str, name: str, options: Options, skip: int
+) -> Iterator[Record]:
+    if kind in ("parquet", "arrow") and stream is not raw:
+        return iter([Record(None, "a compressed table", name, UNPACK)][skip:])
+    if kind == "parquet":
+        return _read_parquet(raw, name, options.text_key, skip)
+    if kind == "arrow":
+        return _read_arrow(raw, name, options.text_key, skip)
+    if kind in ("csv", "tsv"):
+        return _read_csv(stream, name, options.text_key, skip, "," if kind == "csv" else "\t")
+    if kind == "json":
+        return _read_json(stream, name, options.text_key, skip)
+    if options.separator is not None:
+        return _read_pieces(stream, name, options.separator, skip)
+    return iter([_read_whole(stream, name)] if skip == 0 else [])
+
+
+def _read_json(stream: io.BufferedReader, name: str, key: str, skip: int) -> Iterator[Record]:
+    """The values of JSON lines, of an array, or of objects that stand on several lines each."""
+    number = 0
+    if stream.peek(3).startswith(codecs.BOM_UTF8):
+        stream.read(3)
+    while (head := stream.peek(1)[:1]) and head.isspace():
+        number += stream.read(1) == b"\n"
+    if head == b"[":
+        yield from _read_values(b"", stream, name, key, skip)
+        return
+    for line in stream:
+        number += 1
+        if not line.strip():
+            continue
+        if line.strip() == b"{":
+            yield from _read_values(line, stream, name, key, skip)
+            return
+        if skip:
+            skip -= 1
+        else:
+            yield _parse(line, f"{name}:{number}", key)
+
+
+def _read_values(first: bytes, stream: io.BufferedReader, name: str, key: str, skip: int) -> Iterator[Record]:
+    """The elements of arrays, and objects outside of them."""
+    decode, text = json.JSONDecoder().raw_decode, codecs.getreader("utf-8")(stream)
+    buffer, at, number, in_array, ended = first.decode(), 0, 0, False, False
+    try:
+        while True:
+            while at < len(buffer) and (buffer[at].isspace() or (in_array and buffer[at] == ",")):
+                at += 1
+            if at < len(buffer) and buffer[at] in "[]" and in_array == (buffer[at] == "]"):
+                in_array, at = not in_array, at + 1
+                continue
+            if at < len(buffer):
+                try:
+                    value, at = decode(buffer, at)
+                except ValueError:
+                    if ended or len(buffer) - at > MAX_DOCUMENT_BYTES:
+                        yield Record(None, "broken JSON", f"{name}:{number + 1}")
+                        return
+                else:
+                    number += 1
+                    if number > skip:
+                        yield pick(value, f"{name}:{number}", key)
+                    continue
+            elif ended:
+                if in_array:
+                    yield Record(None, "broken JSON: the array does not end", name)
+                return
+            more = text.read(max(2**20, len(buffer) - at))  # doubled, so that long values are not read again and again
+            buffer, at, ended = buffer[at:] + more, 0, not more
+    except UnicodeDecodeError:
+        yield Record(None, "not UTF-8", f"{name}:{number + 1}")
+    except RecursionError:
+        yield Record(None, "broken JSON", f"{name}:{number + 1}")
+
+
+def _parse(line: bytes, where: str, key: str) -> Record:
+    try:
+        value = json.loads(line)
+    except UnicodeDecodeError:
+        return Record(None, "not UTF-8", where)
+    except (ValueError, RecursionError):
+        return Record(None, "broken JSON", where)
+    return pick(value, where, key)
+
+
+def pick(value: object, where: str, key: str) -> Record:
+    """The text in a row."""
+    if not isinstance(value, dict):
+        return Record(None, f"no key {key!r}", where, "write objects with a key for the text")
+    if key not in value:
+        keys = ", ".join(map(str, value)) or "none"
+        return Record(None, f"no key {key!r}", where, f"name the key of the text by text_key (keys: {keys})")
+    return _check(value[key], where)
+
+
+def _no_column(names: Sequence[str], name: str, key: str) -> Record:
+    columns = ", ".join(names) or "none"
+    return Record(None, f"no column {key!r}", name, f"name the column of the text by text_key (columns: {columns})")
+
+
+def _read_parquet(raw: IO[bytes], name: str, key: str, skip: int) -> Iterator[Record]:
+    with pyarrow.parquet.ParquetFile(raw) as parquet:
+        if key not in parquet.schema_arrow.names:
+            yield _no_column(parquet.schema_arrow.names, name, key)
+            return
+        groups, number = list(range(parquet.num_row_groups)), 0
+        while groups and number + parquet.metadata.row_group(groups[0]).num_rows <= skip:
+            number += parquet.metadata.row_group(groups.pop(0)).num_rows
+        for batch in parquet.iter_batches(batch_size=256, row_groups=groups, columns=[key]):
+            yield from _rows(batch.column(0), name, number, skip)
+            number += len(batch)
+
+
+def _read_arrow(raw: IO[bytes], name: str, key: str, skip: int) -> Iterator[Record]:
+    """A file of Arrow's stream format, as `datasets` writes them, or of its file format (Feather)."""
+    is_stream = raw.read(6) != b"ARROW1"
+    raw.seek(0)
+    with (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(raw) as reader:
+        column = reader.schema.get_field_index(key)
+        if column < 0:
+            yield _no_column(reader.schema.names, name, key)
+            return
+        number = 0
+        batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
+        for batch in batches:
+            yield from _rows(batch.column(column), name, number, skip)
+            number += len(batch)
+
+
+def _rows(column: pyarrow.Array, name: str, before: int, skip: int) -> Iterator[Record]:
+    """Rows of a column that begins behind `before` rows, but for the first `skip` of the file."""
+    first = min(max(skip - before, 0), len(column))
+    for number, value in enumerate(column[first:].to_pylist(), start=before + first + 1):
+        where = f"{name}:{number}"
+        yield _decode(value, where) if isinstance(value, bytes) else _check(value, where)
+
+
+def _read_csv(stream: io.BufferedReader, name: str, key: str, skip: int, delimiter: str) -> Iterator[Record]:
+    csv.field_size_limit(2**31 - 1)
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    try:
+        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        header = next(rows, None)
+        if header is None:
+            return
+        if key not in header:
+            yield _no_column(header, name, key)
+            return
+        column = header.index(key)
+        for number, row in enumerate((row for row in rows if row), start=1):
+            if number <= skip:
+                continue
+            where = f"{name}:{number}"
+            if len(row) != len(header):
+                yield Record(None, "another number of columns than the first line", where)
+            else:
+                yield _check(row[column], where)
+    finally:
+        text.detach()  # the caller closes the stream
+
+
+def _read_pieces(stream: io.BufferedReader, name: str, separator: re.Pattern[bytes], skip: int) -> Iterator[Record]:
+    """What stands between separators; white space alone is no document."""
+    if stream.peek(3).startswith(codecs.BOM_UTF8):
+        stream.read(3)
+    longest = 2 * len(separator.pattern)
+    number, buffer, searched, too_long, ended = 0, b"", 0, False, False
+    while not ended:
+        more = stream.read(max(2**20, min(len(buffer), 2**25)))  # grows, so that long documents are not copied often
+        ended = not more
+        buffer += more
+        begin = 0
+        while True:
+            match = separator.search(buffer, max(begin, searched))
+            if match is None and not ended:
+                break
+            end = len(buffer) if match is None else match.start()
+            piece = buffer[begin:end]
+            if piece.strip() or too_long:
+                number += 1
+                if number > skip:
+                    too_long = too_long or len(piece) > MAX_DOCUMENT_BYTES
+                    yield _too_long(f"{name}:{number}") if too_long else _decode(piece, f"{name}:{number}")
+                too_long = False
+            if match is None:
+                return
+            begin = searched = match.end()
+        buffer = buffer[begin:]
+        if len(buffer) > MAX_DOCUMENT_BYTES:
+            too_long, buffer = True, buffer[-longest:]
+        searched = max(0, len(buffer) - longest)
+
+
+def _read_whole(stream: io.BufferedReader, name: str) -> Record:
+    data = stream.read(MAX_DOCUMENT_BYTES + 1)
+    return _too_long(name) if len(data) > MAX_DOCUMENT_BYTES else _decode(data.removeprefix(codecs.BOM_UTF8), name)
+
+
+def _too_long(where: str) -> Record:
+    problem = f"a document of more than {MAX_DOCUMENT_BYTES // 2**20} MiB"
+    return Record(None, problem, where, "name what separates its documents by split, such as '\\n\\n'")
+
+
+def _decode(data: bytes, where: str) -> Record:
+    if b"\0" in data:
+        return Record(None, "a binary file (NUL bytes)", where, CONVERT)
+    try:
+        return _check(data.decode("utf-8"), where)
+    except UnicodeDecodeError:
+        return Record(None, "not UTF-8", where, "convert it by `iconv -t UTF-8`")
+
+
+def _check(text: object, where: str) -> Record:
+    if not isinstance(text, str):
+        return Record(None, "the text is not a string", where)
+    if not text:
+        return Record(None, "empty", where)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell, or a byte that is not UTF-8
+        return Record(None, "not UTF-8", where)
+    return Record(text, None, where)

@@ -1,0 +1,130 @@
+"""Preparations that are killed, or run out of space: resumed, they end as undisturbed ones."""
+
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from corpora import DOCUMENTS, contents, run, store
+
+from ropepp_lit.data.prepare import Settings
+
+KILLED = """
+import os, signal, sys, pathlib
+from ropepp_lit.data import prepare
+from ropepp_lit.data import part_writer, preparation as module
+module.PART_BYTES, module.BATCH_BYTES, module.CUT_BYTES = 1500, 400, 3000
+left = int(sys.argv[1])
+
+def counting(function):
+    def counted(*arguments, **keywords):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **keywords)
+    return counted
+
+# Kill at any of the places where the state on the disk changes.
+os.replace = counting(os.replace)
+part_writer.PartWriter.add = counting(part_writer.PartWriter.add)
+part_writer.checksum = counting(part_writer.checksum)
+module.shutil.rmtree = counting(module.shutil.rmtree)
+pathlib.Path.rename = counting(pathlib.Path.rename)
+pathlib.Path.unlink = counting(pathlib.Path.unlink)
+settings = prepare.Settings(tokenizer="bytes", validation_fraction=0.2, dedup=True)
+prepare.prepare([sys.argv[2]], settings, out=pathlib.Path(sys.argv[3]), show_progress=False)
+print("left", left)
+"""
+
+
+@pytest.fixture(scope="module")
+def kill_at(run_file, tmp_path_factory):
+    """Prepares a source in a process that is killed at a moment; returns the moments left if it was not reached."""
+    folder = tmp_path_factory.mktemp("script")
+    (folder / "killed.py").write_text(KILLED)
+
+    def kill_at(moment, source, out, *, returncode=0):
+        printed = run_file(folder / "killed.py", moment, source, out, cwd=folder, returncode=returncode).stdout
+        return int(printed.split()[-1]) if returncode == 0 else 0
+
+    return kill_at
+
+
+@pytest.fixture(scope="module")
+def undisturbed(kill_at, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    source = store(folder / "texts", "jsonl.zst", [*DOCUMENTS, *DOCUMENTS[:30]])
+    left = kill_at(10_000, source, folder / "out")
+    return source, contents(folder / "out"), 10_000 - left
+
+
+def kill_and_resume(kill_at, undisturbed, tmp_path, moment):
+    source, expected, _ = undisturbed
+    kill_at(moment, source, tmp_path / "out", returncode=-signal.SIGKILL)
+    kill_at(10_000, source, tmp_path / "out")
+    assert contents(tmp_path / "out") == expected
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("share", [0.3, 0.99])
+def test_killed_and_resumed(kill_at, undisturbed, tmp_path, share):
+    kill_and_resume(kill_at, undisturbed, tmp_path, round(share * undisturbed[2]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(40))
+def test_killed_at_any_moment_and_resumed(kill_at, undisturbed, tmp_path, number):
+    kill_and_resume(kill_at, undisturbed, tmp_path, random.Random(number).randrange(1, undisturbed[2] + 1))
+
+
+@pytest.mark.end_to_end
+def test_the_installed_command_is_killed_and_goes_on(command_path, run_file, tmp_path):
+    source = store(tmp_path / "texts", "jsonl", DOCUMENTS * 2000)
+    command = [command_path, "prepare", source, "--tokenizer", "bytes", "--chunk_size", "1MB", "--out"]
+    process = subprocess.Popen([*command, tmp_path / "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob(".out.partial/writing/train/*/*.bin")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    printed = run_file(*command, tmp_path / "out", cwd=tmp_path).stdout
+    run_file(*command, tmp_path / "whole", "--workers", "1", cwd=tmp_path)
+    (tmp_path / "out/lengths.png").unlink()
+    (tmp_path / "whole/lengths.png").unlink()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert "120,000" in printed
+    assert "share of tokens" in printed
+    verified = run_file(command_path, "prepare", "--verify", tmp_path / "out", cwd=tmp_path)
+    assert "tokens are as they were written" in verified.stdout
+
+
+@pytest.mark.end_to_end
+def test_no_space_left(tmp_path):
+    source = store(tmp_path / "texts", "jsonl", DOCUMENTS * 200)
+    code = (
+        "import sys; from pathlib import Path; from ropepp_lit.data.prepare import Settings, prepare\n"
+        "from ropepp_lit.errors import UsageError\n"
+        "try: prepare([sys.argv[1]], Settings(tokenizer='bytes'), out=Path(sys.argv[2]), show_progress=False)\n"
+        "except UsageError as error: sys.exit(str(error))\n"
+    )
+    limited = subprocess.run(
+        [sys.executable, "-c", code, source, str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: (
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)),
+        ),
+    )
+    assert limited.returncode == 1
+    assert "make room and run the same command again: finished parts are kept" in limited.stderr
+    assert "Traceback" not in limited.stderr
+    assert not (tmp_path / "out").exists()
+    manifest = run(source, tmp_path / "out", Settings(tokenizer="bytes"))
+    assert manifest.splits["train"].documents == 200 * len(DOCUMENTS)
