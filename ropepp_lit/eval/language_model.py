@@ -90,12 +90,14 @@ class DecoderLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation by the tokenizer's chat template."""
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        assert isinstance(text, str)
+        return text
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows of `max_length` tokens one after the other.
@@ -197,7 +199,10 @@ class DecoderLM(TemplateLM):
                 "written together; give more"
             )
         sampling = _sampling(settings)
-        prompts = {n: self._cut(self.tok_encode(requests[n].args[0]), room) or [self.prefix_token_id] for n in numbers}
+        prefix = [] if self.prefix_token_id is None else [self.prefix_token_id]
+        prompts = {n: self._cut(self.tok_encode(requests[n].args[0]), room) or prefix for n in numbers}
+        if not all(prompts.values()):
+            raise UsageError("tasks: lm-eval: an example has an empty prompt, and the tokenizer names no BOS or EOS")
         by_length = sorted(numbers, key=lambda n: len(prompts[n]), reverse=True)
         for batch in _batches([prompts[n] for n in by_length], extra_tokens=max_new_tokens):
             done, by_length = by_length[: len(batch)], by_length[len(batch) :]
@@ -225,7 +230,7 @@ class DecoderLM(TemplateLM):
         open_rows = set(range(len(prompts)))
         for tokens in generate(
             self.model.decoder, input_ids.to(self.model.device), max_new_tokens=max_new_tokens, documents=documents,
-            **sampling,
+            temperature=sampling["temperature"], top_p=sampling["top_p"],
         ):  # fmt: skip
             for row, token in enumerate(tokens.tolist()):
                 if row not in open_rows:
@@ -242,7 +247,9 @@ class DecoderLM(TemplateLM):
         return written
 
     def _decode(self, ids: list[int], *, special: bool = False) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=not special)
+        text = self.tokenizer.decode(ids, skip_special_tokens=not special)
+        assert isinstance(text, str)
+        return text
 
     def _cut(self, ids: list[int], most: int) -> list[int]:
         """The last `most` tokens; what is lost is counted."""
@@ -289,4 +296,4 @@ def _sampling(settings: dict[str, Any]) -> dict[str, float]:
     for key, value in settings.items():
         if value not in _NEUTRAL.get(key, ()):
             raise UsageError(f"tasks: lm-eval: the task generates with {key}={value!r}, which is not supported")
-    return {"temperature": temperature, "top_p": top_p} if sampled else {"temperature": 0.0}
+    return {"temperature": temperature, "top_p": top_p} if sampled else {"temperature": 0.0, "top_p": 1.0}
