@@ -194,7 +194,7 @@ def test_the_command(run, mistake, tmp_path):
         (("import", folder, "model.ckpt"), "out: model.ckpt: there already; name another file"),
         (("import", folder, "model.pt"), "out: model.pt: name a file that ends with .ckpt"),
         (("import", tmp_path, "other.ckpt"), "no config.json there; name a folder in Hugging Face's format"),
-        (("export", "model.ckpt", "hf"), "hf: already exists; name another folder"),
+        (("export", "model.ckpt", "hf"), "hf is not empty; name an empty or a new folder"),
         (("export", "none.ckpt", "hf2"), "none.ckpt: no such checkpoint"),
         (("export", "model.ckpt", "hf2", "--max_shard_size", "big"), "max_shard_size: 'big' is no size"),
         (

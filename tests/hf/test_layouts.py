@@ -197,10 +197,10 @@ REFUSED = {
     ),
     "a part lost": (lose_a_part, "file 2 of 3 of model is missing"),
     "a part cut": (cut, r"pytorch_model-00002-of-00003\.bin: damaged or cut off; download it again"),
-    "absolute name": (write_index(a="/etc/passwd"), r"index\.json: '/etc/passwd' is not the name of a file in its"),
-    "name outside": (write_index(a="../model.safetensors"), r"index\.json: '\.\./model\.safetensors' is not the name"),
-    "name of Windows": (write_index(a="C:\\x.safetensors"), r"is not the name of a file in its folder"),
-    "a number for a name": (write_index(a=3), "index.json: 3 is not the name of a file in its folder"),
+    "absolute name": (write_index(a="/etc/passwd"), r"index\.json: '/etc/passwd' is not a file name inside its"),
+    "name outside": (write_index(a="../model.safetensors"), r"index\.json: '\.\./model\.safetensors' is not a file"),
+    "name of Windows": (write_index(a="C:\\x.safetensors"), r"is not a file name inside its folder"),
+    "a number for a name": (write_index(a=3), "index.json: 3 is not a file name inside its folder"),
     "an index of nothing": (write_index(), r"index\.json: no weight_map in it"),
     "a missing file": (write_index(a="b.safetensors"), r"b\.safetensors: missing, and model\.safetensors\.index\.json"),
     "int8": (quantize, r"mlp\.up_proj\.weight is int8; quantized weights are not read"),
@@ -378,14 +378,14 @@ def test_a_full_disk_leaves_nothing(tmp_path, mistake, limit, command, words):
         line = mistake(folder, *words, subcommand=command, base=[])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "cannot be written: File too large" in line or "File too large" in line
+    assert "File too large" in line
 
 
 def test_the_current_folder_is_no_place_for_an_export(tmp_path, mistake):
     folder = make_folder(tmp_path / "hf")
     for out in (".", tmp_path):
         line = mistake(folder, out, "--check", "false", subcommand="export", base=[])
-        assert "is the current folder; name a new folder" in line
+        assert "is the current folder; name a folder inside it" in line
 
 
 def test_options_that_read_a_folder_are_refused_for_a_checkpoint(tmp_path, mistake):
