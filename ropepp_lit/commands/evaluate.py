@@ -37,8 +37,8 @@ def evaluate(
     """Measure checkpoints at several lengths: tables, plots and a page to read. Stopped, the same command goes on.
 
     Args:
-        checkpoints: .ckpt files or Hugging Face folders, each PATH or NAME=PATH; those of one name are runs (seeds) of
-            one model. Differences are to the first.
+        checkpoints: .ckpt files, Hugging Face folders or names on the Hugging Face Hub, each PATH or NAME=PATH; those
+            of one name are runs (seeds) of one model. Differences are to the first.
         tasks: Of perplexity, retrieval (or some families: retrieval:single+multikey), noise (on perplexity and
             retrieval; noise:retrieval:single), attention and harness:NAME (a task of lm-eval), with commas.
         lengths: Tokens of the context, with commas; k is 1,024.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from ropepp_lit.arguments import call
 
 
@@ -18,7 +20,7 @@ def generate(
     """Let a checkpoint continue a prompt, streamed to the terminal.
 
     Args:
-        checkpoint: A .ckpt file, or a Hugging Face folder.
+        checkpoint: A .ckpt file, a Hugging Face folder, or the name of one on the Hugging Face Hub.
         prompt: What the model continues; empty starts a new document.
         max_new_tokens: Tokens to write at most; writing ends with the document.
         temperature: Divides the logits; 0 takes the most likely token each time (greedy).
@@ -30,7 +32,7 @@ def generate(
 
     from ropepp_lit.checkpoint import KEY, load_decoder
     from ropepp_lit.errors import UsageError
-    from ropepp_lit.hf.folder import open_checkpoint
+    from ropepp_lit.hf.folder import describe_dtypes, open_checkpoint
     from ropepp_lit.nn import generation
     from ropepp_lit.text.stream import TextStream
     from ropepp_lit.text.tokenizer import TextTokenizer
@@ -42,6 +44,8 @@ def generate(
     ours = contents[KEY]
     if ours["tokenizer"] is None:
         raise UsageError(f"{checkpoint}: the checkpoint stores no tokenizer, so it cannot read a prompt or write text")
+    if notice := describe_dtypes(contents):
+        print(f"Notice: {notice}; computed in the first.", file=sys.stderr)
     tokenizer = TextTokenizer.from_entry(ours)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoder = load_decoder(contents, trust=trust).to(device)

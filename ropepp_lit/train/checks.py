@@ -212,6 +212,8 @@ class Checks:
         self._model.settings = {
             key: checkpoint[KEY].get(key) for key in ("tokenizer_config", "generation_config") if is_same
         }
+        if card := checkpoint[KEY].get("card"):
+            self._model.settings["card"] = card
         return [*lines, *self._go_on()] if self._way == "fit" else lines
 
     def _go_on(self) -> list[str]:

@@ -73,21 +73,21 @@ def test_every_command_takes_every_layout_and_names_on_the_hub(tmp_path, monkeyp
 
 
 @pytest.mark.end_to_end
-def test_a_run_starts_from_each(tmp_path, run, texts):
+def test_a_run_starts_from_a_folder_and_keeps_its_licence(tmp_path, run, texts):
     folder = make_folder(tmp_path / "hf", layout="index of old .bin", tokenizer=True)
+    (folder / "README.md").write_text("---\nlicense: mit\nbase_model: org/base\n---\n")
     run("import", folder, "model.ckpt", cwd=tmp_path)
     (tmp_path / "recipe.yaml").write_text(
         f"data: {{source: {texts}, batch_size: 2, cache_dir: cache}}\n"
         "trainer: {accelerator: cpu, max_steps: 1, limit_val_batches: 1}\nsample: {max_new_tokens: 2}\n"
     )
-    command = ["fit", "--config", "recipe.yaml", "--config", "model.yaml", "--trainer.default_root_dir"]
-    first = run(*command, "first", cwd=tmp_path).stdout
-    assert "Starting from the weights of model.ckpt" in first
-    second = run(*command, "second", "--model.init_from", folder, cwd=tmp_path).stdout
-    assert f"Starting from the weights of {folder}" in second
-    weights = [read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in
-               ("first", "second")]  # fmt: skip
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    out = run(
+        "fit", "--config", "recipe.yaml", "--config", "model.yaml", "--trainer.default_root_dir", "run",
+        "--model.init_from", folder, cwd=tmp_path,
+    ).stdout  # fmt: skip
+    assert f"Starting from the weights of {folder}" in out
+    card = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")[KEY]["card"]
+    assert card == {"license": "mit", "base_model": "org/base"}
 
 
 def test_names_on_the_hub(tmp_path, hub):
@@ -238,6 +238,8 @@ def test_mixed_dtypes(tmp_path, capsys, wide, tied):
     save_single(folder, weights)
     main(["import", str(folder), str(tmp_path / "model.ckpt")])
     assert "the weights are bfloat16, with tensors in float32" in capsys.readouterr().out
+    main(["generate", str(folder), "--max_new_tokens", "2"])
+    assert "the weights are bfloat16, with tensors in float32" in capsys.readouterr().err
     checkpoint = read_checkpoint(tmp_path / "model.ckpt")
     decoder = load_decoder(checkpoint)
     assert {parameter.dtype for parameter in decoder.parameters()} == {torch.bfloat16}
@@ -381,8 +383,8 @@ def test_a_full_disk_leaves_nothing(tmp_path, mistake, limit, command, words):
     assert "File too large" in line
 
 
-def test_the_current_folder_is_no_place_for_an_export(tmp_path, mistake):
-    folder = make_folder(tmp_path / "hf")
+def test_the_current_folder_is_no_place_for_an_export(tmp_path, tmp_path_factory, mistake):
+    folder = make_folder(tmp_path_factory.mktemp("source") / "hf")
     for out in (".", tmp_path):
         line = mistake(folder, out, "--check", "false", subcommand="export", base=[])
         assert "is the current folder; name a folder inside it" in line

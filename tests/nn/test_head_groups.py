@@ -4,7 +4,19 @@ import pytest
 import torch
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn import ALiBi, Decoder, DecoderConfig, Documents, FoPE, Frequencies, NoPE, PartialRoPE, RoPE, RoPEPP
+from ropepp_lit.nn import (
+    ALiBi,
+    Decoder,
+    DecoderConfig,
+    Documents,
+    FoPE,
+    Frequencies,
+    NoPE,
+    PartialRoPE,
+    RNoPE,
+    RoPE,
+    RoPEPP,
+)
 
 GEOMETRY = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 16,
@@ -13,6 +25,7 @@ GEOMETRY = {
 SCHEMES = {
     "rope": RoPE(), "eh": RoPEPP(variant="eh"), "ec": RoPEPP(variant="ec"), "partial": PartialRoPE(),
     "fope": FoPE(context_length=64), "alibi": ALiBi(), "nope": NoPE(),
+    "rnope": RNoPE(nope_layers=[1]),
 }  # fmt: skip
 BIASES = {"qk_norm": True, "attention_bias": True, "attention_output_bias": True}
 
