@@ -476,3 +476,13 @@ def test_two_processes_decide_alike_about_nan(run, tiny, tmp_path, strategy):
     printed = run("fit", *tiny, *options, cwd=tmp_path).stdout
     assert printed.count("Step 3 is skipped") == 1
     assert read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 8
+
+
+def test_options_of_lightning_that_change_nothing(fit, whole):
+    """Neither the run nor its curves; a validation before the first step is not in them."""
+    options = ["--trainer.num_sanity_val_steps", 1, "--trainer.detect_anomaly", "true", "--trainer.profiler", "simple"]
+    options += ["--trainer.inference_mode", "true", "--trainer.max_time", "01:00:00:00", "--trainer.min_steps", 4]
+    options += ["--trainer.enable_model_summary", "true", "--trainer.enable_progress_bar", "false"]
+    options += ["--trainer.deterministic", "true", "--trainer.callbacks", "EarlyStopping"]
+    options += ["--trainer.callbacks.monitor", "val/loss", "--trainer.callbacks.patience", 100]
+    assert_same_run(fit("options", *options), whole)
