@@ -104,10 +104,10 @@ def test_a_damaged_chunk_is_named_and_not_kept(server, shards, tmp_path):
         client.upload_file(str(shards / name), BUCKET, f"damaged/{name}")
     data = make(f"s3://{BUCKET}/damaged", tmp_path)
     with pytest.raises(UsageError, match=rf"{chunk}: its checksum is not the manifest's.*s3://{BUCKET}/damaged"):
-        data._train._shards[0]._chunk(0)
+        data._train._shards[0].open_chunk(0)
     assert not list(tmp_path.rglob(chunk))
     with pytest.raises(UsageError, match=rf"s3://{BUCKET}/damaged/train/.*Not Found.*check the URL"):
-        data._train._shards[0]._chunk(1)
+        data._train._shards[0].open_chunk(1)
 
 
 @pytest.mark.parametrize("kind", ["split", "chunk"])
@@ -151,10 +151,10 @@ def test_a_complete_cache_may_be_read_only(server, shards, tmp_path, monkeypatch
 
 def test_a_kept_chunk_of_an_older_set_is_fetched_again(server, shards, tmp_path):
     data = make(f"s3://{BUCKET}/shards", tmp_path)
-    expected = data._train._shards[0]._chunk(0).tolist()
+    expected = data._train._shards[0].open_chunk(0)[0].tolist()
     (kept,) = tmp_path.rglob("chunk-*.bin")
     kept.write_bytes(bytes(kept.stat().st_size))
-    assert make(f"s3://{BUCKET}/shards", tmp_path)._train._shards[0]._chunk(0).tolist() == expected
+    assert make(f"s3://{BUCKET}/shards", tmp_path)._train._shards[0].open_chunk(0)[0].tolist() == expected
 
 
 def test_a_changed_manifest_is_seen(server, shards, tmp_path):
