@@ -56,7 +56,10 @@ def test_the_current_folder_never_comes_before_a_library(hostile, command_path, 
     command = [sys.executable, "-m", "ropepp_lit"] if start_by == "module" else [command_path]
     path = os.environ.get("PYTHONPATH", "")
     environment = {"MASTER_PORT": str(free_port())}
-    if start_by == "PYTHONPATH":  # a shell's `export PYTHONPATH=$PYTHONPATH:…` where it was empty
+    if start_by == "PYTHONPATH":
+        for name in ("re", "typing"):  # Python imports these before any line of ours
+            (hostile / f"{name}.py").unlink()
+        # What `export PYTHONPATH=$PYTHONPATH:FOLDER` leaves where it was empty.
         environment["PYTHONPATH"] = f"{path or ROOT}:"
     options = ["--trainer.max_steps", 1, "--model.positions", "schemes.Shifted", "--data.num_workers", 1]
     if start_by != "PYTHONPATH":
@@ -429,3 +432,9 @@ def test_a_full_disk(command_path, models, texts, tiny, tmp_path, kilobytes, com
     if command[0] not in ("prepare", "fit"):  # those keep their finished parts, their recipe and curves
         assert not kept
     assert not {name for name in kept if name.endswith((".ckpt", ".safetensors", ".png"))}
+
+
+def test_text_files_are_read_and_written_as_utf_8_whatever_the_locale():
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--preview", "--select", "PLW1514"]
+    finished = subprocess.run([*command, ROOT / "ropepp_lit"], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stdout

@@ -365,7 +365,8 @@ def test_code_that_a_folder_brings_is_never_run(run, tmp_path):
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     maps = {name: f"evil.{name}" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")}
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": maps}), encoding="utf-8")
-    settings = {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    places = [f"{folder}--evil.Evil"] * 2  # another folder or one of the Hub, which is no file of the export
+    settings = {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": places}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     (folder / "evil.py").write_text(CODE.format(target=target), encoding="utf-8")
     for words in (["import", "shared", "new.ckpt"], ["generate", "shared", "--max_new_tokens", 1],

@@ -169,6 +169,7 @@ def _write_tokenizer(ours: dict[str, Any], folder: Path, *, model_max_length: in
     found = TextTokenizer.from_entry(ours)
     tokenizer, bos, eos = found.tokenizer, found.token(found.bos_token_id), found.token(found.eos_token_id)
     settings = json.loads(ours.get("tokenizer_config") or "{}")
+    settings.pop("auto_map", None)  # code of others, which trust_remote_code would run
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     settings.setdefault("model_max_length", model_max_length)
     settings.setdefault("clean_up_tokenization_spaces", False)

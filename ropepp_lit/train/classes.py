@@ -89,7 +89,7 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        return yaml.safe_load(path.read_text(errors="replace"))
+        return yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
     except yaml.YAMLError as error:
         raise UsageError(f"{path}: not valid YAML: {error}") from error
 
