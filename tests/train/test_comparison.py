@@ -103,27 +103,12 @@ def test_text_held_out_is_that_of_the_run(run, copied, tmp_path):
     assert "Note: old.ckpt is of an earlier version and does not store what was held out from it; the" in printed
 
 
-def written(copied, name, *, special=(0, 1), tokenizer=None):
-    """A checkpoint of weights like those of the run, with other values in its entry."""
-    checkpoint = last(copied)
-    entry = {**checkpoint[KEY], "bos_token_id": special[0], "opening": [special[0]], "eos_token_id": special[1]}
-    if tokenizer is not None:
-        entry["tokenizer"] = tokenizer
-    checkpoint[KEY] = entry
-    torch.save(checkpoint, copied / name)
-    return name
-
-
-def bytes_json():
-    return byte_tokenizer().tokenizer.to_str()
-
-
 REFUSED, NOTED, ACCEPTED = "refused", "noted", "accepted"
 WAYS = ("init_from", "ckpt_path", "validate")
 TABLE = {  # what differs: what happens by way in, and what is printed
     "nothing": ((ACCEPTED, ACCEPTED, ACCEPTED), ""),
     "tokenizer of the data": ((NOTED, REFUSED, REFUSED), "tokenizer"),
-    "special ids": ((NOTED, REFUSED, NOTED), "opening [5] → [0]"),
+    "special ids": ((NOTED, REFUSED, NOTED), "opening [5] → [0], eos_token_id 2 → 1"),
     "base": ((NOTED, NOTED, NOTED), "model.frequencies.rope_theta 10000.0 → 20000.0"),
     "shapes": ((REFUSED, REFUSED, REFUSED), "its weights do not fit the recipe's model"),
 }
@@ -139,7 +124,10 @@ def test_what_differs_by_way_in(copied, capsys, way, what):
     if what == "tokenizer of the data":  # a recipe that names another one
         more = ["--data.train_tokenizer", "null", "--data.tokenizer", "bytes"]
     if what == "special ids":
-        path = written(copied, "special.ckpt", special=(5, 1))
+        checkpoint = last(copied)
+        checkpoint[KEY] |= {"opening": [5], "eos_token_id": 2}
+        path = "special.ckpt"
+        torch.save(checkpoint, path)
     if what == "base":
         more = ["--model.frequencies.rope_theta", "20000"]
     if what == "shapes":
@@ -258,7 +246,7 @@ def test_tokens_that_occur_decide_and_not_those_that_a_tokenizer_has(run, copied
 
 
 def test_tokenizers_are_the_same_by_what_they_do():
-    text = bytes_json()
+    text = byte_tokenizer().tokenizer.to_str()
     values = json.loads(text)
     values |= {"truncation": {"max_length": 64, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}}
     values["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
