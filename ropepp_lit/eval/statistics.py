@@ -4,18 +4,18 @@ A quantity is a ratio: the sum of numerators over that of denominators, of R run
 Two things vary it, and the interval covers both:
 
 - **examples** (documents): the percentile bootstrap over examples, its half-widths multiplied by
-  t(N - 1) / z · √(N / (N - 1)), without which it is too narrow for few examples (Hesterberg, The American Statistician
-  69, 2015, "expanded percentile interval");
-- **runs**: Student's t over the values of single runs, R - 1 degrees of freedom. Differences of models are taken seed by
-  seed where both have the same seeds, otherwise by Welch's two samples; where one of the models has a single run, its
-  spread is taken to be the other's. With a single run of each model, seeds are not covered.
+  t(N - 1) / z · √(N / (N - 1)), without which it is too narrow for few examples (Hesterberg, The American
+  Statistician 69, 2015, "expanded percentile interval");
+- **runs**: Student's t over the values of single runs, R - 1 degrees of freedom. Differences of models are taken seed
+  by seed where both have the same seeds, otherwise by Welch's two samples; where one of the models has a single run,
+  its spread is taken to be the other's. With a single run of each model, seeds are not covered.
 
 The two half-widths are joined as the root of the sum of their squares (Graybill and Wang, JASA 75, 1980). Both contain
 the spread that is of neither, so the interval is a little too wide rather than too narrow.
 
 Proportions (scores, 0/1 metrics) get pseudo-examples, two successes and two failures for a value (Agresti and Coull,
-The American Statistician 52, 1998), a pair of each order for a difference (after Agresti and Min, Statistics in Medicine
-24, 2005): no hit in 40 examples does not prove a probability of 0. Their intervals stay between 0 and 1.
+The American Statistician 52, 1998), a pair of each order for a difference (after Agresti and Min, Statistics in
+Medicine 24, 2005): no hit in 40 examples does not prove a probability of 0. Their intervals stay between 0 and 1.
 
 Simulated share of intervals that hold the true value (`tests/eval/test_statistics.py`): recipes/README.md, Evaluation.
 """
@@ -163,7 +163,7 @@ def _half_width_of_two(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _resample(columns: np.ndarray) -> np.ndarray:
-    """[RESAMPLES, columns]: sums over examples drawn with replacement, the same ones in each call; from [examples, …]."""
+    """[RESAMPLES, columns]: sums over examples drawn with replacement, the same in each call; from [examples, …]."""
     examples = len(columns)
     if examples <= _CACHED_EXAMPLES:
         return _draws(examples) @ columns
