@@ -24,6 +24,7 @@ Scores, `attention` and `more_context` are percent, losses nats per token.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -127,6 +128,14 @@ class Measurement:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
+
+
+def sample_of(examples: Iterable[object]) -> str:
+    """A name for examples (texts, lists of token ids): equal where they are the very same, in the same order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example!r}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
 
 
 def select(rows: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
