@@ -292,13 +292,10 @@ class TokenData(LightningDataModule):
                 if length >= min_tokens and (length > 32 or tokenizer.decode(ids.tolist()).strip()):
                     yield ids
 
-        return {
-            name: [
-                tokenizer.decode(ids.tolist())
-                for ids in heapq.nsmallest(limit, candidates(name), key=lambda ids: hashlib.sha256(ids.tobytes()).digest())
-            ]
-            for name in self.validation_sets
-        }
+        def chosen(name: str) -> list[np.ndarray]:
+            return heapq.nsmallest(limit, candidates(name), key=lambda ids: hashlib.sha256(ids.tobytes()).digest())
+
+        return {name: [tokenizer.decode(ids.tolist()) for ids in chosen(name)] for name in self.validation_sets}
 
     def predicted_tokens(self, tokens: TokenSet) -> int:
         """Tokens that count as labels: where documents don't see each other, none foresees another."""
