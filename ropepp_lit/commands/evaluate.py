@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 from ropepp_lit.arguments import call
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterator
     from pathlib import Path
 
     from ropepp_lit.eval.models import Model
     from ropepp_lit.eval.results import Measurement
     from ropepp_lit.eval.tasks import Settings
-    from ropepp_lit.text.sources import Record
+    from ropepp_lit.eval.texts import Texts
+
+PARTS_VERSION = 2
+"""Of what is kept; another one is measured again."""
 
 
 def evaluate(
@@ -22,6 +25,8 @@ def evaluate(
     lengths: str = "512,1k,2k",
     out: str,
     text: str | None = None,
+    text_key: str = "text",
+    split: str | None = None,
     min_tokens: int = 0,
     limit: int | None = None,
     stride: int | None = None,
@@ -43,11 +48,14 @@ def evaluate(
             retrieval; noise:retrieval:single), attention and harness:NAME (a task of lm-eval), with commas.
         lengths: Tokens of the context, with commas; k is 1,024.
         out: The folder that is written: index.html, results.json, scores.csv, plots, TensorBoard's events.
-        text: Documents for perplexity and attention: files, folders, globs, with commas, as for prepare; empty means
-            the documents that the first checkpoint's run held out.
+        text: Documents for perplexity and attention: files, folders, globs, with commas, as for prepare, each source
+            reported by itself; empty means the documents that the first checkpoint's run held out. They are chosen by a
+            hash, of a source's first 10,000.
+        text_key: Key or column of the text in JSON and tables.
+        split: What separates documents in text files, as for prepare; empty means that each file is one.
         min_tokens: Leave out documents of fewer tokens (of the first model).
-        limit: Documents, examples of each family, and examples of each harness task (and length); empty means 50, and
-            all examples of a harness task.
+        limit: Documents of each source or held-out set, examples of each family, and examples of each harness task (and
+            length); empty means 50, and all examples of a harness task.
         stride: Tokens from one window of perplexity to the next; empty means that windows don't overlap.
         noise_std: Standard deviations of the noise on scores, with commas.
         seed: Of examples and noise.
@@ -81,7 +89,9 @@ def evaluate(
 
     from ropepp_lit.eval.harness import Options
     from ropepp_lit.eval.models import load_model
+    from ropepp_lit.eval.results import summarize
     from ropepp_lit.eval.tasks import Settings
+    from ropepp_lit.eval.texts import notices_of, read_texts, seed_of
 
     torch.set_flush_denormal(True)  # far keys may get weights near 1e-40, on which CPUs are slow
     options_of_harness = Options(
@@ -94,64 +104,59 @@ def evaluate(
     )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device, "trust": trust}
-    first = load_model(checkpoints[0], **options)
-    texts = _read_texts(first, text, min_tokens, settings.examples) if settings.needs_text else []
     for old in folder.glob("attention-*.png"):
         old.unlink()  # maps of models that may not be asked for now; theirs are kept in parts
-    runs, descriptions = [], []
-    for number, checkpoint in enumerate(checkpoints):
-        model = first if number == 0 else load_model(checkpoint, **options)
+    runs: list[tuple[str, list[Measurement]]] = []
+    entries: list[dict[str, Any]] = []
+    descriptions: list[dict[str, Any]] = []
+    notices: dict[str, None] = {}
+    texts: Texts = {}
+    for checkpoint in checkpoints:
+        model = load_model(checkpoint, **options)
+        for known in descriptions:
+            if (known["name"], known["fingerprint"]) == (model.name, f"sha256:{model.fingerprint}"):
+                pair = f"{known['path']} and {model.path}"
+                raise UsageError(f"checkpoints: {pair} are the same run of {model.name}; name it once")
+        if not runs and settings.needs_text:
+            reading = {"text_key": text_key, "split": split}
+            texts, lines = read_texts(model, text, reading, min_tokens=min_tokens, limit=settings.examples)
+            print("\n".join(lines), end="\n" if lines else "")
+        entries.append(model.entry)
+        if texts:
+            notices |= dict.fromkeys(notices_of(model.name, model.entry, entries[0], text))
         measurements, seconds = _measure(model, settings, texts, folder, dtype)
         runs.append((model.name, measurements))
         descriptions.append({**model.describe(), "seconds": round(seconds, 1)})
+        del model  # one at a time is in memory
+    seeds = [seed_of(entry) for entry in entries]
+    notices |= dict.fromkeys(_same_seeds([name for name, _ in runs], seeds))
+    print("".join(f"\nNote: {line}" for line in notices))
     said = {
         "tasks": list(settings.tasks), "lengths": list(sizes), "text": text or "held-out documents of the first run",
-        "documents": len(texts), "min_tokens": min_tokens, "limit": limit, "stride": stride,
+        "text_key": text_key, "split": split,
+        "documents": sum(map(len, texts.values())), "sets": list(texts),
+        "min_tokens": min_tokens, "limit": limit, "stride": stride,
         "noise_std": list(deviations), "seed": seed, "dtype": dtype,
     }  # fmt: skip
-    _write(folder, runs, descriptions, said)
+    _write(folder, summarize(runs, seeds=seeds), descriptions, said, list(notices))
     print(f"\nEverything is in {out}; read {folder / 'index.html'}")
 
 
-def _read_texts(model: Model, text: str | None, min_tokens: int, limit: int) -> list[str]:
-    """Documents given as sources, or held out by the run that made the checkpoint."""
-    from ropepp_lit.data.held_out import data_of_run
-    from ropepp_lit.errors import UsageError
-    from ropepp_lit.text.sources import Reader, find_files
-
-    documents: Iterable[str]
-    if text is not None:
-        documents = (_text_of(record) for _, record in Reader(find_files(text.split(","), key="text")))
-    else:
-        data = data_of_run(model.path, model.entry)
-        for line in data.notices:
-            print(line)
-        documents = data.held_out_texts(limit, min_tokens=min_tokens)
-    chosen: list[str] = []
-    for document in documents:
-        if document.strip() and len(model.encode(document)) >= min_tokens:
-            chosen.append(document)
-        if len(chosen) == limit:
-            break
-    if not chosen:
-        said = f" of {min_tokens:,} tokens or more" if min_tokens else ""
-        raise UsageError(f"text: {text or 'the held-out text'} holds no document{said}")
-    return chosen
-
-
-def _text_of(record: Record) -> str:
-    from ropepp_lit.errors import UsageError
-
-    if record.text is None:
-        raise UsageError(f"text: {record.where}: {record.problem}; mend it, or leave it out")
-    return record.text
+def _same_seeds(names: list[str], seeds: list[Any]) -> Iterator[str]:
+    """A line for each model that has several runs of one seed, which are not independent."""
+    pairs = [pair for pair in zip(names, seeds, strict=True) if pair[1] is not None]
+    for name, seed in dict.fromkeys(pair for pair in pairs if pairs.count(pair) > 1):
+        count = pairs.count((name, seed))
+        yield f"{count} runs of {name} have the seed {seed[0]}; intervals take them for independent."
 
 
 def _measure(
-    model: Model, settings: Settings, texts: list[str], folder: Path, dtype: str
+    model: Model, settings: Settings, sets: Texts, folder: Path, dtype: str
 ) -> tuple[list[Measurement], float]:
     """All measurements of a model, taking up what an earlier run of the command has kept; and seconds of the others."""
+    import dataclasses
     import hashlib
+    import itertools
     import json
     import re
     import shutil
@@ -159,11 +164,13 @@ def _measure(
 
     from tqdm import tqdm
 
-    from ropepp_lit.eval import probes
+    from ropepp_lit.eval import perplexity, probes
     from ropepp_lit.eval.results import Measurement
     from ropepp_lit.eval.tasks import averages, check, measure, work_of
+    from ropepp_lit.eval.texts import by_set
     from ropepp_lit.files import write_whole
 
+    texts = [text for documents in sets.values() for text in documents]
     texts_digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     num_tokens = [len(model.tokenizer.encode_whole(text)) for text in texts]
     units = settings.units(model)
@@ -176,7 +183,7 @@ def _measure(
         for unit in units:
             bar.set_postfix_str(str(unit))
             key = {
-                "model": model.fingerprint, "unit": list(unit), "stride": settings.stride,
+                "version": PARTS_VERSION, "model": model.fingerprint, "unit": list(unit), "stride": settings.stride,
                 "seed": settings.seed, "dtype": dtype, "lengths": settings.lengths if unit.task == "harness" else None,
                 "limit": settings.limit if unit.task == "harness" else settings.examples,
                 "harness": settings.options.identity() if unit.task == "harness" else None,
@@ -205,14 +212,31 @@ def _measure(
             bar.update(before + work[unit] - bar.n)
             seconds += kept["seconds"]
             found += [Measurement(**values) for values in kept["measurements"]]
-    return [*found, *averages(found)], seconds
+    found += averages(found)
+    if "perplexity" in {unit.task for unit in units}:
+        lengths = sorted(set(settings.lengths))
+        found += [
+            perplexity.more_context(num_tokens, length=length, before=before, stride=settings.stride)
+            for before, length in itertools.pairwise(lengths)
+        ]
+    if len(sets) > 1:
+        found += [
+            dataclasses.replace(
+                item, part=name, numerators=item.numerators[place], denominators=item.denominators[place],
+                sample=f"{item.sample} {name}",
+            )
+            for item in found if item.task == "perplexity" and item.position is None
+            for name, place in by_set({name: len(documents) for name, documents in sets.items()})
+        ]  # fmt: skip
+    return found, seconds
 
 
 def _write(
     folder: Path,
-    runs: list[tuple[str, list[Measurement]]],
+    scores: list[dict[str, Any]],
     models: list[dict[str, Any]],
     settings: dict[str, Any],
+    notices: list[str],
 ) -> None:
     """Write results.json, scores.csv, plots, TensorBoard's events and the page."""
     import datetime
@@ -225,7 +249,6 @@ def _write(
     import torch
 
     from ropepp_lit.eval.report import write_report
-    from ropepp_lit.eval.results import summarize
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     packages = ("ropepp-lit", "torch", "tokenizers", "transformers")
@@ -238,7 +261,8 @@ def _write(
             "machine": {"device": device, "cores": os.cpu_count(), "cpu": platform.processor() or platform.machine()},
             "settings": settings,
             "models": models,
-            "scores": summarize(runs),
+            "notices": notices,
+            "scores": scores,
         },
         folder,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import glob
-import itertools
+import hashlib
+import heapq
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -276,17 +277,25 @@ class TokenData(LightningDataModule):
         """Token ids of a validation set's documents in their order, each with its opening and closing token."""
         return self._validation[list(self.validation_sets).index(name)].documents()
 
-    def held_out_texts(self, limit: int, *, min_tokens: int = 0) -> Iterator[str]:
-        """The first documents of the validation sets, one set behind the other, as text.
+    def held_out_texts(self, limit: int, *, min_tokens: int = 0) -> dict[str, list[str]]:
+        """Documents of each validation set as text, by name: those whose tokens have the least hash.
 
         Args:
-            limit: Documents at most.
-            min_tokens: Leave out those of fewer tokens.
+            limit: Documents of each set at most.
+            min_tokens: Leave out those of fewer tokens, beside those that open and close a document.
         """
-        tokenizer = self.text_tokenizer
-        documents = (ids for name in self.validation_sets for ids in self.held_out_documents(name))
-        texts = (tokenizer.decode(ids.tolist()) for ids in documents if len(ids) - 2 >= min_tokens)
-        return itertools.islice((text for text in texts if text.strip()), limit)
+        tokenizer, around = self.text_tokenizer, len(self.manifest.opening) + 1
+
+        def candidates(name: str) -> Iterator[np.ndarray]:
+            for ids in self.held_out_documents(name):
+                length = len(ids) - around
+                if length >= min_tokens and (length > 32 or tokenizer.decode(ids.tolist()).strip()):
+                    yield ids
+
+        def chosen(name: str) -> list[np.ndarray]:
+            return heapq.nsmallest(limit, candidates(name), key=lambda ids: hashlib.sha256(ids.tobytes()).digest())
+
+        return {name: [tokenizer.decode(ids.tolist()) for ids in chosen(name)] for name in self.validation_sets}
 
     def predicted_tokens(self, tokens: TokenSet) -> int:
         """Tokens that count as labels: where documents don't see each other, none foresees another."""

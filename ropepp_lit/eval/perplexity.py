@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ropepp_lit.eval.models import TOKENS_AT_ONCE, Model
-from ropepp_lit.eval.results import Measurement
+from ropepp_lit.eval.results import Measurement, sample_of
 from ropepp_lit.nn.loss import IGNORE_INDEX
 
 RANGES = 16
@@ -87,11 +87,12 @@ def measure(
         progress(sum(window.end - window.start for window in batch))
     totals, tokens = losses.sum(1).tolist(), counts.sum(1).tolist()
     sizes = [float(len(text.encode())) for text in texts]
-    measured = partial(Measurement, task="perplexity", length=length)
+    # Losses are by token, so models are compared where they read the same tokens; bits per byte, the same texts.
+    measured = partial(Measurement, task="perplexity", length=length, sample=sample_of(documents))
     return [
         measured(metric="loss", numerators=totals, denominators=tokens),
         measured(metric="perplexity", numerators=totals, denominators=tokens),
-        measured(metric="bits_per_byte", numerators=totals, denominators=sizes),
+        measured(metric="bits_per_byte", numerators=totals, denominators=sizes, sample=sample_of(texts)),
         *(
             measured(
                 metric="loss",
@@ -103,6 +104,35 @@ def measure(
             if counts[:, number].any()
         ),
     ]
+
+
+def more_context(num_tokens: Sequence[int], *, length: int, before: int, stride: int | None = None) -> Measurement:
+    """The share of the predicted tokens that have more to read in windows of one length than of another.
+
+    Args:
+        num_tokens: Of each document.
+        length: Tokens of a window.
+        before: Tokens of the shorter windows.
+        stride: See :func:`windows`; empty means the lengths.
+    """
+    longer, shorter = (_read_before(num_tokens, size, stride or size) for size in (length, before))
+    return Measurement(
+        task="perplexity",
+        metric="more_context",
+        length=length,
+        numerators=[float((a > b).sum()) for a, b in zip(longer, shorter, strict=True)],
+        denominators=[float(len(a)) for a in longer],
+        sample=sample_of(num_tokens),
+    )
+
+
+def _read_before(num_tokens: Sequence[int], length: int, stride: int) -> list[np.ndarray]:
+    """For each document, how many tokens each of its predicted tokens has before it in its window."""
+    found = [np.zeros(max(0, total - 1), dtype=np.int64) for total in num_tokens]
+    for window in windows(list(num_tokens), length=length, stride=stride):
+        places = np.arange(window.first, window.end + 1)
+        found[window.document][places - 1] = places - window.start
+    return found
 
 
 def _batches(several: Iterator[Window]) -> Iterator[list[Window]]:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ropepp_lit.eval.models import Model
-from ropepp_lit.eval.results import Measurement
+from ropepp_lit.eval.results import Measurement, sample_of
 from ropepp_lit.nn import Probe, RoPEPP
 
 GROUPS = ("real", "imaginary")
@@ -111,9 +111,9 @@ def measure_attention(
     """
     groups = groups_of(model)
     watches = [_watch(model, text[:length], len(groups), progress) for text in texts]
-    found = []
+    found, sample = [], sample_of(list(text[:length]) for text in texts)
     for group, heads in enumerate(groups):
-        measured = partial(Measurement, task="attention", metric="attention", length=length, heads=heads)
+        measured = partial(Measurement, task="attention", metric="attention", length=length, heads=heads, sample=sample)
         rows = [float(watch.num_rows) for watch in watches]
         first = [float(watch.on_first[group]) for watch in watches]
         found.append(measured(part="first token", numerators=first, denominators=rows))

@@ -5,32 +5,34 @@ A row says of one model (all runs of it that bear the same name):
 | column                          | value                                                                            |
 |---------------------------------|----------------------------------------------------------------------------------|
 | `model`                         | its name                                                                         |
-| `task`, `part`, `metric`        | `retrieval`, `single`, `score`                                                   |
+| `task`, `part`, `metric`        | `retrieval`, `single`, `score`; the part of perplexity is a set of documents    |
 | `length`                        | tokens of the context, or None                                                   |
 | `position`                      | first position (or distance) of a range of them, or None                         |
 | `depth`                         | where in the context the answer lies, from 0 (start) to 1, or None               |
 | `heads`, `noise_std`            | which heads got noise, and its standard deviation                                |
-| `value`, `low`, `high`          | the value, and its 95% interval by bootstrap                                     |
-| `difference`, …`_low`, …`_high` | value - the first model's, and its 95% interval by paired bootstrap; None for it |
+| `value`, `low`, `high`          | the value, and its 95% interval (None of a single example)                       |
+| `difference`, …`_low`, …`_high` | value - the first model's, and its 95% interval; None where examples differ      |
+| `paired`                        | by what the difference is paired: `examples`, or `examples and seeds`            |
 | `examples`, `runs`              | how many examples (documents) and runs (seeds) it is of                          |
+| `higher_is_better`              | or None where neither is                                                         |
 | `run_values`                    | the values of its single runs, a list; not among COLUMNS                         |
+| `details`                       | how it was measured, by name; not among COLUMNS                                  |
 
-Scores and `attention` are percent, losses nats per token.
+Scores, `attention` and `more_context` are percent, losses nats per token.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-RESAMPLES = 1000
-INTERVAL = (2.5, 97.5)
-"""Percentiles of the bootstrap."""
+from ropepp_lit.eval.statistics import Ratios, difference_interval, interval
 
 KEYS = ("task", "part", "metric", "length", "position", "depth", "heads", "noise_std")
 """What tells measurements of one model apart."""
@@ -38,11 +40,15 @@ KEYS = ("task", "part", "metric", "length", "position", "depth", "heads", "noise
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 """What a metric's name ends with, if the lower value is the better one."""
 
+SHARES = ("attention", "more_context")
+"""Metrics between 0 and 100% whose examples are no successes or failures; neither high nor low is better."""
+
 CLEAN = {"position": None, "depth": None, "heads": "", "noise_std": None}
 """What the rows have that are of whole windows, all depths and heads as they are."""
 
 COLUMNS = (
-    "model", *KEYS, "value", "low", "high", "difference", "difference_low", "difference_high", "examples", "runs",
+    "model", *KEYS, "value", "low", "high", "difference", "difference_low", "difference_high", "paired",
+    "examples", "runs", "higher_is_better",
 )  # fmt: skip
 
 AGGREGATIONS: dict[str, Callable[[Any], Any]] = {
@@ -51,6 +57,7 @@ AGGREGATIONS: dict[str, Callable[[Any], Any]] = {
     "bits_per_byte": lambda ratio: ratio / math.log(2),
     "score": lambda ratio: 100 * ratio,
     "attention": lambda ratio: 100 * ratio,
+    "more_context": lambda ratio: 100 * ratio,
 }
 """What makes a value of sum(numerators) / sum(denominators), by the name of an aggregation or metric. All increase."""
 
@@ -99,9 +106,36 @@ class Measurement:
         """What makes values of ratios."""
         return AGGREGATIONS.get(self.aggregation or self.metric, AGGREGATIONS["mean"])
 
+    @property
+    def is_share(self) -> bool:
+        """Whether the ratio lies between 0 and 1."""
+        return self.is_proportion or self.metric in SHARES
+
+    @property
+    def is_proportion(self) -> bool:
+        """Whether the ratio is a mean of examples' successes, each from 0 to 1: a score, or nothing but 0 and 1."""
+        if self.metric.partition(",")[0] == "score":
+            return True
+        return self.aggregation == "mean" and {*self.numerators, *self.denominators} <= {0.0, 1.0}
+
+    @property
+    def better_if_higher(self) -> bool | None:
+        """`higher_is_better`, or what the metric's name says; None where neither is better."""
+        if self.higher_is_better is not None or self.task == "attention" or self.metric in SHARES:
+            return self.higher_is_better
+        return not self.metric.endswith(LOWER_IS_BETTER)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return dataclasses.asdict(self)
+
+
+def sample_of(examples: Iterable[object]) -> str:
+    """A name for examples (texts, lists of token ids): equal where they are the very same, in the same order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example!r}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
 
 
 def select(rows: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
@@ -111,63 +145,86 @@ def select(rows: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]
     ]
 
 
-def summarize(runs: Sequence[tuple[str, Iterable[Measurement]]]) -> list[dict[str, Any]]:
-    """Rows with confidence intervals.
+def summarize(
+    runs: Sequence[tuple[str, Iterable[Measurement]]], *, seeds: Sequence[Hashable] | None = None
+) -> list[dict[str, Any]]:
+    """Rows with 95% intervals; see :mod:`ropepp_lit.eval.statistics`.
 
-    Examples are drawn again with replacement, the same ones for every model (they saw the same), so differences are
-    paired; where a model has several runs, those are drawn again too. With two or three runs that tells little of the
-    spread between seeds: the values of the single runs are in `run_values`. Measurements in which nothing counts (all
-    denominators 0) have no value and no row.
+    A difference is given only where both models read the very same examples (equal `sample`, equally many). Its
+    interval is paired by example, and by seed where both models have runs of the same seeds. Runs of a model that read
+    different examples have a value and no interval. Measurements in which nothing counts (all denominators 0) have no
+    value and no row.
 
     Args:
         runs: Name of the model and its measurements; several entries of one name are runs (seeds) of it.
+        seeds: What each run's randomness came from; None where it is not known.
 
     Returns:
-        Dicts with the keys COLUMNS and `run_values`, in the order of the first run's measurements, models in the order
-        of their names' first appearance.
+        Dicts with the keys COLUMNS, `run_values` and `details`, in the order of the first run's measurements, models in
+        the order of their names' first appearance.
     """
-    found: dict[tuple[Any, ...], dict[str, list[Measurement]]] = {}
+    found: dict[tuple[Any, ...], dict[str, list[tuple[Hashable, Measurement]]]] = {}
     names: dict[str, None] = {}
-    for name, measurements in runs:
+    for (name, measurements), seed in zip(runs, seeds or [None] * len(runs), strict=True):
         names.setdefault(name)
         for measurement in measurements:
-            if not any(measurement.denominators):
-                continue
-            found.setdefault(measurement.key, {}).setdefault(name, []).append(measurement)
+            if any(measurement.denominators):
+                found.setdefault(measurement.key, {}).setdefault(name, []).append((seed, measurement))
     rows = []
-    for key, models in found.items():
-        first: np.ndarray | None = None
-        for name in names:
-            if name not in models:
-                continue
-            several = models[name]
-            values = _resample(several, seed=list(names).index(name))
-            row = {"model": name, **dict(zip(KEYS, key, strict=True)), "value": float(values[0])}
-            row["low"], row["high"] = (float(x) for x in np.nanpercentile(values[1:], INTERVAL))
-            differences = None if first is None or first.shape != values.shape else values - first
-            row["difference"] = None if differences is None else float(differences[0])
-            low, high = (None, None) if differences is None else np.nanpercentile(differences[1:], INTERVAL)
-            row["difference_low"], row["difference_high"] = (None if x is None else float(x) for x in (low, high))
-            row["examples"], row["runs"] = len(several[0].numerators), len(several)
-            row["run_values"] = [measurement.value for measurement in several]
-            rows.append(row)
-            first = values if first is None and name == next(iter(names)) else first
+    for models in found.values():
+        first = models.get(next(iter(names)))
+        rows += [_row(name, models[name], first) for name in names if name in models]
     return rows
 
 
-def _resample(several: list[Measurement], *, seed: int) -> np.ndarray:
-    """The value, and behind it that of each resample: [1 + RESAMPLES]."""
-    examples = min(len(measurement.numerators) for measurement in several)
-    numerators = np.array([measurement.numerators[:examples] for measurement in several], dtype=np.float64)
-    denominators = np.array([measurement.denominators[:examples] for measurement in several], dtype=np.float64)
-    runs = len(several)
-    # The examples of one seed for every model, so that differences are paired.
-    counts = np.random.default_rng(0).multinomial(examples, np.full(examples, 1 / examples), size=RESAMPLES)
-    shares = np.random.default_rng(seed + 1).multinomial(runs, np.full(runs, 1 / runs), size=RESAMPLES)
-    weights = [(np.ones((1, examples)), np.ones((1, runs))), (counts, shares)]
-    with np.errstate(invalid="ignore"):  # a resample may hold no example that counts: it is left out
-        ratios = [
-            np.einsum("be,br,re->b", count, share, numerators) / np.einsum("be,br,re->b", count, share, denominators)
-            for count, share in weights
-        ]
-    return several[0].finish(np.concatenate(ratios))
+_Runs = list[tuple[Hashable, Measurement]]
+
+
+def _row(name: str, several: _Runs, first: _Runs | None) -> dict[str, Any]:
+    """A model's row; `first` are the runs of the model that differences are to."""
+    values = [measurement.value for _, measurement in several]
+    example = several[0][1]
+    row = {"model": name, **dict(zip(KEYS, example.key, strict=True))}
+    row |= dict.fromkeys(("low", "high", "difference", "difference_low", "difference_high", "paired"))
+    row |= {"examples": len(example.numerators), "runs": len(several), "run_values": values}
+    row |= {"higher_is_better": example.better_if_higher, "details": example.details}
+    own = _ratios(several)
+    if own is None:  # runs of different examples
+        return {**row, "value": float(np.mean(values))}
+    kind = {"is_share": example.is_share, "is_proportion": example.is_proportion}
+    row["value"] = float(example.finish(own.value))
+    if (ends := interval(own, **kind)) is not None:
+        row["low"], row["high"] = (float(example.finish(end)) for end in ends)
+    if first is None or first is several or not _same_examples(first[0][1], example):
+        return row
+    same_seeds = _same_seeds(first, several)
+    if same_seeds:  # runs in the order of the first model's seeds
+        by_seed = dict(several)
+        several = [(seed, by_seed[seed]) for seed, _ in first]
+    one, other = _ratios(first), _ratios(several)
+    if one is None or other is None:
+        return row
+    ends = difference_interval(one, other, finish=example.finish, same_seeds=same_seeds, **kind)
+    if ends is not None:
+        row["difference"] = float(example.finish(other.value) - example.finish(one.value))
+        row["difference_low"], row["difference_high"] = ends
+        row["paired"] = "examples and seeds" if same_seeds else "examples"
+    return row
+
+
+def _ratios(several: _Runs) -> Ratios | None:
+    """Of the runs of a model; None where they are of different examples."""
+    if not all(_same_examples(several[0][1], measurement) for _, measurement in several):
+        return None
+    columns = [(measurement.numerators, measurement.denominators) for _, measurement in several]
+    return Ratios(*(np.array(column, dtype=np.float64) for column in zip(*columns, strict=True)))
+
+
+def _same_examples(one: Measurement, other: Measurement) -> bool:
+    return one.sample == other.sample and len(one.numerators) == len(other.numerators)
+
+
+def _same_seeds(first: _Runs, second: _Runs) -> bool:
+    """Whether the models have a run of each of the same seeds."""
+    one, other = ([seed for seed, _ in several] for several in (first, second))
+    return None not in one and len(set(one)) == len(one) == len(other) and set(one) == set(other)

@@ -29,7 +29,7 @@ import torch
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval.models import TOKENS_AT_ONCE, Model
-from ropepp_lit.eval.results import Measurement
+from ropepp_lit.eval.results import Measurement, sample_of
 from ropepp_lit.nn.generation import generate
 from ropepp_lit.text.tokenizer import TextTokenizer
 
@@ -215,16 +215,20 @@ def measure(
     max_new_tokens = answer_tokens(family, model.tokenizer, seed=seed)
     scores: list[float] = []
     depths: list[float | None] = []
+    samples: list[str] = []
     size = max(1, TOKENS_AT_ONCE // length)
     for start in range(0, limit, size):  # made batch by batch, so that memory does not grow with the limit
         numbers = range(start, min(start + size, limit))
         batch = make_examples(family, model.tokenizer, length=length, numbers=numbers, seed=seed)
         depths += [example.depth for example in batch]
         prompts = [example.input_ids for example in batch]
+        samples.append(sample_of(prompts))
         written = write_answers(model, prompts, max_new_tokens=max_new_tokens, chunk_tokens=chunk_tokens)
         scores += [score(example.answers, text) for example, text in zip(batch, written, strict=True)]
         progress(len(batch) * length)
-    measured = partial(Measurement, task="retrieval", part=family, metric="score", length=length)
+    measured = partial(
+        Measurement, task="retrieval", part=family, metric="score", length=length, sample=sample_of(samples)
+    )
     found = [measured(numerators=scores, denominators=[1.0] * limit)]
     for depth in DEPTHS:
         here = [float(place == depth) for place in depths]

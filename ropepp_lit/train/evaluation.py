@@ -42,7 +42,7 @@ class Evaluation(Callback):
         every_n_steps: Optimizer steps between evaluations; 0 switches them off.
         tasks: Separated by commas: perplexity, retrieval (or some families: retrieval:single+multikey), noise.
         lengths: Tokens of the context, separated by commas; k is 1,024.
-        limit: Number of held-out documents, and of examples of each family.
+        limit: Number of held-out documents (of each validation set), and of examples of each family.
         seed: Of the examples.
     """
 
@@ -90,7 +90,8 @@ class Evaluation(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         model = self._model(pl_module.decoder, data)
         with pl_module.untimed(), evaluating(trainer, pl_module.decoder):
-            texts = list(data.held_out_texts(self.settings.limit)) if self.settings.needs_text else []
+            sets = data.held_out_texts(self.settings.limit) if self.settings.needs_text else {}
+            texts = [text for documents in sets.values() for text in documents]
             found = [
                 item
                 for unit in self.settings.units(model)

@@ -300,13 +300,16 @@ def test_held_out_documents_are_the_very_documents(tmp_path, texts):
     )  # fmt: skip
     data.setup("evaluate")
     (name,) = data.validation_sets
-    found = list(data.held_out_texts(1000))
+    found = data.held_out_texts(1000)[name]
     originals = {path.read_text() for path in texts.iterdir()}
     assert len(found) == len(set(found)) == data.validation_sets[name].documents
     assert set(found) < originals
-    ids = list(data.held_out_documents(name))
+    ids, tokenizer = list(data.held_out_documents(name)), data.text_tokenizer
     assert sum(map(len, ids)) == data.validation_sets[name].tokens
     assert all(document[-1] == data.manifest.eos_token_id for document in ids)
     long = sorted(map(len, found))[len(found) // 2]
-    assert set(data.held_out_texts(1000, min_tokens=long)) == {text for text in found if len(text) >= long}
-    assert list(data.held_out_texts(2)) == found[:2]
+    assert set(data.held_out_texts(1000, min_tokens=long)[name]) == {text for text in found if len(text) >= long}
+    assert data.held_out_texts(2) == {name: found[:2]}
+    in_order = [tokenizer.decode(document.tolist()) for document in ids]
+    assert sorted(found) == sorted(in_order)
+    assert found != in_order  # chosen by a hash, not the head of the set

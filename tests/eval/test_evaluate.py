@@ -106,6 +106,84 @@ def test_text_held_out_by_the_run_and_a_hugging_face_folder(run, tiny, tmp_path)
     assert "text: hf does not say what text was held out from it; name files by --text" in failed
 
 
+def test_a_mixture_is_read_from_every_set_and_other_runs_are_named(run, tiny, texts, tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        for path in sorted(texts.iterdir())[name == "second" :: 2]:
+            (tmp_path / name / path.name).write_text(f"{name}: {path.read_text()}")
+        options = ["--tokenizer", "bytes", "--validation_fraction", 0.3]
+        run("prepare", name, "--out", f"shards/{name}", *options, cwd=tmp_path)
+    mixture = json.dumps({"shards/first": 1, "shards/second": 3})
+    for name, source in (("mixed", mixture), ("other", "shards/first")):
+        options = ["--trainer.max_steps", 1, "--trainer.default_root_dir", name, "--data.source", source]
+        run("fit", *tiny, *options, cwd=tmp_path)
+    models = ["mixed/checkpoints/last.ckpt", "other/checkpoints/last.ckpt"]
+    options = ["--tasks", "perplexity", "--lengths", "32,64", "--limit", 3, "--out", "out"]
+    said = run("evaluate", *models, *options, cwd=tmp_path).stdout
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["settings"]["sets"] == ["first", "second"]
+    assert results["settings"]["documents"] == 6
+    values = {}
+    for row in results["scores"]:
+        if row["metric"] == "loss" and row["position"] is None and row["length"] == 64 and row["model"] == "mixed":
+            values[row["part"]] = (row["examples"], row["value"])
+    assert {part: examples for part, (examples, _) in values.items()} == {"": 6, "first": 3, "second": 3}
+    assert min(values["first"][1], values["second"][1]) < values[""][1] < max(values["first"][1], values["second"][1])
+    (share,) = [row for row in results["scores"] if row["metric"] == "more_context" and row["model"] == "mixed"
+                and not row["part"]]  # fmt: skip
+    assert (share["length"], 30 < share["value"] < 60) == (64, True)
+    (notice,) = results["notices"]
+    assert notice.startswith("other was not trained on the first model's data")
+    assert notice in said
+    options = [*options[:-1], "text", "--text", "first"]
+    run("evaluate", *models, *options, cwd=tmp_path)
+    notices = json.loads((tmp_path / "text" / "results.json").read_text())["notices"]
+    assert [line.split(":")[0] for line in notices] == ["mixed was trained on first", "other was trained on first"]
+
+
+def test_text_by_a_key_with_empty_lines_and_of_models_that_do_not_say_what_they_read(run, small_checkpoints, tmp_path):
+    rows = [{"body": f"Document {number}. " * 20} for number in range(5)] + [{"body": ""}]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(lines) + "\n\n")
+    (tmp_path / "parts.txt").write_text("One part.\n---\nAnother one.\n---\nA third.\n")
+    options = ["--tasks", "perplexity", "--lengths", 64, "--out", "out", "--text", "rows.jsonl", "--text_key", "body"]
+    models = [f"A={small_checkpoints['rope']}", f"B={small_checkpoints['ec']}"]
+    said = run("evaluate", *models, *options, cwd=tmp_path).stdout
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["settings"]["documents"] == 5
+    assert len(results["notices"]) == 2
+    assert "Note: B does not store what it was trained on" in said
+    options = ["--tasks", "perplexity", "--lengths", 64, "--out", "parts", "--text", "parts.txt", "--split", "---"]
+    run("evaluate", *models, *options, cwd=tmp_path)
+    assert json.loads((tmp_path / "parts" / "results.json").read_text())["settings"]["documents"] == 3
+
+
+def test_a_run_counts_once_and_one_model_is_in_memory_at_a_time(small_checkpoints, text, tmp_path, monkeypatch):
+    import gc
+    import weakref
+
+    from ropepp_lit.commands.evaluate import evaluate
+    from ropepp_lit.errors import UsageError
+    from ropepp_lit.eval import models
+
+    alive, load = [], models.load_model
+
+    def watched(*arguments, **options):
+        gc.collect()
+        assert not [reference for reference in alive if reference() is not None]
+        model = load(*arguments, **options)
+        alive.append(weakref.ref(model.decoder))
+        return model
+
+    monkeypatch.setattr(models, "load_model", watched)
+    paths = [str(small_checkpoints[key]) for key in ("rope", "ec", "eh")]
+    options = {"tasks": "perplexity", "lengths": "64", "text": str(text), "limit": 2}
+    evaluate(*paths, out=str(tmp_path / "out"), **options)
+    assert len(alive) == 3
+    with pytest.raises(UsageError, match=r"checkpoints: .*rope.ckpt and .*rope.ckpt are the same run of A; name it"):
+        evaluate(f"A={paths[0]}", f"A={paths[0]}", out=str(tmp_path / "twice"), **options)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

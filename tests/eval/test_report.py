@@ -9,8 +9,9 @@ from matplotlib.colors import to_hex
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ropepp_lit.eval.plots import PLOTS, to_png
 from ropepp_lit.eval.report import write_report
+from ropepp_lit.eval.report.panels import to_png
+from ropepp_lit.eval.report.plots import PLOTS
 from ropepp_lit.eval.results import CLEAN, COLUMNS, select
 
 LENGTHS = [256, 512, 1024, 2048]

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 
@@ -32,7 +34,7 @@ def test_a_value_is_the_ratio_of_the_sums_and_what_its_metric_makes_of_it():
 def test_rows_have_the_columns_and_say_how_many_examples_and_runs():
     rows = summarize([("a", [scores([1, 0, 1])]), ("b", [scores([1, 1, 1])]), ("a", [scores([0, 0, 1])])])
     assert [row["model"] for row in rows] == ["a", "b"]
-    assert all(set(row) == {*COLUMNS, "run_values"} for row in rows)
+    assert all(set(row) == {*COLUMNS, "run_values", "details"} for row in rows)
     assert [(row["examples"], row["runs"]) for row in rows] == [(3, 2), (3, 1)]
     assert rows[0]["value"] == pytest.approx(50)
     assert rows[0]["run_values"] == pytest.approx([200 / 3, 100 / 3])
@@ -74,17 +76,18 @@ def test_differences_are_paired():
 
 
 def test_the_same_measurements_twice_differ_by_nothing():
-    measurement = scores([1, 0, 0, 1, 1])
+    measurement = losses([4.0, 5.0, 3.0, 4.5, 4.0], [1.0] * 5)
     other = summarize([("a", [measurement]), ("b", [measurement])])[1]
     assert (other["difference"], other["difference_low"], other["difference_high"]) == (0, 0, 0)
 
 
-def test_runs_are_drawn_again_too():
-    """Two runs that differ much make the interval wide, though every example agrees within a run."""
+def test_runs_that_differ_make_the_interval_wide():
+    """Though every example agrees within a run; and no success in 20 examples does not prove a score of 0."""
     runs = [("a", [scores([0] * 20)]), ("a", [scores([1] * 20)])]
     row = summarize(runs)[0]
     assert (row["value"], row["low"], row["high"]) == (50, 0, 100)
-    assert summarize(runs[:1])[0]["high"] == 0
+    assert summarize(runs[:1])[0]["low"] == 0
+    assert 10 < summarize(runs[:1])[0]["high"] < 25  # 1 - 0.05 ** (1 / 20) is 14%, Wilson's 16%
 
 
 def test_examples_in_which_nothing_counts_change_nothing_but_the_draws():
@@ -98,6 +101,42 @@ def test_measurements_in_which_nothing_counts_have_no_row():
     assert summarize([("a", [empty])]) == []
     rows = summarize([("a", [empty]), ("b", [losses([2.0, 4.0], [1.0, 1.0])])])
     assert [(row["model"], row["value"], row["difference"]) for row in rows] == [("b", 3, None)]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (scores([1, 0, 1]), scores([1, 1])),
+        (scores([1, 0, 1], sample="first texts"), scores([1, 1, 0], sample="other texts")),
+        (losses([3.0], [1.0]), losses([4.0], [1.0])),  # one document tells nothing of others
+    ],
+)  # fmt: skip
+def test_other_examples_give_no_difference(one, other):
+    _, second = summarize([("a", [one]), ("b", [other])])
+    assert [second[key] for key in ("difference", "difference_low", "difference_high", "paired")] == [None] * 4
+    assert second["value"] == pytest.approx(other.value)
+    assert (second["low"] is None) == (len(other.numerators) == 1)
+    pooled = summarize([("a", [one]), ("a", [other])])[0]  # nor are runs of other examples joined
+    assert pooled["value"] == pytest.approx((one.value + other.value) / 2)
+    assert pooled["low"] is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "fields", "value", "higher"),
+    [
+        ("perplexity", {"task": "harness", "aggregation": "perplexity"}, math.exp(3), False),
+        ("ppl,none", {"task": "harness", "aggregation": "perplexity", "higher_is_better": False}, math.exp(3), False),
+        ("wer", {"task": "harness", "aggregation": "mean", "higher_is_better": False}, 3, False),
+        ("brier_score", {"task": "harness", "aggregation": "mean", "higher_is_better": False}, 3, False),
+        ("acc", {"task": "harness", "aggregation": "mean"}, 3, True),
+        ("attention", {"task": "attention"}, 300, None),
+        ("loss", {"task": "perplexity"}, 3, False),
+    ],
+)  # fmt: skip
+def test_the_aggregation_makes_the_value_and_says_what_is_better(metric, fields, value, higher):
+    row = summarize([("a", [Measurement(metric=metric, numerators=[2.0, 4.0], denominators=[1.0, 1.0], **fields)])])[0]
+    assert row["value"] == pytest.approx(value)
+    assert row["higher_is_better"] is higher
 
 
 def test_the_same_again():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -12,14 +11,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ropepp_lit.eval.plots import HEADS, MOST_BANDS, Row, model_names, trained_contexts
+from ropepp_lit.eval.report.panels import MOST_BANDS, Row, model_names, trained_contexts
+from ropepp_lit.eval.report.tables import by_length, common_context, make_cell, make_table, show_value
 from ropepp_lit.eval.results import CLEAN, select
-
-DIGITS = {"loss": 3, "bits_per_byte": 3, "perplexity": 2, "score": 1, "attention": 2}
-"""Behind the decimal point, by metric; others have four."""
-
-LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
-"""What a metric's name ends with, if the lower value is the better one."""
 
 CAPTIONS = {
     "loss-by-length": (
@@ -43,8 +37,9 @@ CAPTIONS = {
     ),
     "retrieval-by-depth": (
         "Retrieval by depth",
-        "The score by length of the context (to the right) and by where in it the answer lies: 0% is the start of the "
-        "context, 100% its end, next to the question. Grey fields were not measured.",
+        "A map for each model and each family whose answer lies in one place: the score by length of the context (to "
+        "the right) and by where in it the answer lies: 0% is the start of the context, 100% its end, next to the "
+        "question. Grey fields were not measured.",
     ),
     "noise-perplexity": (
         "Loss under noise",
@@ -96,6 +91,8 @@ class Section:
     plots: list[dict[str, str]] = field(default_factory=list)
     maps: list[dict[str, str]] = field(default_factory=list)
     families: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] | None = None
+    """A plain table of how it was measured: `caption`, `columns`, `lines`."""
 
 
 def render_page(results: dict[str, Any], *, plots: dict[str, bytes], maps: dict[str, bytes]) -> str:
@@ -120,7 +117,8 @@ def render_page(results: dict[str, Any], *, plots: dict[str, bytes], maps: dict[
         models=_models(results),
         findings=_findings(results),
         sections=[section for section in sections if section.tables or section.plots or section.maps],
-        runs=max((row["runs"] for row in results["scores"]), default=1),
+        runs=sorted({row["runs"] for row in results["scores"]} or {1}),
+        paired={row["paired"] for row in results["scores"]},
         contexts=trained_contexts(results),
         settings={name: _plain(value) for name, value in results["settings"].items()},
         tasks={row["task"] for row in results["scores"]},
@@ -130,27 +128,42 @@ def render_page(results: dict[str, Any], *, plots: dict[str, bytes], maps: dict[
     )
 
 
-def show_value(metric: str, value: float, *, signed: bool = False) -> str:
-    """A value as tables show it, with a true minus sign."""
-    digits = DIGITS.get(metric, 4)
-    if metric == "perplexity" and abs(value) >= 1000:
-        digits = 0
-    text = f"{value:{'+' if signed else ''},.{digits}f}".replace("-", "−")
-    return text if text.strip("+−0.") else text.lstrip("+−")  # what is shown as 0 bears no sign
-
-
 def _perplexity(results: dict[str, Any], plots: dict[str, bytes]) -> Section:
     rows = select(results["scores"], task="perplexity", part="", **CLEAN)
+    told = (_counts(rows, "documents"), _more_context(rows, model_names(results)))
     section = Section(
         id="perplexity",
         title="Loss and perplexity by length",
-        text=f"How well the models predict the next token of long texts. {_counts(rows, 'documents')}",
+        text=" ".join(("How well the models predict the next token of long texts.", *filter(None, told))),
         plots=_images(results, plots, "loss-by-length", "loss-by-position"),
     )
-    tables = {metric: _by_length(_title(metric), select(rows, metric=metric), results) for metric in METRICS}
-    section.tables = [table for table in [tables.pop("loss")] if table]
+    tables = {metric: by_length(_title(metric), select(rows, metric=metric), results) for metric in METRICS}
+    sets = [row for row in select(results["scores"], task="perplexity", metric="loss", **CLEAN) if row["part"]]
+    by_set = by_length(f"{_title('loss')}, each set", sets, results, group=_set_of)
+    section.tables = [table for table in [tables.pop("loss"), by_set] if table]
     section.more = [table for table in tables.values() if table]
     return section
+
+
+def _set_of(row: Row) -> str:
+    return f"{row['part']} ({row['examples']:,} documents)"
+
+
+def _more_context(rows: list[Row], names: list[str]) -> str:
+    """Which share of the tokens a length gives more to read than the length before does."""
+    shares = select(rows, metric="more_context")
+    first = next((name for name in names if select(shares, model=name)), None)
+    words = [
+        f"{row['value']:.0f}% at {row['length']:,}"
+        for row in sorted(select(shares, model=first), key=lambda row: row["length"])
+    ]
+    if not words:
+        return ""
+    return (
+        "All lengths are measured on the same tokens, and a longer window changes what a token has read only where it "
+        f"reaches farther back: {_listed(words)} tokens of the predicted tokens had more to read than at the length "
+        "before. The plot by position shows the loss where much was read."
+    )
 
 
 def _retrieval(results: dict[str, Any], plots: dict[str, bytes]) -> Section:
@@ -163,9 +176,9 @@ def _retrieval(results: dict[str, Any], plots: dict[str, bytes]) -> Section:
         plots=_images(results, plots, "retrieval-by-length", "retrieval-families", "retrieval-by-depth"),
         families={family.replace("_", " "): FAMILIES[family] for family in families if family in FAMILIES},
     )
-    overall = _by_length("Score (0 to 100), all families", select(rows, part="all"), results)
+    overall = by_length("Score (0 to 100), all families", select(rows, part="all"), results)
     single = [row for row in rows if row["part"] != "all"]
-    by_family = _by_length(
+    by_family = by_length(
         "Score (0 to 100), each family", single, results, group=lambda row: row["part"].replace("_", " ")
     )
     tables = [table for table in (overall, by_family) if table]
@@ -185,7 +198,7 @@ def _noise(results: dict[str, Any], plots: dict[str, bytes]) -> Section:
     for metric, part in dict.fromkeys((row["metric"], row["part"]) for row in rows):
         place = section.tables if metric == "loss" or (metric == "score" and part in ("all", "")) else section.more
         words = [_title(metric), *([] if part in ("all", "") else [part.replace("_", " ")]), "by noise"]
-        table = _table(
+        table = make_table(
             ", ".join(words),
             select(rows, metric=metric, part=part),
             results,
@@ -203,7 +216,7 @@ def _noise(results: dict[str, Any], plots: dict[str, bytes]) -> Section:
 
 def _attention(results: dict[str, Any], plots: dict[str, bytes], maps: dict[str, bytes]) -> Section:
     rows = select(results["scores"], task="attention", metric="attention")
-    table = _table(
+    table = make_table(
         "Share of attention (%), by first distance of the range",
         rows,
         results,
@@ -226,117 +239,43 @@ def _attention(results: dict[str, Any], plots: dict[str, bytes], maps: dict[str,
 def _harness(results: dict[str, Any]) -> Section:
     rows = select(results["scores"], task="harness")
     names = model_names(results)
-    table = _table(
+    table = make_table(
         "Tasks of lm-eval",
         rows,
         results,
         across=lambda row: names.index(row["model"]),
         heading=lambda row: row["model"],
-        line=lambda row: ", ".join(filter(None, (row["part"], row["metric"]))),
+        line=_task_and_metric,
         corner="Task, metric",
     )
+    facts: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        facts.setdefault(_task_and_metric(row), {"examples": row["examples"], **row["details"]})
+    columns = list(dict.fromkeys(name for line in facts.values() for name in line))
     return Section(
         id="harness",
         title="Public benchmarks",
-        text="Run by lm-eval (the language model evaluation harness). Intervals by bootstrap over examples.",
+        text="Run by lm-eval (the language model evaluation harness): its prompts, filters and aggregation. Where the "
+        "lower value is the better one, as of perplexity, the task says so.",
         tables=[table] if table else [],
+        facts={
+            "caption": "How the tasks were run",
+            "columns": ["Task, metric", *(name.replace("_", " ") for name in columns)],
+            "lines": [[head, *(_plain(line.get(name)) for name in columns)] for head, line in facts.items()],
+        }
+        if facts
+        else None,
     )
 
 
-def _by_length(
-    caption: str, rows: list[Row], results: dict[str, Any], *, group: Callable[[Row], str] = lambda row: ""
-) -> dict[str, Any] | None:
-    return _table(
-        f"{caption}, by length in tokens",
-        rows,
-        results,
-        across=lambda row: row["length"],
-        heading=lambda row: f"{row['length']:,}",
-        line=lambda row: row["model"],
-        corner="Model",
-        group=group,
-        trained=_common_context(results),
-    )
-
-
-def _table(
-    caption: str,
-    rows: list[Row],
-    results: dict[str, Any],
-    *,
-    across: Callable[[Row], Any],
-    heading: Callable[[Row], str],
-    line: Callable[[Row], str],
-    corner: str,
-    group: Callable[[Row], str] = lambda row: "",
-    trained: int | None = None,
-) -> dict[str, Any] | None:
-    """A table's parts; None without rows.
-
-    Args:
-        caption: Its title.
-        rows: What it shows, a cell each.
-        results: Gives the order of the models.
-        across: By what columns are told apart and sorted.
-        heading: A column's head.
-        line: A line's head.
-        corner: The head of the lines' heads.
-        group: The heading above a group of lines.
-        trained: The column that is called trained.
-    """
-    if not rows:
-        return None
-    names = model_names(results)
-    kinds = {"": 0, **{kind: place for place, kind in enumerate(HEADS, 1)}}
-    ordered = sorted(rows, key=lambda row: (names.index(row["model"]), kinds.get(row["heads"], len(kinds))))
-    columns = {across(row): heading(row) for row in ordered}
-    groups: dict[str, dict[str, dict[Any, dict[str, str]]]] = {}
-    for row in rows:
-        groups.setdefault(group(row), {})
-    for row in ordered:
-        groups[group(row)].setdefault(line(row), {})[across(row)] = _cell(row)
-    return {
-        "caption": caption,
-        "corner": corner,
-        "columns": [{"text": columns[key], "trained": key == trained} for key in sorted(columns)],
-        "groups": [
-            {
-                "heading": heading,
-                "lines": [
-                    {"head": head, "cells": [cells.get(key) for key in sorted(columns)]}
-                    for head, cells in lines.items()
-                ],
-            }
-            for heading, lines in groups.items()
-        ],
-    }
-
-
-def _cell(row: Row) -> dict[str, str]:
-    metric = row["metric"]
-    difference, low, high = (row[key] for key in ("difference", "difference_low", "difference_high"))
-    cell = {"value": show_value(metric, row["value"]), "interval": "", "difference": "", "spread": "", "mark": ""}
-    if row["low"] is not None and row["high"] is not None:
-        cell["interval"] = f"[{show_value(metric, row['low'])}, {show_value(metric, row['high'])}]"
-    if difference is not None and low is not None and high is not None:
-        cell["difference"] = show_value(metric, difference, signed=True)
-        cell["spread"] = f"[{show_value(metric, low, signed=True)}, {show_value(metric, high, signed=True)}]"
-        cell["mark"] = _verdict(row)
-    return cell
-
-
-def _verdict(row: Row) -> str:
-    """`better` or `worse` than the first model, where the difference's interval excludes 0; attention `differs`."""
-    if row["difference_low"] <= 0 <= row["difference_high"]:
-        return ""
-    if row["task"] == "attention":
-        return "differs"
-    return "better" if (row["difference"] < 0) == row["metric"].endswith(LOWER_IS_BETTER) else "worse"
+def _task_and_metric(row: Row) -> str:
+    """A line for each task, metric and filter (lm-eval's `metric,filter`), and length."""
+    return ", ".join(filter(None, (row["part"], row["metric"].replace(",", ", "), _at_length(row))))
 
 
 def _findings(results: dict[str, Any]) -> list[dict[str, str]]:
     """For the trained and for the longest context: which model is best, and how sure that is."""
-    trained = _common_context(results)
+    trained = common_context(results)
     found = []
     for task, part, metric in (("perplexity", "", "loss"), ("retrieval", "all", "score")):
         rows = select(results["scores"], task=task, part=part, metric=metric, **CLEAN)
@@ -359,10 +298,11 @@ def _best(rows: list[Row], first: str) -> str:
     best = ranked[0]
     value = show_value(metric, best["value"])
     if len(ranked) == 1:
-        return f"{best['model']} has {value}, 95% interval {_cell(best)['interval']}."
+        own = make_cell(best)["interval"]
+        return f"{best['model']} has {value}{f', 95% interval {own}' if own else ''}."
     beside = next((row for row in rows if row["model"] == first), ranked[1])
     second = ranked[1] if best is beside else beside
-    compared = _cell(second if best["model"] == first else best)
+    compared = make_cell(second if best["model"] == first else best)
     text = f"{best['model']} is {'lowest' if metric == 'loss' else 'highest'} with {value}; {second['model']} has "
     text += f"{show_value(metric, second['value'])}."
     if compared["difference"]:
@@ -370,12 +310,6 @@ def _best(rows: list[Row], first: str) -> str:
         text += f" is {compared['difference']}, 95% interval {compared['spread']}"
         text += "." if compared["mark"] else ", which holds 0: these data do not tell the two apart."
     return text
-
-
-def _common_context(results: dict[str, Any]) -> int | None:
-    """Tokens of the context that all models were trained with; None if it differs or is not known of one."""
-    contexts = {model["context_length"] for model in results["models"]}
-    return contexts.pop() if len(contexts) == 1 else None
 
 
 def _models(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -13,8 +13,9 @@ from typing import Any
 
 from matplotlib.image import imread
 
-from ropepp_lit.eval.page import render_page
-from ropepp_lit.eval.plots import PLOTS, model_names, to_png
+from ropepp_lit.eval.report.page import render_page
+from ropepp_lit.eval.report.panels import model_names, to_png
+from ropepp_lit.eval.report.plots import PLOTS
 from ropepp_lit.eval.results import COLUMNS
 from ropepp_lit.files import write_whole
 
@@ -32,7 +33,8 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
         results: `format_version`, `command`, `date` (ISO 8601), `versions` and `settings` (by name), `machine`
             (`device`, `cpu`, `cores`), `models` (a dict for each run: `name`, `path`, `fingerprint`, `positions`,
             `parameters`, `context_length` and `tokens_seen` in tokens, `kv_cache_bytes_per_token`, `seconds`, None
-            where it is not known; several of one name are runs of one model) and `scores`, the rows of `summarize`.
+            where it is not known; several of one name are runs of one model), `notices` (lines for the top of the
+            page) and `scores`, the rows of `summarize`.
         folder: Where; made if it is missing.
     """
     results = _finite(results)

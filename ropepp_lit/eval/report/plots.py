@@ -1,0 +1,230 @@
+"""Plots of an evaluation: one function each, from the results to a figure, or to None where their rows are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from ropepp_lit.eval.report.panels import (
+    GREY,
+    HEADS,
+    Row,
+    draw_curves,
+    fill_panels,
+    length_axis,
+    log2_axis,
+    make_grid,
+    mark_trained,
+    model_names,
+    short_length,
+    short_name,
+)
+from ropepp_lit.eval.results import CLEAN, select
+
+
+def loss_by_length(results: dict[str, Any]) -> Figure | None:
+    """Loss (and perplexity) against the length of the windows; beside it, differences to the first model."""
+    rows = select(results["scores"], task="perplexity", part="", metric="loss", **CLEAN)
+    if not rows:
+        return None
+    figure, axes = _with_differences(results, rows, xlabel="length of the window (tokens)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.secondary_yaxis("right", functions=(_exp, _log)).set_ylabel("perplexity")
+    return figure
+
+
+def loss_by_position(results: dict[str, Any]) -> Figure | None:
+    """Loss of the tokens against their position, inside the longest windows."""
+    rows = [row for row in select(results["scores"], task="perplexity", metric="loss", heads="", noise_std=None)
+            if row["position"] is not None]  # fmt: skip
+    if not rows:
+        return None
+    length = max(row["length"] for row in rows)
+    rows = [row for row in rows if row["length"] == length]
+    starts = sorted({row["position"] for row in rows})
+    ends = dict(zip(starts, [*starts[1:], max(length, starts[-1] + 1)], strict=True))
+    figure, [[axes]] = make_grid(results, rows, height=3.2)
+    middles = [{**row, "middle": (row["position"] + ends[row["position"]]) / 2} for row in rows]
+    draw_curves(axes, results, middles, x="middle", marker_size=3)
+    later = [row for row in rows if row["position"] > starts[0]] or rows
+    lowest, highest = min(row["value"] for row in later), max(row["high"] or row["value"] for row in later)
+    margin = 0.15 * (highest - lowest)
+    if max(row["value"] for row in rows) > highest + margin > highest:  # the start, where little was read, would rule
+        axes.set_ylim(lowest - margin, highest + margin)
+    widths = [ends[start] - start for start in starts]
+    if max(widths) > 4 * min(widths):
+        log2_axis(axes, [*starts, length])
+    else:
+        ticks = np.linspace(0, length, 5)
+        axes.set_xticks(ticks, [short_length(tick) for tick in ticks])
+    mark_trained(axes, results, rows, last=length)
+    axes.set(xlabel=f"position inside the window of {length:,} tokens", ylabel="loss (nats per token)")
+    return figure
+
+
+def retrieval_by_length(results: dict[str, Any]) -> Figure | None:
+    """The average retrieval score against the length of the context; beside it, differences to the first model."""
+    rows = select(results["scores"], task="retrieval", part="all", metric="score", **CLEAN)
+    if not rows:
+        return None
+    figure, axes = _with_differences(results, rows, xlabel="length of the context (tokens)")
+    axes.set(ylabel="score (0 to 100)", ylim=(-3, 103))
+    return figure
+
+
+def retrieval_families(results: dict[str, Any]) -> Figure | None:
+    """The score of each family of retrieval tasks against the length of the context."""
+    rows = [row for row in select(results["scores"], task="retrieval", metric="score", **CLEAN) if row["part"] != "all"]
+    families = list(dict.fromkeys(row["part"] for row in rows))
+    if not families:
+        return None
+    columns = min(len(families), 4)
+    lines = -(-len(families) // columns)
+    figure, grid = make_grid(results, rows, height=0.5 + 1.75 * lines, lines=lines, columns=columns)
+    for family, axes in fill_panels(grid, families):
+        draw_curves(axes, results, select(rows, part=family), x="length", marker_size=3.5, spread="")
+        length_axis(axes, results, rows, label=False, most=4)
+        axes.set(ylim=(-4, 104))
+        axes.set_title(family.replace("_", " "), fontsize=10, parse_math=False)
+    figure.supxlabel("length of the context (tokens)", fontsize=10)
+    figure.supylabel("score (0 to 100)", fontsize=10)
+    return figure
+
+
+def retrieval_by_depth(results: dict[str, Any]) -> Figure | None:
+    """Heat maps: score by length of the context and by where in it the answer lies, one for each family and model."""
+    rows = [row for row in select(results["scores"], task="retrieval", metric="score", heads="", noise_std=None)
+            if row["depth"] is not None]  # fmt: skip
+    if not rows:
+        return None
+    names = [name for name in model_names(results) if select(rows, model=name)]
+    families = list(dict.fromkeys(row["part"] for row in rows))
+    lengths = sorted({row["length"] for row in rows})
+    depths = sorted({row["depth"] for row in rows})
+    columns = min(len(names), 3)
+    lines = -(-len(names) // columns)  # of a family, which begins on a new one
+    panel = 0.75 + 0.24 * max(len(depths), 4)
+    height = 0.3 + panel * lines * len(families)
+    figure, grid = make_grid(results, [], height=height, lines=lines * len(families), columns=columns)
+    for place, axes in np.ndenumerate(grid):
+        family, number = families[place[0] // lines], place[0] % lines * columns + place[1]
+        if number >= len(names):
+            axes.remove()
+            continue
+        axes.tick_params(labelbottom=place[0] + 1 == len(grid) or number + columns >= len(names))
+        scores = np.full((len(depths), len(lengths)), np.nan)
+        for row in select(rows, model=names[number], part=family):
+            scores[depths.index(row["depth"]), lengths.index(row["length"])] = row["value"]
+        axes.grid(False)
+        axes.set_facecolor("#d1d5db")  # what was not measured
+        axes.imshow(scores, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        axes.set_xticks(range(len(lengths)), [short_length(length) for length in lengths])
+        axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
+        axes.tick_params(length=0, labelsize=8)
+        title = short_name(f"{family.replace('_', ' ')}: {names[number]}", 72 // columns)
+        axes.set_title(title, fontsize=10, parse_math=False)
+        for cell, score in np.ndenumerate(scores):
+            if np.isfinite(score) and len(lengths) * columns <= 21:
+                colour = "white" if score < 55 else "black"
+                axes.text(cell[1], cell[0], f"{score:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    scale = ScalarMappable(Normalize(0, 100), "cividis")
+    figure.colorbar(scale, ax=figure.axes, label="score", shrink=0.9, aspect=18, pad=0.02)
+    figure.supxlabel("length of the context (tokens)", fontsize=10)
+    figure.supylabel("depth of the answer (%)", fontsize=10)
+    return figure
+
+
+def noise_perplexity(results: dict[str, Any]) -> Figure | None:
+    """Loss against the noise on the scores of one kind of heads."""
+    return _noise(results, task="perplexity", metric="loss", label="loss (nats per token)")
+
+
+def noise_retrieval(results: dict[str, Any]) -> Figure | None:
+    """Retrieval score against the noise on the scores of one kind of heads."""
+    return _noise(results, task="retrieval", metric="score", label="score (0 to 100)")
+
+
+def attention_by_distance(results: dict[str, Any]) -> Figure | None:
+    """The share of attention that goes to each range of distances, of real and of imaginary heads."""
+    rows = select(results["scores"], task="attention", metric="attention", part="")
+    if not rows:
+        return None
+    figure, panels = _by_heads(results, rows, x="position", title="{} heads")
+    for axes in panels:
+        log2_axis(axes, [row["position"] for row in rows])
+        axes.set_ylim(bottom=0)
+    figure.supxlabel("first distance of the range (tokens back)", fontsize=10)
+    figure.supylabel("share of attention (%)", fontsize=10)
+    return figure
+
+
+PLOTS: dict[str, Callable[[dict[str, Any]], Figure | None]] = {
+    "loss-by-length": loss_by_length,
+    "loss-by-position": loss_by_position,
+    "retrieval-by-length": retrieval_by_length,
+    "retrieval-families": retrieval_families,
+    "retrieval-by-depth": retrieval_by_depth,
+    "noise-perplexity": noise_perplexity,
+    "noise-retrieval": noise_retrieval,
+    "distance-attention": attention_by_distance,
+}
+"""By the name of the file; no name begins with `attention-`, as those of attention maps do."""
+
+
+def _with_differences(results: dict[str, Any], rows: list[Row], *, xlabel: str) -> tuple[Figure, Axes]:
+    """Values against length, and where there are any, their differences to the first model in a panel beside it."""
+    compared = [row for row in rows if row["difference"] is not None]
+    figure, grid = make_grid(results, rows, height=3.4, columns=2 if compared else 1, sharey=False)
+    for axes in grid.flat:
+        length_axis(axes, results, rows, label=axes is grid[0, 0])
+    draw_curves(grid[0, 0], results, rows, x="length")
+    if compared:
+        draw_curves(grid[0, 1], results, compared, x="length", of="difference", spread="bars")
+        grid[0, 1].axhline(0, color=GREY, linewidth=1.1, zorder=1)
+        grid[0, 1].set_title(f"difference to {short_name(model_names(results)[0], 24)}", fontsize=10, parse_math=False)
+    figure.supxlabel(xlabel, fontsize=10)
+    return figure, grid[0, 0]
+
+
+def _noise(results: dict[str, Any], *, task: str, metric: str, label: str) -> Figure | None:
+    rows = [row for row in select(results["scores"], task=task, metric=metric, position=None, depth=None)
+            if row["noise_std"] is not None]  # fmt: skip
+    if not rows:
+        return None
+    part = "all" if select(rows, part="all") else rows[0]["part"]
+    figure, panels = _by_heads(results, select(rows, part=part), x="noise_std", title="noise on {} heads")
+    if metric == "score":
+        panels[0].set_ylim(-3, 103)
+    figure.supxlabel("standard deviation of the noise", fontsize=10)
+    figure.supylabel(label, fontsize=10)
+    return figure
+
+
+def _by_heads(results: dict[str, Any], rows: list[Row], *, x: str, title: str) -> tuple[Figure, list[Axes]]:
+    """A column of panels for each kind of heads, a line of them for each length; values of a line on one scale."""
+    heads = [kind for kind in HEADS if select(rows, heads=kind)] or sorted({row["heads"] for row in rows})
+    lengths = sorted({row["length"] for row in rows}, key=lambda length: length or 0)
+    height = 0.8 + 2.4 * len(lengths)
+    figure, grid = make_grid(results, rows, height=height, lines=len(lengths), columns=len(heads), sharey="row")
+    for length, panels in zip(lengths, grid, strict=True):
+        for kind, axes in zip(heads, panels, strict=True):
+            draw_curves(axes, results, select(rows, heads=kind, length=length), x=x)
+            where = f", {length:,} tokens" if length is not None else ""
+            axes.set_title(f"{title.format(kind)}{where}", fontsize=10)
+    return figure, list(grid.ravel())
+
+
+def _exp(values: Any) -> Any:
+    """Perplexity of a loss, for an axis that may begin far away."""
+    return np.exp(np.minimum(values, 700))
+
+
+def _log(values: Any) -> Any:
+    """The logarithm that matplotlib may also ask of 0, to find an axis' ends."""
+    return np.log(np.maximum(values, 1e-12))

@@ -1,0 +1,120 @@
+"""Tables of an evaluation's page: their parts, for `page.html`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ropepp_lit.eval.report.panels import HEADS, Row, model_names
+
+DIGITS = {"loss": 3, "bits_per_byte": 3, "perplexity": 2, "score": 1, "attention": 2, "more_context": 0}
+"""Behind the decimal point, by metric; others have four."""
+
+
+def show_value(metric: str, value: float, *, signed: bool = False) -> str:
+    """A value as tables show it, with a true minus sign."""
+    metric = metric.partition(",")[0]  # lm-eval's filters stand behind a comma
+    digits = DIGITS.get(metric, 4)
+    if metric == "perplexity" and abs(value) >= 1000:
+        digits = 0
+    text = f"{value:{'+' if signed else ''},.{digits}f}".replace("-", "−")
+    return text if text.strip("+−0.") else text.lstrip("+−")  # what is shown as 0 bears no sign
+
+
+def by_length(
+    caption: str, rows: list[Row], results: dict[str, Any], *, group: Callable[[Row], str] = lambda row: ""
+) -> dict[str, Any] | None:
+    """A table with a column for each length; see :func:`make_table`."""
+    return make_table(
+        f"{caption}, by length in tokens",
+        rows,
+        results,
+        across=lambda row: row["length"],
+        heading=lambda row: f"{row['length']:,}",
+        line=lambda row: row["model"],
+        corner="Model",
+        group=group,
+        trained=common_context(results),
+    )
+
+
+def make_table(
+    caption: str,
+    rows: list[Row],
+    results: dict[str, Any],
+    *,
+    across: Callable[[Row], Any],
+    heading: Callable[[Row], str],
+    line: Callable[[Row], str],
+    corner: str,
+    group: Callable[[Row], str] = lambda row: "",
+    trained: int | None = None,
+) -> dict[str, Any] | None:
+    """A table's parts; None without rows.
+
+    Args:
+        caption: Its title.
+        rows: What it shows, a cell each.
+        results: Gives the order of the models.
+        across: By what columns are told apart and sorted.
+        heading: A column's head.
+        line: A line's head.
+        corner: The head of the lines' heads.
+        group: The heading above a group of lines.
+        trained: The column that is called trained.
+    """
+    if not rows:
+        return None
+    names = model_names(results)
+    kinds = {"": 0, **{kind: place for place, kind in enumerate(HEADS, 1)}}
+    ordered = sorted(rows, key=lambda row: (names.index(row["model"]), kinds.get(row["heads"], len(kinds))))
+    columns = {across(row): heading(row) for row in ordered}
+    groups: dict[str, dict[str, dict[Any, dict[str, str]]]] = {}
+    for row in rows:
+        groups.setdefault(group(row), {})
+    for row in ordered:
+        groups[group(row)].setdefault(line(row), {})[across(row)] = make_cell(row)
+    return {
+        "caption": caption,
+        "corner": corner,
+        "columns": [{"text": columns[key], "trained": key == trained} for key in sorted(columns)],
+        "groups": [
+            {
+                "heading": heading,
+                "lines": [
+                    {"head": head, "cells": [cells.get(key) for key in sorted(columns)]}
+                    for head, cells in lines.items()
+                ],
+            }
+            for heading, lines in groups.items()
+        ],
+    }
+
+
+def make_cell(row: Row) -> dict[str, str]:
+    """The texts of a cell: value, interval, difference to the first model, its interval, and what that proves."""
+    metric = row["metric"]
+    difference, low, high = (row[key] for key in ("difference", "difference_low", "difference_high"))
+    cell = {"value": show_value(metric, row["value"]), "interval": "", "difference": "", "spread": "", "mark": ""}
+    if row["low"] is not None and row["high"] is not None:
+        cell["interval"] = f"[{show_value(metric, row['low'])}, {show_value(metric, row['high'])}]"
+    if difference is not None and low is not None and high is not None:
+        cell["difference"] = show_value(metric, difference, signed=True)
+        cell["spread"] = f"[{show_value(metric, low, signed=True)}, {show_value(metric, high, signed=True)}]"
+        cell["mark"] = _verdict(row)
+    return cell
+
+
+def _verdict(row: Row) -> str:
+    """`better` or `worse` than the first model, where its interval excludes 0; `differs` for metrics without better."""
+    if row["difference_low"] <= 0 <= row["difference_high"]:
+        return ""
+    if row["higher_is_better"] is None:
+        return "differs"
+    return "better" if (row["difference"] > 0) == row["higher_is_better"] else "worse"
+
+
+def common_context(results: dict[str, Any]) -> int | None:
+    """Tokens of the context that all models were trained with; None if it differs or is not known of one."""
+    contexts = {model["context_length"] for model in results["models"]}
+    return contexts.pop() if len(contexts) == 1 else None
