@@ -113,8 +113,8 @@ class CausalLM(LightningModule):
         self.recipe: dict[str, Any] | None = None
         """The run's whole recipe; the command sets it, and checkpoints carry it."""
         self.settings: dict[str, Any] = {}
-        """Settings of the tokenizer and of generation in Hugging Face's format, licence and base model of the model whose
-        weights the run began with."""
+        """Settings of the tokenizer and of generation in Hugging Face's format, licence and base model, of the model
+        whose weights the run began with."""
         self.tokens_seen = 0
         """Tokens that all ranks have read since the run began."""
         self.last_validation: dict[str, dict[str, float]] = {}
