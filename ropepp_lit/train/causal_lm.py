@@ -113,8 +113,8 @@ class CausalLM(LightningModule):
         self.recipe: dict[str, Any] | None = None
         """The run's whole recipe; the command sets it, and checkpoints carry it."""
         self.settings: dict[str, Any] = {}
-        """Hugging Face's settings of the tokenizer and of generation, licence and base model, where the weights began with
-        a model of its."""
+        """Hugging Face's settings of the tokenizer and of generation, licence and base model, where the weights began
+        with a model of its."""
         self.tokens_seen = 0
         """Tokens that all ranks have read since the run began."""
         self.last_validation: dict[str, dict[str, float]] = {}
