@@ -66,7 +66,8 @@ def _run(arguments: list[str]) -> None:
         print(f"ropepp-lit {__version__}")
         return
     # A scheme in a file of the user's own is found in the current folder, where no library has that name.
-    sys.path[:] = [*(entry for entry in sys.path if entry not in ("", ".")), ""]
+    current = os.getcwd()
+    sys.path[:] = [*(entry for entry in sys.path if os.path.abspath(entry) != current), ""]
     if arguments[0] not in SUBCOMMANDS:
         raise UsageError(f"no subcommand {arguments[0]!r}; choose one of {', '.join(SUBCOMMANDS)}")
     importlib.import_module(SUBCOMMANDS[arguments[0]][1]).main(arguments)

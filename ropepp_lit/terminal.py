@@ -36,7 +36,7 @@ def prepare_streams(*, ends_with_reader: bool) -> None:
 
 def _lasting(stream: io.TextIOWrapper, *, ends: bool) -> io.TextIOWrapper:
     """The same stream with other answers to errors."""
-    raw = getattr(stream.buffer, "raw", None)
+    raw = getattr(stream.buffer, "raw", stream.buffer)  # with PYTHONUNBUFFERED there is no buffer between
     if not isinstance(raw, io.FileIO):  # a test's, or one of a notebook
         stream.reconfigure(errors="ropepp_lit.near")
         return stream

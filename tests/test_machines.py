@@ -114,6 +114,26 @@ def piped(command, reader, cwd, variables=""):
     return int((cwd / "code").read_text()), finished.stdout.decode(), (cwd / "errors").read_text()
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("ends", [False, True])
+def test_printing_without_a_reader(tmp_path, ends, unbuffered):
+    code = f"""
+        import sys, time
+        from ropepp_lit.terminal import prepare_streams
+        prepare_streams(ends_with_reader={ends})
+        for number in range(20):
+            print(number, flush=True)
+            time.sleep(0.05)
+        open("done", "w")
+    """
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(code))
+    variables = f"PYTHONPATH='{ROOT}' PYTHONUNBUFFERED={unbuffered}"
+    code, printed, errors = piped([sys.executable, str(script)], "head -1", tmp_path, variables)
+    assert (code, printed, errors) == (141 if ends else 0, "0\n", "")
+    assert (tmp_path / "done").exists() != ends
+
+
 @pytest.mark.end_to_end
 def test_training_goes_on_without_a_reader(command_path, tiny, tmp_path):
     command = [command_path, "fit", *tiny, "--trainer.max_steps", "6", "--trainer.default_root_dir", "run"]
