@@ -153,7 +153,7 @@ def test_text_by_a_key_with_empty_lines_and_of_models_that_do_not_say_what_they_
     assert results["settings"]["documents"] == 5
     assert len(results["notices"]) == 2
     assert "Note: B does not store what it was trained on" in said
-    options = ["--tasks", "perplexity", "--lengths", 64, "--out", "parts", "--text", "parts.txt", "--split", "---"]
+    options = ["--tasks", "perplexity", "--lengths", 64, "--out", "parts", "--text", "parts.txt", "--split=---"]
     run("evaluate", *models, *options, cwd=tmp_path)
     assert json.loads((tmp_path / "parts" / "results.json").read_text())["settings"]["documents"] == 3
 

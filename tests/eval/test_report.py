@@ -2,7 +2,10 @@ import copy
 import csv
 import io
 import json
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from matplotlib.colors import to_hex
@@ -322,3 +325,18 @@ def test_plots_of_eight_models_stay_small(make, name):
     tasks = ["perplexity"] if name == "loss-by-length" else ["retrieval"]
     results = make(names=[f"model {number}" for number in range(8)], tasks=tasks, runs=1)
     assert len(to_png(PLOTS[name](results))) < 80_000
+
+
+def test_tables_are_printed_as_markdown(results, folder):
+    tool = Path(__file__).parents[2] / "tools" / "print_tables.py"
+    printed = subprocess.run(
+        [sys.executable, tool, folder / "results.json"], check=True, capture_output=True, text=True
+    )
+    lines = printed.stdout.splitlines()
+    start = lines.index("| loss | 256 | 512 | 1,024 | 2,048 |")
+    assert [line.split(" | ")[0] for line in lines[start + 2 : start + 5]] == ["| RoPE", "| RoPE++ EH", "| RoPE++ EC"]
+    (row,) = select(results["scores"], model="RoPE++ EH", metric="loss", length=2048, **CLEAN)
+    star = r"\*" if row["difference_low"] > 0 or row["difference_high"] < 0 else ""
+    cell = f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]; {shown(row['difference'], 3)}{star} "
+    assert cell in lines[start + 3]
+    assert "| `single` | 256 | 512 | 1,024 | 2,048 |" in lines
