@@ -6,9 +6,12 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import io
 import math
+import queue
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,11 +28,8 @@ from ropepp_lit.eval.results import Measurement
 PARTS = 200
 """Parts of the examples that are left out in turn where a metric is not a mean over examples."""
 
-MAX_TRIES = 5_000
-"""Texts in a row that may fail to fit into a length while lm-eval makes the examples of a RULER task."""
-
-LONGEST_ANSWER = 128
-"""Tokens that lm-eval's RULER tasks leave for an answer at most."""
+MAX_TRIES = 20_000
+"""Texts in a row of which none is the longest so far, while lm-eval makes the 500 examples of a RULER task."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +194,6 @@ def run_task(
 @contextlib.contextmanager
 def _loaded(model: Model, names: Sequence[str], length: int, options: Options) -> Iterator[tuple[Any, Any]]:
     """Tasks and groups with their data, and lm-eval's task manager."""
-    from lm_eval.tasks.ruler import common_utils
-
     from ropepp_lit.eval.language_model import make_tokenizer
 
     managers = [_manager_of(name, options.include_path) for name in names]
@@ -204,25 +202,7 @@ def _loaded(model: Model, names: Sequence[str], length: int, options: Options) -
         tokenizer = make_tokenizer(model)
         tokenizer.save_pretrained(folder)
         metadata.update(max_seq_lengths=[length], tokenizer=folder, pretrained=folder)
-        ends = _Fitting(tokenizer, model.opening, length)
-        get_tokenizer = common_utils.get_tokenizer
-        common_utils.get_tokenizer = lambda *args, **kwargs: ends  # some of RULER's loops have no end of their own
-        try:
-            loaded = manager.load(list(names))
-        except ImportError as error:
-            raise UsageError(f"tasks: {', '.join(names)}: {error}; pip install 'ropepp-lit[eval]'") from error
-        except UsageError:
-            raise
-        except Exception as error:  # of datasets, the Hub, the network and the tasks' own code
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise UsageError(
-                f"tasks: harness:{', '.join(names)}: lm-eval cannot load the task or its data "
-                f"({type(error).__name__}: {reason})"
-            ) from error
-        finally:
-            common_utils.get_tokenizer = get_tokenizer
-        if ends.given_up:
-            raise ends.error(names)
+        loaded = _load(manager, names, tokenizer, model.opening, length)
         for name, task in loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
                 raise UsageError(f"tasks: harness:{name} runs code that the model writes; it is not run here")
@@ -231,37 +211,83 @@ def _loaded(model: Model, names: Sequence[str], length: int, options: Options) -
         yield loaded, manager
 
 
-class _Fitting:
-    """The tokenizer for RULER's makers of examples, which try again until a text fits: it ends tries without hope.
+def _load(manager: Any, names: Sequence[str], tokenizer: Any, opening: Sequence[int], length: int) -> Any:
+    """Load tasks with their data.
 
-    Some of them catch every exception, so after the first one every text is empty, which fits.
+    Where no example fits into a length, the loops in which some of RULER's tasks make examples never end and catch
+    every exception, so they run in a thread that can be left: what they call at each try holds it.
     """
+    from lm_eval.tasks.ruler import common_utils
 
-    def __init__(self, tokenizer: Any, opening: Sequence[int], length: int) -> None:
-        self.tokenizer, self.opening, self.length = tokenizer, list(opening), length
-        self.tries = 0
+    outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-    @property
-    def given_up(self) -> bool:
-        """Whether examples are not to be used."""
-        return self.tries > MAX_TRIES
+    def load() -> None:
+        try:
+            outcome.put(manager.load(list(names)))
+        except Exception as error:  # raised again below
+            outcome.put(error)
 
-    def error(self, names: Sequence[str] = ()) -> UsageError:
-        """Why there are no examples."""
-        return UsageError(
-            f"lengths: {self.length:,} tokens are too few for an example of harness:{'+'.join(names)} with this "
-            "tokenizer; give more"
+    def give_up() -> None:
+        outcome.put(
+            UsageError(
+                f"lengths: lm-eval makes no example of harness:{'+'.join(names)} of {length:,} tokens with this "
+                "tokenizer; give more"
+            )
         )
+        threading.Event().wait()
+
+    tries = _Tries(give_up)
+    original = common_utils.get_tokenizer
+    common_utils.get_tokenizer = lambda *args, **kwargs: _CountedTokenizer(tokenizer, opening, tries)
+    try:
+        with contextlib.redirect_stdout(tries):
+            threading.Thread(target=load, daemon=True).start()
+            loaded = outcome.get()
+    finally:
+        common_utils.get_tokenizer = original
+    if isinstance(loaded, UsageError):
+        raise loaded
+    if isinstance(loaded, ImportError):
+        raise UsageError(f"tasks: {', '.join(names)}: {loaded}; pip install 'ropepp-lit[eval]'") from loaded
+    if isinstance(loaded, Exception):  # of datasets, the Hub, the network and the tasks' own code
+        reason = (str(loaded).strip().splitlines() or [""])[0]
+        raise UsageError(
+            f"tasks: harness:{', '.join(names)}: lm-eval cannot load the task or its data "
+            f"({type(loaded).__name__}: {reason})"
+        ) from loaded
+    return loaded
+
+
+class _Tries(io.TextIOBase):
+    """Counts tries in a row, and calls `give_up` behind MAX_TRIES. What is printed is one, and is not shown."""
+
+    def __init__(self, give_up: Callable[[], None]) -> None:
+        super().__init__()
+        self.give_up, self.number = give_up, 0
+
+    def write(self, text: str) -> int:
+        """Count a try."""
+        self.number += 1
+        if self.number > MAX_TRIES:
+            self.give_up()
+        return len(text)
+
+
+class _CountedTokenizer:
+    """The tokenizer of one RULER task; a text that is not the longest so far counts as a try."""
+
+    def __init__(self, tokenizer: Any, opening: Sequence[int], tries: _Tries) -> None:
+        self.tokenizer, self.opening, self.tries = tokenizer, list(opening), tries
+        self.longest = self.texts = 0
 
     def __call__(self, text: str) -> Any:
         from transformers import BatchEncoding
 
-        if self.given_up:
-            return BatchEncoding({"input_ids": []})
         ids = [*self.opening, *self.tokenizer.encode(text, add_special_tokens=False)]
-        self.tries = self.tries + 1 if len(ids) + LONGEST_ANSWER > self.length else 0
-        if self.given_up:
-            raise self.error()
+        self.texts = 0 if len(ids) > self.longest else self.texts + 1
+        self.longest = max(self.longest, len(ids))
+        self.tries.number = self.texts
+        self.tries.write("")
         return BatchEncoding({"input_ids": ids})
 
 

@@ -90,7 +90,7 @@ def load_model(source: str, *, trust: str | None = None, dtype: torch.dtype, dev
     return Model(
         name=name or _name_of(Path(path)),
         path=path,
-        decoder=load_decoder(contents, trust=trust, dtype=dtype).to(dtype).to(device),
+        decoder=load_decoder(contents, trust=trust, dtype=dtype).to(device, dtype),
         tokenizer=TextTokenizer.from_entry(entry),
         fingerprint=_fingerprint(location),
         entry=entry,
