@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ropepp_lit.eval.models import load_model
-from ropepp_lit.eval.perplexity import measure, windows
+from ropepp_lit.eval.perplexity import measure, more_context, windows
 from ropepp_lit.hf.export import export
 from ropepp_lit.hf.folder import open_checkpoint
 
@@ -85,3 +85,11 @@ def test_more_context_is_read_where_windows_overlap(small_checkpoints, documents
     assert apart.denominators == overlapping.denominators
     assert apart.numerators[:2] == pytest.approx(overlapping.numerators[:2])  # one window holds them
     assert abs(apart.numerators[-1] - overlapping.numerators[-1]) > 1e-3
+
+
+def test_the_share_of_tokens_that_a_longer_window_gives_more_to_read():
+    """Of 9 predicted tokens windows of 4 let 0 to 3 be read before each, windows of 8 let 0 to 7: 4 have more."""
+    found = more_context([10, 3, 1], length=8, before=4)
+    assert found.numerators == [4, 0, 0]
+    assert found.denominators == [9, 2, 0]
+    assert found.value == pytest.approx(100 * 4 / 11)
