@@ -145,7 +145,7 @@ def test_text_by_a_key_with_empty_lines_and_of_models_that_do_not_say_what_they_
     rows = [{"body": f"Document {number}. " * 20} for number in range(5)] + [{"body": ""}]
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "rows.jsonl").write_text("\n\n".join(lines) + "\n\n")
-    (tmp_path / "parts.txt").write_text("One part.\n---\nAnother one.\n---\nA third.\n")
+    (tmp_path / "parts.txt").write_text("One part.\n<end>\nAnother one.\n<end>\nA third.\n")
     options = ["--tasks", "perplexity", "--lengths", 64, "--out", "out", "--text", "rows.jsonl", "--text_key", "body"]
     models = [f"A={small_checkpoints['rope']}", f"B={small_checkpoints['ec']}"]
     said = run("evaluate", *models, *options, cwd=tmp_path).stdout
@@ -153,7 +153,7 @@ def test_text_by_a_key_with_empty_lines_and_of_models_that_do_not_say_what_they_
     assert results["settings"]["documents"] == 5
     assert len(results["notices"]) == 2
     assert "Note: B does not store what it was trained on" in said
-    options = ["--tasks", "perplexity", "--lengths", 64, "--out", "parts", "--text", "parts.txt", "--split=---"]
+    options = ["--tasks", "perplexity", "--lengths", 64, "--out", "parts", "--text", "parts.txt", "--split=<end>"]
     run("evaluate", *models, *options, cwd=tmp_path)
     assert json.loads((tmp_path / "parts" / "results.json").read_text())["settings"]["documents"] == 3
 
