@@ -11,7 +11,7 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 
-from ropepp_lit.eval.retrieval import draft, place
+from ropepp_lit.eval.retrieval_families import draft, place
 
 MAX_QUESTIONS = 12
 SHARE_IN_ORDER = 0.5
@@ -24,7 +24,7 @@ def recall_documents(families: Sequence[str], *, units: tuple[int, int], seed: i
     Of `multikey` several keys are asked, so that a document has more to learn from than one answer.
 
     Args:
-        families: Of :data:`~ropepp_lit.eval.retrieval.FAMILIES`.
+        families: Of :data:`~ropepp_lit.eval.retrieval_families.FAMILIES`.
         units: Fewest and most sentences (or words) that lengthen a document; as many as any are drawn.
         seed: Of the stream.
     """

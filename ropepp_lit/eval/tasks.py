@@ -14,6 +14,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.eval import harness, perplexity, probes, retrieval
 from ropepp_lit.eval.models import Model
 from ropepp_lit.eval.results import Measurement
+from ropepp_lit.eval.retrieval_families import DEPTHS, FAMILIES
 
 TASKS = ("perplexity", "retrieval", "noise", "attention", "harness:NAME")
 ATTENTION_TEXTS = 4
@@ -114,12 +115,10 @@ def _parse(name: str) -> list[tuple[str, str, bool]]:
             raise UsageError(f"tasks: noise is for perplexity and retrieval, not {part}")
         return found
     if kind == "retrieval":
-        families = part.split("+") if part else list(retrieval.FAMILIES)
+        families = part.split("+") if part else list(FAMILIES)
         for family in families:
-            if family not in retrieval.FAMILIES:
-                raise UsageError(
-                    f"tasks: retrieval has no family {family!r}; choose of {', '.join(retrieval.FAMILIES)}"
-                )
+            if family not in FAMILIES:
+                raise UsageError(f"tasks: retrieval has no family {family!r}; choose of {', '.join(FAMILIES)}")
         return [("retrieval", family, False) for family in families]
     if kind == "harness" and part:
         return [("harness", part, False)]
@@ -168,7 +167,7 @@ def check(model: Model, units: Sequence[Unit], settings: Settings, num_tokens: S
     shortest = min(settings.lengths)  # longer ones hold what it holds
     for family in dict.fromkeys(unit.part for unit in units if unit.task == "retrieval"):
         # In short contexts words a few tokens longer may be too long, so all are tried.
-        numbers = range(settings.examples if shortest <= 4096 else len(retrieval.DEPTHS))
+        numbers = range(settings.examples if shortest <= 4096 else len(DEPTHS))
         retrieval.make_examples(family, model.tokenizer, length=shortest, numbers=numbers, seed=settings.seed)
     for unit in units:
         if unit.task == "attention" and unit.length is not None and max(num_tokens) < unit.length:

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from harness_tasks import write_tasks
+from others import KINDS, LONG, make_folder
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval import harness, retrieval
@@ -11,8 +13,6 @@ from ropepp_lit.eval.harness import Options
 from ropepp_lit.eval.models import load_model
 from ropepp_lit.hf.export import export
 from ropepp_lit.hf.folder import open_checkpoint
-from tests.eval.harness_tasks import write_tasks
-from tests.others import KINDS, LONG, make_folder
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -139,7 +139,7 @@ def test_a_perplexity_is_that_of_the_task(found):
 
 
 def _texts():
-    from tests.eval.harness_tasks import DOCUMENTS
+    from harness_tasks import DOCUMENTS
 
     return [document["text"] for document in DOCUMENTS[:8]]
 

@@ -8,6 +8,7 @@ import tracemalloc
 
 import pytest
 import torch
+from others import make_tokenizer
 from tokenizers import Regex, Tokenizer, models
 from tokenizers.normalizers import Replace
 
@@ -15,9 +16,9 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.eval import retrieval
 from ropepp_lit.eval.models import Model, load_model
 from ropepp_lit.eval.recall import recall_documents
-from ropepp_lit.eval.retrieval import DEPTHS, FAMILIES, answer_tokens, average, make_examples, measure, score
+from ropepp_lit.eval.retrieval import answer_tokens, average, make_examples, measure, score
+from ropepp_lit.eval.retrieval_families import DEPTHS, FAMILIES
 from ropepp_lit.text.tokenizer import TextTokenizer, byte_tokenizer, load_tokenizer, train_tokenizer
-from tests.others import make_tokenizer
 
 ONCE = ("single", "multikey", "multivalue", "multiquery")
 """Families whose answers each stand in the context once."""

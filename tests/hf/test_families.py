@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 import transformers
+from folders import make_folder
 
 from ropepp_lit.checkpoint import KEY, load_decoder, read_checkpoint, write_checkpoint
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.export import export
 from ropepp_lit.hf.families import NOT_READ
 from ropepp_lit.hf.folder import read_folder
-from tests.hf.folders import make_folder
 
 GEOMETRY = {
     "vocab_size": 260,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import make_folder, make_weights, old_format
 from safetensors.torch import load_file, save_file
 
 from ropepp_lit.checkpoint import KEY, load_decoder, read_checkpoint
@@ -16,7 +17,6 @@ from ropepp_lit.hf.folder import read_folder
 from ropepp_lit.hf.rotary import Rotary
 from ropepp_lit.nn import RoPEPP, Yarn, YarnByRotations
 from ropepp_lit.text.tokenizer import byte_tokenizer
-from tests.hf.folders import make_folder, make_weights, old_format
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
 CASES = ["rope_theta1e4", "eh_theta1e4", "ec_theta1e4", "ec_theta5e5", "ec_yarn32", "eh_pi8"]

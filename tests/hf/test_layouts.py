@@ -8,6 +8,14 @@ import sys
 
 import pytest
 import torch
+from folders import (
+    LAYOUTS,
+    in_parts,
+    make_folder,
+    make_weights,
+    put_in_hub_cache,
+    save_single,
+)
 from safetensors.torch import load_file, save_file
 
 from ropepp_lit.checkpoint import KEY, load_decoder, read_checkpoint
@@ -19,14 +27,6 @@ from ropepp_lit.hf.folder import open_checkpoint, read_folder
 from ropepp_lit.hf.layouts import LAYOUTS as TABLE
 from ropepp_lit.hf.layouts import find_folder
 from ropepp_lit.nn.generation import generate
-from tests.hf.folders import (
-    LAYOUTS,
-    in_parts,
-    make_folder,
-    make_weights,
-    put_in_hub_cache,
-    save_single,
-)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
