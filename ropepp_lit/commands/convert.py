@@ -182,6 +182,7 @@ def _write(path: Path, checkpoint: dict[str, Any]) -> None:
     from ropepp_lit.checkpoint import KEY, load_decoder, write_checkpoint
     from ropepp_lit.files import write_errors, write_whole
     from ropepp_lit.hf.folder import describe_dtypes
+    from ropepp_lit.text.tokenizer import TextTokenizer
 
     ours = checkpoint[KEY]
     decoder = load_decoder(checkpoint)
@@ -203,11 +204,12 @@ def _write(path: Path, checkpoint: dict[str, Any]) -> None:
     except BaseException:
         path.unlink()
         raise
+    texts = "" if ours["tokenizer"] is None else f"\n{TextTokenizer.from_entry(ours).description}"
     print(
         f"""{path}: {decoder.positions_in_words}, {decoder.num_parameters:,} parameters
 {layout.num_query_heads} query projections → {layout.num_attention_heads} attention heads, \
 {layout.num_key_value_heads} key/value heads of {decoder.config.head_dim}; made to read \
-{ours["context_length"] or 0:,} tokens
+{ours["context_length"] or 0:,} tokens{texts}
 
 Next:
   ropepp-lit fit --config RECIPE --config {fragment}    # go on from it; RECIPE has trainer and data

@@ -154,6 +154,7 @@ def _verify(folder: Path) -> None:
 def _report(folder: Path, manifest: Manifest) -> None:
     """A table of the splits, and how long the documents are: in the terminal and as lengths.png."""
     from ropepp_lit.data.prepare import left_out_lines
+    from ropepp_lit.text.tokenizer import TextTokenizer
 
     print(f"{'split':<12}{'documents':>14}{'tokens':>18}{'bytes of text':>18}{'bytes/token':>13}")
     for name, split in manifest.splits.items():
@@ -161,6 +162,9 @@ def _report(folder: Path, manifest: Manifest) -> None:
         print(f"{name:<12}{split.documents:>14,}{split.tokens:>18,}{split.bytes:>18,}{ratio:>13.2f}")
     for line in left_out_lines(manifest):
         print(line)
+    entry = {**vars(manifest), "tokenizer": manifest.read_tokenizer(folder)}
+    description = TextTokenizer.from_entry(entry).description
+    print(f"{description[0].upper()}{description[1:]}.")
     lengths = manifest.splits["train"].lengths
     used = [place for place, (documents, _) in enumerate(lengths) if documents]
     most = max(tokens for _, tokens in lengths)

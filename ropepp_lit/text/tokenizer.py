@@ -171,7 +171,7 @@ class TextTokenizer:
 
     @property
     def description(self) -> str:
-        """What texts begin and documents end with, in words."""
+        """What texts begin with and documents end with, in words."""
         before = " ".join(str(self.token(token)) for token in self.opening)
         end = self.token(self.eos_token_id) or "no token"
         return f"texts begin with {before or 'no token'}, documents end with {end}"

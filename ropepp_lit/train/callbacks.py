@@ -78,6 +78,7 @@ def _data_lines(trainer: pl.Trainer, data: TokenData) -> dict[str, str]:
         "context": f"{data.context_length:,} tokens, {masking}",
         "tokens per step": f"{tokens:,} ({data.batch_size} rows × {accumulated} accumulated × {groups})",
         "data": "\n".join(sources),
+        "texts": data.text_tokenizer.description.removeprefix("texts "),
         "steps": f"{trainer.max_steps:,}: {tokens * trainer.max_steps:,} tokens",
     }
 
