@@ -31,22 +31,27 @@ def call(function: Callable[..., None], arguments: list[str]) -> None:
     """Parse a command line by a function's signature, and call the function.
 
     Args:
-        function: Arguments without a default are positional, the others options; `*names` takes any number of words.
+        function: Arguments without a default are positional, the others options; `*names` takes any number of words. An
+            argument before `*` that has a default is positional too, and may be left out.
         arguments: The subcommand's name and its options.
 
     Raises:
-        UsageError: an argument is missing, unknown or of the wrong type; `out` or `cache_dir` is a URL; the disk is
+        UsageError: an argument is missing, unknown or of the wrong type; `out`, `gguf` or `cache_dir` is a URL; the disk is
             full.
     """
     parser = _Parser(prog=f"ropepp-lit {arguments[0]}", description=(function.__doc__ or "").split("\n")[0])
-    parser.add_function_arguments(function, as_group=False, as_positional=True)
-    many = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_POSITIONAL]
+    parameters = inspect.signature(function).parameters.values()
+    many = [p.name for p in parameters if p.kind is p.VAR_POSITIONAL]
+    optional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty]
     documented = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__ or "").params}
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=set(optional))
+    for name in optional:
+        parser.add_argument(name, nargs="?", type=str, help=documented[name])
     for name in many:
         parser.add_argument(name, nargs="*", type=str, help=documented[name])
     values: dict[str, Any] = parser.parse_args(arguments[1:]).as_dict()
     words = [word for name in many for word in values.pop(name)]
-    for name in ("out", "cache_dir"):
+    for name in ("out", "gguf", "cache_dir"):
         if values.get(name) is not None:
             values[name] = local_path(name, values[name])
     try:
@@ -57,7 +62,7 @@ def call(function: Callable[..., None], arguments: list[str]) -> None:
         refusal = system_error(error)
         if refusal is None or refusal.errno not in DISK_FULL:
             raise
-        where = refusal.filename or values.get("out") or "the disk"
+        where = refusal.filename or values.get("out") or values.get("gguf") or "the disk"
         raise UsageError(
             f"{where}: cannot be written: {refusal.strerror}; make room and run the command again"
         ) from error

@@ -87,12 +87,24 @@ def check_new_folder(path: Path) -> None:
 
 def write_whole(path: Path, contents: str | bytes) -> None:
     """Write a file, text as UTF-8, that appears under its name only when it is complete."""
+    with whole_file(path) as partial:
+        partial.write_bytes(contents.encode() if isinstance(contents, str) else contents)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Make a file that appears under its name only when the block ends without an error.
+
+    Args:
+        path: The file; one of that name is replaced.
+
+    Yields:
+        A file beside it, to be written and closed. It is renamed at the end, or deleted after an error.
+    """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(contents.encode() if isinstance(contents, str) else contents)
-            file.flush()
-            sync(file.fileno())
+        yield partial
+        flush(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

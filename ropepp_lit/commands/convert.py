@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    import torch
+
 Scaling = Literal["default", "linear", "yarn", "yarn_by_rotations", "llama3"]
 
 
@@ -99,40 +101,56 @@ def upcycle(
 
 def export(
     checkpoint: str,
-    out: str,
+    out: str | None = None,
     *,
+    gguf: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    max_shard_size: str = "5GB",
-    check: bool = True,
+    max_shard_size: str | None = None,
+    check: bool | None = None,
 ) -> None:
-    """Write a checkpoint as a folder for transformers.
+    """Write a checkpoint as a folder for transformers, or as a GGUF file for llama.cpp.
 
     Plain RoPE becomes a stock Llama (or Qwen) model. RoPE++ brings modelling files of its own, which need transformers
-    alone (trust_remote_code=True).
+    alone (trust_remote_code=True); llama.cpp cannot run it.
 
     Args:
         checkpoint: A .ckpt file, a Hugging Face folder, or the name of one on the Hugging Face Hub.
         out: The folder: a new or empty one.
-        dtype: Of the weights; empty keeps that of each tensor.
-        max_shard_size: Of a file of weights, such as 5GB.
-        check: Load the folder in a fresh process without ropepp-lit and compare logits, beyond the trained context too.
+        gguf: Instead of a folder, a new GGUF file, such as model.gguf; plain RoPE and byte-level BPE tokenizers alone.
+        dtype: Of the weights; empty keeps that of each tensor. A GGUF file has norms and biases in float32.
+        max_shard_size: Of a folder's file of weights; empty means 5GB.
+        check: Load the folder in a fresh process without ropepp-lit and compare logits, beyond the trained context too;
+            empty means true.
     """
     from pathlib import Path
 
     import torch
 
     from ropepp_lit.checkpoint import KEY
+    from ropepp_lit.errors import UsageError
     from ropepp_lit.hf.export import export as work
     from ropepp_lit.hf.folder import describe_dtypes, open_checkpoint
     from ropepp_lit.sizes import parse_bytes
 
+    if (out is None) == (gguf is None):
+        raise UsageError("out: name either a folder, or a file by --gguf")
+    if out is not None and Path(out).suffix == ".gguf":
+        raise UsageError(f"out: names a folder; for a GGUF file: ropepp-lit export {checkpoint} --gguf {out}")
+    torch_dtype = None if dtype is None else getattr(torch, dtype)
+    if gguf is not None:
+        for name, value in (("max_shard_size", max_shard_size), ("check", check)):
+            if value is not None:
+                raise UsageError(f"{name}: is for folders; leave it out with --gguf")
+        _export_gguf(open_checkpoint(checkpoint), Path(gguf), torch_dtype)
+        return
+    assert out is not None
     contents = open_checkpoint(checkpoint)
     difference = work(
         contents,
         Path(out),
-        dtype=None if dtype is None else getattr(torch, dtype),
-        max_shard_bytes=parse_bytes("max_shard_size", max_shard_size),
-        check=check,
+        dtype=torch_dtype,
+        max_shard_bytes=parse_bytes("max_shard_size", max_shard_size or "5GB"),
+        check=check is not False,
     )
     if difference is None:
         print(f"{out} is written, and was not loaded to compare it.")
@@ -142,6 +160,17 @@ def export(
         print("Notice: the checkpoint stores no tokenizer, so the folder has none.")
     if dtype is None and (notice := describe_dtypes(contents)):
         print(f"Notice: {notice}; transformers computes in the first.")
+
+
+def _export_gguf(contents: dict[str, Any], path: Path, dtype: torch.dtype | None) -> None:
+    from ropepp_lit.hf.export_gguf import export_gguf
+
+    written = export_gguf(contents, path, dtype=dtype)
+    print(
+        f"{path} is written for llama.cpp: architecture {written.architecture}, pre-tokenizer {written.pre_tokenizer}."
+    )
+    if written.notice is not None:
+        print(f"Notice: {written.notice}.")
 
 
 def _folder_options(

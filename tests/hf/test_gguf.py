@@ -1,0 +1,409 @@
+"""GGUF files: read back by the package gguf and, where its program is at hand, run by llama.cpp."""
+
+import json
+import os
+import re
+import subprocess
+
+import others
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from ropepp_lit.checkpoint import KEY, describe_architecture, load_decoder, make_checkpoint, write_checkpoint
+from ropepp_lit.errors import UsageError
+from ropepp_lit.hf.export_gguf import export_gguf
+from ropepp_lit.hf.folder import read_folder, weights_of
+from ropepp_lit.nn import (
+    Decoder,
+    DecoderConfig,
+    Frequencies,
+    Linear,
+    Llama3,
+    RNoPE,
+    RoPE,
+    RoPEPP,
+    Yarn,
+    YarnByRotations,
+    baselines,
+)
+from ropepp_lit.nn.generation import generate
+from ropepp_lit.text.tokenizer import TextTokenizer, byte_tokenizer, train_tokenizer
+
+gguf = pytest.importorskip("gguf")
+
+BYTES = byte_tokenizer()
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "model.layers.": "blk.",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def make(scheme=None, frequencies=None, tokenizer=BYTES, dtype=torch.float32, entry=None, **changes):
+    """A checkpoint with random weights of std 0.3."""
+    scheme, frequencies = scheme or RoPE(), frequencies or Frequencies()
+    geometry = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    geometry |= {"num_key_value_heads": 2, "vocab_size": tokenizer.vocab_size, "rms_norm_eps": 2e-5}
+    config = DecoderConfig(**{**geometry, **changes})
+    torch.manual_seed(0)
+    decoder = Decoder(config, scheme, frequencies)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.normal_(std=0.3)
+    stored = {"tokenizer": tokenizer.json, "bos_token_id": tokenizer.bos_token_id}
+    stored |= {"eos_token_id": tokenizer.eos_token_id, "opening": list(tokenizer.opening)}
+    return make_checkpoint(
+        {name: value.to(dtype) for name, value in decoder.state_dict().items()},
+        architecture=describe_architecture(config, scheme, frequencies),
+        context_length=512,
+        **{**stored, **(entry or {})},
+    )
+
+
+def write(checkpoint, folder, dtype=None):
+    """A checkpoint as a file: what was written, its metadata and its tensors in float32 by name."""
+    written = export_gguf(checkpoint, folder / "model.gguf", dtype=dtype)
+    reader = gguf.GGUFReader(folder / "model.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    values = {}
+    for tensor in reader.tensors:
+        value = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
+        values[tensor.name] = value, tensor.tensor_type.name
+    return written, fields, values
+
+
+def gguf_name(name):
+    for ours, theirs in NAMES.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def halves(value, heads):
+    """Rows of neighbouring dimensions as halves again, row by row."""
+    size = value.shape[0] // heads
+    order = [head * size + row for head in range(heads) for row in (*range(0, size, 2), *range(1, size, 2))]
+    return value[order]
+
+
+YARN = {"factor": 8.0, "original_max_position_embeddings": 64}
+MODELS = {
+    "llama": ({}, "llama", {}),
+    "wide heads": ({"head_dim": 32}, "llama", {"attention.key_length": 32, "rope.dimension_count": 32}),
+    "tied": ({"tie_word_embeddings": True, "vocab_size": 300}, "llama", {}),
+    "biases": ({"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}, "llama", {}),
+    "biases of Qwen 2": ({"attention_bias": True}, "llama", {}),
+    "norms of Qwen 3": ({"qk_norm": True, "head_dim": 32}, "qwen3", {"attention.value_length": 32}),
+    "linear": (
+        {"frequencies": Linear(factor=4.0)},
+        "llama",
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+    ),
+    "base": ({"frequencies": Frequencies(rope_theta=5e5)}, "llama", {"rope.freq_base": 5e5}),
+    "yarn": (
+        {"frequencies": Yarn(**YARN)},
+        "llama",
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 64},
+    ),
+    "yarn, other temperature": (
+        {"frequencies": Yarn(**YARN, attention_factor=1.0), "qk_norm": True},
+        "qwen3",
+        {"rope.scaling.type": "yarn", "rope.scaling.attn_factor": 1 / 1.2079441541679836},
+    ),
+    "yarn, other ramp": (
+        {"frequencies": Yarn(**YARN, beta_fast=16.0)},
+        "llama",
+        {"rope.scaling.attn_factor": 1.2079441541679836},
+    ),
+    "yarn by rotations": (
+        {"frequencies": YarnByRotations(**YARN)},
+        "llama",
+        {"rope.scaling.attn_factor": 1.2079441541679836},
+    ),
+    "llama3": ({"frequencies": Llama3(rope_theta=1e4, **YARN)}, "llama", {}),
+}
+"""Changes of :func:`make`, the architecture in GGUF, and metadata of it."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(tmp_path, name):
+    changes, architecture, expected = MODELS[name]
+    checkpoint = make(**changes)
+    written, fields, tensors = write(checkpoint, tmp_path)
+    config = load_decoder(checkpoint).config
+    assert (written.architecture, fields["general.architecture"]) == (architecture, architecture)
+    expected = {
+        "context_length": 512,
+        "vocab_size": config.vocab_size,
+        "embedding_length": 64,
+        "feed_forward_length": 96,
+        "block_count": 2,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 2e-5,
+        "rope.freq_base": 1e4,
+        **expected,
+    }
+    for key, value in expected.items():
+        assert fields[f"{architecture}.{key}"] == (pytest.approx(value) if isinstance(value, float) else value), key
+    if not any(key.startswith("rope.scaling") for key in expected):
+        assert not any(".rope.scaling." in key for key in fields)
+    frequencies = load_decoder(checkpoint).frequencies
+    has_factors = name in ("yarn, other ramp", "yarn by rotations", "llama3")
+    assert ("rope_freqs.weight" in tensors) == has_factors
+    if has_factors:
+        factors, kind = tensors.pop("rope_freqs.weight")
+        plain = 1e4 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+        stretched = frequencies.inverse_frequencies(16, dtype=torch.float64)
+        torch.testing.assert_close(plain / factors.double(), stretched, rtol=1e-6, atol=0)
+        assert kind == "F32"
+        assert 1 < factors[-1] <= 8
+    weights = weights_of(checkpoint)
+    assert ("lm_head.weight" in weights) != config.tie_word_embeddings
+    assert tensors.keys() == {gguf_name(key) for key in weights}
+    for key, value in weights.items():
+        found, kind = tensors[gguf_name(key)]
+        if architecture == "llama" and ("q_proj" in key or "k_proj" in key):
+            assert not torch.equal(found, value)
+            found = halves(found, 4 if "q_proj" in key else 2)
+        assert torch.equal(found, value), key
+        assert kind == "F32"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "option", "kind", "file_type"),
+    [
+        (torch.bfloat16, None, "BF16", 32),
+        (torch.float16, None, "F16", 1),
+        (torch.float32, torch.bfloat16, "BF16", 32),
+        (torch.float64, torch.float32, "F32", 0),
+    ],
+)
+def test_dtypes(tmp_path, stored, option, kind, file_type):
+    checkpoint = make(dtype=stored, attention_bias=True)
+    _, fields, tensors = write(checkpoint, tmp_path, dtype=option)
+    assert fields["general.file_type"] == file_type
+    for key, value in weights_of(checkpoint).items():
+        found, stored_as = tensors[gguf_name(key)]
+        assert stored_as == ("F32" if value.ndim == 1 else kind), key
+        if "q_proj" not in key and "k_proj" not in key:
+            assert torch.equal(found, value.to(torch.float32 if value.ndim == 1 else option or stored).float()), key
+
+
+def test_the_byte_tokenizer(tmp_path):
+    _, fields, _ = write(make(vocab_size=264), tmp_path)
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    assert tokens[:2] == ["<|begin_of_text|>", "<|end_of_text|>"]
+    assert [BYTES.tokenizer.token_to_id(token) for token in tokens[:258]] == list(range(258))
+    assert types == [3] * 2 + [1] * 256 + [5] * 6
+    assert len(fields["tokenizer.ggml.merges"]) == 1  # llama.cpp refuses a file without; never applies
+    keys = ("model", "pre", "bos_token_id", "eos_token_id", "add_bos_token", "add_eos_token")
+    assert [fields[f"tokenizer.ggml.{key}"] for key in keys] == ["gpt2", "gpt-2", 0, 1, True, False]
+    assert fields["general.name"] == "model"
+
+
+FOREIGN = {"gpt2": "gpt-2", "llama3": "smaug-bpe", "qwen": "qwen2", "chat": "gpt-2"}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_tokenizers(tmp_path, kind):
+    checkpoint = read_folder(others.make_folder(kind, tmp_path / "folder"))
+    written, fields, _ = write(checkpoint, tmp_path)
+    tokenizer = TextTokenizer.from_entry(checkpoint[KEY])
+    assert written.pre_tokenizer == fields["tokenizer.ggml.pre"] == FOREIGN[kind]
+    assert [tokenizer.tokenizer.token_to_id(token) for token in fields["tokenizer.ggml.tokens"]] == list(
+        range(tokenizer.vocab_size)
+    )
+    merges = json.loads(tokenizer.json)["model"]["merges"]
+    assert fields["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+    assert fields["tokenizer.ggml.add_bos_token"] == (kind == "llama3")
+    stops = tokenizer.stop_token_ids - {tokenizer.eos_token_id}
+    assert fields.get("tokenizer.ggml.eot_token_id") == (min(stops) if kind == "llama3" else None)
+    assert ("tokenizer.chat_template" in fields) == (kind == "chat")
+    assert (written.notice or "").startswith("llama.cpp leaves out" if kind == "qwen" else "")
+    assert bool(written.notice) == (kind == "qwen")
+
+
+def changed(change, **options):
+    """A trained tokenizer of ours after a change."""
+
+    def tokenizer():
+        found = Tokenizer.from_str(train_tokenizer(others.TEXTS, vocab_size=300).json)
+        found = change(found) or found
+        return make(tokenizer=BYTES, vocab_size=320, entry={"tokenizer": found.to_str(), **options})
+
+    return tokenizer
+
+
+def assign(name, value):
+    return lambda tokenizer: setattr(tokenizer, name, value)
+
+
+def word_level(tokenizer):
+    vocabulary = tokenizer.get_vocab()
+    found = Tokenizer(models.WordLevel(vocabulary, unk_token="<|end_of_text|>"))
+    found.decoder = decoders.ByteLevel()
+    return found
+
+
+def with_model(**values):
+    def change(tokenizer):
+        contents = json.loads(tokenizer.to_str())
+        contents["model"] |= values
+        return Tokenizer.from_str(json.dumps(contents))
+
+    return change
+
+
+def llama2():
+    tokenizer, _, _ = others.make_llama2()
+    return make(vocab_size=420, entry={"tokenizer": tokenizer.to_str(), "opening": [1]})
+
+
+DIGITS = pre_tokenizers.Digits(individual_digits=True)
+PLAIN = pre_tokenizers.ByteLevel(add_prefix_space=False)
+KNOWN = r"is none of the ways known here, gpt-2, llama-bpe, qwen2, smaug-bpe, smollm; export a folder"
+REFUSED = {
+    "EC": (lambda: make(RoPEPP(variant="ec")), r"model\.positions is RoPEPP \(RoPE\+\+ EC\), and llama\.cpp, which runs no code"),
+    "EH": (lambda: make(RoPEPP(variant="eh")), r"model\.positions is RoPEPP \(RoPE\+\+ EH\), and"),
+    "RNoPE": (lambda: make(RNoPE(nope_layers=[1])), r"model\.positions is RNoPE"),
+    "NoPE": (lambda: make(baselines.NoPE()), r"model\.positions is NoPE \(NoPE\), and"),
+    "ALiBi": (lambda: make(baselines.ALiBi()), r"model\.positions is ALiBi \(ALiBi\), and"),
+    "FoPE": (lambda: make(baselines.FoPE()), r"model\.positions is FoPE"),
+    "PartialRoPE": (lambda: make(baselines.PartialRoPE(partial_rotary_factor=0.5)), r"model\.positions is PartialRoPE"),
+    "qk_norm and biases": (lambda: make(qk_norm=True, attention_bias=True), r"no architecture with qk_norm and biases"),
+    "qk_norm and Llama3": (lambda: make(qk_norm=True, frequencies=Llama3()), r"model\.frequencies is .*Llama3 × 8"),
+    "qk_norm and a ramp": (lambda: make(qk_norm=True, frequencies=Yarn(**YARN, beta_slow=2.0)), r"Yarn with beta_fast"),
+    "float64": (lambda: make(dtype=torch.float64), r"embed_tokens\.weight is float64; give --dtype float32"),
+    "no tokenizer": (lambda: make(entry={"tokenizer": None}), r"stores no tokenizer"),
+    "no EOS": (lambda: make(entry={"eos_token_id": None}), r"names no token that ends a text"),
+    "two before": (lambda: make(entry={"opening": [0, 1]}), r"one token before a text and three that end it; here are 2"),
+    "four ends": (lambda: make(entry={"generation_config": '{"eos_token_id": [1, 2, 3, 4]}'}), r"here are 1 and 4"),
+    "too many tokens": (lambda: make(vocab_size=200), r"the tokenizer has 258 tokens, and the embedding has 200 rows"),
+    "byte fallback": (llama2, r"the tokenizer is a BPE with byte fallback, which is not supported; export a folder"),
+    "words": (changed(word_level), r"the tokenizer is WordLevel, not byte-level BPE"),
+    "dropout": (changed(with_model(dropout=0.1)), r"not byte-level BPE"),
+    "ignore_merges": (changed(with_model(ignore_merges=True)), KNOWN),
+    "prefix space": (changed(assign("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True))), KNOWN),
+    "other words": (changed(assign("pre_tokenizer", others._splitting(r"\s+"))), KNOWN),
+    "more parts": (changed(assign("pre_tokenizer", pre_tokenizers.Sequence([DIGITS, DIGITS, PLAIN]))), KNOWN),
+    "lower case": (changed(assign("normalizer", normalizers.Lowercase())), r"lacks the tokenizer's normalizer Lowercase"),
+    "token that strips": (
+        changed(lambda tokenizer: tokenizer.add_tokens([AddedToken("<|user|>", rstrip=True)]) and None),
+        r"the token '<\|user\|>' depends on the characters beside it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(tmp_path, name):
+    make_it, message = REFUSED[name]
+    with pytest.raises(UsageError, match=message) as caught:
+        export_gguf(make_it(), tmp_path / "model.gguf", dtype=None)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_digits_of_smollm(tmp_path):
+    checkpoint = changed(assign("pre_tokenizer", pre_tokenizers.Sequence([DIGITS, PLAIN])))()
+    assert write(checkpoint, tmp_path)[0].pre_tokenizer == "smollm"
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path, monkeypatch):
+    calls = []
+
+    def fail(self, tensor, **_):
+        calls.append(tensor.nbytes)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf.GGUFWriter, "write_tensor_data", fail)
+        with pytest.raises(UsageError, match=r"model\.gguf: cannot be written: No space left on device"):
+            export_gguf(make(), tmp_path / "model.gguf", dtype=None)
+    assert not list(tmp_path.iterdir())
+    export_gguf(make(), tmp_path / "new" / "model.gguf", dtype=None)
+    with pytest.raises(UsageError, match=r"gguf: .*model\.gguf: already exists; name another file"):
+        export_gguf(make(), tmp_path / "new" / "model.gguf", dtype=None)
+
+
+def test_the_command(tmp_path, run, mistake):
+    write_checkpoint(tmp_path / "model.ckpt", make())
+    said = run("export", "model.ckpt", "--gguf", "model.gguf", "--dtype", "bfloat16", cwd=tmp_path).stdout
+    assert said == "model.gguf is written for llama.cpp: architecture llama, pre-tokenizer gpt-2.\n"
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["general.file_type"].contents() == 32
+    checkpoint = str(tmp_path / "model.ckpt")
+    for words, message in {
+        (): "out: name either a folder, or a file by --gguf",
+        ("folder", "--gguf", "a.gguf"): "out: name either a folder, or a file by --gguf",
+        ("a.gguf",): f"out: names a folder; for a GGUF file: ropepp-lit export {checkpoint} --gguf a.gguf",
+        ("--gguf", "a.gguf", "--check", "true"): "check: is for folders; leave it out with --gguf",
+        ("--gguf", "a.gguf", "--max_shard_size", "1GB"): "max_shard_size: is for folders",
+        ("--gguf", "s3://bucket/a.gguf"): "gguf: s3://bucket/a.gguf is a URL",
+    }.items():
+        assert message in mistake(checkpoint, *words, subcommand="export", base=[])
+
+
+def pieces(tokenizer, ids):
+    """The bytes of tokens, special ones as they are written."""
+    alphabet = {tokenizer_character: byte for byte, tokenizer_character in enumerate(byte_characters())}
+    added = tokenizer.tokenizer.get_added_tokens_decoder()
+    texts = (
+        added[index].content.encode() if index in added else bytes(alphabet[c] for c in tokenizer.token(index))
+        for index in ids
+    )
+    return b"".join(texts)
+
+
+def byte_characters():
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others_ = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(others_)) for byte in range(256)]
+
+
+def trained():
+    return train_tokenizer(others.TEXTS, vocab_size=330)
+
+
+IN_LLAMA_CPP = {
+    **{name: lambda folder, changes=changes: make(**changes) for name, (changes, *_) in MODELS.items() if name != "tied"},
+    "tied": lambda folder: make(tie_word_embeddings=True),
+    "trained BPE": lambda folder: make(tokenizer=trained()),
+    **{kind: lambda folder, kind=kind: read_folder(others.make_folder(kind, folder / "folder")) for kind in FOREIGN},
+}
+PROMPT = "The fox: 漢字 + 4096 isn't  naïve\n\n  \tand THEY'RE 🙂 "
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_LLAMA_CPP)
+def test_the_greedy_text_of_llama_cpp_is_ours(tmp_path, name):
+    program = os.environ.get("LLAMA_SIMPLE")
+    if not program:
+        pytest.skip("LLAMA_SIMPLE does not name llama.cpp's program llama-simple")
+    checkpoint = IN_LLAMA_CPP[name](tmp_path)
+    export_gguf(checkpoint, tmp_path / "model.gguf", dtype=None)
+    tokenizer, decoder = TextTokenizer.from_entry(checkpoint[KEY]), load_decoder(checkpoint).float()
+    prompt = tokenizer.encode_prompt(PROMPT)
+    ids = []
+    for row in generate(decoder, torch.tensor([prompt]), max_new_tokens=200):
+        if int(row) in tokenizer.stop_token_ids:
+            break
+        ids.append(int(row))
+    command = [program, "-m", str(tmp_path / "model.gguf"), "-n", "200", PROMPT]
+    finished = subprocess.run(command, capture_output=True, check=True)
+    assert finished.stdout == pieces(tokenizer, prompt + ids) + b"\n"
+    assert int(re.search(rb"decoded (\d+) tokens", finished.stderr)[1]) == len(ids)
