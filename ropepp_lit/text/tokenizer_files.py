@@ -172,8 +172,6 @@ def _read_file(path: Path) -> Tokenizer:
         raise UsageError(f"tokenizer: {path}: not a tokenizer ({_line(error)})") from error
 
 
-
-
 def _read_settings(folder: Path) -> dict[str, Any] | None:
     """tokenizer_config.json; what it does not name, special_tokens_map.json and chat_template.jinja do."""
     found = [_read_json(folder / name) for name in (SPECIAL_TOKENS, SETTINGS)]
