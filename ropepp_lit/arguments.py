@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -66,3 +67,19 @@ def call(function: Callable[..., None], arguments: list[str]) -> None:
         raise UsageError(
             f"{where}: cannot be written: {refusal.strerror}; make room and run the command again"
         ) from error
+
+
+def command(*words: object, **options: object) -> str:
+    """A command line that a shell reads as it is meant.
+
+    Args:
+        words: Positional ones.
+        options: Written as `--name value`, or `--name=value` where the value would look like an option.
+    """
+    parts = []
+    for word in map(str, words):
+        parts.append(f"./{word}" if word.startswith("-") else word)
+    for name, value in options.items():
+        name, text = f"--{name.replace('__', '.')}", str(value)
+        parts += [f"{name}={text}"] if text.startswith("-") else [name, text]
+    return shlex.join(parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from ropepp_lit.arguments import call
+from ropepp_lit.arguments import call, command
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -241,9 +241,9 @@ def _write(path: Path, checkpoint: dict[str, Any]) -> None:
 {ours["context_length"] or 0:,} tokens{texts}
 
 Next:
-  ropepp-lit fit --config RECIPE --config {fragment}    # go on from it; RECIPE has trainer and data
-  ropepp-lit generate {path} --prompt TEXT
-  ropepp-lit export {path} FOLDER"""
+  ropepp-lit fit --config RECIPE {command(config=fragment)}    # go on from it; RECIPE has trainer and data
+  {command("ropepp-lit", "generate", path, prompt="TEXT")}
+  {command("ropepp-lit", "export", path, "FOLDER")}"""
     )
     frequencies, context = decoder.frequencies, ours["context_length"]
     if notice := describe_dtypes(checkpoint):

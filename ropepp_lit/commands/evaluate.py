@@ -156,10 +156,10 @@ def _measure(
     """All measurements of a model, taking up what an earlier run of the command has kept; and seconds of the others."""
     import dataclasses
     import hashlib
+    import io
     import itertools
     import json
     import re
-    import shutil
     import time
 
     from tqdm import tqdm
@@ -204,11 +204,13 @@ def _measure(
                 if maps is not None:
                     title = f"{model.name}, {unit.length:,} tokens"
                     figure = probes.draw_maps(maps, probes.groups_of(model), title)
-                    figure.savefig(part.with_suffix(".png"), dpi=110)
+                    drawn = io.BytesIO()
+                    figure.savefig(drawn, format="png", dpi=110)
+                    write_whole(part.with_suffix(".png"), drawn.getvalue())
                 write_whole(part, json.dumps(kept))
             if part.with_suffix(".png").is_file():
                 name = re.sub(r"\W+", "-", f"attention-{model.name}-{unit.length}").lower()
-                shutil.copy(part.with_suffix(".png"), folder / f"{name}.png")
+                write_whole(folder / f"{name}.png", part.with_suffix(".png").read_bytes())
             bar.update(before + work[unit] - bar.n)
             seconds += kept["seconds"]
             found += [Measurement(**values) for values in kept["measurements"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from ropepp_lit.arguments import call
+from ropepp_lit.arguments import call, command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -176,11 +176,15 @@ def _report(folder: Path, manifest: Manifest) -> None:
         print(f"{2**place:>10,} – {2 ** (place + 1) - 1:>9,}{documents:>12,}{share:>16.1%}  {bar}")
     _draw(folder / "lengths.png", lengths[used[0] : used[-1] + 1], used[0])
     print(f"\nThe shards are in {folder}, the lengths drawn in {folder / 'lengths.png'}.")
-    print(f"Next: ropepp-lit prepare --verify {folder}")
+    print(f"Next: {command('ropepp-lit', 'prepare', verify=folder)}")
 
 
 def _draw(path: Path, lengths: list[list[int]], first: int) -> None:
+    import io
+
     from matplotlib.figure import Figure
+
+    from ropepp_lit.files import write_whole
 
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -191,7 +195,9 @@ def _draw(path: Path, lengths: list[list[int]], first: int) -> None:
     axes.set_xlabel("tokens in a document")
     axes.set_ylabel("share of all tokens (%)")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=120)
+    write_whole(path, drawn.getvalue())
 
 
 def main(arguments: list[str]) -> None:

@@ -24,6 +24,7 @@ from ropepp_lit.eval.models import TOKENS_AT_ONCE, Model
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.generation import generate
 from ropepp_lit.nn.loss import rows_per_chunk
+from ropepp_lit.text.tokenizer_files import content_of
 
 MAX_GEN_TOKS = 256
 """Tokens of an answer where a task gives no number (lm-eval's default)."""
@@ -268,8 +269,7 @@ def make_tokenizer(model: Model) -> PreTrainedTokenizerFast:
     settings = json.loads(model.entry.get("tokenizer_config") or "{}")
     names: dict[str, Any] = {}
     for key in _SPECIAL:
-        token = settings.get(key)
-        names[key] = token.get("content") if isinstance(token, dict) else token
+        names[key] = content_of(settings.get(key))
     for key, token_id in (("bos_token", ours.bos_token_id), ("eos_token", ours.eos_token_id)):
         names[key] = None if token_id is None else ours.tokenizer.id_to_token(token_id)
     return PreTrainedTokenizerFast(

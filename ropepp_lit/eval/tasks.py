@@ -262,6 +262,8 @@ def check_memory(model: Model, length: int) -> None:
     needed = length * (cache + widths * weight.itemsize) + model.decoder.num_parameters * weight.itemsize
     if weight.is_cuda:
         available = torch.cuda.get_device_properties(weight.device).total_memory
+    elif not hasattr(os, "sysconf"):  # Windows
+        return
     else:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > available:

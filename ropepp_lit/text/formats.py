@@ -94,6 +94,9 @@ _SIGNATURES = (
 )
 """First bytes of files that are not what can be read, what these are, and what to do with them."""
 
+_JSON = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:\[\s*)?\{\s*\"[^\"\n]*\"\s*:")
+"""How a file of JSON objects begins."""
+
 BROKEN = (OSError, EOFError, lzma.LZMAError, zlib.error, zstd.ZstdError, pyarrow.ArrowException, csv.Error)
 """What readers raise for a damaged file."""
 
@@ -206,11 +209,18 @@ def problem_of(head: bytes, name: str) -> Record | None:
 
 
 def kind_by_content(head: bytes, name: str) -> str:
-    """The format of a file; tables by their first bytes, others by the name."""
+    """The format of a file: tables by their first bytes, others by the name.
+
+    JSON is known by its first bytes too where the name has no ending of another format: Spark's `part-00000`,
+    `rows.jsonl.1`, a `.txt` file.
+    """
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return "arrow"
+    ending = ending_of(name)
+    if (ending == ".txt" or not ending[1:].isalpha()) and kind_of(name) == "text" and _JSON.match(head):
+        return "json"
     return kind_of(name)
 
 

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,8 +40,9 @@ _METADATA_FILES = {
 
 
 def printable(path: object) -> str:
-    """A path for messages: bytes that are not UTF-8 are escaped."""
-    return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
+    """A path for messages: bytes that are not UTF-8 and control characters, such as line ends, are escaped."""
+    text = os.fsencode(str(path)).decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]", lambda match: repr(match[0])[1:-1], text)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from ropepp_lit.errors import UsageError
 from ropepp_lit.text import tokenizer_files
 from ropepp_lit.text.identity import opening_of
-from ropepp_lit.text.tokenizer_files import Loaded, added_around, processor_around, stop_ids
+from ropepp_lit.text.tokenizer_files import (
+    Loaded,
+    added_around,
+    encoding_errors,
+    exact,
+    processor_around,
+    stop_ids,
+)
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 """Special tokens of the tokenizers made here; every document stands between them."""
@@ -61,8 +68,7 @@ class TextTokenizer:
     """Made by :func:`byte_tokenizer`: encoded by a look-up, a hundred times faster."""
 
     def __post_init__(self) -> None:
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
+        exact(self.tokenizer)
         self.tokenizer.encode_special_tokens = True  # a text that spells a special token does not end its document
         stops = self.stop_token_ids | ({self.eos_token_id} if self.eos_token_id is not None else set())
         object.__setattr__(self, "stop_token_ids", frozenset(stops))
@@ -117,7 +123,8 @@ class TextTokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of a text alone, without what stands before and behind it; special tokens in it are plain text."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        with encoding_errors():
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text that a model continues, with what stands before every text.
@@ -146,7 +153,8 @@ class TextTokenizer:
         if self.is_bytes:
             bodies = [self._byte_ids[np.frombuffer(text.encode("utf-8"), dtype=np.uint8)] for text in texts]
         else:
-            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            with encoding_errors():
+                encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             encodings.reverse()
             bodies = []
             while encodings:  # each takes a hundred bytes a token: let it go at once

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,10 +86,33 @@ def fetch(name: str) -> Path:
         ) from error
 
 
+def exact(tokenizer: Tokenizer) -> Tokenizer:
+    """Switch off truncation and padding, which tools for fine-tuning save in tokenizer.json, and BPE dropout."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):  # of BPE: merges are left out at random, anew in each call
+        tokenizer.model.dropout = None
+    return tokenizer
+
+
+@contextmanager
+def encoding_errors() -> Iterator[None]:
+    """Report a text that the tokenizer cannot encode in one line.
+
+    Raises:
+        UsageError: instead of the tokenizer's error, such as that of a vocabulary without a token for unknown words.
+    """
+    try:
+        yield
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UsageError(f"tokenizer: it cannot encode a text ({_line(error)}); name another tokenizer") from error
+
+
 def added_around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Token ids that the tokenizer's post-processor puts before and behind a text."""
-    body = tokenizer.encode("a", add_special_tokens=False).ids
-    whole = tokenizer.encode("a", add_special_tokens=True)
+    with encoding_errors():
+        body = tokenizer.encode("a", add_special_tokens=False).ids
+        whole = tokenizer.encode("a", add_special_tokens=True)
     before = next((place for place, added in enumerate(whole.special_tokens_mask) if not added), len(whole.ids))
     for start in (before, *range(len(whole.ids) - len(body) + 1)):
         if whole.ids[start : start + len(body)] == body:
@@ -126,7 +150,7 @@ def _read(folder: Path, file: Path, settings: dict[str, Any] | None) -> tuple[To
 
     try:
         loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        tokenizer = _without_limits(Tokenizer.from_str(loaded.backend_tokenizer.to_str()))
+        tokenizer = exact(Tokenizer.from_str(loaded.backend_tokenizer.to_str()))
     except Exception as error:  # whatever the tokenizer's class raises
         if file.is_file():
             tokenizer = _read_file(file)  # raises where the file itself is wrong
@@ -143,16 +167,9 @@ def _read(folder: Path, file: Path, settings: dict[str, Any] | None) -> tuple[To
 
 def _read_file(path: Path) -> Tokenizer:
     try:
-        return _without_limits(Tokenizer.from_file(str(path)))
+        return exact(Tokenizer.from_file(str(path)))
     except Exception as error:  # tokenizers raises bare Exception
         raise UsageError(f"tokenizer: {path}: not a tokenizer ({_line(error)})") from error
-
-
-def _without_limits(tokenizer: Tokenizer) -> Tokenizer:
-    """Switch off truncation and padding, which tools for fine-tuning save in tokenizer.json."""
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _read_settings(folder: Path) -> dict[str, Any] | None:
@@ -187,9 +204,10 @@ def _names(settings: dict[str, Any] | None) -> tuple[str | None, str | None]:
     return content_of(settings.get("bos_token")), content_of(settings.get("eos_token"))
 
 
-def content_of(token: str | dict[str, Any] | None) -> str | None:
-    """A token of tokenizer_config.json, where it stands as text or as a description."""
-    return token.get("content") if isinstance(token, dict) else token
+def content_of(token: Any) -> str | None:
+    """A token of tokenizer_config.json, where it is text or a description; None where it is neither."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
 def _eos_of_config(folder: Path, tokenizer: Tokenizer) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,19 +76,3 @@ def first_difference(one: Any, other: Any, key: str = "") -> str | None:
         differences = (first_difference(a, b, f"{key}[{i}]") for i, (a, b) in enumerate(zip(one, other, strict=True)))
         return next(filter(None, differences), None)
     return None if type(one) is type(other) and one == other else f"{key} {one!r} → {other!r}"
-
-
-def command(*words: object, **options: object) -> str:
-    """A command line that a shell reads as it is meant.
-
-    Args:
-        words: Positional ones.
-        options: Written as `--name value`, or `--name=value` where the value would look like an option.
-    """
-    parts = []
-    for word in map(str, words):
-        parts.append(f"./{word}" if word.startswith("-") else word)
-    for name, value in options.items():
-        name, text = f"--{name.replace('__', '.')}", str(value)
-        parts += [f"{name}={text}"] if text.startswith("-") else [name, text]
-    return shlex.join(parts)

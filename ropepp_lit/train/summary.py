@@ -8,10 +8,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
+from ropepp_lit.arguments import command
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import LAST, folder_of, newest
-from ropepp_lit.train.recipe import command
 
 
 @rank_zero_only

@@ -97,9 +97,12 @@ def test_formats_and_compressions(tmp_path, name, compression):
     path = tmp_path / (name + compression)
     path.write_bytes(COMPRESSED[compression](PLAIN[name](DOCUMENTS)))
     check_file(path)
-    mislabelled = tmp_path / name.lower()
-    mislabelled.write_bytes(path.read_bytes())  # the bytes decide whether a file is compressed
-    assert texts(mislabelled) == DOCUMENTS
+    # The bytes decide whether a file is compressed, and whether one without an ending of its own is JSON.
+    is_json = Path(name.lower()).suffix in (".json", ".jsonl", ".ndjson")
+    for other in (name.lower(), *(["part-00000", "rows.jsonl-1", "rows.txt"] if is_json else [])):
+        mislabelled = tmp_path / other
+        mislabelled.write_bytes(path.read_bytes())
+        assert texts(mislabelled) == DOCUMENTS
 
 
 TYPES = [pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary(), "dictionary"]
@@ -205,6 +208,7 @@ NOT_TEXT = {
     "x.tar.gz": (gzip.compress(b"text"), r"a \.tar file is not text; unpack"),
     "image.PNG": (b"\x89PNG\r\n", "an image"),
     "utf16.txt": ("text".encode("utf-16"), "UTF-16 text; convert it by `iconv"),
+    "no key.txt": (b'{"content": "a"}\n', ":1: no key 'text'; name the key"),
     "latin1.txt": (b"caf\xe9", "not UTF-8; convert"),
     "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer .*`git lfs pull`"),
     "crawl.gz": (gzip.compress(b"WARC/1.0\r\n"), "a web archive"),
@@ -334,11 +338,11 @@ def test_names_that_are_not_utf8(tmp_path):
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(folder)
     Path(os.fsdecode(folder + b"/\xff.txt")).write_text("text")
-    Path(os.fsdecode(folder + b"/bad.txt")).write_bytes(b"\xff")
+    Path(os.fsdecode(folder + b"/bad\n.txt")).write_bytes(b"\xff")  # a line end must not break a message's line
     settings = Settings(tokenizer="bytes", on_error="skip")
     manifest = prepare([str(tmp_path)], settings, out=tmp_path / "out", show_progress=False)
     assert manifest.splits["train"].documents == 1
-    assert manifest.examples == [f"{tmp_path}/caf\\xe9/bad.txt: not UTF-8"]
+    assert manifest.examples == [f"{tmp_path}/caf\\xe9/bad\\n.txt: not UTF-8"]
     (record,) = read(os.fsdecode(folder + b"/\xff.txt"))
     record.where.encode("utf-8")
 

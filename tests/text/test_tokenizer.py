@@ -6,7 +6,7 @@ from pathlib import Path
 import others
 import pytest
 import sentencepiece
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 import ropepp_lit
@@ -230,6 +230,37 @@ def test_damaged_files_are_named(name, content, message, tmp_path):
         load_tokenizer(str(tmp_path))
 
 
+def test_dropout_of_merges_is_switched_off(tmp_path):
+    """It is meant for training subword models; here each reading of a text would give other tokens."""
+    made = others.make_tokenizer("qwen", tmp_path)
+    expected = made.encode(others.LONG).ids
+    made.model.dropout = 0.5
+    made.save(str(tmp_path / "mine.json"))
+    assert made.encode(others.LONG).ids != expected
+    loaded = load_tokenizer(str(tmp_path / "mine.json"))
+    entry = {"tokenizer": made.to_str(), "bos_token_id": None, "eos_token_id": 300}
+    for found in (loaded, TextTokenizer.from_entry(entry)):
+        assert found.encode_text(others.LONG) == expected
+        assert found.encode([others.LONG])[0].tolist() == [*expected, 300]
+
+
+@pytest.mark.parametrize("token", [5, [], {"content": None}, ""])
+def test_a_special_token_that_is_no_text_is_not_taken(token, tmp_path):
+    others.make_tokenizer("qwen", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings_of(tmp_path), "eos_token": token}))
+    assert load_tokenizer(str(tmp_path)).eos_token_id == 300  # the first known one
+
+
+@pytest.mark.parametrize("known", ["a", "b"])
+def test_a_text_that_cannot_be_encoded_is_one_line(known, tmp_path):
+    """A vocabulary of words without a token for others."""
+    made = Tokenizer(models.WordLevel({known: 0, "</s>": 1}))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UsageError, match=r"tokenizer: it cannot encode a text \(WordLevel error: Missing \[UNK\]"):
+        load_tokenizer(str(tmp_path / "tokenizer.json")).encode(["a b"])
+
+
 def test_a_bare_file_and_no_file(tmp_path):
     made = train_tokenizer(DOCUMENTS, vocab_size=300).tokenizer
     made.save(str(tmp_path / "mine.json"))
@@ -270,4 +301,4 @@ def test_tokenizers_are_made_in_one_place():
         for path in package.rglob("*.py")
         if path.parent.name != "text" and bare.search(path.read_text(encoding="utf-8"))
     }
-    assert found <= {"hf/export.py", "train/checks.py"}
+    assert found <= {"hf/export.py", "train/checks.py", "eval/language_model.py"}  # the last for lm-eval, from ours

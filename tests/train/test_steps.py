@@ -14,13 +14,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-from ropepp_lit.arguments import call
+from ropepp_lit.arguments import call, command
 from ropepp_lit.checkpoint import KEY, read_checkpoint
 from ropepp_lit.cli import main
 from ropepp_lit.errors import UsageError
 from ropepp_lit.train.cli import RecipeCLI
 from ropepp_lit.train.plan import PlanCLI
-from ropepp_lit.train.recipe import command, to_yaml, write_recipe
+from ropepp_lit.train.recipe import to_yaml, write_recipe
 
 pytestmark = pytest.mark.end_to_end
 
