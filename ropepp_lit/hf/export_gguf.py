@@ -148,8 +148,8 @@ def _architecture_name(architecture: Architecture) -> str:
     config, scheme = architecture.decoder, architecture.scheme
     if type(scheme) is not RoPE:
         raise UsageError(
-            f"gguf: model.positions is {type(scheme).__name__} ({scheme}), and llama.cpp, which runs no code of a model, "
-            "has plain RoPE alone"
+            f"gguf: model.positions is {type(scheme).__name__} ({scheme}), and llama.cpp, which runs no code of a "
+            "model, has plain RoPE alone"
         )
     if not config.qk_norm:
         return "llama"
@@ -288,7 +288,8 @@ def _read_tokenizer(ours: Mapping[str, Any], vocab_size: int) -> tuple[TextToken
     if model.get("type") != "BPE" or decoder != "ByteLevel" or any(affixes) or alphabet - set(model["vocab"]):
         kind = "a BPE with byte fallback" if model.get("byte_fallback") else f"{model.get('type')}, not byte-level BPE"
         raise UsageError(f"gguf: the tokenizer is {kind}, which is not supported; {_BY_CONVERTER}")
-    pre_tokenizer = _PRE_TOKENIZERS.get((_splitting(values["pre_tokenizer"]), bool(model.get("ignore_merges"))))
+    splitting = _splitting(values["pre_tokenizer"])
+    pre_tokenizer = None if splitting is None else _PRE_TOKENIZERS.get((splitting, bool(model.get("ignore_merges"))))
     if pre_tokenizer is None:
         raise UsageError(
             "gguf: how the tokenizer splits texts (pre_tokenizer, ignore_merges) is none of the ways known here, "
