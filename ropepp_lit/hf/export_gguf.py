@@ -31,7 +31,7 @@ _WORDS = (
 )
 _GPT2, _DIGITS, _LLAMA3, _QWEN2 = "GPT-2", "single digits, GPT-2", _WORDS % "{1,3}", _WORDS % ""
 
-_PRE_TOKENIZERS = {
+_PRE_TOKENIZERS: dict[tuple[str | None, bool], str] = {
     (_GPT2, False): "gpt-2",
     (_DIGITS, False): "smollm",
     (_LLAMA3, True): "llama-bpe",
