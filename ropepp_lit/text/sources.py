@@ -130,6 +130,8 @@ def find_files(sources: Sequence[str], *, key: str) -> list[Source]:
 def _find(source: str, key: str) -> Found:
     if source.startswith(HUB):
         return Found([HubDataset.from_name(source, key=key)], [])
+    if not source.strip():  # as a path it would be the current folder
+        raise UsageError(f"{key}: an empty name among the sources; name files or folders of text, or {BUILTIN!r}")
     left_out: list[LeftOut] = []
     if source == BUILTIN:
         root = Path(sysconfig.get_path("stdlib"))
