@@ -356,6 +356,18 @@ def test_names_that_are_not_utf8(tmp_path):
     record.where.encode("utf-8")
 
 
+def test_shards_inside_of_their_source(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    first, again = (
+        prepare([str(tmp_path)], Settings(tokenizer="bytes"), out=tmp_path / "out", show_progress=False)
+        for _ in range(2)
+    )
+    assert again == first
+    assert find([str(tmp_path)], key="text").left_out == [
+        (str(tmp_path / "out"), "token shards of `prepare`, not documents")
+    ]
+
+
 def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match=r"pipe: not a regular file .*; write it to a file"):
