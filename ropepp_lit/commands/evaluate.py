@@ -89,6 +89,7 @@ def evaluate(
 
     from ropepp_lit.eval.harness import Options
     from ropepp_lit.eval.models import load_model
+    from ropepp_lit.eval.report import folder_names
     from ropepp_lit.eval.results import summarize
     from ropepp_lit.eval.tasks import Settings
     from ropepp_lit.eval.texts import notices_of, read_texts, seed_of
@@ -124,11 +125,14 @@ def evaluate(
         entries.append(model.entry)
         if texts:
             notices |= dict.fromkeys(notices_of(model.name, model.entry, entries[0], text))
-        measurements, seconds = _measure(model, settings, texts, folder, dtype)
+        names = list(dict.fromkeys([*(name for name, _ in runs), model.name]))
+        label = folder_names(names)[names.index(model.name)]
+        measurements, seconds = _measure(model, settings, texts, folder, dtype, label)
         runs.append((model.name, measurements))
         descriptions.append({**model.describe(), "seconds": round(seconds, 1)})
         del model  # one at a time is in memory
     seeds = [seed_of(entry) for entry in entries]
+    notices |= dict.fromkeys(_different_runs(descriptions))
     notices |= dict.fromkeys(_same_seeds([name for name, _ in runs], seeds))
     print("".join(f"\nNote: {line}" for line in notices))
     said = {
@@ -150,16 +154,28 @@ def _same_seeds(names: list[str], seeds: list[Any]) -> Iterator[str]:
         yield f"{count} runs of {name} have the seed {seed[0]}; intervals take them for independent."
 
 
+def _different_runs(descriptions: list[dict[str, Any]]) -> Iterator[str]:
+    """A line for each name that models of different architectures have: they are taken for runs of one."""
+    fields = ("positions", "parameters", "layers", "attention_heads", "key_value_heads")
+    for name in dict.fromkeys(described["name"] for described in descriptions):
+        same = [described for described in descriptions if described["name"] == name]
+        if len({tuple(described[field] for field in fields) for described in same}) > 1:
+            paths = " and ".join(described["path"] for described in same)
+            yield f"{paths} are runs of {name} by their name, but differ in architecture; tell them apart by NAME=PATH."
+
+
 def _measure(
-    model: Model, settings: Settings, sets: Texts, folder: Path, dtype: str
+    model: Model, settings: Settings, sets: Texts, folder: Path, dtype: str, label: str
 ) -> tuple[list[Measurement], float]:
-    """All measurements of a model, taking up what an earlier run of the command has kept; and seconds of the others."""
+    """All measurements of a model, taking up what an earlier run of the command has kept; and seconds of the others.
+
+    Attention maps are named by `label`.
+    """
     import dataclasses
     import hashlib
     import io
     import itertools
     import json
-    import re
     import time
 
     from tqdm import tqdm
@@ -209,8 +225,7 @@ def _measure(
                     write_whole(part.with_suffix(".png"), drawn.getvalue())
                 write_whole(part, json.dumps(kept))
             if part.with_suffix(".png").is_file():
-                name = re.sub(r"\W+", "-", f"attention-{model.name}-{unit.length}").lower()
-                write_whole(folder / f"{name}.png", part.with_suffix(".png").read_bytes())
+                write_whole(folder / f"attention-{label}-{unit.length}.png", part.with_suffix(".png").read_bytes())
             bar.update(before + work[unit] - bar.n)
             seconds += kept["seconds"]
             found += [Measurement(**values) for values in kept["measurements"]]

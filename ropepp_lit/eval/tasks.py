@@ -153,11 +153,11 @@ def check(model: Model, units: Sequence[Unit], settings: Settings, num_tokens: S
         model: What will be measured.
         units: What of it.
         settings: Of the evaluation.
-        num_tokens: Of each document, where attention is measured.
+        num_tokens: Of each document, where perplexity or attention are measured.
 
     Raises:
-        UsageError: a length is too short for a family, longer than any document, or too long for the memory, or
-            lm-eval knows no such task.
+        UsageError: a length is too short for a family, longer than any document, or too long for the memory, no
+            document has a token to predict, or lm-eval knows no such task.
     """
     for length in settings.lengths:
         check_memory(model, length)
@@ -169,6 +169,8 @@ def check(model: Model, units: Sequence[Unit], settings: Settings, num_tokens: S
         # In short contexts words a few tokens longer may be too long, so all are tried.
         numbers = range(settings.examples if shortest <= 4096 else len(DEPTHS))
         retrieval.make_examples(family, model.tokenizer, length=shortest, numbers=numbers, seed=settings.seed)
+    if any(unit.task == "perplexity" for unit in units) and max(num_tokens) < 2:
+        raise UsageError(f"text: no document has two tokens, so {model.name} has nothing to predict; name other text")
     for unit in units:
         if unit.task == "attention" and unit.length is not None and max(num_tokens) < unit.length:
             raise UsageError(

@@ -92,7 +92,7 @@ def _read_json(stream: io.BufferedReader, name: str, key: str, skip: int) -> Ite
         if not line.strip():
             continue
         if line.strip() == b"{":
-            yield from _read_values(line, stream, name, key, skip)
+            yield from _read_values(line, stream, name, key, skip, before=number - 1)
             return
         if skip:
             skip -= 1
@@ -100,8 +100,10 @@ def _read_json(stream: io.BufferedReader, name: str, key: str, skip: int) -> Ite
             yield _parse(line, f"{name}:{number}", key)
 
 
-def _read_values(first: bytes, stream: io.BufferedReader, name: str, key: str, skip: int) -> Iterator[Record]:
-    """The elements of arrays, and objects outside of them."""
+def _read_values(
+    first: bytes, stream: io.BufferedReader, name: str, key: str, skip: int, before: int = 0
+) -> Iterator[Record]:
+    """The elements of arrays, and objects outside of them; `before` are counted in their places already."""
     decode, text = json.JSONDecoder().raw_decode, codecs.getreader("utf-8")(stream)
     buffer, at, number, in_array, ended = first.decode(), 0, 0, False, False
     try:
@@ -116,12 +118,12 @@ def _read_values(first: bytes, stream: io.BufferedReader, name: str, key: str, s
                     value, at = decode(buffer, at)
                 except ValueError:
                     if ended or len(buffer) - at > MAX_DOCUMENT_BYTES:
-                        yield Record(None, "broken JSON", f"{name}:{number + 1}")
+                        yield Record(None, "broken JSON", f"{name}:{before + number + 1}")
                         return
                 else:
                     number += 1
                     if number > skip:
-                        yield pick(value, f"{name}:{number}", key)
+                        yield pick(value, f"{name}:{before + number}", key)
                     continue
             elif ended:
                 if in_array:
@@ -130,9 +132,9 @@ def _read_values(first: bytes, stream: io.BufferedReader, name: str, key: str, s
             more = text.read(max(2**20, len(buffer) - at))  # doubled, so that long values are not read again and again
             buffer, at, ended = buffer[at:] + more, 0, not more
     except UnicodeDecodeError:
-        yield Record(None, "not UTF-8", f"{name}:{number + 1}")
+        yield Record(None, "not UTF-8", f"{name}:{before + number + 1}")
     except RecursionError:
-        yield Record(None, "broken JSON", f"{name}:{number + 1}")
+        yield Record(None, "broken JSON", f"{name}:{before + number + 1}")
 
 
 def _parse(line: bytes, where: str, key: str) -> Record:
@@ -273,10 +275,10 @@ def _decode(data: bytes, where: str) -> Record:
 
 
 def _check(text: object, where: str) -> Record:
+    if text is None or text == "":  # null in JSON, a missing value of a table
+        return Record(None, "empty", where)
     if not isinstance(text, str):
         return Record(None, "the text is not a string", where)
-    if not text:
-        return Record(None, "empty", where)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell, or a byte that is not UTF-8

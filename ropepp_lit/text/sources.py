@@ -102,9 +102,9 @@ def find(sources: Sequence[str], *, key: str) -> Found:
     """The files of sources, in order: sources as given, files within a source by path.
 
     A folder is searched to the bottom, links followed; each real file counts once. Hidden files and folders are left
-    out. Where a folder has files of JSON or tables, only these and .txt files are documents; files about a corpus
-    (README, LICENSE, dataset_info.json and the like) are not, unless a folder has nothing else of their ending. Of a
-    folder that `datasets` saved (`save_to_disk`) the tables are read that it names.
+    out, and so are folders of token shards. Where a folder has files of JSON or tables, only these and .txt files are
+    documents; files about a corpus (README, LICENSE, dataset_info.json and the like) are not, unless a folder has
+    nothing else of their ending. Of a folder that `datasets` saved (`save_to_disk`) the tables are read that it names.
 
     Args:
         sources: Each `builtin`, a file, a folder, a glob, or `hf:` and the name of a Hugging Face dataset, with its
@@ -130,6 +130,8 @@ def find_files(sources: Sequence[str], *, key: str) -> list[Source]:
 def _find(source: str, key: str) -> Found:
     if source.startswith(HUB):
         return Found([HubDataset.from_name(source, key=key)], [])
+    if not source.strip():  # as a path it would be the current folder
+        raise UsageError(f"{key}: an empty name among the sources; name files or folders of text, or {BUILTIN!r}")
     left_out: list[LeftOut] = []
     if source == BUILTIN:
         root = Path(sysconfig.get_path("stdlib"))
@@ -175,6 +177,10 @@ def _walk(root: Path, left_out: list[LeftOut], key: str) -> Iterator[Path]:
         if "dataset_dict.json" in files:
             names = ", ".join(printable(folder / f) for f in sorted(folders))
             raise UsageError(f"{key}: {printable(folder)}: a DatasetDict of several splits; name one of them: {names}")
+        if {"manifest.json", "tokenizer.json"} <= set(files):
+            left_out.append(LeftOut(printable(folder), "token shards of `prepare`, not documents"))
+            folders.clear()
+            continue
         if {"state.json", "dataset_info.json"} <= set(files):
             yield from _saved(folder, key)
             folders.clear()

@@ -5,6 +5,7 @@ import json
 import shutil
 import time
 
+import others
 import pytest
 
 pytestmark = pytest.mark.end_to_end
@@ -34,6 +35,8 @@ def test_results_hold_what_was_asked_and_what_is_needed_to_repeat_it(evaluated, 
     results = json.loads((evaluated[0] / "out" / "results.json").read_text())
     assert results["command"].startswith("ropepp-lit evaluate RoPE=")
     assert [model["name"] for model in results["models"]] == ["RoPE", "EC", "EC"]
+    (notice,) = [line for line in results["notices"] if "differ in architecture" in line]
+    assert notice.endswith("are runs of EC by their name, but differ in architecture; tell them apart by NAME=PATH.")
     assert all(len(model["fingerprint"]) == len("sha256:") + 64 for model in results["models"])
     assert [model["kv_cache_bytes_per_token"] for model in results["models"]] == [256, 256, 128]
     assert results["settings"]["lengths"] == [256, 512]
@@ -205,6 +208,7 @@ def test_a_run_counts_once_and_one_model_is_in_memory_at_a_time(small_checkpoint
         (["--dtype", "int8"], "dtype: 'int8' must be float32 or bfloat16"),
         (["--text", "nowhere"], "text: nowhere: no such file or folder"),
         (["--text", "empty.txt"], "text: empty.txt holds no document"),
+        (["--text", "empty.txt,"], "text: an empty name among the sources"),
         (["--text", "latin.txt"], "text: latin.txt: not UTF-8"),
         (["--min_tokens", "100000"], "holds no document of 100,000 tokens or more"),
         (["--out", "taken"], "out: taken holds something else than an evaluation"),
@@ -237,4 +241,9 @@ def test_checkpoints_that_cannot_be_measured(mistake, small_checkpoints, tmp_pat
     torch.save(contents, "mute.ckpt")
     message = "mute.ckpt: the checkpoint stores no tokenizer"
     assert message in mistake("mute.ckpt", "--out", "out", subcommand="evaluate")
+    others.make_folder("gpt2", tmp_path / "gpt2")
+    (tmp_path / "letter.txt").write_text("a")
+    options = ["--tasks", "perplexity", "--text", "letter.txt", "--out", "out"]
+    message = "text: no document has two tokens, so gpt2 has nothing to predict"
+    assert message in mistake("gpt2", *options, subcommand="evaluate")
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ropepp_lit.eval.report import write_report
+from ropepp_lit.eval.report import folder_names, write_report
 from ropepp_lit.eval.report.panels import to_png
 from ropepp_lit.eval.report.plots import PLOTS
 from ropepp_lit.eval.results import CLEAN, COLUMNS, select
@@ -396,3 +396,10 @@ def test_notices_sets_and_shares_are_on_the_page(make, tmp_path):
     table = page.tables["Loss (nats per token), each set, by length in tokens"]
     assert [line[0] for line in table[1:]] == ["code (24 documents)", "first", "prose (24 documents)", "first"]
     assert [cell.split()[0] for line in table for cell in line[1:] if "[" in cell] == ["1.500", "3.250"]
+
+
+def test_names_of_files_differ_where_names_of_models_do():
+    names = ["a b", "a-b", "A_b", "plots", "../up", "漢" * 300, "漢" * 299, "\n"]
+    found = folder_names(names)
+    assert len({name.lower() for name in found}) == len(names)
+    assert all(len(name.encode()) < 200 and "/" not in name and name[0] != "." for name in found)

@@ -122,6 +122,14 @@ def test_tables_of_columns(tmp_path, kind):
         check_file(tmp_path / name)
 
 
+def test_rows_without_a_text_are_empty(tmp_path):
+    rows = ["a", None, "b"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "rows.parquet")
+    for name in ("rows.jsonl", "rows.parquet"):
+        assert [(r.text, r.problem) for r in read(tmp_path / name)] == [("a", None), (None, "empty"), ("b", None)]
+
+
 def test_parquet_goes_on_by_row_groups(tmp_path, monkeypatch):
     rows = pyarrow.table({"text": DOCUMENTS})
     pyarrow.parquet.write_table(rows, tmp_path / "rows.parquet", row_group_size=100)
@@ -208,6 +216,7 @@ NOT_TEXT = {
     "x.tar.gz": (gzip.compress(b"text"), r"a \.tar file is not text; unpack"),
     "image.PNG": (b"\x89PNG\r\n", "an image"),
     "utf16.txt": ("text".encode("utf-16"), "UTF-16 text; convert it by `iconv"),
+    "end.jsonl": (json_lines(DOCUMENTS) + b"{", ":601: broken JSON"),
     "no key.txt": (b'{"content": "a"}\n', ":1: no key 'text'; name the key"),
     "latin1.txt": (b"caf\xe9", "not UTF-8; convert"),
     "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer .*`git lfs pull`"),
@@ -345,6 +354,18 @@ def test_names_that_are_not_utf8(tmp_path):
     assert manifest.examples == [f"{tmp_path}/caf\\xe9/bad\\n.txt: not UTF-8"]
     (record,) = read(os.fsdecode(folder + b"/\xff.txt"))
     record.where.encode("utf-8")
+
+
+def test_shards_inside_of_their_source(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    first, again = (
+        prepare([str(tmp_path)], Settings(tokenizer="bytes"), out=tmp_path / "out", show_progress=False)
+        for _ in range(2)
+    )
+    assert again == first
+    assert find([str(tmp_path)], key="text").left_out == [
+        (str(tmp_path / "out"), "token shards of `prepare`, not documents")
+    ]
 
 
 def test_a_pipe_is_refused(tmp_path):

@@ -78,7 +78,7 @@ def _write_tensorboard(results: dict[str, Any], plots: dict[str, bytes], folder:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     names = model_names(results)
-    for name, run in zip(names, _folder_names(names), strict=True):
+    for name, run in zip(names, folder_names(names), strict=True):
         with SummaryWriter(str(partial / run)) as writer:
             for row in results["scores"]:
                 if row["model"] == name and row["value"] is not None:
@@ -105,12 +105,12 @@ def _tag(row: dict[str, Any]) -> tuple[str, float, int]:
     return "/".join(filter(None, parts)), row["value"], step or 0
 
 
-def _folder_names(names: list[str]) -> list[str]:
-    """Different names of folders for names of models, which may be any text."""
+def folder_names(names: list[str]) -> list[str]:
+    """Names of files and folders for names of models, which may be any text; different ones in any case of letters."""
     folders: list[str] = []
     taken = {"plots"}
     for name in names:
-        base = re.sub(r"[^\w+.-]+", "_", name)[:80].strip("._") or "model"
+        base = re.sub(r"[^\w+.-]+", "_", name)[:60].strip("._") or "model"
         candidates = (base if not number else f"{base}_{number}" for number in range(len(names) + 1))
         folders.append(next(candidate for candidate in candidates if candidate.lower() not in taken))
         taken.add(folders[-1].lower())
