@@ -70,6 +70,18 @@ MODE = ["--trainer.strategy.context_parallel_mode"]
         ),
         (["--model.decoder.vocab_size", "100"], "model.decoder.vocab_size: 100 is below the 258 tokens"),
         (["--model.optimizer.lr", "0"], "model.optimizer.lr: 0.0 must be above 0"),
+        (["--model.optimizer.eps", "-1"], "model.optimizer.eps: -1.0 must be 0 or more"),
+        (["--model.optimizer.weight_decay", "-1"], "model.optimizer.weight_decay: -1.0 must be 0 or more"),
+        (["--model.optimizer.betas", "[0.9, 1]"], "model.optimizer.betas: 1.0 must be 0 or more and below 1"),
+        (["--model.optimizer", "Muon", "--model.optimizer.momentum", "1"], "model.optimizer.momentum: 1.0 must be"),
+        (["--model.decoder.initializer_range", "-1"], "model.decoder.initializer_range: -1.0 must be 0 or more"),
+        (["--model.optimizer.lr", "null"], "model.optimizer.lr: null is no value of it; give one, or leave the key"),
+        (["--model.schedule.warmup_steps", "null"], "model.schedule.warmup_steps: null is no value of it"),
+        (["--model.frequencies.rope_theta", "null"], "model.frequencies.rope_theta: null is no value of it"),
+        (
+            ["--trainer.callbacks", "{class_path: EarlyStopping, init_args: {monitor: a, patience: null}}"],
+            "trainer.callbacks.patience: null is no value of it",
+        ),
         (
             ["--model.frequencies", "Yarn", "--model.frequencies.factor", "2", "--data.context_length", "10000"],
             "data.context_length: 10,000 is beyond the 8,192 tokens (factor × original_max_position_embeddings)",

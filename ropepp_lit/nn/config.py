@@ -119,6 +119,8 @@ class DecoderConfig:
         self._require_positive(
             "vocab_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "rms_norm_eps"
         )
+        if not self.initializer_range >= 0:
+            raise UsageError(f"model.decoder.initializer_range: {self.initializer_range} must be 0 or more")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UsageError(
                 f"model.decoder.num_attention_heads: {self.num_attention_heads} is not a multiple of "

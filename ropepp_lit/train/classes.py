@@ -9,9 +9,10 @@ import argparse
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
+from jsonargparse import Namespace
 
 from ropepp_lit.checkpoint import import_class
 from ropepp_lit.errors import UsageError
@@ -49,6 +50,41 @@ def check_classes(arguments: list[str]) -> None:
             raise UsageError(
                 f"{key}: no class {name!r}; choose one of {', '.join(known)}, or name one of your own as module.Class"
             )
+
+
+def check_nulls(options: Any, key: str = "") -> None:
+    """Check that arguments of classes are null only where the class takes that; the parser lets every null pass.
+
+    Args:
+        options: Of `fit`, parsed and not instantiated.
+        key: Where they are in the recipe.
+
+    Raises:
+        UsageError: an argument is null, and neither its default nor its type is.
+    """
+    if isinstance(options, list):
+        for option in options:
+            check_nulls(option, key)
+    if not isinstance(options, Namespace | dict):
+        return
+    if isinstance(class_path := options.get("class_path"), str):
+        arguments = dict(options.get("init_args") or {})
+        kind = import_class(class_path, object)
+        for name, parameter in inspect.signature(kind).parameters.items():
+            if name in arguments and arguments[name] is None and not _takes_none(kind, parameter):
+                raise UsageError(f"{key}.{name}: null is no value of it; give one, or leave the key out")
+    for name, option in vars(options).items() if isinstance(options, Namespace) else options.items():
+        check_nulls(option, key if name in ("class_path", "init_args") else f"{key}.{name}" if key else str(name))
+
+
+def _takes_none(kind: type, parameter: inspect.Parameter) -> bool:
+    if parameter.default is None:
+        return True
+    try:
+        hint = get_type_hints(kind.__init__).get(parameter.name, Any)  # type: ignore[misc]
+    except NameError:  # a type that is imported for type checkers alone
+        return True
+    return hint is Any or type(None) in get_args(hint)
 
 
 def _names(arguments: list[str]) -> Iterator[tuple[str, str]]:

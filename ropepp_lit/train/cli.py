@@ -27,7 +27,7 @@ from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of, newest
 from ropepp_lit.train.checks import Checks, checkpoint_to_continue
-from ropepp_lit.train.classes import CLASSES, check_classes
+from ropepp_lit.train.classes import CLASSES, check_classes, check_nulls
 from ropepp_lit.train.curves import go_on_from
 from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.finite import DivergedError
@@ -139,6 +139,7 @@ class RecipeCLI(LightningCLI):
         check_classes(args)
         self.config = parser.parse_args(args)
         options = self.config[self.config["subcommand"]]
+        check_nulls(options)
         for key in ("trainer.default_root_dir", "data.cache_dir"):
             if options.get(key) is not None:
                 local_path(key, str(options[key]))
@@ -203,7 +204,7 @@ class RecipeCLI(LightningCLI):
         return {name: value for name, value in recipe.items() if name not in others}
 
     def _read_recipe(self, path: Path) -> dict[str, Any]:
-        return self._as_plain(self.parser.parse_args(["fit", "--config", str(path)]))
+        return self._as_plain(self.parser.parse_args(["fit", f"--config={path}"]))
 
     def _go_on_with_curves(self, checkpoint: dict[str, Any] | None) -> None:
         """Let the curves be those of the run up to the checkpoint; empty where it begins."""

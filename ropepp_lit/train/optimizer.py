@@ -46,7 +46,8 @@ class AdamW(OptimizerConfig):
         weight_decay: float = 0.1,
         decay_all: bool = False,
     ) -> None:
-        self.lr, self.betas, self.eps, self.weight_decay = _positive("lr", lr), betas, eps, weight_decay
+        self.lr, self.betas = _positive("lr", lr), _shares("betas", *betas)
+        self.eps, self.weight_decay = _not_negative("eps", eps), _not_negative("weight_decay", weight_decay)
         self.decay_all = decay_all
 
     def build(self, decoder: nn.Module) -> torch.optim.Optimizer:
@@ -84,9 +85,11 @@ class Muon(OptimizerConfig):
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
     ) -> None:
-        self.lr, self.momentum, self.weight_decay = _positive("lr", lr), momentum, weight_decay
+        self.lr, (self.momentum,) = _positive("lr", lr), _shares("momentum", momentum)
+        self.weight_decay = _not_negative("weight_decay", weight_decay)
         self.adamw_lr = lr if adamw_lr is None else _positive("adamw_lr", adamw_lr)
-        self.adamw_betas, self.adamw_eps = adamw_betas, adamw_eps
+        self.adamw_betas = _shares("adamw_betas", *adamw_betas)
+        self.adamw_eps = _not_negative("adamw_eps", adamw_eps)
 
     def build(self, decoder: nn.Module) -> torch.optim.Optimizer:
         """One optimizer that steps both."""
@@ -257,3 +260,16 @@ def _positive(name: str, value: float) -> float:
     if not value > 0:
         raise UsageError(f"model.optimizer.{name}: {value} must be above 0")
     return value
+
+
+def _not_negative(name: str, value: float) -> float:
+    if not value >= 0:
+        raise UsageError(f"model.optimizer.{name}: {value} must be 0 or more")
+    return value
+
+
+def _shares(name: str, *values: float) -> Any:
+    for value in values:
+        if not 0 <= value < 1:
+            raise UsageError(f"model.optimizer.{name}: {value} must be 0 or more and below 1")
+    return values

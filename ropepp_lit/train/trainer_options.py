@@ -55,7 +55,13 @@ TAKEN_OPTIONS = {
 }  # fmt: skip
 """All other options of the Trainer, which work as Lightning describes them."""
 
-_AT_LEAST = {"accumulate_grad_batches": 1, "log_every_n_steps": 1, "num_nodes": 1, "fast_dev_run": 0}
+_AT_LEAST = {
+    "accumulate_grad_batches": 1,
+    "log_every_n_steps": 1,
+    "num_nodes": 1,
+    "fast_dev_run": 0,
+    "gradient_clip_val": 0,
+}
 
 _REFUSED_CALLBACKS: dict[type[Callback], str] = {
     WeightAveraging: "samples, evaluations and the last checkpoint would have other weights than validation; lower the "

@@ -366,6 +366,16 @@ def test_recipes_are_read_back(tiny, tmp_path):
     assert read["sample"]["prompt"] == "1e3"
 
 
+def test_recipes_with_callbacks_of_yaml_and_below_a_folder_that_looks_like_an_option(tiny, tmp_path, monkeypatch):
+    """Timer's default is a member of an enumeration."""
+    monkeypatch.chdir(tmp_path)
+    timer = "{class_path: Timer, init_args: {duration: {minutes: 5}}}"
+    cli = PlanCLI(["fit", *tiny, "--trainer.callbacks", f"[LearningRateMonitor, {timer}]"])
+    write_recipe(Path("-run/recipe.yaml"), cli._as_plain(cli.config), cli._read_recipe)
+    recipe = yaml.safe_load(Path("-run/recipe.yaml").read_text())
+    assert recipe["trainer"]["callbacks"][1]["init_args"]["interval"] == "step"
+
+
 def test_a_recipe_that_is_read_as_another_one_is_not_written(tmp_path):
     path = tmp_path / "recipe.yaml"
     with pytest.raises(UsageError, match=r"read as it was given: sample\.prompt 'a' → 1000\.0"):

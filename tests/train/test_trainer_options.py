@@ -40,6 +40,7 @@ def test_every_option_of_the_trainer_is_taken_or_refused():
         (["--trainer.val_check_interval", "0"], "trainer.val_check_interval: 0 must be a number of batches, 1 or more"),
         (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches: 0 must be 1 or more"),
         (["--trainer.log_every_n_steps", "0"], "trainer.log_every_n_steps: 0 must be 1 or more"),
+        (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val: -1 must be 0 or more"),
         (["--trainer.min_steps", "9"], "trainer.min_steps: 9 is above trainer.max_steps 8"),
         (["--trainer.fast_dev_run", "-1"], "trainer.fast_dev_run: -1 must be 0 or more"),
         ([CALLBACKS, "EMAWeightAveraging"], "trainer.callbacks: EMAWeightAveraging is not supported: samples, eval"),
