@@ -102,6 +102,7 @@ def run_file(command_server, free_port, tmp_path_factory):
     def run_file(*command, cwd, returncode=0, timeout=600):
         command = [str(word) for word in command]
         environment = {**os.environ, "MASTER_PORT": str(free_port())}
+        assert "LOCAL_RANK" not in environment, "a test has started ranks from this process"
         job = {"command": command, "cwd": str(cwd), "environment": environment}
         print(json.dumps({**job, "output": str(output), "errors": str(errors)}), file=command_server.stdin, flush=True)
         timer = threading.Timer(timeout, os.kill, [int(command_server.stdout.readline()), signal.SIGKILL])

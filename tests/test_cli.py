@@ -133,7 +133,7 @@ def test_mistakes_in_a_recipe(mistake, tmp_path, positions, expected):
 
 def test_empty_folder(mistake, tmp_path):
     (tmp_path / "bare").mkdir()
-    assert "data.source: bare: holds no files" in mistake("--data.source", "bare")
+    assert "data.source: bare: no files there" in mistake("--data.source", "bare")
 
 
 def test_validate_wants_a_checkpoint(mistake):

@@ -43,7 +43,7 @@ class Part:
     @classmethod
     def read(cls, path: Path) -> Part:
         """Read what :meth:`write` wrote."""
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         values["splits"] = {name: TokenSet.from_dict(split) for name, split in values["splits"].items()}
         return cls(**values)
 
