@@ -73,6 +73,10 @@ def read_checkpoint(path: str | Path, *, shapes_only: bool = False) -> dict[str,
     path = Path(path)
     if is_sharded(path):
         return _check_entry(path, _read_sharded(path, shapes_only))
+    if path.is_dir():
+        newest = [found for found in (path / "last.ckpt", path / "checkpoints" / "last.ckpt") if found.exists()]
+        what = f"name {newest[0]}" if newest else "name a .ckpt file, or a folder in Hugging Face's format"
+        raise UsageError(f"{path}: a folder, not a checkpoint; {what}")
     if not path.is_file():
         raise UsageError(f"{path}: no such checkpoint; name a .ckpt file, or a folder in Hugging Face's format")
     return _check_entry(path, read_pickled(path))

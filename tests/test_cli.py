@@ -106,6 +106,8 @@ def test_mistakes(mistake, options, expected):
         (["--trainer.strategy", "fsdp3"], "trainer: You selected an invalid strategy name"),
         (["--data.source", "nowhere"], "data.source: nowhere: no such file or folder"),
         (["--ckpt_path", "nowhere.ckpt"], "nowhere.ckpt: no such checkpoint"),
+        (["--ckpt_path", "."], ".: a folder, not a checkpoint; name a .ckpt file"),
+        (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more and below 2^32"),
     ],
 )
 def test_mistakes_that_are_none_where_only_a_plan_is_made(mistake, options, expected):

@@ -140,6 +140,9 @@ class RecipeCLI(LightningCLI):
         self.config = parser.parse_args(args)
         options = self.config[self.config["subcommand"]]
         check_nulls(options)
+        seed = options.seed_everything
+        if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            raise UsageError(f"seed_everything: {seed} must be 0 or more and below 2^32")
         for key in ("trainer.default_root_dir", "data.cache_dir"):
             if options.get(key) is not None:
                 local_path(key, str(options[key]))
