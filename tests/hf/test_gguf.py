@@ -296,7 +296,6 @@ REFUSED = {
     "too many tokens": (lambda: make(vocab_size=200), r"the tokenizer has 258 tokens, and the embedding has 200 rows"),
     "byte fallback": (llama2, r"the tokenizer is a BPE with byte fallback, which is not supported; export a folder"),
     "words": (changed(word_level), r"the tokenizer is WordLevel, not byte-level BPE"),
-    "dropout": (changed(with_model(dropout=0.1)), r"not byte-level BPE"),
     "ignore_merges": (changed(with_model(ignore_merges=True)), KNOWN),
     "prefix space": (changed(assign("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True))), KNOWN),
     "other words": (changed(assign("pre_tokenizer", others._splitting(r"\s+"))), KNOWN),
