@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -32,6 +33,13 @@ def pytest_collection_modifyitems(items):
     """Files that start processes come first, so that no long one begins when the others are done."""
     long = {item.path for item in items if item.get_closest_marker("end_to_end")}
     items.sort(key=lambda item: item.path not in long)
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Each test leaves the environment as it was: Lightning sets LOCAL_RANK and others where it starts ranks."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +110,6 @@ def run_file(command_server, free_port, tmp_path_factory):
     def run_file(*command, cwd, returncode=0, timeout=600):
         command = [str(word) for word in command]
         environment = {**os.environ, "MASTER_PORT": str(free_port())}
-        assert "LOCAL_RANK" not in environment, "a test has started ranks from this process"
         job = {"command": command, "cwd": str(cwd), "environment": environment}
         print(json.dumps({**job, "output": str(output), "errors": str(errors)}), file=command_server.stdin, flush=True)
         timer = threading.Timer(timeout, os.kill, [int(command_server.stdout.readline()), signal.SIGKILL])

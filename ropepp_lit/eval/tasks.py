@@ -169,7 +169,7 @@ def check(model: Model, units: Sequence[Unit], settings: Settings, num_tokens: S
         # In short contexts words a few tokens longer may be too long, so all are tried.
         numbers = range(settings.examples if shortest <= 4096 else len(DEPTHS))
         retrieval.make_examples(family, model.tokenizer, length=shortest, numbers=numbers, seed=settings.seed)
-    if any(unit.task == "perplexity" for unit in units) and max(num_tokens) < 2:
+    if num_tokens and any(unit.task == "perplexity" for unit in units) and max(num_tokens) < 2:
         raise UsageError(f"text: no document has two tokens, so {model.name} has nothing to predict; name other text")
     for unit in units:
         if unit.task == "attention" and unit.length is not None and max(num_tokens) < unit.length:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -49,7 +50,11 @@ def fit(tiny, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             original = RecipeCLI.instantiate_trainer
             patch.setattr(RecipeCLI, "instantiate_trainer", instantiate_trainer)
-            main([subcommand, *tiny, *map(str, [*BASE, "--trainer.default_root_dir", folder, *options])])
+            try:
+                main([subcommand, *tiny, *map(str, [*BASE, "--trainer.default_root_dir", folder, *options])])
+            finally:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
         return root / folder
 
     yield fit
