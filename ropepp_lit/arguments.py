@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import docstring_parser
@@ -52,6 +52,11 @@ def call(function: Callable[..., None], arguments: list[str]) -> None:
         parser.add_argument(name, nargs="*", type=str, help=documented[name])
     values: dict[str, Any] = parser.parse_args(arguments[1:]).as_dict()
     words = [word for name in many for word in values.pop(name)]
+    for name, text in _given(arguments[1:]):
+        if values.get(name, text) is None and text != "null":  # YAML reads "---", "~" and "#" as null
+            if inspect.signature(function).parameters[name].annotation != "str | None":
+                raise UsageError(f"{name}: {text!r} is not a value of it")
+            values[name] = text
     for name in ("out", "gguf", "cache_dir"):
         if values.get(name) is not None:
             values[name] = local_path(name, values[name])
@@ -67,6 +72,16 @@ def call(function: Callable[..., None], arguments: list[str]) -> None:
         raise UsageError(
             f"{where}: cannot be written: {refusal.strerror}; make room and run the command again"
         ) from error
+
+
+def _given(arguments: list[str]) -> Iterator[tuple[str, str]]:
+    """Names and texts of the options of a command line."""
+    for place, word in enumerate(arguments):
+        name, equals, text = word.removeprefix("--").partition("=")
+        if word.startswith("--") and equals:
+            yield name, text
+        elif word.startswith("--") and place + 1 < len(arguments):
+            yield name, arguments[place + 1]
 
 
 def command(*words: object, **options: object) -> str:

@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
+from ropepp_lit.arguments import call
 from ropepp_lit.cli import SUBCOMMANDS
+from ropepp_lit.errors import UsageError
 
 pytestmark = pytest.mark.end_to_end
 
@@ -209,3 +211,24 @@ def test_help_imports_nothing_heavy(subcommand):
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("text", ["---", "~", "#", "# a", "null ", "1e3", "no", "[a]"])
+def test_texts_that_yaml_reads_otherwise_reach_a_subcommand(text):
+    """As separators and tokens."""
+    found = []
+
+    def subcommand(*, split: "str | None" = None, limit: "int | None" = None) -> None:
+        found.append((split, limit))
+
+    call(subcommand, ["subcommand", f"--split={text}"])
+    call(subcommand, ["subcommand", "--split", "null", "--limit", "null"])
+    assert found == [(text, None), (None, None)]
+
+
+def test_a_number_that_yaml_reads_as_null():
+    def subcommand(*, limit: "int | None" = None) -> None:
+        raise AssertionError
+
+    with pytest.raises(UsageError, match=r"limit: '~' is not a value of it"):
+        call(subcommand, ["subcommand", "--limit", "~"])
