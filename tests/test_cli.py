@@ -1,5 +1,6 @@
 """Mistakes of a user: one line that names the key or file, exit code 2, nothing written."""
 
+import json
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import torch
 from ropepp_lit.arguments import call
 from ropepp_lit.cli import SUBCOMMANDS
 from ropepp_lit.errors import UsageError
+from ropepp_lit.train.cli import RecipeCLI
 
 pytestmark = pytest.mark.end_to_end
 
@@ -232,3 +234,21 @@ def test_a_number_that_yaml_reads_as_null():
 
     with pytest.raises(UsageError, match=r"limit: '~' is not a value of it"):
         call(subcommand, ["subcommand", "--limit", "~"])
+
+
+def test_texts_that_yaml_reads_otherwise_reach_a_run(tmp_path, monkeypatch):
+    """A separator, from a recipe and from the command line."""
+    found = []
+
+    def note(cli):
+        found.append(cli.config["fit"].data.split)
+        raise SystemExit
+
+    monkeypatch.setattr(RecipeCLI, "instantiate_classes", note)
+    recipe = tmp_path / "recipe.yaml"
+    for text in ("---", "#", "~", "null"):
+        recipe.write_text(json.dumps({"data": {"split": text}}), encoding="utf-8")
+        for words in (["--config", str(recipe)], [f"--data.split={text}"]):
+            with pytest.raises(SystemExit):
+                RecipeCLI(["fit", *words])
+            assert found.pop() == text

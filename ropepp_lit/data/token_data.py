@@ -63,7 +63,7 @@ class TokenData(LightningDataModule):
         tokenizer: str | None = None,
         train_tokenizer: int | None = None,
         text_key: str = "text",
-        split: str | None = None,
+        split: str = "",
         on_error: Literal["stop", "skip"] = "stop",
         context_length: int = 512,
         batch_size: int = 8,
@@ -100,7 +100,7 @@ class TokenData(LightningDataModule):
             raise UsageError(f"data.validation_fraction: {validation_fraction} must be between 0 and 1")
         self.tokenizer, self.train_tokenizer = tokenizer, train_tokenizer
         self._tokenizer = TokenizerChoice(tokenizer, train_tokenizer)
-        self.text_key, self.split, self.on_error = text_key, split, on_error
+        self.text_key, self.split, self.on_error = text_key, split or None, on_error
         self.context_length, self.batch_size = context_length, batch_size
         self.intra_document_masking, self.validation_fraction = intra_document_masking, validation_fraction
         self.seed, self.num_workers = seed, num_workers
