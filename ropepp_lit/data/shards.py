@@ -50,6 +50,8 @@ class TokenSet:
     max_token_id: int = 0
     lengths: list[list[int]] = field(default_factory=lambda: [[0, 0] for _ in range(40)])
     """Documents, and their tokens, by length: place n counts documents of 2^n to 2^(n+1) - 1 tokens."""
+    trained_tokens: int = 0
+    """Tokens that are trained, where the shards mark them (:mod:`ropepp_lit.data.trained_tokens`)."""
     chunks: list[Chunk] = field(default_factory=list)
 
     def add(self, *, tokens: int, num_bytes: int, gzip_bytes: int, max_token_id: int) -> None:
@@ -78,6 +80,7 @@ class TokenSet:
             total.bytes += part.bytes
             total.gzip_bytes += part.gzip_bytes
             total.max_token_id = max(total.max_token_id, part.max_token_id)
+            total.trained_tokens += part.trained_tokens
             total.lengths = [[a + c, b + d] for (a, b), (c, d) in zip(total.lengths, part.lengths, strict=True)]
             total.chunks += part.chunks
         return total
@@ -112,6 +115,12 @@ class Manifest:
     """By name: `train`, and `validation` where documents were held out."""
     tokenizer_digest: str | None = None
     """Of tokenizer.json (:func:`~ropepp_lit.text.identity.tokenizer_digest`); None in folders of earlier versions."""
+    marks_trained_tokens: bool = False
+    """Whether only some tokens are trained, and the shards mark which (:mod:`ropepp_lit.data.trained_tokens`)."""
+    chat_template: str | None = None
+    """The Jinja template that the conversations were rendered by; None where they are not conversations."""
+    end_of_turn: list[int] = field(default_factory=list)
+    """Tokens that end an assistant's turn by that template; a model stops writing at them."""
 
     @property
     def largest_token_id(self) -> int:
