@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import DoublePrecision
 
-from ropepp_lit.arguments import OneLineErrors
+from ropepp_lit.arguments import OneLineErrors, check_given
 from ropepp_lit.checkpoint import KEY, read_checkpoint
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
@@ -140,6 +140,7 @@ class RecipeCLI(LightningCLI):
         self.config = parser.parse_args(args)
         options = self.config[self.config["subcommand"]]
         check_nulls(options)
+        check_given(args[1:], options)
         seed = options.seed_everything
         if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise UsageError(f"seed_everything: {seed} must be 0 or more and below 2^32")
