@@ -199,16 +199,16 @@ def test_no_room_for_a_copy_of_the_newest_checkpoint(tmp_path, monkeypatch, caps
 
 
 POOR = """
-import errno, os
+import errno, fcntl, os
 from lightning.pytorch import Callback
 
 def refuse(*arguments, **keywords):
     raise OSError(errno.EPERM, "Operation not permitted")
 
-def no_fsync(descriptor):
+def unknown(*arguments):
     raise OSError(errno.EINVAL, "Invalid argument")
 
-os.symlink, os.fsync = refuse, no_fsync
+os.symlink, os.fsync, fcntl.flock = refuse, unknown, unknown
 
 class Poor(Callback):
     pass
@@ -216,11 +216,12 @@ class Poor(Callback):
 
 
 @pytest.mark.end_to_end
-def test_a_run_where_there_are_no_symbolic_links_and_no_fsync(run, tiny, tmp_path):
+def test_a_run_where_there_are_no_symbolic_links_no_fsync_and_no_locks(run, tiny, tmp_path):
     (tmp_path / "poor.py").write_text(POOR)
     options = [*tiny, "--trainer.default_root_dir", "run", "--trainer.callbacks+", "poor.Poor"]
     options += ["--checkpoints.every_n_steps", 1, "--checkpoints.keep", 1]
-    run("fit", *options, "--trainer.max_steps", 2, cwd=tmp_path)
+    finished = run("fit", *options, "--trainer.max_steps", 2, cwd=tmp_path)
+    assert "Notice: run is on a file system without locks; take care" in finished.stderr
     run("fit", *options, "--trainer.max_steps", 3, "--ckpt_path", "auto", cwd=tmp_path)
     last = tmp_path / "run/checkpoints/last.ckpt"
     assert not last.is_symlink()

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ropepp_lit.arguments import OneLineErrors, check_given
 from ropepp_lit.checkpoint import KEY, read_checkpoint
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import local_path
+from ropepp_lit.files import held, local_path
 from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of, newest
@@ -121,7 +122,7 @@ class RecipeCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """What Lightning refuses, a full disk and a loss that is NaN are one line."""
         try:
-            with in_one_line("trainer"):
+            with in_one_line("trainer"), ExitStack() as self._until_end:
                 super()._run_subcommand(subcommand)
         except DivergedError as error:
             self.config_init.fit.checkpoints.finish()
@@ -167,11 +168,23 @@ class RecipeCLI(LightningCLI):
         if self.is_dry_run:
             return
         folder = Path(self.trainer.default_root_dir)
+        self._lock(folder)
         check_folder(folder_of(folder), options.ckpt_path)
         check_folders(options.trainer.callbacks, folder_of(folder))
         if self.trainer.is_global_zero:
             write_recipe(folder / "recipe.yaml", self.model.recipe, self._read_recipe)
         self._go_on_with_curves(before)
+
+    def _lock(self, folder: Path) -> None:
+        """Refuse a folder that another run writes to, until this one ends."""
+        if not self.trainer.is_global_zero:
+            return
+        busy = f"{folder}: another run is training in it; let it end, or choose another --trainer.default_root_dir"
+        if not self._until_end.enter_context(held(folder / ".lock", busy=busy)):
+            print(
+                f"Notice: {folder} is on a file system without locks; take care that no other run writes to it.",
+                file=sys.stderr,
+            )
 
     def before_validate(self) -> None:
         """Check everything that can be checked."""
