@@ -93,7 +93,7 @@ def upcycle(
 
     path = _new_checkpoint(out)
     options = _folder_options(None, rope_theta, scaling, factor, original_max_position_embeddings, ignore)
-    original = open_checkpoint(source, revision=revision, **options)
+    original = open_checkpoint(source, revision=revision, checksums=True, **options)
     checkpoint = work(original, variant=variant, pairs=pairs)
     print(compare(original, checkpoint, None if text is None else Path(text)))
     _write(path, checkpoint)
@@ -141,10 +141,10 @@ def export(
         for name, value in (("max_shard_size", max_shard_size), ("check", check)):
             if value is not None:
                 raise UsageError(f"{name}: is for folders; leave it out with --gguf")
-        _export_gguf(open_checkpoint(checkpoint), Path(gguf), torch_dtype)
+        _export_gguf(open_checkpoint(checkpoint, checksums=True), Path(gguf), torch_dtype)
         return
     assert out is not None
-    contents = open_checkpoint(checkpoint)
+    contents = open_checkpoint(checkpoint, checksums=True)
     difference = work(
         contents,
         Path(out),
