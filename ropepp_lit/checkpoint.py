@@ -306,7 +306,7 @@ def instantiate(description: dict[str, Any], base: type[T], *, trust: str | None
     elif class_path != trust:
         raise UsageError(
             f"the checkpoint was made with {class_path}, which is not part of ropepp-lit; "
-            f"if you trust that code and it can be imported here, add: --trust {class_path}"
+            f"if you trust that code and it can be imported here, generate and evaluate take --trust {class_path}"
         )
     found = import_class(class_path, base)
     try:

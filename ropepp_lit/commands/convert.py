@@ -206,12 +206,11 @@ def _new_checkpoint(out: str) -> Path:
 
 def _write(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint and the recipe that goes on from it; say what was written and what to type next."""
-    import yaml
-
     from ropepp_lit.checkpoint import KEY, load_decoder, write_checkpoint
     from ropepp_lit.files import write_errors, write_whole
     from ropepp_lit.hf.folder import describe_dtypes
     from ropepp_lit.text.tokenizer import TextTokenizer
+    from ropepp_lit.train.recipe import to_yaml
 
     ours = checkpoint[KEY]
     decoder = load_decoder(checkpoint)
@@ -229,7 +228,7 @@ def _write(path: Path, checkpoint: dict[str, Any]) -> None:
     write_checkpoint(path, checkpoint)
     try:
         with write_errors(fragment):
-            write_whole(fragment, yaml.safe_dump(recipe, sort_keys=False))
+            write_whole(fragment, to_yaml(recipe))
     except BaseException:
         path.unlink()
         raise
