@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-from ropepp_lit.checkpoint import KEY, read_checkpoint
+from ropepp_lit.checkpoint import KEY, decoder_weights, read_checkpoint
 
 ACCUMULATE = 3
 
@@ -72,3 +72,15 @@ def assert_same_run(folder, whole, *, step=8):
     ours, theirs = curves(folder), curves(whole)
     assert ours.keys() == theirs.keys()
     assert all(ours[key] == value for key, value in theirs.items() if key[0] != "tokens_per_second")
+
+
+def assert_same(one, other):
+    """Two checkpoints store the same state, bit for bit."""
+    a, b = read_checkpoint(one), read_checkpoint(other)
+    assert a["global_step"] == b["global_step"]
+    assert a[KEY]["tokens_seen"] == b[KEY]["tokens_seen"]
+    positions = [checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] for checkpoint in (a, b)]
+    assert positions[0] == positions[1]
+    weights, others = decoder_weights(a), decoder_weights(b)
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(others[name], value) for name, value in weights.items())

@@ -192,8 +192,8 @@ class Checks:
             if kind in differences:
                 raise UsageError(
                     f"ckpt_path: the data of {path} has another {kind} than {', '.join(data.weights)} "
-                    f"({differences[kind]}); prepare text by ropepp-lit prepare --tokenizer {path}, or start another run "
-                    f"from the weights by --model.init_from {path}"
+                    f"({differences[kind]}); prepare text by ropepp-lit prepare --tokenizer {path}, or start another "
+                    f"run from the weights by --model.init_from {path}"
                 )
         if self._way == "init_from":
             lines = [self._start(architecture)]
