@@ -8,10 +8,29 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import docstring_parser
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader
 
 from ropepp_lit.errors import DISK_FULL, UsageError
 from ropepp_lit.files import local_path, system_error
+
+_read_yaml = get_loader("yaml")
+
+
+def _read_value(text: str, path: object = None) -> Any:
+    """Read a recipe, or one value of it: a text that YAML reads as null, such as `~` or `# a`, stays a text.
+
+    The parser handles `null` itself, before. Values of a recipe that YAML reads as null are null.
+
+    Args:
+        text: The recipe or value.
+        path: Of a recipe; the parser leaves it out where it reads a value.
+    """
+    value = _read_yaml(text)
+    return text if value is None and path is None else value
+
+
+set_loader("yaml", _read_value, exceptions=(yaml.YAMLError,))
 
 
 class OneLineErrors:
@@ -52,11 +71,7 @@ def call(function: Callable[..., None], arguments: list[str]) -> None:
         parser.add_argument(name, nargs="*", type=str, help=documented[name])
     values: dict[str, Any] = parser.parse_args(arguments[1:]).as_dict()
     words = [word for name in many for word in values.pop(name)]
-    for name, text in _given(arguments[1:]):
-        if values.get(name, text) is None and text != "null":  # YAML reads "---", "~" and "#" as null
-            if inspect.signature(function).parameters[name].annotation != "str | None":
-                raise UsageError(f"{name}: {text!r} is not a value of it")
-            values[name] = text
+    check_given(arguments[1:], values)
     for name in ("out", "gguf", "cache_dir"):
         if values.get(name) is not None:
             values[name] = local_path(name, values[name])
@@ -72,6 +87,21 @@ def call(function: Callable[..., None], arguments: list[str]) -> None:
         raise UsageError(
             f"{where}: cannot be written: {refusal.strerror}; make room and run the command again"
         ) from error
+
+
+def check_given(arguments: list[str], values: Any) -> None:
+    """Refuse a text that the parser reads as null, such as `~` for a number.
+
+    Args:
+        arguments: The command line.
+        values: What was parsed, a mapping or namespace.
+
+    Raises:
+        UsageError: an option is null, and another text than `null` was given for it.
+    """
+    for name, text in _given(arguments):
+        if text != "null" and values.get(name, text) is None:
+            raise UsageError(f"{name}: {text!r} is not a value of it; write null for none")
 
 
 def _given(arguments: list[str]) -> Iterator[tuple[str, str]]:

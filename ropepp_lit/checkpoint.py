@@ -40,6 +40,8 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.files import sync, write_errors
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
 from ropepp_lit.sharded import (
+    SHARDED_METADATA,
+    check_pickled,
     check_shards,
     is_sharded,
     load_sharded_state,
@@ -60,18 +62,22 @@ WEIGHTS_PREFIX = "decoder."
 """What the LightningModule puts before the decoder's parameter names."""
 
 
-def read_checkpoint(path: str | Path, *, shapes_only: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, shapes_only: bool = False, checksums: bool = False) -> dict[str, Any]:
     """Read a checkpoint without running anything that it holds; tensors stay on disk until they are used.
 
     Args:
         path: A .ckpt file, or a .ckpt folder of shards.
         shapes_only: Of a folder of shards, leave the weights on the disk and give tensors without content.
+        checksums: Compare a file with the checksums in it, for which all of it is read (0.2 s per GB). Shards are
+            compared whenever they are read.
 
     Raises:
-        UsageError: no such file, or not a checkpoint of ours.
+        UsageError: no such file, not a checkpoint of ours, or damaged.
     """
     path = Path(path)
     if is_sharded(path):
+        if checksums:
+            check_pickled(path / SHARDED_METADATA)
         return _check_entry(path, _read_sharded(path, shapes_only))
     if path.is_dir():
         newest = [found for found in (path / "last.ckpt", path / "checkpoints" / "last.ckpt") if found.exists()]
@@ -79,7 +85,10 @@ def read_checkpoint(path: str | Path, *, shapes_only: bool = False) -> dict[str,
         raise UsageError(f"{path}: a folder, not a checkpoint; {what}")
     if not path.is_file():
         raise UsageError(f"{path}: no such checkpoint; name a .ckpt file, or a folder in Hugging Face's format")
-    return _check_entry(path, read_pickled(path))
+    checkpoint = _check_entry(path, read_pickled(path))
+    if checksums:
+        check_pickled(path)
+    return checkpoint
 
 
 def _check_entry(path: Path, checkpoint: Any) -> dict[str, Any]:
@@ -100,17 +109,18 @@ def _check_entry(path: Path, checkpoint: Any) -> dict[str, Any]:
     return checkpoint
 
 
-def check_whole(path: str | Path) -> None:
+def check_whole(path: str | Path, *, checksums: bool = False) -> None:
     """Find a checkpoint that was cut off or lacks a part; of the weights only the sizes on the disk are looked at.
 
     Args:
         path: A .ckpt file, or a .ckpt folder of shards.
+        checksums: See :func:`read_checkpoint`.
 
     Raises:
         UsageError: see :func:`read_checkpoint`; or a shard is missing or too short.
     """
     path = Path(path)
-    read_checkpoint(path, shapes_only=True)
+    read_checkpoint(path, shapes_only=True, checksums=checksums)
     if is_sharded(path):
         check_shards(path)
 
@@ -296,7 +306,7 @@ def instantiate(description: dict[str, Any], base: type[T], *, trust: str | None
     elif class_path != trust:
         raise UsageError(
             f"the checkpoint was made with {class_path}, which is not part of ropepp-lit; "
-            f"if you trust that code and it can be imported here, add: --trust {class_path}"
+            f"if you trust that code and it can be imported here, generate and evaluate take --trust {class_path}"
         )
     found = import_class(class_path, base)
     try:

@@ -240,6 +240,40 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def held(path: Path, *, busy: str) -> Iterator[bool]:
+    """Keep a lock until the block ends; the system releases it when the process ends, even by a kill.
+
+    Where nothing can be written no lock is taken: whatever the block writes fails by itself.
+
+    Args:
+        path: The lock's file, which stays; its folder is created.
+        busy: What to say where another process has the lock.
+
+    Yields:
+        Whether the file system has locks; without any, nothing is locked.
+
+    Raises:
+        UsageError: another process has the lock.
+    """
+    from filelock import FileLock, Timeout
+
+    lock, has_locks = FileLock(path), True
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        has_locks = _has_locks(path)
+        if has_locks:
+            lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UsageError(busy) from error
+    except OSError:
+        pass
+    try:
+        yield has_locks
+    finally:
+        lock.release()
+
+
 def _has_locks(path: Path) -> bool:
     """Whether files can be locked there. filelock's own way out of it may delete the mark of another process."""
     try:

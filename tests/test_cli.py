@@ -215,7 +215,7 @@ def test_help_imports_nothing_heavy(subcommand):
     assert printed.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("text", ["---", "~", "#", "# a", "null ", "1e3", "no", "[a]"])
+@pytest.mark.parametrize("text", ["---", "~", "#", "# a", "Null", "1e3", "no", "[a]"])
 def test_texts_that_yaml_reads_otherwise_reach_a_subcommand(text):
     """As separators and tokens."""
     found = []
@@ -232,23 +232,51 @@ def test_a_number_that_yaml_reads_as_null():
     def subcommand(*, limit: "int | None" = None) -> None:
         raise AssertionError
 
-    with pytest.raises(UsageError, match=r"limit: '~' is not a value of it"):
-        call(subcommand, ["subcommand", "--limit", "~"])
+    for text in ("~", "# a", "null "):
+        with pytest.raises(UsageError, match=f"limit: '{text}' is not a value of it"):
+            call(subcommand, ["subcommand", "--limit", text])
 
 
 def test_texts_that_yaml_reads_otherwise_reach_a_run(tmp_path, monkeypatch):
-    """A separator, from a recipe and from the command line."""
-    found = []
+    """Each option of ours that is a text or null, and separators; from a recipe and from the command line."""
+    found = {}
 
     def note(cli):
-        found.append(cli.config["fit"].data.split)
+        options = cli.parser._subcommands_action._name_parser_map["fit"]._actions
+        ours = [a.dest for a in options if a.dest.split(".")[0] in ("model", "data", "sample", "evaluation")]
+        texts = [a.dest for a in options if a.dest in ours and getattr(a, "_typehint", None) == str | None]
+        found.update({key: cli.config["fit"][key] for key in (*texts, "data.split")})
         raise SystemExit
 
+    def read(*words):
+        found.clear()
+        with pytest.raises(SystemExit):
+            RecipeCLI(["fit", *map(str, words)])
+        return dict(found)
+
     monkeypatch.setattr(RecipeCLI, "instantiate_classes", note)
+    keys = list(read())
+    assert {"data.tokenizer", "data.cache_dir", "model.init_from", "model.decoder.size", "data.split"} == set(keys)
     recipe = tmp_path / "recipe.yaml"
-    for text in ("---", "#", "~", "null"):
-        recipe.write_text(json.dumps({"data": {"split": text}}), encoding="utf-8")
-        for words in (["--config", str(recipe)], [f"--data.split={text}"]):
-            with pytest.raises(SystemExit):
-                RecipeCLI(["fit", *words])
-            assert found.pop() == text
+    for text in ("---", "# a", "~", "Null"):
+        meant = dict.fromkeys(keys, text)
+        nested = {}
+        for key in keys:
+            *groups, name = key.split(".")
+            part = nested
+            for group in groups:
+                part = part.setdefault(group, {})
+            part[name] = text
+        recipe.write_text(json.dumps(nested), encoding="utf-8")
+        assert read("--config", recipe) == meant
+        assert read(*(f"--{key}={text}" for key in keys)) == meant
+    nothing = {**dict.fromkeys(keys), "data.split": "null"}
+    assert read(*(f"--{key}=null" for key in keys)) == nothing
+    recipe.write_text("data:\n  tokenizer:\n  cache_dir: ~ # none\nmodel: {init_from: null}\n", encoding="utf-8")
+    assert {key for key, value in read("--config", recipe).items() if value is not None} == {"data.split"}
+
+
+def test_numbers_and_choices_that_yaml_reads_as_null(mistake):
+    for key in ("data.train_tokenizer", "model.attention", "trainer.gradient_clip_val"):
+        for text in ("~", "# a", "null "):
+            assert f"{key}: {text!r} is not a value of it; write null for none" in mistake(f"--{key}", text)

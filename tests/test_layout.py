@@ -1,4 +1,4 @@
-"""Who imports whom: only downward, as .github/CONTRIBUTING.md says."""
+"""Who imports whom: only downward, as .github/CONTRIBUTING.md says; and how long files are."""
 
 import ast
 from pathlib import Path
@@ -41,6 +41,13 @@ def _imports(path: Path) -> set[str]:
             names = [node.module] if node.module != "ropepp_lit" else [f"ropepp_lit.{name.name}" for name in node.names]
             found |= {_part(name) for name in names}
     return found & set.union(*LAYERS)
+
+
+def test_files_are_short():
+    """Of the package and of the tests: what is longer is split by what it is about."""
+    files = [*ROOT.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]
+    assert len(files) > 150
+    assert not [str(path) for path in files if len(path.read_text(encoding="utf-8").splitlines()) > 400]
 
 
 def test_imports_run_downward():

@@ -93,7 +93,7 @@ def upcycle(
 
     path = _new_checkpoint(out)
     options = _folder_options(None, rope_theta, scaling, factor, original_max_position_embeddings, ignore)
-    original = open_checkpoint(source, revision=revision, **options)
+    original = open_checkpoint(source, revision=revision, checksums=True, **options)
     checkpoint = work(original, variant=variant, pairs=pairs)
     print(compare(original, checkpoint, None if text is None else Path(text)))
     _write(path, checkpoint)
@@ -141,10 +141,10 @@ def export(
         for name, value in (("max_shard_size", max_shard_size), ("check", check)):
             if value is not None:
                 raise UsageError(f"{name}: is for folders; leave it out with --gguf")
-        _export_gguf(open_checkpoint(checkpoint), Path(gguf), torch_dtype)
+        _export_gguf(open_checkpoint(checkpoint, checksums=True), Path(gguf), torch_dtype)
         return
     assert out is not None
-    contents = open_checkpoint(checkpoint)
+    contents = open_checkpoint(checkpoint, checksums=True)
     difference = work(
         contents,
         Path(out),
@@ -206,12 +206,11 @@ def _new_checkpoint(out: str) -> Path:
 
 def _write(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint and the recipe that goes on from it; say what was written and what to type next."""
-    import yaml
-
     from ropepp_lit.checkpoint import KEY, load_decoder, write_checkpoint
     from ropepp_lit.files import write_errors, write_whole
     from ropepp_lit.hf.folder import describe_dtypes
     from ropepp_lit.text.tokenizer import TextTokenizer
+    from ropepp_lit.train.recipe import to_yaml
 
     ours = checkpoint[KEY]
     decoder = load_decoder(checkpoint)
@@ -229,7 +228,7 @@ def _write(path: Path, checkpoint: dict[str, Any]) -> None:
     write_checkpoint(path, checkpoint)
     try:
         with write_errors(fragment):
-            write_whole(fragment, yaml.safe_dump(recipe, sort_keys=False))
+            write_whole(fragment, to_yaml(recipe))
     except BaseException:
         path.unlink()
         raise

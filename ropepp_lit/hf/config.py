@@ -225,7 +225,9 @@ def _check_fields(config: dict[str, Any], family: Family, name: str, ignore: tup
             raise UsageError(f"ignore: {name} has no field {field}")
         if field in used:
             raise UsageError(f"ignore: {field} is used; it cannot be left out")
-    refused, unknown = [], {}
+    refused: list[str] = []
+    unknown: dict[str, Any] = {}
+    neutral, needed = [*ignore], False
     for field, value in {**family.defaults, **config}.items():
         if field in ignore or field in used or field in INDIFFERENT:
             continue
@@ -240,16 +242,17 @@ def _check_fields(config: dict[str, Any], family: Family, name: str, ignore: tup
                 unknown[field] = value
             continue
         if not fits:
-            price = f" ({_REMEDIES[field]}: {IMPORT} --ignore {field})" if field in _REMEDIES else ""
+            price = f" ({_REMEDIES[field]})" if field in _REMEDIES else ""
             refused.append(f"{field} {value!r} is not supported{price}")
+            neutral, needed = [*neutral, field], needed or not price
     if unknown:
         listed = ", ".join(f"{field} {value!r}" for field, value in unknown.items())
-        refused.append(
-            f"not known: {listed}; if they change nothing in the model: "
-            f"{IMPORT} --ignore {','.join((*ignore, *unknown))}"
-        )
+        refused.append(f"not known: {listed}")
     if refused:
-        raise UsageError(f"{name}: {'; '.join(refused)}")
+        remedy = (
+            "" if needed else f"; if that changes nothing for you: {IMPORT} --ignore {','.join((*neutral, *unknown))}"
+        )
+        raise UsageError(f"{name}: {'; '.join(refused)}{remedy}")
 
 
 def _slides(config: dict[str, Any], family: Family) -> bool:

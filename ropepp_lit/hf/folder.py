@@ -48,7 +48,12 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
 
 
 def open_checkpoint(
-    source: str | Path, *, revision: str | None = None, shapes_only: bool = False, **options: Any
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    shapes_only: bool = False,
+    checksums: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Read a model that a command or recipe names: the one entry of all of them.
 
@@ -56,6 +61,7 @@ def open_checkpoint(
         source: See :func:`locate`.
         revision: See :func:`locate`.
         shapes_only: See :func:`~ropepp_lit.checkpoint.read_checkpoint`.
+        checksums: See there.
         options: Those of :func:`read_folder`; a checkpoint of ours takes none.
 
     Raises:
@@ -69,7 +75,7 @@ def open_checkpoint(
             f"source: {source} is no Hugging Face folder; rope_theta, scaling, factor, "
             "original_max_position_embeddings and ignore say how one is read"
         )
-    return read_checkpoint(path, shapes_only=shapes_only)
+    return read_checkpoint(path, shapes_only=shapes_only, checksums=checksums)
 
 
 def read_folder(

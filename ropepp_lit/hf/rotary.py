@@ -42,6 +42,13 @@ _NEUTRAL = {"factor": 1.0, "attention_factor": 1.0, "partial_rotary_factor": 1.0
 """Values that change nothing, whatever the type."""
 
 
+_NEEDED = {
+    "factor": "how far {} extends the context",
+    "original_max_position_embeddings": "what context {} starts from",
+}
+"""Settings without a default, and what of a scaling they say."""
+
+
 class Rotary(NamedTuple):
     """What the caller knows better than config.json; None means what the file says."""
 
@@ -87,15 +94,15 @@ def read_frequencies(config: dict[str, Any], rotary: Rotary, *, name: str, defau
             )
         values |= {} if given is None else {key: given}
     _check_settings(values, keys, scaling, config, name)
-    if "factor" in keys and values.get("factor") is None:
+    missing = [key for key in _NEEDED if key in keys and values.get(key) is None]
+    if missing:
+        given = {key: value for key, value in rotary._asdict().items() if value is not None}
+        options = {"scaling": scaling, **given, **dict.fromkeys(missing, "N")}
         raise UsageError(
-            f"factor: {name} does not say how far {scaling} extends the context; "
-            f"{IMPORT} --scaling {scaling} --factor N"
-        )
-    if "original_max_position_embeddings" in keys and values.get("original_max_position_embeddings") is None:
-        raise UsageError(
-            f"original_max_position_embeddings: {name} does not say what context {scaling} starts from; "
-            f"{IMPORT} --original_max_position_embeddings N"
+            f"{', '.join(missing)}: {name} does not say "
+            + " and ".join(_NEEDED[key].format(scaling) for key in missing)
+            + f"; {IMPORT} "
+            + " ".join(f"--{key} {value}" for key, value in options.items())
         )
     settings = {key: values[key] for key in keys if values.get(key) is not None}
     return kind(rope_theta=theta, **settings)
@@ -178,7 +185,7 @@ def _default(values: dict[str, Any], name: str) -> str:
         if value is not None and value != _NEUTRAL.get(key):
             raise UsageError(
                 f"{name}: rope_scaling has {key} {value!r} and no rope_type; say the scaling: "
-                f"{IMPORT} --scaling linear (or yarn, llama3, default)"
+                f"{IMPORT} --scaling linear (or yarn, llama3)"
             )
     return "default"
 

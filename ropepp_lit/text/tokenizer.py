@@ -249,7 +249,9 @@ def load_tokenizer(name: str, *, bos_token: str | None = None, eos_token: str | 
         eos = _id_of(found.tokenizer, eos_token, key="eos_token", name=name)
         found = replace(found, eos_token_id=eos)
     if found.eos_token_id is None:
-        raise UsageError(f"eos_token: {name} does not say what ends a document; name the token by --eos_token")
+        raise UsageError(
+            f"eos_token: {name} does not say what ends a document; name the token by ropepp-lit prepare --eos_token"
+        )
     return found
 
 

@@ -132,10 +132,15 @@ def folder_of(run_folder: str | Path) -> Path:
     return Path(run_folder) / "checkpoints"
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None where there is none; :func:`damaged_since` names those that are not."""
+def newest(folder: Path, *, checksums: bool = False) -> Path | None:
+    """The newest whole checkpoint, or None where there is none; :func:`damaged_since` names those that are not.
+
+    Args:
+        folder: Of :func:`folder_of`.
+        checksums: See :func:`~ropepp_lit.checkpoint.read_checkpoint`.
+    """
     paths = (folder / f"step={step}.ckpt" for step in sorted(saved_steps(folder), reverse=True))
-    return next(filter(_is_whole, paths), None)
+    return next((path for path in paths if _is_whole(path, checksums=checksums)), None)
 
 
 def damaged_since(folder: Path, path: Path | None) -> list[Path]:
@@ -145,9 +150,9 @@ def damaged_since(folder: Path, path: Path | None) -> list[Path]:
     return [folder / f"step={step}.ckpt" for step in sorted(saved_steps(folder)) if step > first]
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Path, *, checksums: bool) -> bool:
     try:
-        check_whole(path)
+        check_whole(path, checksums=checksums)
     except UsageError:
         return False
     return True
@@ -174,5 +179,5 @@ def check_folder(folder: Path, ckpt_path: str | None) -> None:
         raise UsageError(f"{folder} holds checkpoints of an earlier run (step {max(steps)}); {hint}")
     step = read_checkpoint(ckpt_path, shapes_only=True)["global_step"]
     for newer in sorted((other for other in steps if other > step), reverse=True):
-        if _is_whole(folder / f"step={newer}.ckpt"):
+        if _is_whole(folder / f"step={newer}.ckpt", checksums=True):
             raise UsageError(f"ckpt_path: {ckpt_path} is step {step}, and {folder} holds step {newer}; {hint}")

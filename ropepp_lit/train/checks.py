@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from ropepp_lit.checkpoint import KEY, decoder_weights, describe_architecture, read_checkpoint
+from ropepp_lit.checkpoint import KEY, check_whole, decoder_weights, describe_architecture, read_checkpoint
 from ropepp_lit.data.comparison import ARCHITECTURE, HELD_OUT, SPECIAL_IDS, TOKENIZER, compare, continued_at
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
@@ -30,12 +30,14 @@ def checkpoint_to_continue(options: Any) -> str | None:
     """The checkpoint that `ckpt_path` names: for `auto` the newest whole one of the run's folder, None without any.
 
     Raises:
-        UsageError: all of the folder's checkpoints are damaged.
+        UsageError: the checkpoint is damaged, or all of the folder's are.
     """
     if options.ckpt_path != "auto":
+        if options.ckpt_path is not None and Path(options.ckpt_path).exists():
+            check_whole(options.ckpt_path, checksums=True)
         return options.ckpt_path
     folder = folder_of(options.trainer.default_root_dir or ".")
-    found = newest(folder)
+    found = newest(folder, checksums=True)
     damaged = damaged_since(folder, found)
     if damaged and found is None:
         names = ", ".join(path.name for path in damaged)
@@ -89,7 +91,7 @@ class Checks:
                 )
         elif model.init_from is not None:
             self._path = model.init_from
-            self._checkpoint = open_checkpoint(model.init_from, shapes_only=True)
+            self._checkpoint = open_checkpoint(model.init_from, shapes_only=True, checksums=True)
         elif model.init_optimizer:
             raise UsageError("model.init_optimizer: takes the optimizer's state of model.init_from; name that too")
 
@@ -190,8 +192,8 @@ class Checks:
             if kind in differences:
                 raise UsageError(
                     f"ckpt_path: the data of {path} has another {kind} than {', '.join(data.weights)} "
-                    f"({differences[kind]}); prepare text with it by --tokenizer {path}, or start another run from the "
-                    f"weights by --model.init_from {path}"
+                    f"({differences[kind]}); prepare text by ropepp-lit prepare --tokenizer {path}, or start another "
+                    f"run from the weights by --model.init_from {path}"
                 )
         if self._way == "init_from":
             lines = [self._start(architecture)]

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import DoublePrecision
 
-from ropepp_lit.arguments import OneLineErrors
-from ropepp_lit.checkpoint import KEY, read_checkpoint
+from ropepp_lit.arguments import OneLineErrors, check_given
+from ropepp_lit.checkpoint import KEY, check_whole, read_checkpoint
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import local_path
+from ropepp_lit.files import held, local_path
 from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of, newest
@@ -121,7 +122,7 @@ class RecipeCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """What Lightning refuses, a full disk and a loss that is NaN are one line."""
         try:
-            with in_one_line("trainer"):
+            with in_one_line("trainer"), ExitStack() as self._until_end:
                 super()._run_subcommand(subcommand)
         except DivergedError as error:
             self.config_init.fit.checkpoints.finish()
@@ -140,6 +141,7 @@ class RecipeCLI(LightningCLI):
         self.config = parser.parse_args(args)
         options = self.config[self.config["subcommand"]]
         check_nulls(options)
+        check_given(args[1:], options)
         seed = options.seed_everything
         if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed < 2**32:
             raise UsageError(f"seed_everything: {seed} must be 0 or more and below 2^32")
@@ -166,11 +168,23 @@ class RecipeCLI(LightningCLI):
         if self.is_dry_run:
             return
         folder = Path(self.trainer.default_root_dir)
+        self._lock(folder)
         check_folder(folder_of(folder), options.ckpt_path)
         check_folders(options.trainer.callbacks, folder_of(folder))
         if self.trainer.is_global_zero:
             write_recipe(folder / "recipe.yaml", self.model.recipe, self._read_recipe)
         self._go_on_with_curves(before)
+
+    def _lock(self, folder: Path) -> None:
+        """Refuse a folder that another run writes to, until this one ends."""
+        if not self.trainer.is_global_zero:
+            return
+        busy = f"{folder}: another run is training in it; let it end, or choose another --trainer.default_root_dir"
+        if not self._until_end.enter_context(held(folder / ".lock", busy=busy)):
+            print(
+                f"Notice: {folder} is on a file system without locks; take care that no other run writes to it.",
+                file=sys.stderr,
+            )
 
     def before_validate(self) -> None:
         """Check everything that can be checked."""
@@ -178,6 +192,7 @@ class RecipeCLI(LightningCLI):
         options.weights_only, options.verbose = True, False
         if options.ckpt_path is None:
             raise UsageError("ckpt_path is missing: name the checkpoint to validate by --ckpt_path")
+        check_whole(options.ckpt_path, checksums=True)
         checks.open_checkpoint(options.ckpt_path, way="validate")
         self._check(checks)
         self.model.loads_checkpoint = True

@@ -84,8 +84,9 @@ def test_official_folders_that_say_nothing_of_the_method(tmp_path, official_fold
         ({"attention_dropout": 0.1}, r"attention_dropout 0\.1 is not supported"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5 is not supported"),
         ({"logit_scale": 0.5, "depth": 3, "rope_interleaved": True, "temperature": 0.6},
-         r"rope_interleaved True is not supported; not known: logit_scale 0\.5, depth 3; if they change nothing in the "
-         r"model: ropepp-lit import FOLDER model\.ckpt --ignore logit_scale,depth$"),
+         r"rope_interleaved True is not supported; not known: logit_scale 0\.5, depth 3$"),
+        ({"logit_scale": 0.5, "depth": 3, "attention_dropout": 0.1, "sliding_window": 16},
+         r"for you: ropepp-lit import FOLDER model\.ckpt --ignore \S*attention_dropout\S*,logit_scale,depth$"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, r"rope_type 'longrope' is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, r"rope_type 'dynamic' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0,

@@ -1,11 +1,12 @@
 """Rotary settings of config.json: each is used, or refused by its name."""
 
 import math
+import shlex
 
 import pytest
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.hf.rotary import Rotary, read_frequencies, write_frequencies
+from ropepp_lit.hf.rotary import IMPORT, Rotary, read_frequencies, write_frequencies
 from ropepp_lit.nn import Frequencies, Linear, Llama3, Yarn, YarnByRotations
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
@@ -121,6 +122,8 @@ REFUSED = {
     "factor as text": ({"rope_scaling": {**LINEAR, "factor": "4"}}, {}, "factor '4' is not a number"),
     "no factor": ({"rope_scaling": {"rope_type": "linear"}}, {}, "factor: config.json does not say .*--factor N"),
     "no context": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {}, "original_max_position_embeddings: con"),
+    "neither": ({"rope_scaling": {"rope_type": "yarn"}}, {}, "N --original_max_position_embeddings N"),
+    "a factor and no context": ({}, {"scaling": "yarn", "factor": 8.0}, "--scaling yarn --factor 8.0 --original_max"),
     "no object": ({"rope_scaling": "linear"}, {}, "rope_scaling 'linear' is not a JSON object"),
     "public code and more": ({"rope_config": {"factor": 8}, "rope_scaling": YARN}, {}, "rope_config says linear, and "),
     "public code's other": ({"rope_config": {"fourier": True}}, {}, r"rope_config\.fourier is not supported"),
@@ -132,3 +135,18 @@ def test_what_is_refused(case):
     config, options, message = REFUSED[case]
     with pytest.raises(UsageError, match=message):
         read(config, Rotary(**options))
+
+
+def test_the_commands_that_refusals_recommend_work():
+    recommended = 0
+    for config, options, _ in REFUSED.values():
+        with pytest.raises(UsageError) as refusal:
+            read(config, Rotary(**options))
+        _, found, arguments = str(refusal.value).partition(IMPORT)
+        if found:
+            words = shlex.split(arguments.partition("(")[0])
+            named = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
+            numbers = {key: 8.0 if value == "N" else float(value) for key, value in named.items() if key != "scaling"}
+            read(config, Rotary(**{**named, **numbers}))
+            recommended += 1
+    assert recommended > 5

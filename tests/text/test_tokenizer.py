@@ -272,7 +272,7 @@ def test_a_bare_file_and_no_file(tmp_path):
     plain = Tokenizer.from_str(made.to_str().replace("<|end_of_text|>", "<|stop|>"))
     plain.post_processor = processors.ByteLevel()
     plain.save(str(tmp_path / "mine.json"))
-    with pytest.raises(UsageError, match=r"eos_token: .* name the token by --eos_token"):
+    with pytest.raises(UsageError, match=r"eos_token: .* name the token by ropepp-lit prepare --eos_token"):
         load_tokenizer(str(tmp_path / "mine.json"))
 
 

@@ -1,23 +1,18 @@
-"""Writing checkpoints in the background, what stops a run, and which folders it refuses."""
+"""Writing checkpoints in the background, killed, stopped and on a full disk."""
 
-import gc
-import os
 import resource
 import signal
 import threading
 
 import pytest
 import torch
-from lightning.pytorch import Callback
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from runs import assert_same
 
-from ropepp_lit.checkpoint import KEY, decoder_weights, read_checkpoint
-from ropepp_lit.cli import main
 from ropepp_lit.errors import UsageError
-from ropepp_lit.train import checkpoint_writer, garbage
+from ropepp_lit.train import checkpoint_writer
 from ropepp_lit.train.checkpoint_writer import CheckpointWriter
 from ropepp_lit.train.checkpoints import check_folder
-from ropepp_lit.train.cli import RecipeCLI
 
 SHARDED = ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.save_distributed_checkpoint", "true"]
 
@@ -185,20 +180,12 @@ def callbacks(tmp_path):
     return callbacks
 
 
-def assert_same(one, other):
-    """Two checkpoints store the same state, bit for bit."""
-    a, b = read_checkpoint(one), read_checkpoint(other)
-    assert a["global_step"] == b["global_step"]
-    assert a[KEY]["tokens_seen"] == b[KEY]["tokens_seen"]
-    positions = [checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] for checkpoint in (a, b)]
-    assert positions[0] == positions[1]
-    weights, others = decoder_weights(a), decoder_weights(b)
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(others[name], value) for name, value in weights.items())
-
-
 ONE, TWO_SHARDS = ("1",), ("2", *SHARDED)
+
+
 TWO = ("2", "--trainer.strategy", "fsdp2")
+
+
 ACCUMULATE = 2
 
 
@@ -286,144 +273,3 @@ def test_two_processes_end_when_one_cannot_write(run, tiny, tmp_path, callbacks,
 def test_lightning_still_broadcasts_in_the_method_that_is_replaced():
     """The tests above count its broadcasts; a Lightning that renamed the method would wait for the device unseen."""
     assert hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor")
-
-
-class End(Callback):
-    """Ends training at a batch, by a signal or as EarlyStopping does."""
-
-    def __init__(self, batch, by_signal):
-        self.batch, self.by_signal = batch, by_signal
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if batch_idx == self.batch:
-            if self.by_signal:
-                os.kill(os.getpid(), signal.SIGTERM)
-            else:
-                trainer.should_stop = True
-
-
-class Collections(Callback):
-    """At which steps Python collects garbage."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_train_start(self, trainer, module):
-        def note(phase, info):
-            if phase == "start":
-                self.steps.append(trainer.global_step)
-
-        self.note = note
-        gc.callbacks.append(note)
-
-    def on_train_batch_end(self, trainer, *_):
-        assert not gc.isenabled()
-        [[] for _ in range(10_000)]  # would start a collection
-        self.cycle = []
-        self.cycle.append(self.cycle)
-
-    def on_train_end(self, *_):
-        gc.callbacks.remove(self.note)
-
-
-@pytest.fixture
-def fit(tiny, tmp_path, monkeypatch):
-    """Trains in this process and the test's folder, with callbacks that are objects."""
-    monkeypatch.chdir(tmp_path)
-    previous = signal.signal(signal.SIGTERM, lambda *_: None)  # where a handler is missing the tests go on
-
-    def fit(*options, callbacks=()):
-        def instantiate_trainer(self, **keywords):
-            trainer = original(self, **keywords)
-            trainer.callbacks[:0] = callbacks
-            return trainer
-
-        with monkeypatch.context() as patch:
-            original = RecipeCLI.instantiate_trainer
-            patch.setattr(RecipeCLI, "instantiate_trainer", instantiate_trainer)
-            main(["fit", *tiny, "--trainer.limit_val_batches", "0", *map(str, options)])
-
-    yield fit
-    signal.signal(signal.SIGTERM, previous)
-
-
-@pytest.mark.parametrize("by_signal", [True, False])
-def test_ended_within_a_step(fit, by_signal, capsys):
-    """Batches 6 to 8 are step 3: what of it was read is read again, in the same bits as if nothing had ended."""
-    options = ["--trainer.accumulate_grad_batches", 3, "--trainer.max_steps", 4, "--trainer.default_root_dir"]
-    if by_signal:
-        with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
-            fit(*options, "run", callbacks=[End(7, by_signal)])
-        assert "Stopped by SIGTERM at step 2, saved as run/checkpoints/step=2.ckpt." in capsys.readouterr().out
-    else:
-        fit(*options, "run", "--checkpoints.every_n_steps", 100, callbacks=[End(7, by_signal)])
-    stored = read_checkpoint("run/checkpoints/last.ckpt")
-    assert stored["global_step"] == 2
-    assert stored[KEY]["tokens_seen"] == 2 * 3 * 2 * 64
-    assert stored["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["samples"] == 2 * 3 * 2
-    fit(*options, "run", "--ckpt_path", "auto")
-    fit(*options, "whole")
-    assert_same("run/checkpoints/last.ckpt", "whole/checkpoints/last.ckpt")
-
-
-class SignalInValidation(Callback):
-    """Sends a signal in the first batch of a validation, and counts its batches."""
-
-    def __init__(self):
-        self.batches = 0
-
-    def on_validation_batch_start(self, *_):
-        self.batches += 1
-        if self.batches == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_stopped_in_a_validation(fit, capsys):
-    callback = SignalInValidation()
-    options = ["--trainer.val_check_interval", 3, "--trainer.limit_val_batches", 4]
-    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
-        fit(*options, "--trainer.default_root_dir", "run", callbacks=[callback])
-    assert "Stopped by SIGTERM at step 3, saved as run/checkpoints/step=3.ckpt." in capsys.readouterr().out
-    assert callback.batches == 1
-
-
-def test_stopped_before_the_first_step(fit, capsys):
-    options = ["--trainer.accumulate_grad_batches", 3, "--trainer.default_root_dir", "run", "--ckpt_path", "auto"]
-    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
-        fit(*options, callbacks=[End(1, by_signal=True)])
-    assert "Stopped by SIGTERM at step 0, before anything was saved. Continue:" in capsys.readouterr().out
-    assert not os.path.exists("run/checkpoints/last.ckpt")
-    fit(*options, "--trainer.max_steps", 2)
-    assert "Continuing" not in capsys.readouterr().out
-
-
-def test_garbage_is_collected_at_chosen_steps(fit, monkeypatch):
-    monkeypatch.setattr(garbage, "_EVERY_N_STEPS", 3)
-    collections = Collections()
-    fit("--trainer.default_root_dir", "run", callbacks=[collections])
-    assert collections.steps == [0, 3, 6]
-    assert gc.isenabled()
-    assert gc.get_freeze_count() == 0
-
-
-def test_a_folder_is_not_continued_from_other_checkpoints_than_its_newest(fit, mistake):
-    fit("--trainer.max_steps", 4, "--trainer.default_root_dir", "run")
-    fit("--trainer.max_steps", 2, "--trainer.default_root_dir", "other")
-    before = {
-        path: os.stat(path).st_mtime_ns for path in ("run/checkpoints/step=2.ckpt", "run/checkpoints/step=4.ckpt")
-    }
-    hint = "continue it by --ckpt_path auto, or choose another --trainer.default_root_dir"
-    older = mistake("--trainer.default_root_dir", "run", "--ckpt_path", "run/checkpoints/step=2.ckpt")
-    assert f"run/checkpoints/step=2.ckpt is step 2, and run/checkpoints holds step 4; {hint}" in older
-    for path in ([], ["--ckpt_path", "other/checkpoints/last.ckpt"]):
-        another = mistake("--trainer.default_root_dir", "run", *path)
-        assert f"run/checkpoints holds checkpoints of an earlier run (step 4); {hint}" in another
-    assert before == {path: os.stat(path).st_mtime_ns for path in before}
-    # In a folder of its own the older step is continued, and there `auto` stays on the branch.
-    branch = ["--trainer.default_root_dir", "branch", "--model.schedule.total_steps", 8]
-    fit(*branch, "--ckpt_path", "run/checkpoints/step=2.ckpt", "--trainer.max_steps", 3)
-    fit(*branch, "--ckpt_path", "auto", "--trainer.max_steps", 4)
-    assert sorted(os.listdir("branch/checkpoints")) == ["last.ckpt", "step=3.ckpt", "step=4.ckpt"]
-    # The link on the newest is as good as its name.
-    fit("--trainer.default_root_dir", "run", "--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.max_steps", 6)
-    assert sorted(os.listdir("run/checkpoints")) == ["last.ckpt", "step=4.ckpt", "step=6.ckpt"]

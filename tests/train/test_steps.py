@@ -1,126 +1,25 @@
 """Checkpoints, validations and curves of a run that was stopped, killed or ended by a user's callback."""
 
 import csv
-import os
-import shlex
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from runs import ACCUMULATE, At, KillError, assert_same_run, curves, kill, stop, terminate
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-from ropepp_lit.arguments import call, command
 from ropepp_lit.checkpoint import KEY, read_checkpoint
-from ropepp_lit.cli import main
-from ropepp_lit.errors import UsageError
-from ropepp_lit.train.cli import RecipeCLI
-from ropepp_lit.train.plan import PlanCLI
-from ropepp_lit.train.recipe import to_yaml, write_recipe
 
 pytestmark = pytest.mark.end_to_end
-
-ACCUMULATE = 3
-BASE = [
-    "--trainer.accumulate_grad_batches", ACCUMULATE, "--trainer.val_check_interval", 2 * ACCUMULATE,
-    "--checkpoints.every_n_steps", 2, "--trainer.log_every_n_steps", 3, "--sample.max_new_tokens", 2,
-    "--model.schedule.total_steps", 8, "--checkpoints.keep", 0,
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def fit(tiny, tmp_path_factory):
-    """Trains in this process into a folder below that of the tests, with callbacks that are objects."""
-    root = tmp_path_factory.mktemp("steps")
-    before = Path.cwd()
-    os.chdir(root)
-    previous = signal.signal(signal.SIGTERM, lambda *_: None)
-
-    def fit(folder, *options, callbacks=(), subcommand="fit"):
-        def instantiate_trainer(self, **keywords):
-            trainer = original(self, **keywords)
-            trainer.callbacks[:0] = callbacks
-            return trainer
-
-        with pytest.MonkeyPatch.context() as patch:
-            original = RecipeCLI.instantiate_trainer
-            patch.setattr(RecipeCLI, "instantiate_trainer", instantiate_trainer)
-            try:
-                main([subcommand, *tiny, *map(str, [*BASE, "--trainer.default_root_dir", folder, *options])])
-            finally:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
-        return root / folder
-
-    yield fit
-    signal.signal(signal.SIGTERM, previous)
-    os.chdir(before)
 
 
 @pytest.fixture(scope="module")
 def whole(fit):
     """A run of 8 steps that nothing disturbed."""
     return fit("whole")
-
-
-class KillError(Exception):
-    """Takes the place of SIGKILL: nothing is saved or logged after it."""
-
-
-class At(Callback):
-    """Does something in a hook at a batch, counted from 0, or at a step."""
-
-    def __init__(self, hook, action, *, batch=None, step=None):
-        def act(trainer, module, *arguments):
-            if (batch is None or arguments[-1] == batch) and (step is None or trainer.global_step == step):
-                action(trainer)
-
-        setattr(self, hook, act)
-
-
-def stop(trainer):
-    trainer.should_stop = True
-
-
-def terminate(trainer):
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def kill(trainer):
-    raise KillError
-
-
-def curves(folder):
-    """Values by name and step, from the raw records: a name that has two values at a step fails."""
-    found = {}
-    for path in sorted((folder / "tensorboard").glob("*.tfevents.*")):
-        for event in LegacyEventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                key = value.tag, event.step
-                assert key not in found, key
-                found[key] = value.simple_value
-    return found
-
-
-def assert_same_run(folder, whole, *, step=8):
-    a, b = (read_checkpoint(run / f"checkpoints/step={step}.ckpt") for run in (folder, whole))
-    assert a["global_step"] == b["global_step"] == step
-    for name, value in b["state_dict"].items():
-        assert torch.equal(a["state_dict"][name], value), name
-    for key in ("tokens_seen", "validation", "train_loss"):
-        assert a[KEY][key] == b[KEY][key], key
-    assert a[KEY]["tokens_seen"] == step * ACCUMULATE * 2 * 64
-    assert a["lr_schedulers"] == b["lr_schedulers"]
-    positions = [run["loops"]["fit_loop"]["state_dict"]["combined_loader"] for run in (a, b)]
-    assert positions[0] == positions[1]
-    ours, theirs = curves(folder), curves(whole)
-    assert ours.keys() == theirs.keys()
-    assert all(ours[key] == value for key, value in theirs.items() if key[0] != "tokens_per_second")
 
 
 # What ends the run at batch 13, the second of step 5: after it checkpoint and curves are those of step 4.
@@ -232,97 +131,6 @@ def test_min_steps_do_not_keep_a_signal_from_stopping(fit, capsys):
     assert Path(folder, "checkpoints/last.ckpt").readlink().name == "step=3.ckpt"
 
 
-def test_a_damaged_newest_checkpoint(fit, whole, capsys):
-    fit("damaged")
-    folder = Path("damaged/checkpoints")
-    for name in ("step=6.ckpt", "step=8.ckpt"):
-        os.truncate(folder / name, 1000)
-    fit("damaged", "--ckpt_path", "auto", "--trainer.max_steps", 7)
-    printed = capsys.readouterr().out
-    for step in (6, 8):
-        assert f"{folder}/step={step}.ckpt is damaged: going on from {folder}/step=4.ckpt; it is" in printed
-    assert read_checkpoint(folder / "step=6.ckpt")["global_step"] == 6
-    assert (folder / "step=8.ckpt").stat().st_size == 1000
-    (folder / "step=8.ckpt").write_bytes(b"")
-    fit("damaged", "--ckpt_path", "auto")
-    assert f"{folder}/step=8.ckpt is damaged: going on from {folder}/step=7.ckpt" in capsys.readouterr().out
-    assert read_checkpoint(folder / "step=8.ckpt")["global_step"] == 8
-    for path in folder.iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(SystemExit):
-        fit("damaged", "--ckpt_path", "auto")
-    assert f"{folder} holds damaged checkpoints only (step=2.ckpt, step=4.ckpt" in capsys.readouterr().err
-
-
-def test_a_damaged_folder_of_shards(fit, capsys):
-    shards = ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.save_distributed_checkpoint", "true"]
-    shards += ["--trainer.limit_val_batches", 0]
-    folder = fit("shards", *shards, "--trainer.max_steps", 4) / "checkpoints"
-    (shard,) = (folder / "step=4.ckpt").glob("*.distcp")
-    os.truncate(shard, shard.stat().st_size // 2)
-    fit("shards", *shards, "--ckpt_path", "auto", "--trainer.max_steps", 4)
-    assert "step=4.ckpt is damaged: going on from shards/checkpoints/step=2.ckpt" in capsys.readouterr().out
-    (shard,) = (folder / "step=4.ckpt").glob("*.distcp")
-    shard.unlink()
-    fit("shards", *shards, "--ckpt_path", "auto", "--trainer.max_steps", 4)
-    assert "step=4.ckpt is damaged" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        fit("shards", *shards, "--ckpt_path", "shards/checkpoints/step=2.ckpt")
-    assert "step=2.ckpt is step 2, and shards/checkpoints holds step 4" in capsys.readouterr().err
-
-
-def bad(step, *, every=False):
-    """Makes the gradients of a step NaN."""
-
-    def spoil(trainer):
-        next(trainer.lightning_module.decoder.parameters()).grad[0] = torch.nan
-
-    class Spoil(Callback):
-        def on_after_backward(self, trainer, module):
-            if trainer.global_step + 1 == step or (every and trainer.global_step + 1 > step):
-                spoil(trainer)
-
-    return Spoil()
-
-
-@pytest.mark.parametrize(("step", "last"), [(5, 4), (6, 4), (2, None)])
-def test_nan_ends_the_run(fit, capsys, step, last):
-    """Before the sample, which would fail, and before the step is saved."""
-    folder = f"nan{step}"
-    with pytest.raises(SystemExit) as ended:
-        fit(folder, callbacks=[bad(step)])
-    assert ended.value.code == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ropepp-lit")]
-    where = f"the last good checkpoint is {folder}/checkpoints/step=4.ckpt" if last else "no checkpoint was saved"
-    (line,) = errors
-    assert line.startswith(f"ropepp-lit: error: loss or gradients are NaN or infinite at step {step}; {where}")
-    names = sorted(os.listdir(f"{folder}/checkpoints")) if last else []
-    assert names == (["last.ckpt", "step=2.ckpt", "step=4.ckpt"] if last else [])
-
-
-def test_nan_is_skipped(fit, capsys):
-    """Step 3 reads its data and changes nothing but the schedule; the curve leaves its loss out."""
-    folder = fit("skip", "--model.on_nan", "skip", "--checkpoints.every_n_steps", 1, callbacks=[bad(3)])
-    assert capsys.readouterr().out.count("Step 3 is skipped") == 1
-    two, three, four = (read_checkpoint(folder / f"checkpoints/step={step}.ckpt") for step in (2, 3, 4))
-    assert all(torch.equal(two["state_dict"][name], value) for name, value in three["state_dict"].items())
-    assert not all(torch.equal(three["state_dict"][name], value) for name, value in four["state_dict"].items())
-    assert three[KEY]["tokens_seen"] == 3 * ACCUMULATE * 2 * 64
-    assert all(value == value for (name, _), value in curves(folder).items() if name == "train/loss")
-    with pytest.raises(SystemExit):
-        fit("skip_all", "--model.on_nan", "skip", "--trainer.max_steps", 20, callbacks=[bad(3, every=True)])
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "NaN or infinite for 10 steps in a row, up to step 13; the last good checkpoint is skip_all/" in line
-
-
-def test_weights_that_overflow_are_not_saved(fit, capsys):
-    with pytest.raises(SystemExit):
-        fit("overflow", "--model.optimizer.lr", 1e38, "--model.schedule.warmup_steps", 0)
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "NaN or infinite at step" in line
-    assert not Path("overflow/checkpoints").exists()
-
-
 def test_a_dry_run_leaves_nothing(fit, capsys):
     before = sorted(Path().rglob("*"))
     fit("dry", "--trainer.fast_dev_run", 2, callbacks=[])
@@ -350,94 +158,15 @@ def test_a_run_without_a_step_is_no_success(fit, capsys):
         assert expected in capsys.readouterr().err
 
 
-TEXTS = [
-    "1e3", "on", "Off", "y", "1:30", "null", "~", "", " a ", "-x", "--prompt", "a'b \"c\" $HOME \\n", "0x1f", "1_000",
-    "[1, 2]", "{a: b}", "# no comment", "é→", ".5", "5.", "=", "<<", "!x", "&a", "*a", "%", "@", "`", "2020-01-01",
-    "nan", ".inf", "- x", "x: y", "a\nb\n", "\ttab", "True", "?", "...", "---", "1", "+1", "0o7", "\u2028", "\x7f",
-    "\U0001f600",
-]  # fmt: skip
-
-
-def test_recipes_are_read_back(tiny, tmp_path):
-    """By the parser of `fit`, and by any other of YAML."""
-    values = dict(zip(TEXTS, reversed(TEXTS), strict=True))
-    recipe = {"data": {"validation": values, "source": {"a": 3e-3, "b": 2.0}}, "sample": {"prompt": "1e3"}}
-    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe), encoding="ascii")
-    cli = PlanCLI(["fit", *tiny, "--config", str(tmp_path / "recipe.yaml")])
-    assert yaml.safe_load(to_yaml(recipe)) == recipe
-    read = cli._read_recipe(tmp_path / "recipe.yaml")
-    assert read["data"]["validation"] == values
-    assert read["data"]["source"] == {"a": 3e-3, "b": 2.0}
-    assert read["sample"]["prompt"] == "1e3"
-
-
-def test_recipes_with_callbacks_of_yaml_and_below_a_folder_that_looks_like_an_option(tiny, tmp_path, monkeypatch):
-    """Timer's default is a member of an enumeration."""
-    monkeypatch.chdir(tmp_path)
-    timer = "{class_path: Timer, init_args: {duration: {minutes: 5}}}"
-    cli = PlanCLI(["fit", *tiny, "--trainer.callbacks", f"[LearningRateMonitor, {timer}]"])
-    write_recipe(Path("-run/recipe.yaml"), cli._as_plain(cli.config), cli._read_recipe)
-    recipe = yaml.safe_load(Path("-run/recipe.yaml").read_text())
-    assert recipe["trainer"]["callbacks"][1]["init_args"]["interval"] == "step"
-
-
-def test_a_recipe_that_is_read_as_another_one_is_not_written(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    with pytest.raises(UsageError, match=r"read as it was given: sample\.prompt 'a' → 1000\.0"):
-        write_recipe(path, {"sample": {"prompt": "a"}}, lambda path: {"sample": {"prompt": 1000.0}})
-    assert not path.exists()
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_commands_are_read_back(text):
-    read = []
-
-    def generate(checkpoint: str, *, prompt: str = "") -> None:
-        read.append((checkpoint, prompt))
-
-    words = shlex.split(command("ropepp-lit", "generate", f"runs/{text}", prompt=text))
-    call(generate, words[1:])
-    assert read == [(f"runs/{text}", text)]
-
-
-def test_a_run_with_an_odd_prompt_and_folder(fit, run, capsys):
-    """Its recipe and the commands that it prints work."""
-    fit("it's", "--sample.prompt=1e3", "--trainer.max_steps", 1)
-    printed = capsys.readouterr().out
-    words = shlex.split(printed.partition("Next:")[2])
-    assert words[:5] == ["ropepp-lit", "generate", "it's/checkpoints/last.ckpt", "--prompt", "1e3"]
-    end = words.index("ropepp-lit", 6)
-    main(words[6:end])
-    assert "at step 1, " in capsys.readouterr().out
-    start = words.index("fit")
-    main(words[start : start + 7])
-    assert "--- sample at step 2 ---" in capsys.readouterr().out
-
-
 PROBES = """
 import resource
 
-import torch
 from lightning.pytorch import Callback
 
 
 class FullDisk(Callback):
     def on_train_start(self, *_):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # as a full disk: the system writes no more than that
-
-
-class NaN(Callback):
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_train_start(self, trainer, module):
-        loss = module._summed_loss
-
-        def spoilt(batch):
-            is_bad = trainer.training and trainer.global_step + 1 == self.step and trainer.global_rank == 1
-            return loss(batch) * (torch.nan if is_bad else 1.0)
-
-        module._summed_loss = spoilt
 """
 
 
@@ -476,21 +205,6 @@ def test_a_full_disk_ends_the_run_with_one_line(run, tiny, tmp_path, logger):
     assert errors.count("ropepp-lit: error: the files of the run: cannot be written: File too large; when that is") == 1
     assert "Traceback" not in errors
     assert not list(tmp_path.rglob("*.ckpt"))
-
-
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
-def test_two_processes_decide_alike_about_nan(run, tiny, tmp_path, strategy):
-    """Only rank 1 has a bad loss."""
-    callback = {"class_path": "probes.NaN", "init_args": {"step": 3}}
-    options = options_of({"trainer": {"callbacks": callback, "devices": 2, "strategy": strategy}}, tmp_path)
-    errors = run("fit", *tiny, *options, cwd=tmp_path, returncode=2).stderr
-    line = "infinite at step 3; the last good checkpoint is run/checkpoints/step=2.ckpt."
-    assert errors.count(line) == 1, errors
-    assert "Traceback" not in errors
-    options += ["--model.on_nan", "skip", "--ckpt_path", "auto", "--trainer.log_every_n_steps", 3]
-    printed = run("fit", *tiny, *options, cwd=tmp_path).stdout
-    assert printed.count("Step 3 is skipped") == 1
-    assert read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["global_step"] == 8
 
 
 def test_options_of_lightning_that_change_nothing(fit, whole):

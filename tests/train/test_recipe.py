@@ -1,0 +1,79 @@
+"""Recipes and commands that a run writes for the user are read back as they were meant."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ropepp_lit.arguments import call, command
+from ropepp_lit.cli import main
+from ropepp_lit.errors import UsageError
+from ropepp_lit.train.plan import PlanCLI
+from ropepp_lit.train.recipe import to_yaml, write_recipe
+
+pytestmark = pytest.mark.end_to_end
+
+
+TEXTS = [
+    "1e3", "on", "Off", "y", "1:30", "null", "~", "", " a ", "-x", "--prompt", "a'b \"c\" $HOME \\n", "0x1f", "1_000",
+    "[1, 2]", "{a: b}", "# no comment", "é→", ".5", "5.", "=", "<<", "!x", "&a", "*a", "%", "@", "`", "2020-01-01",
+    "nan", ".inf", "- x", "x: y", "a\nb\n", "\ttab", "True", "?", "...", "---", "1", "+1", "0o7", "\u2028", "\x7f",
+    "\U0001f600",
+]  # fmt: skip
+
+
+def test_recipes_are_read_back(tiny, tmp_path):
+    """By the parser of `fit`, and by any other of YAML."""
+    values = dict(zip(TEXTS, reversed(TEXTS), strict=True))
+    recipe = {"data": {"validation": values, "source": {"a": 3e-3, "b": 2.0}}, "sample": {"prompt": "1e3"}}
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe), encoding="ascii")
+    cli = PlanCLI(["fit", *tiny, "--config", str(tmp_path / "recipe.yaml")])
+    assert yaml.safe_load(to_yaml(recipe)) == recipe
+    read = cli._read_recipe(tmp_path / "recipe.yaml")
+    assert read["data"]["validation"] == values
+    assert read["data"]["source"] == {"a": 3e-3, "b": 2.0}
+    assert read["sample"]["prompt"] == "1e3"
+
+
+def test_recipes_with_callbacks_of_yaml_and_below_a_folder_that_looks_like_an_option(tiny, tmp_path, monkeypatch):
+    """Timer's default is a member of an enumeration."""
+    monkeypatch.chdir(tmp_path)
+    timer = "{class_path: Timer, init_args: {duration: {minutes: 5}}}"
+    cli = PlanCLI(["fit", *tiny, "--trainer.callbacks", f"[LearningRateMonitor, {timer}]"])
+    write_recipe(Path("-run/recipe.yaml"), cli._as_plain(cli.config), cli._read_recipe)
+    recipe = yaml.safe_load(Path("-run/recipe.yaml").read_text())
+    assert recipe["trainer"]["callbacks"][1]["init_args"]["interval"] == "step"
+
+
+def test_a_recipe_that_is_read_as_another_one_is_not_written(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    with pytest.raises(UsageError, match=r"read as it was given: sample\.prompt 'a' → 1000\.0"):
+        write_recipe(path, {"sample": {"prompt": "a"}}, lambda path: {"sample": {"prompt": 1000.0}})
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_commands_are_read_back(text):
+    read = []
+
+    def generate(checkpoint: str, *, prompt: str = "") -> None:
+        read.append((checkpoint, prompt))
+
+    words = shlex.split(command("ropepp-lit", "generate", f"runs/{text}", prompt=text))
+    call(generate, words[1:])
+    assert read == [(f"runs/{text}", text)]
+
+
+def test_a_run_with_an_odd_prompt_and_folder(fit, run, capsys):
+    """Its recipe and the commands that it prints work."""
+    fit("it's", "--sample.prompt=1e3", "--trainer.max_steps", 1)
+    printed = capsys.readouterr().out
+    words = shlex.split(printed.partition("Next:")[2])
+    assert words[:5] == ["ropepp-lit", "generate", "it's/checkpoints/last.ckpt", "--prompt", "1e3"]
+    end = words.index("ropepp-lit", 6)
+    main(words[6:end])
+    assert "at step 1, " in capsys.readouterr().out
+    start = words.index("fit")
+    main(words[start : start + 7])
+    assert "--- sample at step 2 ---" in capsys.readouterr().out
