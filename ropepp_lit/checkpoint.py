@@ -119,10 +119,7 @@ def check_whole(path: str | Path, *, checksums: bool = False) -> None:
     Raises:
         UsageError: see :func:`read_checkpoint`; or a shard is missing or too short.
     """
-    path = Path(path)
     read_checkpoint(path, shapes_only=True, checksums=checksums)
-    if is_sharded(path):
-        check_shards(path)
 
 
 def load_shards(path: str | Path, weights: dict[str, Tensor], *, is_distributed: bool) -> None:
@@ -143,6 +140,7 @@ def load_shards(path: str | Path, weights: dict[str, Tensor], *, is_distributed:
 def _read_sharded(path: Path, shapes_only: bool) -> dict[str, Any]:
     """What a folder of shards stores, weights assembled in memory; optimizer states are left on the disk."""
     checkpoint = read_sharded_rest(path)
+    check_shards(path)
     device = "meta" if shapes_only else "cpu"
     tensors = {
         name.removeprefix(_STATE_DICT): torch.empty(size, dtype=dtype, device=device)
@@ -228,6 +226,24 @@ def compute_dtype(checkpoint: dict[str, Any]) -> torch.dtype:
     return max(counts, key=lambda dtype: (counts[dtype], dtype.itemsize))
 
 
+def check_depth(config: DecoderConfig, weights: dict[str, Tensor]) -> None:
+    """Find out before a decoder is built that there are no weights for its layers; a file may state any number.
+
+    Args:
+        config: Geometry that a file states.
+        weights: By the decoder's own names.
+
+    Raises:
+        UsageError: a layer has none.
+    """
+    layers = {name.split(".")[2] for name in weights if name.startswith("model.layers.")}
+    missing = next((layer for layer in range(config.num_hidden_layers) if str(layer) not in layers), None)
+    if missing is not None:
+        raise UsageError(
+            f"num_hidden_layers is {config.num_hidden_layers:,}, and there is no weight of layer {missing}"
+        )
+
+
 def load_decoder(
     checkpoint: dict[str, Any],
     *,
@@ -251,6 +267,7 @@ def load_decoder(
         config = DecoderConfig(**architecture["decoder"])
     except TypeError as error:
         raise UsageError(f"the checkpoint's decoder is not one that this version knows ({error})") from error
+    check_depth(config, decoder_weights(checkpoint))
     with torch.device("meta"):
         decoder = Decoder(
             config,

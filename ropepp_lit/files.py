@@ -85,6 +85,18 @@ def check_new_folder(path: Path) -> None:
         raise UsageError(f"out: {path} is the current folder; name a folder inside it")
 
 
+def read_text(path: Path) -> str:
+    """Read a file of UTF-8 text.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file: a named pipe would wait for ever.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return path.read_text(encoding="utf-8")
+
+
 def write_whole(path: Path, contents: str | bytes) -> None:
     """Write a file, text as UTF-8, that appears under its name only when it is complete."""
     with whole_file(path) as partial:

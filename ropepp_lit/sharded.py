@@ -8,6 +8,8 @@ and values are read by `weights_only`.
 from __future__ import annotations
 
 import io
+import math
+import operator
 import pickle
 import warnings
 import zipfile
@@ -151,14 +153,27 @@ class _Reader(FileSystemReader):
             UsageError: it names a file outside the folder.
         """
         folder = Path(self.path)
+        if not (folder / ".metadata").is_file():  # a named pipe would never end
+            raise pickle.UnpicklingError("no table of contents")
         with (folder / ".metadata").open("rb") as file:
             table = _Unpickler(file).load()
         if not isinstance(table, Metadata) or not isinstance(table.storage_data, dict):
             raise pickle.UnpicklingError("not a table of contents")
+        stored_bytes: dict[str, int] = {}
         for index, stored in table.storage_data.items():
             if not isinstance(index, MetadataIndex) or not isinstance(stored, _StorageInfo):
                 raise pickle.UnpicklingError("not a table of contents")
             inside(folder, stored.relative_path, source=folder / ".metadata")
+            if stored.offset < 0 or stored.length < 0:
+                raise pickle.UnpicklingError(f"{index.fqn} is outside of its file")
+            stored_bytes[index.fqn] = stored_bytes.get(index.fqn, 0) + stored.length
+        for name, kind in table.state_dict_metadata.items():
+            if isinstance(kind, TensorStorageMetadata):  # so that no memory is taken for what is not there
+                numbers = math.prod(operator.index(size) for size in kind.size)
+                if min(kind.size, default=0) < 0 or numbers * kind.properties.dtype.itemsize > stored_bytes.get(
+                    name, 0
+                ):
+                    raise pickle.UnpicklingError(f"{name} is larger than what is stored of it")
         table.storage_meta = StorageMeta(load_id=self.load_id)
         return table
 

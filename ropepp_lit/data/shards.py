@@ -17,7 +17,7 @@ import numpy as np
 from ropepp_lit.data.plan import WINDOW_CHUNKS, Span
 from ropepp_lit.data.remote import RemoteFolder
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import checksum, inside, write_whole
+from ropepp_lit.files import checksum, inside, read_text, write_whole
 from ropepp_lit.text.identity import opening_of, tokenizer_digest
 
 FORMAT_VERSION = 1
@@ -140,7 +140,7 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(read_text(path))
             splits = {name: TokenSet.from_dict(split) for name, split in values.pop("splits").items()}
             manifest = cls(**{"opening": opening_of(values), **values}, splits=splits)
             manifest._check_names(path)
@@ -167,7 +167,7 @@ class Manifest:
         """
         path = folder / TOKENIZER
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path)
             digest = tokenizer_digest(text)
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}; remove {folder} to prepare it again") from error
@@ -378,7 +378,7 @@ def _fault_of_index(folder: Path, manifest: Manifest, split: str) -> str | None:
     """What is wrong with litdata's index of a split."""
     index = folder / split / INDEX
     try:
-        listed = [chunk["filename"] for chunk in json.loads(index.read_text(encoding="utf-8"))["chunks"]]
+        listed = [chunk["filename"] for chunk in json.loads(read_text(index))["chunks"]]
     except (OSError, ValueError, KeyError, TypeError):
         listed = None
     if listed == [chunk.filename for chunk in manifest.splits[split].chunks]:

@@ -290,7 +290,7 @@ def spread(
 
     Means and perplexities are made of the examples' own numbers. Others (F1, BLEU, word error rate) are not: there the
     examples get influence values (the jackknife's pseudo-values, moved so that their mean is the value), whose spread
-    is that of the metric to first order.
+    is that of the metric to first order. An aggregation that refuses fewer examples gives the value alone.
 
     Args:
         items: The examples' values, of whatever type the aggregation takes.
@@ -319,7 +319,10 @@ def spread(
     influence = np.zeros(len(items))
     for part in parts:
         left_out = set(part.tolist())
-        rest = aggregate([item for number, item in enumerate(items) if number not in left_out])
+        try:
+            rest = aggregate([item for number, item in enumerate(items) if number not in left_out])
+        except Exception:  # an aggregation may need more, such as examples of both classes
+            return [value], [1.0], "mean"
         influence[part] = (value - rest) * (len(items) - len(part)) / len(part)
     return (value + influence - influence.mean()).tolist(), ones, "mean"
 

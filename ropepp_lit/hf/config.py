@@ -27,6 +27,10 @@ GEOMETRY = (
 
 HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias")
 
+REQUIRED_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES = (*REQUIRED_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
+"""Fields that are whole numbers above 0."""
+
 INDIFFERENT = frozenset(
     """
     architectures auto_map model_type name_or_path _name_or_path _model_name_or_path transformers_version
@@ -151,12 +155,18 @@ def family_of(config: dict[str, Any], name: str) -> Family:
     """The family that a config.json names.
 
     Raises:
-        UsageError: one that is not read.
+        UsageError: one that is not read; or a size of the model is missing or is no whole number above 0.
     """
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         reason = f"it {NOT_READ[model_type]}" if model_type in NOT_READ else f"known are {', '.join(FAMILIES)}"
         raise UsageError(f"{name}: model_type {model_type!r} is not supported; {reason}")
+    for field in SIZES:
+        value = config.get(field)
+        if value is None and field in REQUIRED_SIZES:
+            raise UsageError(f"{name}: {field} is missing")
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UsageError(f"{name}: {field} {value!r} is not a number above 0")
     return FAMILIES[model_type]
 
 

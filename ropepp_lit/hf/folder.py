@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ropepp_lit.checkpoint import (
     KEY,
+    check_depth,
     compute_dtype,
     decoder_weights,
     describe_architecture,
@@ -150,6 +151,10 @@ def _read_card(folder: Path) -> dict[str, Any]:
 
 def _check_tensors(folder: Path, tensors: dict[str, Tensor], architecture: Architecture) -> None:
     """Leave exactly the decoder's parameters, or say what does not fit."""
+    try:
+        check_depth(architecture.decoder, tensors)
+    except UsageError as error:
+        raise UsageError(f"{folder / CONFIG}: {error}") from error
     with torch.device("meta"):
         decoder = Decoder(architecture.decoder, architecture.scheme, architecture.frequencies)
     wanted = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}

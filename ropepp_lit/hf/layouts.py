@@ -201,7 +201,7 @@ def _candidates(folder: Path, layout: Layout) -> list[Path]:
     return sorted(
         file
         for file in folder.glob(layout.pattern)
-        if not any(file.match(pattern) for pattern in (*REFUSED, *NO_WEIGHTS))
+        if file.is_file() and not any(file.match(pattern) for pattern in (*REFUSED, *NO_WEIGHTS))
     )
 
 

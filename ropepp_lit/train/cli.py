@@ -124,6 +124,10 @@ class RecipeCLI(LightningCLI):
         try:
             with in_one_line("trainer"), ExitStack() as self._until_end:
                 super()._run_subcommand(subcommand)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # a second Ctrl-C, of which Lightning says nothing
+                raise error.__context__ from None
+            raise
         except DivergedError as error:
             self.config_init.fit.checkpoints.finish()
             if not self.trainer.is_global_zero:

@@ -268,6 +268,17 @@ def test_influence_values_have_the_spread_of_the_metric(name):
     assert np.std(numerators) / 150**0.5 == pytest.approx(np.std(resampled), rel=0.2)
 
 
+def test_an_aggregation_that_refuses_fewer_examples_gives_the_value_alone():
+    """As the area under a curve does where only examples of one class are left."""
+
+    def aggregate(items):
+        if len(set(items)) < 2:
+            raise ValueError("one class")
+        return 0.75
+
+    assert harness.spread([0, 1], aggregate, 0.75) == ([0.75], [1.0], "mean")
+
+
 # Bytes are many: a list of common words needs more of them.
 TASKS = [("niah_single_1", 4096), ("niah_multikey_2", 4096), ("ruler_fwe", 4096), ("ruler_cwe", 16384)]
 

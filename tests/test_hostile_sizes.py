@@ -1,0 +1,129 @@
+"""Folders from elsewhere that state sizes of what is not there, or hold pipes for files: one line, at once."""
+
+import os
+import pickle
+import warnings
+
+import pytest
+import torch
+from folders import CONFIG, make_folder
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint import metadata
+
+from ropepp_lit import checkpoint, sharded
+from ropepp_lit.data.prepare import Settings, prepare
+from ropepp_lit.data.shards import verify
+from ropepp_lit.errors import UsageError
+from ropepp_lit.hf.folder import open_checkpoint
+from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPE
+
+GEOMETRY = {key: value for key, value in CONFIG.items() if key in DecoderConfig.__dataclass_fields__}
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A checkpoint in a folder of shards."""
+    decoder = Decoder(DecoderConfig(**GEOMETRY), RoPE(), Frequencies())
+    architecture = checkpoint.describe_architecture(decoder.config, decoder.scheme, decoder.frequencies)
+    whole = checkpoint.make_checkpoint(dict(decoder.state_dict()), architecture=architecture)
+    path = tmp_path / "shared.ckpt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        distributed_checkpoint.save({"state_dict": whole.pop("state_dict")}, checkpoint_id=path)
+    torch.save(whole, path / sharded.SHARDED_METADATA)
+    return path
+
+
+def resize(size):
+    def change(table):
+        for stored in table.state_dict_metadata.values():
+            if isinstance(stored, metadata.TensorStorageMetadata):
+                stored.size = size
+
+    return change
+
+
+def move(**values):
+    def change(table):
+        for stored in table.storage_data.values():
+            vars(stored).update(values)
+
+    return change
+
+
+TABLES = {
+    "terabytes": resize(torch.Size([10**9, 10**6])),
+    "no size": resize("abc"),
+    "negative": resize((-1, -8)),
+    "before the file": move(offset=-5),
+    "behind the file": move(offset=10**12),
+    "a text for a length": move(length="many"),
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_tables_of_contents_that_lie(shards, kind):
+    table = sharded._Reader(shards).read_metadata()
+    TABLES[kind](table)
+    (shards / ".metadata").write_bytes(pickle.dumps(table))
+    for shapes_only in (True, False):
+        with pytest.raises(UsageError, match=r"shared\.ckpt: not a readable checkpoint"):
+            checkpoint.read_checkpoint(shards, shapes_only=shapes_only)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_pipes_in_a_checkpoint(shards, name):
+    (shards / name).unlink()
+    os.mkfifo(shards / name)
+    with pytest.raises(UsageError, match=r"shared\.ckpt: not a readable checkpoint"):
+        checkpoint.read_checkpoint(shards)
+
+
+CONFIGS = {
+    "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000, and there is no weight of layer 2"),
+    "rows": ({"vocab_size": 10**15}, "has the shape"),
+    "no heads": ({"num_attention_heads": 0}, "num_attention_heads 0 is not a number above 0"),
+    "no heads stated": ({"num_attention_heads": None}, "num_attention_heads is missing"),
+    "half a head": ({"num_attention_heads": 0.5}, "num_attention_heads 0.5 is not a number above 0"),
+    "true": ({"num_key_value_heads": True}, "num_key_value_heads True is not a number above 0"),
+    "context": ({"max_position_embeddings": -1}, "max_position_embeddings -1 is not a number above 0"),
+    "text": ({"hidden_size": "a"}, "hidden_size 'a' is not a number above 0"),
+}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_sizes_that_config_json_states(tmp_path, kind, model_type):
+    changes, message = CONFIGS[kind]
+    folder = make_folder(tmp_path / "hf", model_type=model_type, **changes)
+    with pytest.raises(UsageError, match=message):
+        open_checkpoint(folder)
+
+
+def test_layers_that_a_checkpoint_states(tmp_path, shards):
+    whole = checkpoint.read_checkpoint(shards)
+    whole[checkpoint.KEY]["architecture"]["decoder"]["num_hidden_layers"] = 10**9
+    with pytest.raises(UsageError, match="there is no weight of layer 2"):
+        checkpoint.load_decoder(whole)
+
+
+def test_pipes_in_a_folder_of_hugging_face(tmp_path):
+    folder = make_folder(tmp_path / "hf")
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    with pytest.raises(UsageError, match="no weights there that can be read"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json", "train/index.json"])
+def test_pipes_in_token_shards(texts, tmp_path, name):
+    folder = tmp_path / "shards"
+    prepare([str(texts)], Settings(tokenizer="bytes"), out=folder, show_progress=False)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    if name == "manifest.json":
+        with pytest.raises(UsageError, match=r"manifest\.json: No such file"):
+            verify(folder)
+    else:
+        (fault,) = verify(folder)
+        assert name in fault
