@@ -187,5 +187,5 @@ def test_tokens_are_drawn_by_their_probability():
     ],
 )
 def test_impossible_settings(settings, expected):
-    with pytest.raises(UsageError, match=f"^sample.{expected}"):
+    with pytest.raises(UsageError, match=rf"^sample\.{expected}"):
         Sampling(**settings).check("sample.")
