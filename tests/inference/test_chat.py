@@ -8,6 +8,7 @@ import re
 import select
 import signal
 import subprocess
+import sys
 import termios
 import time
 
@@ -106,12 +107,26 @@ def test_a_conversation_in_a_terminal(terminal, talker, tmp_path):
     assert answer["content"]
 
 
-@pytest.mark.end_to_end
-def test_lines_from_a_pipe(run_file, command_path, talker, tmp_path):
+@pytest.fixture
+def type_lines(monkeypatch):
+    """Puts lines into a pipe that is read as stdin."""
+
+    def type_lines(text):
+        read, write = os.pipe()
+        os.write(write, text.encode())
+        os.close(write)
+        monkeypatch.setattr("sys.stdin", os.fdopen(read))
+
+    yield type_lines
+    sys.stdin.close()
+
+
+def test_lines_from_a_pipe(type_lines, talker, tmp_path, monkeypatch, capsys):
     """Replies alone are on stdout, without escape codes or prompts; the end of the input is no error."""
-    (tmp_path / "input").write_text("Hello\n\n/nothing\n /etc\n/save talk.jsonl")
-    line = f"'{command_path}' chat '{talker}' --temperature 0 --max_new_tokens 9 <input"
-    finished = run_file("bash", "-c", line, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    type_lines("Hello\n\n/nothing\n /etc\n/save talk.jsonl")
+    main(["chat", str(talker), "--temperature", "0", "--max_new_tokens", "9"])
+    printed = capsys.readouterr()
     model = load_model(str(talker))
     template = ChatTemplate.from_tokenizer(model.tokenizer)
     messages, writing = [], Writing(max_new_tokens=9)
@@ -120,10 +135,10 @@ def test_lines_from_a_pipe(run_file, command_path, talker, tmp_path):
         ids = encode_messages(template, {"messages": messages})
         (reply,) = complete(model, [ids], writing, indices=[0], stop_token_ids=template.end_of_turn)
         messages.append({"role": "assistant", "content": reply.text})
-    assert finished.stdout == "".join(message["content"] + "\n" for message in messages[1::2])
+    assert printed.out == "".join(message["content"] + "\n" for message in messages[1::2])
     cut = "[the reply is cut: max_new_tokens is 9]"
     expected = [cut, "[no command /nothing; /help lists them]", cut, "[saved: talk.jsonl]"]
-    assert finished.stderr.splitlines() == expected
+    assert printed.err.splitlines() == expected
     assert json.loads((tmp_path / "talk.jsonl").read_text()) == {"messages": messages}
 
 
@@ -222,7 +237,7 @@ def test_an_interrupted_reply(made, tmp_path):
     assert (conversation.messages, notices[-1]) == (before, "an empty reply; the message is taken back")
 
 
-def test_templates(mistake, base, talker, tmp_path, capsys, monkeypatch):
+def test_templates(mistake, base, tmp_path, capsys, type_lines):
     assert "chat_template: the tokenizer has no chat template; name a file" in mistake(base, subcommand="chat", base=[])
     missing = mistake(base, "--chat_template", "none.jinja", subcommand="chat", base=[])
     assert "chat_template: none.jinja: No such file" in missing
@@ -233,12 +248,8 @@ def test_templates(mistake, base, talker, tmp_path, capsys, monkeypatch):
     )
     options = ["--chat_template", template, "--system", "Be brief."]
     assert "no system" in mistake(base, *options, subcommand="chat", base=[])
-    read, write = os.pipe()
-    os.write(write, b"A fox?\n")
-    os.close(write)
-    with os.fdopen(read) as stdin:
-        monkeypatch.setattr("sys.stdin", stdin)
-        main(["chat", str(base), "--chat_template", str(template), "--max_new_tokens", "3", "--temperature", "0"])
+    type_lines("A fox?\n")
+    main(["chat", str(base), "--chat_template", str(template), "--max_new_tokens", "3", "--temperature", "0"])
     model = load_model(str(base))
     own = ChatTemplate.from_tokenizer(model.tokenizer, template.read_text())
     ids = own.tokens.encode(["[user] A fox?</s>[assistant]"], [[]])[0][0].tolist()
