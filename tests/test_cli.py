@@ -184,7 +184,7 @@ def test_generate(mistake, tmp_path):
 def test_unknown_subcommand(mistake):
     said = mistake(subcommand="trian")
     assert "no subcommand 'trian'; choose one of fit, validate, plan, prepare, import, export, upcycle, " in said
-    assert "generate, evaluate, figures" in said
+    assert "generate, chat, evaluate, figures" in said
 
 
 def test_help_and_version(run, command_path, tmp_path):
@@ -196,6 +196,7 @@ def test_help_and_version(run, command_path, tmp_path):
     for name in SUBCOMMANDS:
         assert name in printed
     assert "--max_new_tokens" in fresh("generate", "--help")
+    assert "--chat_template" in fresh("chat", "--help")
     for name in ("fit", "validate"):
         printed = run(name, "--help", cwd=tmp_path).stdout
         for key in ("--model.decoder.size", "--data.context_length", "--checkpoints.every_n_steps", "--ckpt_path"):
@@ -203,7 +204,7 @@ def test_help_and_version(run, command_path, tmp_path):
     assert fresh("--version").startswith("ropepp-lit 0.")
 
 
-@pytest.mark.parametrize("subcommand", ["generate", "figures"])
+@pytest.mark.parametrize("subcommand", ["generate", "chat", "figures"])
 def test_help_imports_nothing_heavy(subcommand):
     code = (
         "import sys; from ropepp_lit.cli import main\n"

@@ -139,6 +139,7 @@ def test_training_goes_on_without_a_reader(command_path, tiny, tmp_path):
     assert (tmp_path / "run/checkpoints/step=6.ckpt").exists()
     assert "Traceback" not in errors
     generate = [command_path, "generate", "run/checkpoints/last.ckpt", "--max_new_tokens", "100000"]
+    generate += ["--context_length", "100000"]
     code, _, errors = piped(generate, "head -c 1", tmp_path)
     assert (code, errors) == (141, "")
     code, _, errors = piped([command_path, "--help"], "true", tmp_path)
