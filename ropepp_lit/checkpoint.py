@@ -109,19 +109,6 @@ def _check_entry(path: Path, checkpoint: Any) -> dict[str, Any]:
     return checkpoint
 
 
-def check_whole(path: str | Path, *, checksums: bool = False) -> None:
-    """Find a checkpoint that was cut off or lacks a part; of the weights only the sizes on the disk are looked at.
-
-    Args:
-        path: A .ckpt file, or a .ckpt folder of shards.
-        checksums: See :func:`read_checkpoint`.
-
-    Raises:
-        UsageError: see :func:`read_checkpoint`; or a shard is missing or too short.
-    """
-    read_checkpoint(path, shapes_only=True, checksums=checksums)
-
-
 def load_shards(path: str | Path, weights: dict[str, Tensor], *, is_distributed: bool) -> None:
     """Read weights from a folder of shards into tensors.
 

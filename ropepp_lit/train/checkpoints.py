@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ropepp_lit.checkpoint import check_whole, read_checkpoint
+from ropepp_lit.checkpoint import read_checkpoint
 from ropepp_lit.errors import UsageError
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoint_writer import LAST, CheckpointWriter, remove_partial, saved_steps, step_of
@@ -152,7 +152,7 @@ def damaged_since(folder: Path, path: Path | None) -> list[Path]:
 
 def _is_whole(path: Path, *, checksums: bool) -> bool:
     try:
-        check_whole(path, checksums=checksums)
+        read_checkpoint(path, shapes_only=True, checksums=checksums)
     except UsageError:
         return False
     return True

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from ropepp_lit.checkpoint import KEY, check_whole, decoder_weights, describe_architecture, read_checkpoint
+from ropepp_lit.checkpoint import KEY, decoder_weights, describe_architecture, read_checkpoint
 from ropepp_lit.data.comparison import ARCHITECTURE, HELD_OUT, SPECIAL_IDS, TOKENIZER, compare, continued_at
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
@@ -34,7 +34,7 @@ def checkpoint_to_continue(options: Any) -> str | None:
     """
     if options.ckpt_path != "auto":
         if options.ckpt_path is not None and Path(options.ckpt_path).exists():
-            check_whole(options.ckpt_path, checksums=True)
+            read_checkpoint(options.ckpt_path, shapes_only=True, checksums=True)
         return options.ckpt_path
     folder = folder_of(options.trainer.default_root_dir or ".")
     found = newest(folder, checksums=True)

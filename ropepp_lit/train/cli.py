@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import DoublePrecision
 
 from ropepp_lit.arguments import OneLineErrors, check_given
-from ropepp_lit.checkpoint import KEY, check_whole, read_checkpoint
+from ropepp_lit.checkpoint import KEY, read_checkpoint
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import held, local_path
@@ -196,7 +196,7 @@ class RecipeCLI(LightningCLI):
         options.weights_only, options.verbose = True, False
         if options.ckpt_path is None:
             raise UsageError("ckpt_path is missing: name the checkpoint to validate by --ckpt_path")
-        check_whole(options.ckpt_path, checksums=True)
+        read_checkpoint(options.ckpt_path, shapes_only=True, checksums=True)
         checks.open_checkpoint(options.ckpt_path, way="validate")
         self._check(checks)
         self.model.loads_checkpoint = True
