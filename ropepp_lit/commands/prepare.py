@@ -140,7 +140,7 @@ def prepare(
 
 def _verify(folder: Path) -> None:
     from ropepp_lit.data.shards import Manifest
-    from ropepp_lit.data.shards import verify as check
+    from ropepp_lit.data.verify import verify as check
     from ropepp_lit.errors import UsageError
 
     faults = check(folder)

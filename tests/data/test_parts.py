@@ -11,8 +11,9 @@ from corpora import DOCUMENTS, SETTINGS, contents, run, store
 
 from ropepp_lit.data import part_writer, preparation
 from ropepp_lit.data.prepare import Settings, prepare
-from ropepp_lit.data.shards import Chunk, Manifest, TokenSet, verify
+from ropepp_lit.data.shards import Chunk, Manifest, TokenSet
 from ropepp_lit.data.shares import Share, merge
+from ropepp_lit.data.verify import verify
 from ropepp_lit.errors import UsageError
 
 MANY = [f"{n} {text}" for n in range(5) for text in DOCUMENTS]

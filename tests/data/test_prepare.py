@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from ropepp_lit.data import preparation as module
 from ropepp_lit.data.plan import Span
 from ropepp_lit.data.prepare import Settings, prepare_cached
-from ropepp_lit.data.shards import Manifest, TokenShards, verify
+from ropepp_lit.data.shards import Manifest, TokenShards
+from ropepp_lit.data.verify import verify
 from ropepp_lit.errors import UsageError
 from ropepp_lit.text.tokenizer import train_tokenizer
 
