@@ -64,6 +64,24 @@ def left_out_line(name: str, plan: PackedPlan, too_long: TooLong) -> str | None:
     return f"{line}cut to their beginnings{left}"
 
 
+def packing_line(name: str, plan: PackedPlan, manifest: Manifest, *, rows_per_step: float) -> str:
+    """How the conversations of a training set are packed, and how much of them is trained.
+
+    Args:
+        name: Of the set.
+        plan: Of its training split.
+        manifest: Of the set.
+        rows_per_step: Rows that an optimizer step reads of it, on average.
+    """
+    train, left_out = manifest.splits["train"], manifest.splits["train"].documents - plan.documents
+    return (
+        f"{name}: {plan.documents:,} conversations in {plan.samples_per_pass:,} rows, {plan.padding:.1%} padding"
+        + (f", {left_out:,} left out" if left_out else "")
+        + f"; {train.trained_tokens / train.tokens:.1%} of their tokens are trained; "
+        f"all are read once in {plan.samples_per_pass / rows_per_step:,.1f} steps"
+    )
+
+
 def chat_settings(manifests: Sequence[Manifest]) -> dict[str, str]:
     """The entries `tokenizer_config` and `generation_config` of a checkpoint (JSON) that conversations decide.
 
@@ -85,17 +103,17 @@ def chat_settings(manifests: Sequence[Manifest]) -> dict[str, str]:
     return found
 
 
-def merge_settings(base: Mapping[str, Any], chat: Mapping[str, str]) -> dict[str, Any]:
+def merge_settings(base: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the model that a run began with, with those of its conversations in them.
 
     Args:
         base: The entries `tokenizer_config` and `generation_config` (JSON or None) of a checkpoint, and others.
-        chat: What :func:`chat_settings` returned. Its template replaces the base's; tokens that end a text are those
-            of both.
+        data: What the data store, with what :func:`chat_settings` returned. The template replaces the base's; tokens
+            that end a text are those of both.
     """
     merged = dict(base)
-    for key, value in chat.items():
-        old, new = json.loads(base.get(key) or "{}"), json.loads(value)
+    for key in data.keys() & {"tokenizer_config", "generation_config"}:
+        old, new = json.loads(base.get(key) or "{}"), json.loads(data[key])
         if key == "generation_config":
             ends = old.get("eos_token_id")
             ends = ends if isinstance(ends, list) else [] if ends is None else [ends]

@@ -14,7 +14,13 @@ from torch.utils.data import DataLoader
 
 from ropepp_lit.data.batch import Batch
 from ropepp_lit.data.comparison import identity_of
-from ropepp_lit.data.conversations import chat_settings, check_conversations, left_out_line, notes_on_special_ids
+from ropepp_lit.data.conversations import (
+    chat_settings,
+    check_conversations,
+    left_out_line,
+    notes_on_special_ids,
+    packing_line,
+)
 from ropepp_lit.data.loader import RankBatches, Samples, Source, TrainLoader, make_loader, sample_texts
 from ropepp_lit.data.packing import PackedPlan, TooLong
 from ropepp_lit.data.plan import PATTERN_SAMPLES
@@ -269,11 +275,14 @@ class TokenData(LightningDataModule):
         """Whether only some tokens of a training set are trained, as of conversations; the data must be set up."""
         return any(manifest.marks_trained_tokens for manifest in self.manifests.values())
 
-    @property
-    def packed(self) -> dict[str, PackedPlan]:
-        """How the conversations of each training set are packed, by its name; empty for text."""
-        plans = zip(self.manifests, self._train.plans, strict=True)
-        return {name: plan for name, plan in plans if isinstance(plan, PackedPlan)}
+    def packing_lines(self, rows_per_step: int) -> list[str]:
+        """How the conversations of each training set are packed; none for text. The data must be set up."""
+        sets = zip(self.manifests.items(), self._train.plans, self.weights.values(), strict=True)
+        return [
+            packing_line(name, plan, manifest, rows_per_step=rows_per_step * weight / sum(self.weights.values()))
+            for (name, manifest), plan, weight in sets
+            if isinstance(plan, PackedPlan)
+        ]
 
     def average_conversations(self) -> None:
         """Let batches of training carry weights by which each conversation weighs the same.

@@ -18,6 +18,7 @@ from ropepp_lit.nn.generation import check_sampling, generate
 from ropepp_lit.nn.kernels import describe
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.evaluation import evaluating
+from ropepp_lit.train.loss_average import describe_average
 
 
 class Banner(Callback):
@@ -39,6 +40,7 @@ def banner(trainer: pl.Trainer, model: CausalLM) -> str:
     lines["attention"] = describe(model.decoder.attention_implementation, device, _activation_dtype(precision))
     if isinstance(data, TokenData):
         lines |= _data_lines(trainer, data)
+    lines["loss"] = describe_average(model.step_average.over)
     return "\n".join(f"{name:>16}  {text}" for name, texts in lines.items() for text in texts.splitlines())
 
 
@@ -74,10 +76,13 @@ def _data_lines(trainer: pl.Trainer, data: TokenData) -> dict[str, str]:
         + (f", {weight / share:.1%} of the samples" if len(data.weights) > 1 else "")
         for (name, manifest), weight in zip(data.manifests.items(), data.weights.values(), strict=True)
     ]
+    rows = tokens // data.context_length
+    packing = data.packing_lines(rows)
     return {
         "context": f"{data.context_length:,} tokens, {masking}",
         "tokens per step": f"{tokens:,} ({data.batch_size} rows × {accumulated} accumulated × {groups})",
         "data": "\n".join(sources),
+        **({"packing": "\n".join(packing)} if packing else {}),
         "texts": data.text_tokenizer.description.removeprefix("texts "),
         "steps": f"{trainer.max_steps:,}: {tokens * trainer.max_steps:,} tokens",
     }
