@@ -96,7 +96,7 @@ def _weigh(labels: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
     """What each label of whole rows weighs, float32, and whether it is the first of its document; of their shape."""
     places = (labels != IGNORE_INDEX).flatten().nonzero().flatten()
     numbers = torch.bucketize(places, documents.cu_seqlens[1:].long(), right=True)
-    weights = torch.zeros(labels.numel())
+    weights = torch.zeros(labels.numel(), dtype=torch.float32)
     weights[places] = 1 / torch.bincount(numbers).float()[numbers]
     is_first = torch.zeros(labels.numel(), dtype=torch.bool)
     is_first[places] = numbers != F.pad(numbers[:-1], (1, 0), value=-1)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -72,8 +73,7 @@ class Samples(Dataset):
         self._intra_document_masking = intra_document_masking
         self._in_order = in_order
         self._has_untrained = in_order or any(source.manifest.marks_trained_tokens for source in sources)
-        self.weighs_conversations = False
-        """Whether batches carry weights that average over conversations."""
+        self._weighs_conversations = False
         self._mixture = Mixture([source.weight for source in sources], seed=seed)
         self._shards: list[TokenShards] = []
         self.plans: list[BlockPlan | PackedPlan] = []
@@ -108,6 +108,20 @@ class Samples(Dataset):
                 problem, remedy = f"all conversations of {name} are longer than", f"{remedy}, or data.too_long to cut"
             raise UsageError(f"data.context_length: {problem} {self._context_length:,} tokens; {remedy}")
         return plan
+
+    def average_conversations(self) -> None:
+        """Let batches carry weights by which each conversation weighs the same.
+
+        Raises:
+            UsageError: a source is text.
+        """
+        for name, plan in zip(self._names, self.plans, strict=True):
+            if not isinstance(plan, PackedPlan):
+                raise UsageError(
+                    f"model.loss_average: conversations needs training data of conversations, and {name} is text; "
+                    "choose trained_tokens"
+                )
+        self._weighs_conversations = True
 
     def packed(self) -> Iterator[tuple[str, PackedPlan]]:
         """The split and source of conversations, and how they are packed."""
@@ -157,7 +171,7 @@ class Samples(Dataset):
         # The first token of a document is never a label: what comes before it is another document.
         labels = labels.masked_fill(starts[:, 1:], IGNORE_INDEX)
         documents = Documents.from_starts(starts[:, :-1])
-        return Batch.create(input_ids, labels, documents, shard=shard, weighs_documents=self.weighs_conversations)
+        return Batch.create(input_ids, labels, documents, shard=shard, weighs_documents=self._weighs_conversations)
 
     def documents(self) -> Iterator[np.ndarray]:
         """Token ids of each document, [tokens] of the shards' dtype, in the order in which they are stored."""
@@ -222,6 +236,11 @@ def make_loader(
     return DataLoader(
         samples, batch_sampler=batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory
     )
+
+
+def replica_of(trainer: Trainer) -> dict[str, int]:
+    """`num_replicas`, how many ranks read different data, and the `rank` of this process among them."""
+    return trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
 
 
 class RankBatches:

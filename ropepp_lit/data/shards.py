@@ -66,6 +66,14 @@ class TokenSet:
         place[0] += 1
         place[1] += tokens
 
+    def predicted(self, *, documents_apart: bool) -> int:
+        """Tokens that count as labels: those that are trained where that is marked, else all but first ones.
+
+        Args:
+            documents_apart: The first token of each document is not predicted, instead of that of the first alone.
+        """
+        return self.trained_tokens or self.tokens - (self.documents if documents_apart else 1)
+
     @property
     def digest(self) -> str:
         """Names the tokens and their order: equal for equal chunks, wherever they and their text lie."""
@@ -90,6 +98,23 @@ class TokenSet:
     def from_dict(cls, values: dict[str, Any]) -> TokenSet:
         """What `dataclasses.asdict` wrote."""
         return cls(**{**values, "chunks": [Chunk(**chunk) for chunk in values["chunks"]]})
+
+
+def bytes_per_token(sets: Sequence[TokenSet], weights: Sequence[float], *, documents_apart: bool) -> float | None:
+    """UTF-8 bytes of text per predicted token; None where only some tokens are trained.
+
+    Args:
+        sets: That are mixed.
+        weights: Of each, by tokens.
+        documents_apart: See :meth:`TokenSet.predicted`.
+    """
+    if any(tokens.trained_tokens for tokens in sets):
+        return None
+    pairs = list(zip(weights, sets, strict=True))
+    num_bytes = sum(weight * tokens.bytes / tokens.tokens for weight, tokens in pairs)
+    return num_bytes / sum(
+        weight * tokens.predicted(documents_apart=documents_apart) / tokens.tokens for weight, tokens in pairs
+    )
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +20,12 @@ from ropepp_lit.data.conversations import (
     notes_on_special_ids,
     packing_line,
 )
-from ropepp_lit.data.loader import RankBatches, Samples, Source, TrainLoader, make_loader, sample_texts
+from ropepp_lit.data.loader import RankBatches, Samples, Source, TrainLoader, make_loader, replica_of, sample_texts
 from ropepp_lit.data.packing import PackedPlan, TooLong
 from ropepp_lit.data.plan import PATTERN_SAMPLES
 from ropepp_lit.data.prepare import Settings, cached_folder, left_out_lines, prepare_cached
-from ropepp_lit.data.remote import RemoteFolder, is_remote
-from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenSet
+from ropepp_lit.data.remote import RemoteFolder, default_cache_dir, is_remote
+from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenSet, bytes_per_token
 from ropepp_lit.data.tokenizer_choice import TokenizerChoice
 from ropepp_lit.errors import UsageError
 from ropepp_lit.sizes import parse_bytes
@@ -290,13 +289,7 @@ class TokenData(LightningDataModule):
         Raises:
             UsageError: a training set is text.
         """
-        for name, manifest in self.manifests.items():
-            if not manifest.marks_trained_tokens:
-                raise UsageError(
-                    f"model.loss_average: conversations needs training data of conversations, and {name} is text; "
-                    "choose trained_tokens"
-                )
-        self._train.weighs_conversations = True
+        self._train.average_conversations()
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -329,13 +322,8 @@ class TokenData(LightningDataModule):
         }
 
     def predicted_tokens(self, tokens: TokenSet) -> int:
-        """Tokens that count as labels: the trained ones of conversations that fit, else all but the first of documents.
-
-        Where documents see each other, the first of all alone is not predicted.
-        """
-        if tokens.trained_tokens:
-            return tokens.trained_tokens
-        return tokens.tokens - (tokens.documents if self.intra_document_masking else 1)
+        """Tokens that count as labels, see :meth:`~ropepp_lit.data.shards.TokenSet.predicted`."""
+        return tokens.predicted(documents_apart=self.intra_document_masking)
 
     def bytes_per_token(self, name: str | None = None) -> float | None:
         """UTF-8 bytes of text per predicted token, for bits per byte; None where only some tokens are trained.
@@ -347,13 +335,7 @@ class TokenData(LightningDataModule):
         weights = list(self.weights.values())
         if name is not None:
             sets, weights = [self.validation_sets[name]], [1.0]
-        if any(tokens.trained_tokens for tokens in sets):
-            return None
-        num_bytes = sum(w * tokens.bytes / tokens.tokens for w, tokens in zip(weights, sets, strict=True))
-        predicted = sum(
-            w * self.predicted_tokens(tokens) / tokens.tokens for w, tokens in zip(weights, sets, strict=True)
-        )
-        return num_bytes / predicted
+        return bytes_per_token(sets, weights, documents_apart=self.intra_document_masking)
 
     def train_dataloader(self) -> TrainLoader:
         """Batches of the whole run."""
@@ -394,13 +376,3 @@ class TokenData(LightningDataModule):
     def _trainer(self) -> Trainer:
         assert self.trainer is not None, "a trainer asks for batches"
         return self.trainer
-
-
-def default_cache_dir() -> Path:
-    """Where prepared data lies unless told otherwise: `ropepp_lit` in the user's cache folder (XDG's convention)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ropepp_lit"
-
-
-def replica_of(trainer: Trainer) -> dict[str, int]:
-    """`num_replicas`, how many ranks read different data, and the `rank` of this process among them."""
-    return trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}

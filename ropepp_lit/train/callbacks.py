@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from ropepp_lit.data.token_data import TokenData, replica_of
+from ropepp_lit.data.loader import replica_of
+from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder
 from ropepp_lit.nn.generation import check_sampling, generate

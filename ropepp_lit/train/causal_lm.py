@@ -14,7 +14,8 @@ from torch import Tensor
 from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, describe_architecture, read_checkpoint
 from ropepp_lit.data.batch import Batch
 from ropepp_lit.data.conversations import merge_settings
-from ropepp_lit.data.token_data import TokenData, replica_of
+from ropepp_lit.data.loader import replica_of
+from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
 from ropepp_lit.train.curves import log_figures, loss_figures
 from ropepp_lit.train.finite import DivergedError, FiniteSteps, OnNaN, check_weights
