@@ -23,8 +23,9 @@ from ropepp_lit.data.conversations import (
 from ropepp_lit.data.loader import RankBatches, Samples, Source, TrainLoader, make_loader, replica_of, sample_texts
 from ropepp_lit.data.packing import PackedPlan, TooLong
 from ropepp_lit.data.plan import PATTERN_SAMPLES
-from ropepp_lit.data.prepare import Settings, cached_folder, left_out_lines, prepare_cached
+from ropepp_lit.data.prepare import Settings, cached_folder, prepare_cached
 from ropepp_lit.data.remote import RemoteFolder, default_cache_dir, is_remote
+from ropepp_lit.data.report import left_out_lines
 from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenSet, bytes_per_token
 from ropepp_lit.data.tokenizer_choice import TokenizerChoice
 from ropepp_lit.errors import UsageError
