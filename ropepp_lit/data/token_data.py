@@ -30,6 +30,7 @@ from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenSet, byte
 from ropepp_lit.data.tokenizer_choice import TokenizerChoice
 from ropepp_lit.errors import UsageError
 from ropepp_lit.sizes import parse_bytes
+from ropepp_lit.text.chat import read_template
 from ropepp_lit.text.identity import same_tokenizer
 from ropepp_lit.text.sources import BUILTIN, HUB, find_files
 from ropepp_lit.text.tokenizer import TextTokenizer
@@ -48,6 +49,10 @@ class TokenData(LightningDataModule):
         tokenizer: `bytes` (one token per byte), a tokenizer.json, or a Hugging Face folder or name on the Hub.
         train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with so many tokens on the training documents.
         text_key: Key or column of the text in JSON and tables.
+        format: What sources that are prepared now hold: `text`, conversations (`chat`) or prompts with answers
+            (`completion`), as `ropepp-lit prepare --format` reads them.
+        chat_template: A file with a Jinja template by which conversations become text, instead of the tokenizer's own.
+        train_on: What is trained of a conversation: every turn of the `assistant`, the `last` one, or `all` tokens.
         split: What separates documents in text files, such as `\n\n`; empty means that each file is one.
         on_error: What a document or file that cannot be read does: `stop`, or `skip` it and count it.
         context_length: Tokens in each row.
@@ -73,6 +78,9 @@ class TokenData(LightningDataModule):
         tokenizer: str | None = None,
         train_tokenizer: int | None = None,
         text_key: str = "text",
+        format: Literal["text", "chat", "completion"] = "text",
+        chat_template: str | None = None,
+        train_on: Literal["assistant", "last", "all"] = "assistant",
         split: str = "",
         on_error: Literal["stop", "skip"] = "stop",
         context_length: int = 512,
@@ -112,6 +120,7 @@ class TokenData(LightningDataModule):
         self.tokenizer, self.train_tokenizer = tokenizer, train_tokenizer
         self._tokenizer = TokenizerChoice(tokenizer, train_tokenizer)
         self.text_key, self.split, self.on_error = text_key, split or None, on_error
+        self.format, self.chat_template, self.train_on = format, chat_template, train_on
         self.context_length, self.batch_size = context_length, batch_size
         self.intra_document_masking, self.validation_fraction = intra_document_masking, validation_fraction
         self.seed, self.num_workers, self.too_long = seed, num_workers, too_long
@@ -231,6 +240,9 @@ class TokenData(LightningDataModule):
             text_key=self.text_key,
             split=self.split,
             on_error=self.on_error,
+            format=self.format,
+            chat_template=None if self.chat_template is None else read_template(self.chat_template),
+            train_on=self.train_on,
         )
         return self._tokenizer.settings(source, others, cache_dir=self._cache_dir)
 
