@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropepp_lit import checkpoint, sharded
 from ropepp_lit.data.prepare import Settings, prepare
-from ropepp_lit.data.shards import MANIFEST, Manifest, verify
+from ropepp_lit.data.shards import MANIFEST, Manifest
+from ropepp_lit.data.verify import verify
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPEPP
 from ropepp_lit.text.tokenizer import byte_tokenizer

@@ -91,7 +91,7 @@ def plan_a_billion() -> None:
         sizes = [chunk.tokens for chunk in read.splits["train"].chunks]
         plan = BlockPlan(sizes, context_length=CONTEXT_LENGTH, seed=0)
         first = time.perf_counter() - start
-        for sample in range(0, 3 * plan.blocks_per_pass, plan.blocks_per_pass // 50):
+        for sample in range(0, 3 * plan.samples_per_pass, plan.samples_per_pass // 50):
             plan.locate(sample)
         seconds = time.perf_counter() - start
         grown = psutil.Process().memory_info().rss - memory

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ropepp_lit.nn.context_parallel import ContextShard, ShardedDocuments
@@ -39,9 +41,23 @@ class Batch(NamedTuple):
     visible_pairs: int
     """Pairs of a query and a key that it sees, in whole rows: Σ n (n + 1) / 2 over documents of n tokens."""
 
+    weights: Tensor | None = None
+    """[B, T] float32: what each label weighs, where the loss is averaged over documents: one by the number of labels of
+    its document in the whole row. None weighs all alike."""
+
+    num_documents: int = 0
+    """Documents with labels, where they are averaged over. Of ranks that share rows, the one with the first label of a
+    document counts it."""
+
     @classmethod
     def create(
-        cls, input_ids: Tensor, labels: Tensor, documents: Documents | None, *, shard: ContextShard | None = None
+        cls,
+        input_ids: Tensor,
+        labels: Tensor,
+        documents: Documents | None,
+        *,
+        shard: ContextShard | None = None,
+        weighs_documents: bool = False,
     ) -> Batch:
         """A batch of whole rows on the CPU.
 
@@ -50,6 +66,7 @@ class Batch(NamedTuple):
             labels: [B, row] int64.
             documents: Bounds of packed documents.
             shard: Which tokens of a row this rank computes; None means all.
+            weighs_documents: Weigh labels so that each of `documents` weighs the same.
         """
         rows, length = input_ids.shape
         if documents is None:
@@ -58,11 +75,29 @@ class Batch(NamedTuple):
             lengths = documents.cu_seqlens.diff().long()
             pairs = int((lengths * (lengths + 1)).sum()) // 2
         num_tokens = input_ids.numel()
+        weights, is_first = None, None
+        if weighs_documents:
+            assert documents is not None
+            weights, is_first = _weigh(labels, documents)
         sharded: Documents | ShardedDocuments | None = documents
         if shard is not None:
+            if weights is not None and is_first is not None:
+                weights, is_first = shard.take(weights), shard.take(is_first)
             input_ids, labels = shard.take(input_ids), shard.take(labels)
             sharded = shard.take_documents(documents, rows, length)
         counts = (labels != IGNORE_INDEX).flatten()
         num_labels = int(counts.sum())
         places = None if num_labels == len(counts) else counts.nonzero().flatten()
-        return cls(input_ids, labels, sharded, places, num_labels, num_tokens, pairs)
+        num_documents = 0 if is_first is None else int(is_first.sum())
+        return cls(input_ids, labels, sharded, places, num_labels, num_tokens, pairs, weights, num_documents)
+
+
+def _weigh(labels: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
+    """What each label of whole rows weighs, float32, and whether it is the first of its document; of their shape."""
+    places = (labels != IGNORE_INDEX).flatten().nonzero().flatten()
+    numbers = torch.bucketize(places, documents.cu_seqlens[1:].long(), right=True)
+    weights = torch.zeros(labels.numel(), dtype=torch.float32)
+    weights[places] = 1 / torch.bincount(numbers).float()[numbers]
+    is_first = torch.zeros(labels.numel(), dtype=torch.bool)
+    is_first[places] = numbers != F.pad(numbers[:-1], (1, 0), value=-1)
+    return weights.view_as(labels), is_first.view_as(labels)

@@ -6,11 +6,15 @@ depends on the command; what counts as one does not.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from ropepp_lit.data.conversations import template_of
+from ropepp_lit.data.shards import Manifest
 from ropepp_lit.text.identity import opening_of, same_tokenizer
 
 ARCHITECTURE, TOKENIZER, SPECIAL_IDS, HELD_OUT = "architecture", "tokenizer", "special ids", "held-out documents"
+CHAT_TEMPLATE = "chat template"
 
 
 def compare(stored: dict[str, Any], ours: dict[str, Any]) -> dict[str, str]:
@@ -35,10 +39,39 @@ def compare(stored: dict[str, Any], ours: dict[str, Any]) -> dict[str, str]:
             differences[SPECIAL_IDS] = _changes(old, new, list(old))
         else:
             differences[TOKENIZER] = "other tokens"
+    templates = template_of(stored), template_of(ours)
+    if None not in templates and templates[0] != templates[1]:
+        differences[CHAT_TEMPLATE] = "other turns"
     if stored.get("held_out") and ours.get("held_out"):
         known = set(stored["held_out"].values())
         differences[HELD_OUT] = ", ".join(name for name, digest in ours["held_out"].items() if digest not in known)
     return {kind: text for kind, text in differences.items() if text}
+
+
+def identity_of(
+    manifests: Mapping[str, Manifest], weights: list[float], *, context_length: int, seed: int, too_long: str
+) -> dict[str, Any]:
+    """What the order of samples depends on: where it differs, a position in the data means nothing.
+
+    Sources are known by the checksums of their chunks; `sources` is how earlier versions knew them.
+
+    Args:
+        manifests: Of the training sets, by name.
+        weights: Of each.
+        context_length: See :class:`~ropepp_lit.data.token_data.TokenData`.
+        seed: See there.
+        too_long: See there; it counts for conversations.
+    """
+    sets = list(zip(manifests.values(), weights, strict=True))
+    is_packed = any(manifest.marks_trained_tokens for manifest, _ in sets)
+    return {
+        "names": list(manifests),
+        "contents": [[manifest.splits["train"].digest, weight / sum(weights)] for manifest, weight in sets],
+        "context_length": context_length,
+        "seed": seed,
+        **({"too_long": too_long} if is_packed else {}),
+        "sources": [[manifest.fingerprint, weight] for manifest, weight in sets],
+    }
 
 
 def continued_at(state: dict[str, Any], identity: dict[str, Any]) -> tuple[int, str]:
@@ -52,8 +85,8 @@ def continued_at(state: dict[str, Any], identity: dict[str, Any]) -> tuple[int, 
         The sample, and why it is the first one although the checkpoint stores another; else an empty text.
     """
     old, reasons = state["identity"], []
-    for key in ("context_length", "seed"):
-        if old[key] != identity[key]:
+    for key in ("context_length", "seed", "too_long"):
+        if key in old and key in identity and old[key] != identity[key]:
             reasons.append(f"data.{key} is {identity[key]} instead of {old[key]}")
     if "contents" not in old:  # of a version that knew sources by paths and times of files
         if old["sources"] != identity["sources"]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -9,11 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ropepp_lit.data.batch import Batch
 from ropepp_lit.data.comparison import continued_at
+from ropepp_lit.data.packing import PADDING_LENGTH, Lengths, PackedPlan, TooLong
 from ropepp_lit.data.plan import BlockPlan, Mixture
 from ropepp_lit.data.remote import RemoteFolder
 from ropepp_lit.data.shards import Manifest, TokenShards
@@ -21,6 +25,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.context_parallel import ContextShard
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.loss import IGNORE_INDEX
+from ropepp_lit.text.tokenizer import TextTokenizer
 
 
 class Source(NamedTuple):
@@ -33,8 +38,12 @@ class Source(NamedTuple):
     weight: float
 
 
-class Blocks(Dataset):
-    """Samples of a split as [context_length + 1] tokens; -100 where validation has run out of them.
+NO_TOKEN = ~0
+"""Where a sample has no token: token 0, not trained (:mod:`ropepp_lit.data.trained_tokens`)."""
+
+
+class Samples(Dataset):
+    """Samples of a split as [context_length + 1] tokens: blocks of text, or rows of whole conversations.
 
     Args:
         sources: Where the tokens are.
@@ -42,10 +51,11 @@ class Blocks(Dataset):
         context_length: Tokens that a model reads at once.
         intra_document_masking: See :class:`~ropepp_lit.data.token_data.TokenData`.
         seed: Of the order.
-        in_order: Read every token once, in order, instead of shuffled blocks.
+        in_order: Read every token once, in order, instead of shuffled samples.
+        too_long: What becomes of conversations that are longer than a sample.
 
     Raises:
-        UsageError: the context is longer than the tokens of a source.
+        UsageError: the context is longer than the tokens of a source, or shorter than all of its conversations.
     """
 
     def __init__(
@@ -57,28 +67,71 @@ class Blocks(Dataset):
         intra_document_masking: bool,
         seed: int,
         in_order: bool,
+        too_long: TooLong,
     ) -> None:
         self._context_length = context_length
         self._intra_document_masking = intra_document_masking
         self._in_order = in_order
+        self._has_untrained = in_order or any(source.manifest.marks_trained_tokens for source in sources)
+        self._weighs_conversations = False
         self._mixture = Mixture([source.weight for source in sources], seed=seed)
-        self._shards, self._plans = [], []
+        self._shards: list[TokenShards] = []
+        self.plans: list[BlockPlan | PackedPlan] = []
+        """How samples are made of each source."""
+        self._names = [f"{split} in {source.name}" for source in sources]
         for number, source in enumerate(sources):
             shards = TokenShards(source.folder, source.manifest, split, remote=source.remote)
-            chunk_tokens = [chunk.tokens for chunk in shards.chunks]
             order = None if in_order else seed + 1_000_003 * number
-            plan = BlockPlan(chunk_tokens, context_length=context_length, seed=order)
-            if plan.blocks_per_pass == 0:
-                raise UsageError(
-                    f"data.context_length: {context_length} is longer than the {sum(chunk_tokens):,} tokens of "
-                    f"{split} in {source.name}; give more text or a shorter context"
-                )
+            make = self._pack if source.manifest.marks_trained_tokens else self._cut
             self._shards.append(shards)
-            self._plans.append(plan)
+            self.plans.append(make(shards, order, self._names[number], too_long))
+
+    def _cut(self, shards: TokenShards, seed: int | None, name: str, _: TooLong) -> BlockPlan:
+        chunk_tokens = [chunk.tokens for chunk in shards.chunks]
+        plan = BlockPlan(chunk_tokens, context_length=self._context_length, seed=seed)
+        if plan.samples_per_pass == 0:
+            raise UsageError(
+                f"data.context_length: {self._context_length} is longer than the {sum(chunk_tokens):,} tokens of "
+                f"{name}; give more text or a shorter context"
+            )
+        return plan
+
+    def _pack(self, shards: TokenShards, seed: int | None, name: str, too_long: TooLong) -> PackedPlan:
+        places = self._context_length + 1
+        lengths = Lengths.read(shards, places=places, too_long=too_long)
+        plan = PackedPlan(lengths, places=places, seed=seed)
+        if plan.samples_per_pass == 0:
+            remedy = f"set it to {lengths.shortest - 1:,} or more"
+            if too_long == "cut":
+                problem = f"no conversation of {name} keeps a trained token when it is cut to rows of"
+            else:
+                problem, remedy = f"all conversations of {name} are longer than", f"{remedy}, or data.too_long to cut"
+            raise UsageError(f"data.context_length: {problem} {self._context_length:,} tokens; {remedy}")
+        return plan
+
+    def average_conversations(self) -> None:
+        """Let batches carry weights by which each conversation weighs the same.
+
+        Raises:
+            UsageError: a source is text.
+        """
+        for name, plan in zip(self._names, self.plans, strict=True):
+            if not isinstance(plan, PackedPlan):
+                raise UsageError(
+                    f"model.loss_average: conversations needs training data of conversations, and {name} is text; "
+                    "choose trained_tokens"
+                )
+        self._weighs_conversations = True
+
+    def packed(self) -> Iterator[tuple[str, PackedPlan]]:
+        """The split and source of conversations, and how they are packed."""
+        for name, plan in zip(self._names, self.plans, strict=True):
+            if isinstance(plan, PackedPlan):
+                yield name, plan
 
     def __len__(self) -> int:
         """Samples of one pass over all sources."""
-        return sum(plan.blocks_per_pass for plan in self._plans)
+        return sum(plan.samples_per_pass for plan in self.plans)
 
     def __getitems__(self, samples: list[int]) -> tuple[Tensor, Tensor | None]:
         """A whole batch at once.
@@ -87,33 +140,38 @@ class Blocks(Dataset):
             samples: Their numbers.
 
         Returns:
-            Tokens, [samples, context_length + 1] int64; and where documents start, the same shape in bool, or None
-            where rows are plain causal ones.
+            Tokens, [samples, context_length + 1] int64, those that are not trained as complements (padding too); and
+            where documents start, the same shape in bool, or None where rows are plain causal ones.
         """
         tokens = np.empty((len(samples), self._context_length + 1), dtype=np.int64)
         starts = np.zeros_like(tokens, dtype=np.bool_) if self._intra_document_masking else None
         for index, sample in enumerate(samples):
-            row, end = tokens[index], 0
+            row, end, source = tokens[index], 0, 0
+            row_starts = None if starts is None else starts[index]
             if not self._in_order or sample < len(self):
                 source, number = (0, sample) if self._in_order else self._mixture.locate(sample)
-                shards, plan = self._shards[source], self._plans[source]
-                end = shards.read(plan.locate(number), row, None if starts is None else starts[index])
+                shards, plan = self._shards[source], self.plans[source]
+                end = shards.read(plan.locate(number), row, row_starts)
                 if shards.is_remote:
                     shards.expect(plan.chunks_behind(number))
-            row[end:] = IGNORE_INDEX
+            row[end:] = NO_TOKEN
+            if isinstance(self.plans[source], PackedPlan) and row_starts is not None:
+                row_starts[end::PADDING_LENGTH] = True
         return torch.from_numpy(tokens), None if starts is None else torch.from_numpy(starts)
 
     def collate(self, samples: tuple[Tensor, Tensor | None], shard: ContextShard | None = None) -> Batch:
         """A batch of what `__getitems__` gave: inputs, labels shifted by one, and the bounds of documents."""
         tokens, starts = samples
         input_ids, labels = tokens[:, :-1], tokens[:, 1:]
-        if self._in_order:
-            input_ids = input_ids.clamp(min=0)  # where validation has run out of tokens
+        if self._has_untrained:
+            input_ids = torch.maximum(input_ids, ~input_ids)
+            labels = labels.masked_fill(labels < 0, IGNORE_INDEX)
         if starts is None:
             return Batch.create(input_ids, labels, None, shard=shard)
         # The first token of a document is never a label: what comes before it is another document.
         labels = labels.masked_fill(starts[:, 1:], IGNORE_INDEX)
-        return Batch.create(input_ids, labels, Documents.from_starts(starts[:, :-1]), shard=shard)
+        documents = Documents.from_starts(starts[:, :-1])
+        return Batch.create(input_ids, labels, documents, shard=shard, weighs_documents=self._weighs_conversations)
 
     def documents(self) -> Iterator[np.ndarray]:
         """Token ids of each document, [tokens] of the shards' dtype, in the order in which they are stored."""
@@ -130,7 +188,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        blocks: Blocks,
+        samples: Samples,
         *,
         batch_size: int,
         num_batches: int,
@@ -139,7 +197,7 @@ class TrainLoader:
         identity: dict[str, Any],
         **loading: Any,
     ) -> None:
-        self._blocks, self._batch_size, self._num_batches = blocks, batch_size, num_batches
+        self._samples, self._batch_size, self._num_batches = samples, batch_size, num_batches
         self._replica = {"num_replicas": num_replicas, "rank": rank}
         self._identity, self._loading = identity, loading
         self.samples = 0
@@ -149,7 +207,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         batches = RankBatches(self.samples, self._num_batches, batch_size=self._batch_size, **self._replica)
-        for batch in make_loader(self._blocks, batches, **self._loading):
+        for batch in make_loader(self._samples, batches, **self._loading):
             self.samples += self._batch_size * self._replica["num_replicas"]
             yield batch
 
@@ -163,19 +221,26 @@ class TrainLoader:
 
 
 def make_loader(
-    blocks: Blocks, batches: RankBatches, *, num_workers: int, shard: ContextShard | None, pin_memory: bool
+    samples: Samples, batches: RankBatches, *, num_workers: int, shard: ContextShard | None, pin_memory: bool
 ) -> DataLoader:
     """A loader of batches.
 
     Args:
-        blocks: The samples.
+        samples: Of a split.
         batches: Which of them make a batch.
         num_workers: Processes that read ahead.
         shard: Which tokens of a row this rank computes; None means all.
         pin_memory: Give batches in pinned memory, which a GPU copies while the host goes on.
     """
-    collate = partial(blocks.collate, shard=shard)
-    return DataLoader(blocks, batch_sampler=batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory)
+    collate = partial(samples.collate, shard=shard)
+    return DataLoader(
+        samples, batch_sampler=batches, num_workers=num_workers, collate_fn=collate, pin_memory=pin_memory
+    )
+
+
+def replica_of(trainer: Trainer) -> dict[str, int]:
+    """`num_replicas`, how many ranks read different data, and the `rank` of this process among them."""
+    return trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
 
 
 class RankBatches:
@@ -192,3 +257,24 @@ class RankBatches:
         for index in range(self._count):
             start = self._first + (index * self._num_replicas + self._rank) * self._batch_size
             yield list(range(start, start + self._batch_size))
+
+
+def sample_texts(
+    documents: Iterator[np.ndarray], tokenizer: TextTokenizer, *, limit: int, min_tokens: int
+) -> list[str]:
+    """Documents as text: those whose tokens have the least hash.
+
+    Args:
+        documents: Token ids of each.
+        tokenizer: Of these.
+        limit: How many at most.
+        min_tokens: Leave out those of fewer tokens.
+    """
+
+    def candidates() -> Iterator[np.ndarray]:
+        for ids in documents:
+            if len(ids) >= min_tokens and (len(ids) > 48 or tokenizer.decode(ids.tolist()).strip()):
+                yield ids
+
+    chosen = heapq.nsmallest(limit, candidates(), key=lambda ids: hashlib.sha256(ids.tobytes()).digest())
+    return [tokenizer.decode(ids.tolist()) for ids in chosen]

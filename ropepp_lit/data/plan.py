@@ -29,6 +29,64 @@ class Span(NamedTuple):
     num_tokens: int
 
 
+class ShuffledChunks:
+    """The order of a pass: chunks are permuted and read as one stream of units, samples are shuffled within windows.
+
+    Units are tokens for :class:`BlockPlan`, and rows for :class:`~ropepp_lit.data.packing.PackedPlan`.
+
+    Args:
+        sizes: Units in each chunk.
+        step: Units from one sample to the next.
+        samples: Of a pass.
+        seed: Of the permutations; None reads in the order of the chunks.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, step: int, samples: int, seed: int | None) -> None:
+        self._sizes = np.asarray(sizes, dtype=np.int64)
+        self._step, self._samples, self._seed = step, samples, seed
+        self._pass: tuple[int, list[int], list[int]] | None = None
+        self._window: tuple[int, int, int, np.ndarray] | None = None
+
+    def order(self, epoch: int) -> tuple[list[int], list[int]]:
+        """The chunks of a pass in order, and where each starts in the pass's stream of units (and its end)."""
+        if self._pass is None or self._pass[0] != epoch:
+            count = len(self._sizes)
+            order = np.arange(count) if self._seed is None else permutation(count, self._seed, epoch)
+            starts = np.concatenate(([0], np.cumsum(self._sizes[order])))
+            self._pass = epoch, order.tolist(), starts.tolist()
+        return self._pass[1], self._pass[2]
+
+    def shuffle(self, epoch: int, number: int) -> int:
+        """Which sample of the stream is read as a pass's sample of that number."""
+        if self._seed is None:
+            return number
+        first, _, shuffled = self._find_window(epoch, number)
+        return first + int(shuffled[number - first])
+
+    def behind(self, epoch: int, number: int) -> list[int]:
+        """Chunks of the window that follows the one of a sample, in the order in which they are read."""
+        order, starts = self.order(epoch)
+        behind = (self._window_of(number, starts) + 1) * WINDOW_CHUNKS
+        return order[behind : behind + WINDOW_CHUNKS]
+
+    def _window_of(self, number: int, starts: list[int]) -> int:
+        return (bisect_right(starts, number * self._step) - 1) // WINDOW_CHUNKS
+
+    def _find_window(self, epoch: int, number: int) -> tuple[int, int, np.ndarray]:
+        """First sample of the window that holds a sample, the end of the window, and the order of its samples."""
+        found = self._window
+        if found is None or found[0] != epoch or not found[1] <= number < found[2]:
+            assert self._seed is not None
+            _, starts = self.order(epoch)
+            window = self._window_of(number, starts)
+            first, end = (
+                min(-(-starts[min(bound * WINDOW_CHUNKS, len(starts) - 1)] // self._step), self._samples)
+                for bound in (window, window + 1)
+            )
+            found = self._window = epoch, first, end, permutation(end - first, self._seed, epoch, window)
+        return found[1:]
+
+
 class BlockPlan:
     """Blocks of `context_length` + 1 tokens over chunks, each token predicted once per pass.
 
@@ -41,13 +99,11 @@ class BlockPlan:
     """
 
     def __init__(self, chunk_tokens: list[int], *, context_length: int, seed: int | None) -> None:
-        self._chunk_tokens = np.asarray(chunk_tokens, dtype=np.int64)
-        self._context_length, self._seed = context_length, seed
-        self._pass: tuple[int, list[int], list[int]] | None = None
-        self._window: tuple[int, int, int, np.ndarray] | None = None
-        predicted = int(self._chunk_tokens.sum()) - 1
-        self.blocks_per_pass = predicted // context_length if seed is not None else -(-predicted // context_length)
+        self._context_length = context_length
+        predicted = sum(chunk_tokens) - 1
+        self.samples_per_pass = predicted // context_length if seed is not None else -(-predicted // context_length)
         """Samples before the data come again."""
+        self._chunks = ShuffledChunks(chunk_tokens, step=context_length, samples=self.samples_per_pass, seed=seed)
 
     def locate(self, sample: int) -> list[Span]:
         """The tokens of a sample, in order: `context_length` + 1 of them, fewer at the end of an unshuffled pass.
@@ -55,12 +111,9 @@ class BlockPlan:
         Args:
             sample: k, from 0; beyond one pass the next begins, shuffled anew.
         """
-        epoch, block = divmod(sample, self.blocks_per_pass)
-        order, starts = self._chunk_order(epoch)
-        if self._seed is not None:
-            first, _, shuffled = self._find_window(epoch, block)
-            block = first + int(shuffled[block - first])
-        position = block * self._context_length
+        epoch, number = divmod(sample, self.samples_per_pass)
+        order, starts = self._chunks.order(epoch)
+        position = self._chunks.shuffle(epoch, number) * self._context_length
         end = min(position + self._context_length + 1, starts[-1])
         spans = []
         while position < end:
@@ -72,39 +125,7 @@ class BlockPlan:
 
     def chunks_behind(self, sample: int) -> list[int]:
         """Chunks of the window that follows the one of a sample, in the order in which they are read."""
-        epoch, block = divmod(sample, self.blocks_per_pass)
-        order, starts = self._chunk_order(epoch)
-        behind = (self._window_of(block, starts) + 1) * WINDOW_CHUNKS
-        return order[behind : behind + WINDOW_CHUNKS]
-
-    def _chunk_order(self, epoch: int) -> tuple[list[int], list[int]]:
-        """The chunks of a pass in order, and where each starts in the pass's stream of tokens (and its end)."""
-        if self._pass is None or self._pass[0] != epoch:
-            count = len(self._chunk_tokens)
-            order = np.arange(count) if self._seed is None else permutation(count, self._seed, epoch)
-            starts = np.concatenate(([0], np.cumsum(self._chunk_tokens[order])))
-            self._pass = epoch, order.tolist(), starts.tolist()
-        return self._pass[1], self._pass[2]
-
-    def _window_of(self, block: int, starts: list[int]) -> int:
-        return (bisect_right(starts, block * self._context_length) - 1) // WINDOW_CHUNKS
-
-    def _find_window(self, epoch: int, block: int) -> tuple[int, int, np.ndarray]:
-        """First block of the window that holds a block, the end of the window, and the order of its blocks."""
-        found = self._window
-        if found is None or found[0] != epoch or not found[1] <= block < found[2]:
-            assert self._seed is not None
-            _, starts = self._chunk_order(epoch)
-            window = self._window_of(block, starts)
-            first, end = (
-                min(
-                    -(-starts[min(bound * WINDOW_CHUNKS, len(starts) - 1)] // self._context_length),
-                    self.blocks_per_pass,
-                )
-                for bound in (window, window + 1)
-            )
-            found = self._window = epoch, first, end, permutation(end - first, self._seed, epoch, window)
-        return found[1:]
+        return self._chunks.behind(*divmod(sample, self.samples_per_pass))
 
 
 class Mixture:

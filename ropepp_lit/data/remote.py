@@ -26,6 +26,11 @@ def is_remote(source: str) -> bool:
     return source.startswith(SCHEMES)
 
 
+def default_cache_dir() -> Path:
+    """Where prepared data lies unless told otherwise: `ropepp_lit` in the user's cache folder (XDG's convention)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ropepp_lit"
+
+
 class RemoteFolder:
     """Files of a folder in an object store; each is fetched once and kept in a cache.
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ropepp_lit.data.plan import WINDOW_CHUNKS, Span
 from ropepp_lit.data.remote import RemoteFolder
+from ropepp_lit.data.trained_tokens import token_ids
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import checksum, inside, read_text, write_whole
 from ropepp_lit.text.identity import opening_of, tokenizer_digest
@@ -52,18 +53,30 @@ class TokenSet:
     """Documents, and their tokens, by length: place n counts documents of 2^n to 2^(n+1) - 1 tokens."""
     trained_tokens: int = 0
     """Tokens that are trained, where the shards mark them (:mod:`ropepp_lit.data.trained_tokens`)."""
+    longest: int = 0
+    """Tokens of the longest document; 0 in folders of earlier versions."""
     chunks: list[Chunk] = field(default_factory=list)
 
-    def add(self, *, tokens: int, num_bytes: int, gzip_bytes: int, max_token_id: int) -> None:
+    def add(self, *, tokens: int, num_bytes: int, gzip_bytes: int, max_token_id: int, trained_tokens: int = 0) -> None:
         """Count a document."""
         self.documents += 1
         self.tokens += tokens
         self.bytes += num_bytes
         self.gzip_bytes += gzip_bytes
         self.max_token_id = max(self.max_token_id, max_token_id)
+        self.trained_tokens += trained_tokens
+        self.longest = max(self.longest, tokens)
         place = self.lengths[tokens.bit_length() - 1]
         place[0] += 1
         place[1] += tokens
+
+    def predicted(self, *, documents_apart: bool) -> int:
+        """Tokens that count as labels: those that are trained where that is marked, else all but first ones.
+
+        Args:
+            documents_apart: The first token of each document is not predicted, instead of that of the first alone.
+        """
+        return self.trained_tokens or self.tokens - (self.documents if documents_apart else 1)
 
     @property
     def digest(self) -> str:
@@ -81,6 +94,7 @@ class TokenSet:
             total.gzip_bytes += part.gzip_bytes
             total.max_token_id = max(total.max_token_id, part.max_token_id)
             total.trained_tokens += part.trained_tokens
+            total.longest = max(total.longest, part.longest)
             total.lengths = [[a + c, b + d] for (a, b), (c, d) in zip(total.lengths, part.lengths, strict=True)]
             total.chunks += part.chunks
         return total
@@ -89,6 +103,23 @@ class TokenSet:
     def from_dict(cls, values: dict[str, Any]) -> TokenSet:
         """What `dataclasses.asdict` wrote."""
         return cls(**{**values, "chunks": [Chunk(**chunk) for chunk in values["chunks"]]})
+
+
+def bytes_per_token(sets: Sequence[TokenSet], weights: Sequence[float], *, documents_apart: bool) -> float | None:
+    """UTF-8 bytes of text per predicted token; None where only some tokens are trained.
+
+    Args:
+        sets: That are mixed.
+        weights: Of each, by tokens.
+        documents_apart: See :meth:`TokenSet.predicted`.
+    """
+    if any(tokens.trained_tokens for tokens in sets):
+        return None
+    pairs = list(zip(weights, sets, strict=True))
+    num_bytes = sum(weight * tokens.bytes / tokens.tokens for weight, tokens in pairs)
+    return num_bytes / sum(
+        weight * tokens.predicted(documents_apart=documents_apart) / tokens.tokens for weight, tokens in pairs
+    )
 
 
 @dataclass(kw_only=True)
@@ -121,6 +152,8 @@ class Manifest:
     """The Jinja template that the conversations were rendered by; None where they are not conversations."""
     end_of_turn: list[int] = field(default_factory=list)
     """Tokens that end an assistant's turn by that template; a model stops writing at them."""
+    notices: dict[str, int] = field(default_factory=dict)
+    """What people should know of documents that are kept, and of how many it is true."""
 
     @property
     def largest_token_id(self) -> int:
@@ -216,7 +249,7 @@ class TokenShards:
     ) -> None:
         self.folder, self.chunks = folder / split, manifest.splits[split].chunks if chunks is None else chunks
         self._remote, self.is_remote = remote, remote is not None
-        self._dtype = np.dtype(manifest.dtype)
+        self._dtype, self._is_marked = np.dtype(manifest.dtype), manifest.marks_trained_tokens
         self._maps: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._checked: set[int] = set()
         self._fetching: tuple[list[int], ThreadPoolExecutor] | None = None
@@ -229,15 +262,17 @@ class TokenShards:
             if found != expected:
                 problem = "missing" if found is None else f"{found} bytes instead of {expected}"
                 raise UsageError(f"{path}: {problem}; the shards are damaged: remove {folder} to prepare them again")
-        if chunks is None and (fault := _fault_of_index(folder, manifest, split)):
+        if chunks is None and (fault := fault_of_index(folder, manifest, split)):
             raise UsageError(f"{fault}; the shards are damaged: remove {folder} to prepare them again")
 
     def read(self, spans: list[Span], out: np.ndarray, starts: np.ndarray | None = None) -> int:
         """Write the tokens of spans, joined, to the beginning of an array.
 
         Args:
-            spans: Of a :class:`~ropepp_lit.data.plan.BlockPlan` over these chunks.
-            out: [tokens or more], integers.
+            spans: Of a :class:`~ropepp_lit.data.plan.BlockPlan` or a :class:`~ropepp_lit.data.packing.PackedPlan` over
+                these chunks.
+            out: [tokens or more], integers. Where the shards mark trained tokens, the others become their complements,
+                as they are stored (:mod:`ropepp_lit.data.trained_tokens`).
             starts: [tokens or more], bool: becomes true where a document starts; other places are left as they are.
 
         Returns:
@@ -267,7 +302,8 @@ class TokenShards:
         for index in range(len(self.chunks)):
             tokens, offsets = self.open_chunk(index)
             ends = (offsets[1:-1].astype(np.int64) - offsets[0]) // self._dtype.itemsize
-            yield from np.split(tokens, ends)
+            for document in np.split(tokens, ends):
+                yield token_ids(document) if self._is_marked else document
 
     def expect(self, chunks: list[int]) -> None:
         """Fetch chunks that will be read later, in the background."""
@@ -280,7 +316,10 @@ class TokenShards:
                 executor.submit(self._path, index)  # an error shows when the chunk is read
 
     def open_chunk(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """A chunk's tokens, and litdata's offsets: where each document starts in the file, and its end, in bytes."""
+        """A chunk's tokens as they are stored, and litdata's offsets.
+
+        Those are in bytes: where each document starts in the file, and where the last one ends.
+        """
         if index not in self._maps:
             chunk, path = self.chunks[index], self._path(index)
             header = self._header_bytes(chunk)
@@ -335,46 +374,7 @@ class TokenShards:
         return {**self.__dict__, "_maps": OrderedDict(), "_checked": set(), "_fetching": None}
 
 
-def verify(folder: Path) -> list[str]:
-    """Read all that a folder of token shards holds, and compare it with the manifest.
-
-    Args:
-        folder: Of the manifest.
-
-    Returns:
-        One line for each fault, with the file's name; empty where all is as it was written.
-    """
-    manifest = Manifest.read(folder)
-    faults = []
-    try:
-        manifest.read_tokenizer(folder)
-    except UsageError as error:
-        faults.append(str(error))
-    for name, tokens in manifest.splits.items():
-        largest = 0
-        for chunk in tokens.chunks:
-            try:
-                ids, offsets = TokenShards(folder, manifest, name, [chunk]).open_chunk(0)
-            except UsageError as error:
-                faults.append(str(error))
-                continue
-            ends = (offsets[1:].astype(np.int64) - offsets[0]) // ids.itemsize
-            unfinished = int((ids[ends - 1] != manifest.eos_token_id).sum())
-            if unfinished:
-                faults.append(
-                    f"{folder / name / chunk.filename}: {unfinished} documents do not end with the token "
-                    f"{manifest.eos_token_id}"
-                )
-            largest = max(largest, int(ids.max()))
-        totals = sum(chunk.documents for chunk in tokens.chunks), sum(chunk.tokens for chunk in tokens.chunks)
-        if not faults and (totals != (tokens.documents, tokens.tokens) or largest != tokens.max_token_id):
-            faults.append(f"{folder / MANIFEST}: the totals of {name} are not those of its chunks")
-        if fault := _fault_of_index(folder, manifest, name):
-            faults.append(fault)
-    return faults
-
-
-def _fault_of_index(folder: Path, manifest: Manifest, split: str) -> str | None:
+def fault_of_index(folder: Path, manifest: Manifest, split: str) -> str | None:
     """What is wrong with litdata's index of a split."""
     index = folder / split / INDEX
     try:

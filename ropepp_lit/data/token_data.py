@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
-import heapq
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,14 +12,25 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from ropepp_lit.data.batch import Batch
-from ropepp_lit.data.loader import Blocks, RankBatches, Source, TrainLoader, make_loader
+from ropepp_lit.data.comparison import identity_of
+from ropepp_lit.data.conversations import (
+    chat_settings,
+    check_conversations,
+    left_out_line,
+    notes_on_special_ids,
+    packing_line,
+)
+from ropepp_lit.data.loader import RankBatches, Samples, Source, TrainLoader, make_loader, replica_of, sample_texts
+from ropepp_lit.data.packing import PackedPlan, TooLong
 from ropepp_lit.data.plan import PATTERN_SAMPLES
-from ropepp_lit.data.prepare import Settings, cached_folder, left_out_lines, prepare_cached
-from ropepp_lit.data.remote import RemoteFolder, is_remote
-from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenSet
+from ropepp_lit.data.prepare import Settings, cached_folder, prepare_cached
+from ropepp_lit.data.remote import RemoteFolder, default_cache_dir, is_remote
+from ropepp_lit.data.report import left_out_lines
+from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenSet, bytes_per_token
 from ropepp_lit.data.tokenizer_choice import TokenizerChoice
 from ropepp_lit.errors import UsageError
 from ropepp_lit.sizes import parse_bytes
+from ropepp_lit.text.chat import read_template
 from ropepp_lit.text.identity import same_tokenizer
 from ropepp_lit.text.sources import BUILTIN, HUB, find_files
 from ropepp_lit.text.tokenizer import TextTokenizer
@@ -41,12 +49,19 @@ class TokenData(LightningDataModule):
         tokenizer: `bytes` (one token per byte), a tokenizer.json, or a Hugging Face folder or name on the Hub.
         train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with so many tokens on the training documents.
         text_key: Key or column of the text in JSON and tables.
+        format: What sources that are prepared now hold: `text`, conversations (`chat`) or prompts with answers
+            (`completion`), as `ropepp-lit prepare --format` reads them.
+        chat_template: A file with a Jinja template by which conversations become text, instead of the tokenizer's own.
+        train_on: What is trained of a conversation: every turn of the `assistant`, the `last` one, or `all` tokens.
         split: What separates documents in text files, such as `\n\n`; empty means that each file is one.
         on_error: What a document or file that cannot be read does: `stop`, or `skip` it and count it.
         context_length: Tokens in each row.
         batch_size: Rows in each batch of each device.
         intra_document_masking: Documents packed in one row don't see each other and their positions restart. Without
             it rows are plain causal ones, as in the paper.
+        too_long: What becomes of conversations that are longer than a row, as they are packed whole: `drop` them, or
+            `cut` them to their beginnings. Either is counted and said. (Sets of conversations are packed when the run
+            starts; one in an object store is fetched for that.)
         validation_fraction: Share of the documents that is held out for validation, chosen by a hash of their text;
             of a prepared folder, what was said when it was prepared.
         seed: Of the order in which blocks are read.
@@ -63,11 +78,15 @@ class TokenData(LightningDataModule):
         tokenizer: str | None = None,
         train_tokenizer: int | None = None,
         text_key: str = "text",
+        format: Literal["text", "chat", "completion"] = "text",
+        chat_template: str | None = None,
+        train_on: Literal["assistant", "last", "all"] = "assistant",
         split: str = "",
         on_error: Literal["stop", "skip"] = "stop",
         context_length: int = 512,
         batch_size: int = 8,
         intra_document_masking: bool = True,
+        too_long: TooLong = "drop",
         validation_fraction: float = 0.05,
         seed: int = 0,
         num_workers: int = 0,
@@ -101,9 +120,10 @@ class TokenData(LightningDataModule):
         self.tokenizer, self.train_tokenizer = tokenizer, train_tokenizer
         self._tokenizer = TokenizerChoice(tokenizer, train_tokenizer)
         self.text_key, self.split, self.on_error = text_key, split or None, on_error
+        self.format, self.chat_template, self.train_on = format, chat_template, train_on
         self.context_length, self.batch_size = context_length, batch_size
         self.intra_document_masking, self.validation_fraction = intra_document_masking, validation_fraction
-        self.seed, self.num_workers = seed, num_workers
+        self.seed, self.num_workers, self.too_long = seed, num_workers, too_long
 
     def check(self) -> None:
         """Find what is prepared, and raise what can be known to be wrong before anything is written or started.
@@ -189,14 +209,18 @@ class TokenData(LightningDataModule):
         everything = [*self.manifests.items(), *others]
         self.largest_token_id = max(manifest.largest_token_id for _, manifest in everything)
         """Of the tokens that occur."""
-        self.notices += _notes_on_special_ids(everything)
+        self.notices += notes_on_special_ids(everything)
+        check_conversations(self.manifests, others, intra_document_masking=self.intra_document_masking)
         settings: dict[str, Any] = {
             "context_length": self.context_length,
             "intra_document_masking": self.intra_document_masking,
             "seed": self.seed,
+            "too_long": self.too_long,
         }
-        self._train = Blocks(train, "train", in_order=False, **settings)
-        self._validation = [Blocks([opened], split, in_order=True, **settings) for opened, split in validation]
+        self._train = Samples(train, "train", in_order=False, **settings)
+        self._validation = [Samples([opened], split, in_order=True, **settings) for opened, split in validation]
+        packed = [pair for samples in (self._train, *self._validation) for pair in samples.packed()]
+        self.notices += filter(None, (left_out_line(name, plan, self.too_long) for name, plan in packed))
 
     def _open(self, source: str, name: str, tokenizers: dict[str, str], weight: float = 1.0) -> Source:
         folder = self._folders[source]
@@ -216,6 +240,9 @@ class TokenData(LightningDataModule):
             text_key=self.text_key,
             split=self.split,
             on_error=self.on_error,
+            format=self.format,
+            chat_template=None if self.chat_template is None else read_template(self.chat_template),
+            train_on=self.train_on,
         )
         return self._tokenizer.settings(source, others, cache_dir=self._cache_dir)
 
@@ -246,25 +273,42 @@ class TokenData(LightningDataModule):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the order of samples depends on: where it differs, a position in the data means nothing.
+        """What the order of samples depends on, see :func:`~ropepp_lit.data.comparison.identity_of`."""
+        return identity_of(
+            self.manifests,
+            list(self.weights.values()),
+            context_length=self.context_length,
+            seed=self.seed,
+            too_long=self.too_long,
+        )
 
-        Sources are known by the checksums of their chunks; `sources` is how earlier versions knew them.
+    @property
+    def marks_trained_tokens(self) -> bool:
+        """Whether only some tokens of a training set are trained, as of conversations; the data must be set up."""
+        return any(manifest.marks_trained_tokens for manifest in self.manifests.values())
+
+    def packing_lines(self, rows_per_step: int) -> list[str]:
+        """How the conversations of each training set are packed; none for text. The data must be set up."""
+        sets = zip(self.manifests.items(), self._train.plans, self.weights.values(), strict=True)
+        return [
+            packing_line(name, plan, manifest, rows_per_step=rows_per_step * weight / sum(self.weights.values()))
+            for (name, manifest), plan, weight in sets
+            if isinstance(plan, PackedPlan)
+        ]
+
+    def average_conversations(self) -> None:
+        """Let batches of training carry weights by which each conversation weighs the same.
+
+        Raises:
+            UsageError: a training set is text.
         """
-        weights, total = list(self.weights.values()), sum(self.weights.values())
-        manifests = list(self.manifests.values())
-        digests = [manifest.splits["train"].digest for manifest in manifests]
-        return {
-            "names": list(self.manifests),
-            "contents": [[digest, weight / total] for digest, weight in zip(digests, weights, strict=True)],
-            "context_length": self.context_length,
-            "seed": self.seed,
-            "sources": [[manifest.fingerprint, weight] for manifest, weight in zip(manifests, weights, strict=True)],
-        }
+        self._train.average_conversations()
 
     @property
     def entry(self) -> dict[str, Any]:
         """What a checkpoint stores of the data, see :mod:`ropepp_lit.checkpoint`; the data must be set up."""
         return {
+            **chat_settings(list(self.manifests.values())),
             "tokenizer": self.tokenizer_json,
             "bos_token_id": self.manifest.bos_token_id,
             "eos_token_id": self.manifest.eos_token_id,
@@ -285,24 +329,17 @@ class TokenData(LightningDataModule):
             min_tokens: Leave out those of fewer tokens, beside those that open and close a document.
         """
         tokenizer, around = self.text_tokenizer, len(self.manifest.opening) + 1
-
-        def candidates(name: str) -> Iterator[np.ndarray]:
-            for ids in self.held_out_documents(name):
-                length = len(ids) - around
-                if length >= min_tokens and (length > 32 or tokenizer.decode(ids.tolist()).strip()):
-                    yield ids
-
-        def chosen(name: str) -> list[np.ndarray]:
-            return heapq.nsmallest(limit, candidates(name), key=lambda ids: hashlib.sha256(ids.tobytes()).digest())
-
-        return {name: [tokenizer.decode(ids.tolist()) for ids in chosen(name)] for name in self.validation_sets}
+        return {
+            name: sample_texts(self.held_out_documents(name), tokenizer, limit=limit, min_tokens=min_tokens + around)
+            for name in self.validation_sets
+        }
 
     def predicted_tokens(self, tokens: TokenSet) -> int:
-        """Tokens that count as labels: where documents don't see each other, none foresees another."""
-        return tokens.tokens - (tokens.documents if self.intra_document_masking else 1)
+        """Tokens that count as labels, see :meth:`~ropepp_lit.data.shards.TokenSet.predicted`."""
+        return tokens.predicted(documents_apart=self.intra_document_masking)
 
-    def bytes_per_token(self, name: str | None = None) -> float:
-        """UTF-8 bytes of text per predicted token, for bits per byte.
+    def bytes_per_token(self, name: str | None = None) -> float | None:
+        """UTF-8 bytes of text per predicted token, for bits per byte; None where only some tokens are trained.
 
         Args:
             name: Of a validation set; empty means the training data as they are mixed, by tokens.
@@ -311,11 +348,7 @@ class TokenData(LightningDataModule):
         weights = list(self.weights.values())
         if name is not None:
             sets, weights = [self.validation_sets[name]], [1.0]
-        num_bytes = sum(w * tokens.bytes / tokens.tokens for w, tokens in zip(weights, sets, strict=True))
-        predicted = sum(
-            w * self.predicted_tokens(tokens) / tokens.tokens for w, tokens in zip(weights, sets, strict=True)
-        )
-        return num_bytes / predicted
+        return bytes_per_token(sets, weights, documents_apart=self.intra_document_masking)
 
     def train_dataloader(self) -> TrainLoader:
         """Batches of the whole run."""
@@ -356,29 +389,3 @@ class TokenData(LightningDataModule):
     def _trainer(self) -> Trainer:
         assert self.trainer is not None, "a trainer asks for batches"
         return self.trainer
-
-
-def _notes_on_special_ids(manifests: list[tuple[str, Manifest]]) -> Iterator[str]:
-    """A line where documents open or close with other tokens than those of the first manifest.
-
-    Bounds of documents do not depend on these tokens; what opens prompts and ends generated text does.
-    """
-    first, ours = manifests[0]
-    for name, manifest in manifests[1:]:
-        for key in ("opening", "eos_token_id"):
-            theirs, expected = getattr(manifest, key), getattr(ours, key)
-            if theirs != expected:
-                yield (
-                    f"Note: {key} is {theirs} in {name} and {expected} in {first}; prompts and generated text follow "
-                    f"{first}."
-                )
-
-
-def default_cache_dir() -> Path:
-    """Where prepared data lies unless told otherwise: `ropepp_lit` in the user's cache folder (XDG's convention)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ropepp_lit"
-
-
-def replica_of(trainer: Trainer) -> dict[str, int]:
-    """`num_replicas`, how many ranks read different data, and the `rank` of this process among them."""
-    return trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}

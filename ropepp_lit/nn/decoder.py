@@ -32,7 +32,13 @@ class OutputLayer(nn.Linear):
     """The output layer: logits, or the loss without ever holding all logits."""
 
     def loss(
-        self, hidden: Tensor, labels: Tensor, *, reduction: Literal["mean", "sum", "none"], places: Tensor | None
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        *,
+        reduction: Literal["mean", "sum", "none"],
+        places: Tensor | None,
+        weights: Tensor | None,
     ) -> Tensor:
         """Cross-entropy of the next tokens; arguments and result are those of :meth:`Decoder.loss`.
 
@@ -41,11 +47,12 @@ class OutputLayer(nn.Linear):
             labels: [B, T].
             reduction: See there.
             places: See there.
+            weights: See there.
         """
         flat = hidden.flatten(0, 1), self.weight, labels.flatten()
         if reduction == "none":
             return token_cross_entropy(*flat).view_as(labels)
-        loss = linear_cross_entropy(*flat, places=places)
+        loss = linear_cross_entropy(*flat, places=places, label_weights=None if weights is None else weights.flatten())
         return loss / (labels != IGNORE_INDEX).sum() if reduction == "mean" else loss
 
 
@@ -248,6 +255,7 @@ class Decoder(nn.Module):
         *,
         reduction: Literal["mean", "sum", "none"] = "mean",
         places: Tensor | None = None,
+        weights: Tensor | None = None,
         positions: Tensor | None = None,
         documents: Documents | ShardedDocuments | None = None,
         cache: KVCache | None = None,
@@ -260,6 +268,8 @@ class Decoder(nn.Module):
             reduction: Over the labels that are not ignored; `none` gives the loss of each token, without gradients.
             places: [M] int64: indices of the labels that are not ignored, in the flattened batch; the other tokens are
                 then dropped before the output layer. None computes all of them.
+            weights: [B, T] floating: what the loss of each label is multiplied by, before it is reduced by `sum` (or
+                divided by the number of labels, for `mean`). None means 1.
             positions: See :meth:`forward`.
             documents: See :meth:`forward`.
             cache: See :meth:`forward`.
@@ -272,7 +282,7 @@ class Decoder(nn.Module):
             ValueError: see :meth:`forward`.
         """
         hidden = self.hidden_states(input_ids, positions, documents, cache)
-        return self.lm_head.loss(hidden, labels, reduction=reduction, places=places)
+        return self.lm_head.loss(hidden, labels, reduction=reduction, places=places, weights=weights)
 
     def hidden_states(
         self,

@@ -33,7 +33,14 @@ def rows_per_chunk(vocab_size: int, device_type: str) -> int:
     return rows if device_type == "cpu" else max(MIN_ROWS_ON_GPU, rows // 256 * 256)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, places: Tensor | None = None) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    places: Tensor | None = None,
+    label_weights: Tensor | None = None,
+) -> Tensor:
     """Sum of the cross-entropy of `hidden @ weight.T` against `labels`, computed in chunks of tokens.
 
     Gradients are computed chunk by chunk in the forward pass, so nothing is computed twice and no logits are kept.
@@ -46,12 +53,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, plac
         labels: [N] int64; IGNORE_INDEX does not count.
         places: [M] int64: where the labels count. The other tokens are then left out of the matrix products. None
             computes all tokens. It is an argument because a GPU would have to be waited for to know M.
+        label_weights: [N] floating: what the loss of each token is multiplied by. None means 1.
 
     Returns:
         Scalar, float32 (float64 for float64): nats, summed over the labels that count.
     """
     dtype = activation_dtype(hidden)
-    return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels, places)
+    return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels, places, label_weights)
 
 
 @torch.no_grad()
@@ -77,7 +85,9 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tenso
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, places: Tensor | None) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, places: Tensor | None, label_weights: Tensor | None
+    ) -> Tensor:
         precision = at_least_float32(hidden.dtype)
         total = hidden.new_zeros((), dtype=precision)
         empty = torch.empty_like if places is None else torch.zeros_like
@@ -86,7 +96,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_grad = grad_hidden is not None or grad_weight is not None
         for rows in _chunks(places, labels, weight):
             inputs = hidden[rows]
-            loss, grad = _loss_of_chunk(inputs, weight, labels[rows], needs_grad=needs_grad)
+            chunk_weights = None if label_weights is None else label_weights[rows]
+            loss, grad = _loss_of_chunk(inputs, weight, labels[rows], chunk_weights, needs_grad=needs_grad)
             total += loss
             if grad_hidden is not None and grad is not None:
                 grad_hidden[rows] = grad @ weight
@@ -98,29 +109,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad_output.to(grad_hidden.dtype),
             None if grad_weight is None else grad_weight * grad_output.to(grad_weight.dtype),
             None,
             None,
+            None,
         )
 
 
 def _loss_of_chunk(
-    inputs: Tensor, weight: Tensor, targets: Tensor, *, needs_grad: bool
+    inputs: Tensor, weight: Tensor, targets: Tensor, target_weights: Tensor | None, *, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The summed loss of a chunk, and its gradient with respect to the logits in the dtype of the inputs."""
     log_probabilities = _logits(inputs, weight).log_softmax(dim=-1)
-    loss = F.nll_loss(log_probabilities, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    if target_weights is None:
+        loss = F.nll_loss(log_probabilities, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    else:
+        losses = F.nll_loss(log_probabilities, targets, ignore_index=IGNORE_INDEX, reduction="none")
+        loss = (losses * target_weights).sum()
     if not needs_grad:
         return loss, None
     # d loss / d logits = softmax - one-hot, and zero where the label does not count.
     counts = targets != IGNORE_INDEX
     grad = log_probabilities.exp_()
     grad[torch.arange(grad.shape[0], device=grad.device), targets.where(counts, 0)] -= 1
-    return loss, grad.mul_(counts[:, None]).to(inputs.dtype)
+    factors = counts if target_weights is None else counts * target_weights
+    return loss, grad.mul_(factors[:, None]).to(inputs.dtype)
 
 
 def _chunks(places: Tensor | None, labels: Tensor, weight: Tensor) -> Iterator[slice | Tensor]:

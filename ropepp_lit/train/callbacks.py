@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from ropepp_lit.data.token_data import TokenData, replica_of
+from ropepp_lit.data.loader import replica_of
+from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder
 from ropepp_lit.nn.generation import generate
@@ -19,6 +20,7 @@ from ropepp_lit.nn.kernels import describe
 from ropepp_lit.nn.sampling import Sampling
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.evaluation import evaluating
+from ropepp_lit.train.loss_average import describe_average
 
 
 class Banner(Callback):
@@ -40,6 +42,7 @@ def banner(trainer: pl.Trainer, model: CausalLM) -> str:
     lines["attention"] = describe(model.decoder.attention_implementation, device, _activation_dtype(precision))
     if isinstance(data, TokenData):
         lines |= _data_lines(trainer, data)
+    lines["loss"] = describe_average(model.step_average.over)
     return "\n".join(f"{name:>16}  {text}" for name, texts in lines.items() for text in texts.splitlines())
 
 
@@ -75,10 +78,13 @@ def _data_lines(trainer: pl.Trainer, data: TokenData) -> dict[str, str]:
         + (f", {weight / share:.1%} of the samples" if len(data.weights) > 1 else "")
         for (name, manifest), weight in zip(data.manifests.items(), data.weights.values(), strict=True)
     ]
+    rows = tokens // data.context_length
+    packing = data.packing_lines(rows)
     return {
         "context": f"{data.context_length:,} tokens, {masking}",
         "tokens per step": f"{tokens:,} ({data.batch_size} rows × {accumulated} accumulated × {groups})",
         "data": "\n".join(sources),
+        **({"packing": "\n".join(packing)} if packing else {}),
         "texts": data.text_tokenizer.description.removeprefix("texts "),
         "steps": f"{trainer.max_steps:,}: {tokens * trainer.max_steps:,} tokens",
     }

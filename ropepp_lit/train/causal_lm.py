@@ -13,19 +13,22 @@ from torch import Tensor
 
 from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, describe_architecture, read_checkpoint
 from ropepp_lit.data.batch import Batch
-from ropepp_lit.data.token_data import TokenData, replica_of
-from ropepp_lit.errors import UsageError
+from ropepp_lit.data.conversations import merge_settings
+from ropepp_lit.data.loader import replica_of
+from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
 from ropepp_lit.train.curves import log_figures, loss_figures
 from ropepp_lit.train.finite import DivergedError, FiniteSteps, OnNaN, check_weights
 from ropepp_lit.train.fsdp import FSDP2Strategy, whole
+from ropepp_lit.train.loss_average import LossAverage, StepAverage, choose_average
+from ropepp_lit.train.memory_options import check_memory_options
 from ropepp_lit.train.metrics import TokenLoss
 from ropepp_lit.train.optimizer import OptimizerConfig
 from ropepp_lit.train.parallel import build_decoder
 from ropepp_lit.train.schedule import Schedule
 from ropepp_lit.train.step_state import StepState, recount_batches
 from ropepp_lit.train.throughput import Throughput
-from ropepp_lit.train.validations import validate_by_steps, validate_if_due, validated_step
+from ropepp_lit.train.validations import read_losses, validate_by_steps, validate_if_due, validated_step
 
 
 class CausalLM(LightningModule):
@@ -52,6 +55,11 @@ class CausalLM(LightningModule):
             data begin anew. Its geometry and variant must be the recipe's; base and scaling may be others.
         init_optimizer: Take the optimizer's state from there too (of a checkpoint in one file).
         schedule: Learning rate by steps.
+        loss_average: What the loss of an optimizer step is averaged over. `all_tokens`: summed over the labels and
+            divided by the number of all tokens, a constant, as in pre-training. `trained_tokens`: the mean over the
+            tokens that are trained, of all micro-batches and devices together. `conversations`: the mean over
+            conversations of the mean over their trained tokens. Empty: `trained_tokens` where the training data mark
+            which tokens are trained, else `all_tokens`. Validation is always per token.
         on_nan: At a step whose gradients are NaN or infinite: `stop` ends the run and names the last checkpoint;
             `skip` reads the data and leaves the weights and the optimizer's state as they are (the host waits for the
             device at each step), and stops after 10 such steps in a row. With `precision: 16-mixed` the loss scaling
@@ -74,6 +82,7 @@ class CausalLM(LightningModule):
         attention: Literal["sdpa", "varlen", "flash_attn", "fa3", "fa4"] | None = None,
         init_from: str | None = None,
         init_optimizer: bool = False,
+        loss_average: LossAverage | None = None,
         on_nan: OnNaN = "stop",
     ) -> None:
         super().__init__()
@@ -82,27 +91,13 @@ class CausalLM(LightningModule):
         self.frequencies = frequencies
         self.optimizer_config = optimizer
         self.schedule = schedule
-        if isinstance(activation_checkpointing, int) and activation_checkpointing < 0:
-            raise UsageError(
-                f"model.activation_checkpointing: {activation_checkpointing} must be 0 (none) or more, or attention"
-            )
-        if mlp_chunk_tokens is not None and mlp_chunk_tokens < 1:
-            raise UsageError(f"model.mlp_chunk_tokens: {mlp_chunk_tokens} must be 1 or more")
-        if offload_activations and not activation_checkpointing:
-            raise UsageError(
-                "model.offload_activations: moves what activation_checkpointing keeps; set that to 1 or more"
-            )
-        if offload_activations and activation_checkpointing == "attention":
-            raise UsageError(
-                "model.offload_activations: does not move what attention keeps; set activation_checkpointing to 1"
-            )
-        if offload_activations and compile:
-            raise UsageError("model.compile: torch.compile cannot trace offload_activations; choose one of them")
-        if attention_head_groups > 1 and activation_checkpointing == "attention":
-            raise UsageError(
-                "model.attention_head_groups: activation_checkpointing attention keeps the outputs of all groups; set "
-                "that to 1, or attention_head_groups to 1"
-            )
+        check_memory_options(
+            activation_checkpointing=activation_checkpointing,
+            offload_activations=offload_activations,
+            mlp_chunk_tokens=mlp_chunk_tokens,
+            attention_head_groups=attention_head_groups,
+            compile=compile,
+        )
         self.activation_checkpointing, self.offload_activations = activation_checkpointing, offload_activations
         self.mlp_chunk_tokens, self.compile_blocks = mlp_chunk_tokens, compile
         self.attention_head_groups = attention_head_groups
@@ -119,6 +114,9 @@ class CausalLM(LightningModule):
         """Tokens that all ranks have read since the run began."""
         self.last_validation: dict[str, dict[str, float]] = {}
         """What the newest validation found, by set: loss, perplexity, bits_per_byte, tokens predicted, step."""
+        self.loss_average = loss_average
+        self.step_average = StepAverage(loss_average or "all_tokens")
+        """What the gradients of a step are averaged over; known once the data are set up."""
         self.train_loss = TokenLoss()
         self._val_losses: dict[str, TokenLoss] = {}
         self._loaded_step = 0
@@ -131,8 +129,9 @@ class CausalLM(LightningModule):
         self._drop_validation = False
 
     def setup(self, stage: str) -> None:
-        """One loss for each validation set."""
+        """One loss for each validation set, and what that of training is averaged over."""
         data = getattr(self.trainer, "datamodule", None)
+        self.step_average = StepAverage(choose_average(self.loss_average, data))
         names = list(data.validation_sets) if isinstance(data, TokenData) else ["validation"]
         if list(self._val_losses) != names:
             self._val_losses = {name: TokenLoss() for name in names}
@@ -202,6 +201,7 @@ class CausalLM(LightningModule):
         if self._loaded_train_loss is not None and self.trainer.is_global_zero:  # the sum over all ranks
             self.train_loss.nats += self._loaded_train_loss["nats"]
             self.train_loss.tokens += self._loaded_train_loss["tokens"]
+        self.step_average.restart()
         self._end_step()
         validate_if_due(self.trainer, self)
 
@@ -223,10 +223,11 @@ class CausalLM(LightningModule):
         """Loss to descend: summed over the labels that count, divided by all places of the batch.
 
         The divisor is the same for every batch, so a token weighs the same however the rows are spread over
-        micro-batches and ranks.
+        micro-batches and ranks. Other averages are made of it at the end of the step, see :class:`StepAverage`.
         """
         loss = self._summed_loss(batch)
-        self.train_loss.update(loss, batch.num_labels)
+        self.train_loss.update(loss, self.step_average.add(batch))
+        self._places = batch.labels.numel()
         replicas = replica_of(self.trainer)["num_replicas"]
         self.tokens_seen += batch.num_tokens * replicas
         if self._throughput is not None:
@@ -240,7 +241,12 @@ class CausalLM(LightningModule):
 
     def _summed_loss(self, batch: Batch) -> Tensor:
         return self.decoder.loss(
-            batch.input_ids, batch.labels, documents=batch.documents, places=batch.places, reduction="sum"
+            batch.input_ids,
+            batch.labels,
+            documents=batch.documents,
+            places=batch.places,
+            weights=batch.weights,
+            reduction="sum",
         )
 
     def configure_gradient_clipping(
@@ -249,7 +255,7 @@ class CausalLM(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by norm or by value, and keep the norm to be logged.
+        """Finish the average of the gradients, clip them by norm or by value, and keep the norm to be logged.
 
         With `precision: 16-mixed` gradients are multiplied by the loss scale until the optimizer steps; Lightning
         leaves that to optimizers that divide by it themselves, such as fused AdamW, which would be clipped too early.
@@ -257,6 +263,7 @@ class CausalLM(LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)
+        self.step_average.rescale(self.decoder.parameters(), self.trainer, places=self._places)
         by_value = gradient_clip_algorithm == "value"
         if by_value and gradient_clip_val:
             torch.nn.utils.clip_grad_value_(self.decoder.parameters(), gradient_clip_val)
@@ -286,8 +293,10 @@ class CausalLM(LightningModule):
         if self._gradient_norm is None or self.global_step % interval:
             return
         assert self._throughput is not None
-        # The only place of a step where the host waits for the device: one copy of two numbers.
-        loss, norm = torch.stack([self.train_loss.compute()[0], whole(self._gradient_norm).double()]).tolist()
+        # The only place of a step where the host waits for the device: one copy of a few numbers.
+        numbers = [self.train_loss.compute()[0], whole(self._gradient_norm).double()]
+        numbers += self.step_average.since_read(numbers[0].device)
+        loss, norm, *counted = torch.stack(numbers).tolist()
         self.train_loss.reset()
         self._gradient_norm = None
         self._end_step()
@@ -297,7 +306,7 @@ class CausalLM(LightningModule):
             raise DivergedError(f"the training loss is {loss} at step {self.global_step}")
         data = getattr(self.trainer, "datamodule", None)
         values = loss_figures("train/", loss, data.bytes_per_token() if isinstance(data, TokenData) else None)
-        values |= self._throughput.read()
+        values |= self._throughput.read(dict(zip([self.step_average.over], counted, strict=False)))
         values["tokens_seen"] = self.tokens_seen
         values["lr"] = self._schedulers()[0].get_last_lr()[0]
         values["gradient_norm"] = norm
@@ -335,22 +344,17 @@ class CausalLM(LightningModule):
             for metric in self._val_losses.values():
                 metric.reset()
             return
-        data = getattr(self.trainer, "datamodule", None)
+        found, nats, tokens = read_losses(self._val_losses, getattr(self.trainer, "datamodule", None))
         values: dict[str, float] = {}
-        nats = total = 0.0
-        for name, metric in self._val_losses.items():
-            loss, tokens = (float(value) for value in metric.compute())
-            metric.reset()
-            nats, total = nats + loss * tokens, total + tokens
-            found = loss_figures("", loss, data.bytes_per_token(name) if isinstance(data, TokenData) else None)
-            prefix = "val/" if len(self._val_losses) == 1 else f"val/{name}/"
-            values |= {prefix + figure: value for figure, value in found.items()}
-            if not self.trainer.sanity_checking:
-                self.last_validation[name] = found | {"tokens": tokens, "step": float(self.steps_taken)}
-        values["val/loss"] = nats / total if total else math.nan
+        for name, figures in found.items():
+            prefix = "val/" if len(found) == 1 else f"val/{name}/"
+            values |= {prefix + figure: value for figure, value in figures.items() if figure != "tokens"}
+        values["val/loss"] = nats / tokens if tokens else math.nan
         if not self.trainer.sanity_checking:
+            step = float(self.steps_taken)
+            self.last_validation |= {name: figures | {"step": step} for name, figures in found.items()}
             log_figures(self.trainer, values, self.steps_taken)
-        if self.trainer.state.fn == "fit" and total and not math.isfinite(nats):
+        if self.trainer.state.fn == "fit" and tokens and not math.isfinite(nats):
             raise DivergedError(f"the validation loss is {values['val/loss']} at step {self.steps_taken}")
 
     def on_validation_end(self) -> None:
@@ -365,23 +369,18 @@ class CausalLM(LightningModule):
         """
         self.check_finite()
         check_weights(self.trainer, self.decoder)
-        datamodule = getattr(self.trainer, "datamodule", None)
-        manifest = getattr(datamodule, "manifest", None)
+        of_data = getattr(getattr(self.trainer, "datamodule", None), "entry", {})
         checkpoint[KEY] = {
             "format_version": FORMAT_VERSION,
             "architecture": describe_architecture(self.config, self.scheme, self.frequencies),
             "optimizer": type(self.optimizer_config).__name__,
             "recipe": self.recipe,
-            "tokenizer": getattr(datamodule, "tokenizer_json", None),
-            "bos_token_id": getattr(manifest, "bos_token_id", None),
-            "eos_token_id": getattr(manifest, "eos_token_id", None),
-            "opening": getattr(manifest, "opening", None),
             "tokens_seen": self.tokens_seen,
-            "context_length": getattr(datamodule, "context_length", None),
             "validation": self.last_validation,
-            "held_out": getattr(datamodule, "held_out", None),
             "origin": self.init_from,
-            **self.settings,
+            **dict.fromkeys(("tokenizer", "bos_token_id", "eos_token_id", "opening", "context_length", "held_out")),
+            **of_data,
+            **merge_settings(self.settings, of_data),
             **self._step_state.write(checkpoint, self.trainer),
         }
 

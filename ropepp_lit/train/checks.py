@@ -8,7 +8,15 @@ from typing import Any, Literal
 import torch
 
 from ropepp_lit.checkpoint import KEY, decoder_weights, describe_architecture, read_checkpoint
-from ropepp_lit.data.comparison import ARCHITECTURE, HELD_OUT, SPECIAL_IDS, TOKENIZER, compare, continued_at
+from ropepp_lit.data.comparison import (
+    ARCHITECTURE,
+    CHAT_TEMPLATE,
+    HELD_OUT,
+    SPECIAL_IDS,
+    TOKENIZER,
+    compare,
+    continued_at,
+)
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.folder import open_checkpoint
@@ -17,6 +25,7 @@ from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import damaged_since, folder_of, newest
 from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.fsdp import FSDP2Strategy
+from ropepp_lit.train.loss_average import choose_average
 from ropepp_lit.train.summary import rank_zero_print
 
 Way = Literal["init_from", "fit", "validate"]
@@ -150,6 +159,7 @@ class Checks:
             Lines to print.
         """
         lines = list(self._data.notices)
+        choose_average(self._model.loss_average, self._data)
         rows, tokens = self._model.config.vocab_size, self._data.manifest.vocab_size
         largest = self._data.largest_token_id
         if largest >= rows:
@@ -205,6 +215,10 @@ class Checks:
             lines.append(f"Note: the data's tokenizer is not that of {path}, so its embeddings belong to other tokens.")
         if SPECIAL_IDS in differences:
             lines.append(f"Note: the data's special tokens are not those of {path}: {differences[SPECIAL_IDS]}")
+        if CHAT_TEMPLATE in differences:
+            lines.append(
+                f"Note: the data's chat template is not that of {path}; the data's is stored in the checkpoints."
+            )
         if HELD_OUT in differences and self._way != "init_from":
             lines.append(
                 f"Note: the run of {path} held out other documents than {differences[HELD_OUT]}; it may have been "

@@ -19,6 +19,7 @@ from ropepp_lit.train.cli import RecipeCLI, quiet
 from ropepp_lit.train.costs import cache_bytes_per_token, layout_of, training_flops_per_token
 from ropepp_lit.train.devices import DEVICES, find_device
 from ropepp_lit.train.fsdp import FSDP2Strategy
+from ropepp_lit.train.loss_average import choose_average, describe_average
 from ropepp_lit.train.memory import PARTS, Memory, StepMemory
 from ropepp_lit.train.optimizer import Muon, split_parameters
 from ropepp_lit.train.setup import DTYPES, Setup
@@ -317,6 +318,9 @@ loss per micro-batch            {loss.memory / GIB:.2f} GiB at its peak, {loss.b
         text = self.data.text_tokenizer.decode(batch.input_ids[0, :64].tolist())
         documents = "plain rows" if batch.documents is None else f"{len(batch.documents.cu_seqlens) - 1} documents"
         print(f"\nfirst batch: {tuple(batch.input_ids.shape)}, {documents}; it begins: {text!r}")
+        print(f"loss: {describe_average(choose_average(self.model.loss_average, self.data))}")
+        for line in self.data.packing_lines(self.tokens_per_step // self.data.context_length):
+            print(f"packing: {line}")
 
 
 def _count(devices: Any) -> int:

@@ -28,12 +28,15 @@ def validation_summary(model: CausalLM, data: TokenData) -> str:
     for name, values in model.last_validation.items():
         held_out = data.validation_sets[name]
         gzip = f"   {8 * held_out.gzip_bytes / held_out.bytes:.3f} (gzip -9)" if held_out.gzip_bytes else ""
+        bits = (
+            f"\n  bits per byte: {values['bits_per_byte']:.3f} (this model){gzip}" if "bits_per_byte" in values else ""
+        )
+        kind = "trained tokens" if held_out.trained_tokens else "tokens"
         parts.append(
             f"""
 Held-out text of {name} ({held_out.documents:,} documents, {held_out.bytes:,} bytes) at step {values["step"]:,.0f}, \
-{values["tokens"]:,.0f} of {data.predicted_tokens(held_out):,} tokens:
-  loss {values["loss"]:.4f} nats per token, perplexity {values["perplexity"]:.2f}
-  bits per byte: {values["bits_per_byte"]:.3f} (this model){gzip}"""
+{values["tokens"]:,.0f} of {data.predicted_tokens(held_out):,} {kind}:
+  loss {values["loss"]:.4f} nats per token, perplexity {values["perplexity"]:.2f}{bits}"""
         )
     return "\n".join(parts)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from ropepp_lit.nn import DecoderConfig, HeadLayout
@@ -45,14 +45,19 @@ class Throughput:
         finally:
             self._since += time.perf_counter() - started
 
-    def read(self) -> dict[str, float]:
+    def read(self, counted: Mapping[str, float] | None = None) -> dict[str, float]:
         """Figures since the last call, and start again.
 
+        Args:
+            counted: By name, what else there was since then.
+
         Returns:
-            `tokens_per_second`, and `model_flops_utilization` (arXiv 2204.02311) where the peak of the GPU is known.
+            `tokens_per_second`, and `model_flops_utilization` (arXiv 2204.02311) where the peak of the GPU is known;
+            `NAME_per_second` of what else was counted.
         """
         seconds = max(time.perf_counter() - self._since, 1e-9)
-        figures = {"tokens_per_second": self._tokens / seconds}
+        others = {f"{name}_per_second": number / seconds for name, number in (counted or {}).items()}
+        figures = {"tokens_per_second": self._tokens / seconds, **others}
         if self._peak is not None:
             figures["model_flops_utilization"] = self._flops / seconds / self._peak
         self._restart()

@@ -7,6 +7,10 @@ from typing import Any, Protocol
 
 import lightning.pytorch as pl
 
+from ropepp_lit.data.token_data import TokenData
+from ropepp_lit.train.curves import loss_figures
+from ropepp_lit.train.metrics import TokenLoss
+
 
 class _Validated(Protocol):
     @property
@@ -79,3 +83,23 @@ def validate_if_due(trainer: pl.Trainer, model: _Validated) -> None:
     loop.val_loop.run()
     trainer.training = True
     trainer._logger_connector._first_loop_iter = is_first
+
+
+def read_losses(losses: dict[str, TokenLoss], data: Any) -> tuple[dict[str, dict[str, float]], float, float]:
+    """What a validation found, and start anew.
+
+    Args:
+        losses: Of each set.
+        data: The datamodule.
+
+    Returns:
+        By set the figures of its loss, and `tokens`, how many were predicted; nats and tokens of all sets.
+    """
+    found, nats, total = {}, 0.0, 0.0
+    for name, metric in losses.items():
+        loss, tokens = (float(value) for value in metric.compute())
+        metric.reset()
+        nats, total = nats + loss * tokens, total + tokens
+        bytes_per_token = data.bytes_per_token(name) if isinstance(data, TokenData) else None
+        found[name] = loss_figures("", loss, bytes_per_token) | {"tokens": tokens}
+    return found, nats, total

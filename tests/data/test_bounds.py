@@ -11,8 +11,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ropepp_lit.data.prepare import Settings, prepare
-from ropepp_lit.data.shards import Manifest, TokenShards, verify
+from ropepp_lit.data.shards import Manifest, TokenShards
 from ropepp_lit.data.token_data import TokenData
+from ropepp_lit.data.verify import verify
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import checksum
 from ropepp_lit.nn.context_parallel import ContextShard
@@ -119,7 +120,7 @@ def test_documents_of_rows_are_those_that_were_written(shards):
     data = open_data(shards)
     manifest = data.manifest
     blocks = data._train
-    plan, files = blocks._plans[0], blocks._shards[0]
+    plan, files = blocks.plans[0], blocks._shards[0]
     starts = {}
     for index, chunk in enumerate(manifest.splits["train"].chunks):
         one = TokenShards(shards, manifest, "train", [chunk])

@@ -15,16 +15,16 @@ def tokens_of(plan, sample):
 def test_in_order_every_token_is_predicted_once():
     plan = BlockPlan(CHUNKS, context_length=64, seed=None)
     stream = [(chunk, place) for chunk, size in enumerate(CHUNKS) for place in range(size)]
-    labels = [token for sample in range(plan.blocks_per_pass) for token in tokens_of(plan, sample)[1:]]
+    labels = [token for sample in range(plan.samples_per_pass) for token in tokens_of(plan, sample)[1:]]
     assert labels == stream[1:]
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 def test_a_shuffled_pass_predicts_every_token_at_most_once_and_misses_less_than_a_block(epoch):
     plan = BlockPlan(CHUNKS, context_length=64, seed=3)
-    samples = range(epoch * plan.blocks_per_pass, (epoch + 1) * plan.blocks_per_pass)
+    samples = range(epoch * plan.samples_per_pass, (epoch + 1) * plan.samples_per_pass)
     labels = [token for sample in samples for token in tokens_of(plan, sample)[1:]]
-    assert len(labels) == len(set(labels)) == 64 * plan.blocks_per_pass
+    assert len(labels) == len(set(labels)) == 64 * plan.samples_per_pass
     assert sum(CHUNKS) - 1 - len(labels) < 64
 
 
@@ -37,7 +37,7 @@ def test_any_sample_can_be_asked_first():
 
 def test_passes_and_seeds_differ():
     plan, other = (BlockPlan(CHUNKS, context_length=64, seed=seed) for seed in (3, 4))
-    count = plan.blocks_per_pass
+    count = plan.samples_per_pass
     orders = [
         [plan.locate(k) for k in range(count)],
         [plan.locate(k) for k in range(count, 2 * count)],
@@ -51,7 +51,7 @@ def test_blocks_stay_within_a_window_of_chunks():
     plan = BlockPlan(chunks, context_length=64, seed=0)
     per_window = WINDOW_CHUNKS * 1024 // 64
     for window in range(4):
-        samples = range(window * per_window, min((window + 1) * per_window, plan.blocks_per_pass))
+        samples = range(window * per_window, min((window + 1) * per_window, plan.samples_per_pass))
         touched = {span.chunk for sample in samples for span in plan.locate(sample)}
         assert len(touched) <= WINDOW_CHUNKS + 1
 

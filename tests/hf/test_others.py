@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ropepp_lit.data.plan import Span
-from ropepp_lit.data.shards import Manifest, TokenShards, verify
+from ropepp_lit.data.shards import Manifest, TokenShards
+from ropepp_lit.data.verify import verify
 
 pytestmark = pytest.mark.end_to_end
 

@@ -33,6 +33,22 @@ def test_equal_to_plain_cross_entropy(dtype, tolerance):
         torch.testing.assert_close(gradient, wanted * 3, atol=10 * tolerance, rtol=1e-5)
 
 
+@pytest.mark.parametrize("with_places", [False, True])
+@pytest.mark.usefixtures("small_chunks")
+def test_weights_of_labels(with_places):
+    hidden, weight, labels = inputs(torch.float64)
+    label_weights = torch.rand(len(labels))
+    losses = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    expected = (losses * label_weights).sum()
+    places = (labels != -100).nonzero().flatten() if with_places else None
+    found = linear_cross_entropy(hidden, weight, labels, places=places, label_weights=label_weights)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    for one, other in zip(
+        torch.autograd.grad(found, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
 @pytest.mark.usefixtures("small_chunks")
 def test_float32_accumulation_under_bfloat16():
     hidden, weight, labels = inputs(torch.bfloat16, tokens=4000)

@@ -7,6 +7,7 @@ only the forward is watched; the loss computes its gradients there. Which kernel
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -17,6 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from ropepp_lit.data.batch import Batch
 from ropepp_lit.nn import (
     ALiBi,
     Decoder,
@@ -32,6 +34,7 @@ from ropepp_lit.nn import (
 )
 from ropepp_lit.nn.context_parallel import ContextGroup
 from ropepp_lit.nn.generation import generate
+from ropepp_lit.train.loss_average import StepAverage
 
 SCHEMES = {
     "rope": RoPE(), "eh": RoPEPP(variant="eh"), "ec": RoPEPP(variant="ec"), "partial": PartialRoPE(),
@@ -196,6 +199,48 @@ def test_loss_computes_only_places_that_count(places):
     assert seen.host_reads == []
     rows = {shape[0] for name, shape in seen.products if name == "mm" and shape[1] == CONFIG["vocab_size"]}
     assert rows == {150 if places else 160}
+
+
+def test_packed_conversations_wait_for_nothing():
+    """A batch as training makes it, with padding, few trained tokens and weights; the average at the end of a step."""
+    tokens = torch.randint(2, 64, (2, TOKENS + 1))
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[0, [20, 33, 70]] = starts[1, [50]] = True
+    labels = tokens[:, 1:].masked_fill(starts[:, 1:] | (torch.rand(2, TOKENS) < 0.6), -100)
+    labels[0, 70:] = -100  # padding
+    batch = Batch.create(tokens[:, :-1], labels, Documents.from_starts(starts[:, :-1]), weighs_documents=True)
+    with torch.device("meta"):
+        decoder = Decoder(DecoderConfig(**CONFIG), RoPEPP(variant="ec"), Frequencies())
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    try:
+        with fake_cuda(autocast=True) as mode:
+            decoder.to_empty(device="cuda:0")
+
+            def move(x):
+                return mode.from_tensor(x).to("cuda:0") if isinstance(x, torch.Tensor) else x
+
+            moved = tree_map(move, batch)
+            average = StepAverage("conversations")
+            for parameter in decoder.parameters():
+                parameter.grad = torch.empty_like(parameter)
+            trainer = SimpleNamespace(
+                world_size=4, accumulate_grad_batches=2, strategy=SimpleNamespace(root_device=torch.device("cuda:0"))
+            )
+            with Watch() as seen:
+                decoder.loss(
+                    moved.input_ids, moved.labels, documents=moved.documents, places=moved.places,
+                    weights=moved.weights, reduction="sum",
+                )  # fmt: skip
+                average.add(moved)
+                average.rescale(decoder.parameters(), trainer, places=2 * TOKENS)
+                assert average.since_read(torch.device("cuda:0"))[0].is_cuda
+    finally:
+        dist.destroy_process_group()
+    assert seen.host_reads == []
+    assert seen.quadratic == []
+    assert seen.operations["_varlen_attn"] == LAYERS
+    rows = {shape[0] for name, shape in seen.products if name == "mm" and shape[1] == CONFIG["vocab_size"]}
+    assert rows == {batch.num_labels}
 
 
 def flash_attn_signature(

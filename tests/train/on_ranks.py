@@ -8,8 +8,10 @@ import os
 import sys
 import traceback
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -22,15 +24,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from ropepp_lit import sharded as shard_folders
+from ropepp_lit.data.batch import Batch
 from ropepp_lit.eval.models import Model
 from ropepp_lit.eval.retrieval import write_answers
-from ropepp_lit.nn import Decoder, DecoderConfig, FoPE, Frequencies, RoPEPP
+from ropepp_lit.nn import Decoder, DecoderConfig, Documents, FoPE, Frequencies, RoPEPP
 from ropepp_lit.nn.attention import Attention
 from ropepp_lit.nn.context_parallel import ContextGroup
 from ropepp_lit.nn.generation import generate
 from ropepp_lit.nn.sampling import Sampling
 from ropepp_lit.text.tokenizer import byte_tokenizer
 from ropepp_lit.train.fsdp import whole
+from ropepp_lit.train.loss_average import StepAverage
 from ropepp_lit.train.optimizer import Muon, _ShardedMuon
 from ropepp_lit.train.parallel import (
     ParallelDims,
@@ -134,6 +138,90 @@ def gradients(folder, dims):
         gathered = groups + (layers if frees else 0)
         assert [count[0] for count in counts] == ([gathered] * 3 if frees else [gathered, 0, 0]), counts
         assert [count[1] for count in counts] == ([groups] * 3 if each else [0, 0, groups]), counts
+
+
+def marked_batch(rows, shard=None, *, weighs_documents):
+    """Rows of two conversations each, of which few tokens are trained; in every third row none of the second one."""
+    batches = []
+    for number in rows:
+        generator = torch.Generator().manual_seed(number)
+        ids, labels = batch(number)
+        starts = torch.zeros(1, TOKENS, dtype=torch.bool)
+        starts[0, 5 + number] = True
+        is_trained = torch.rand(1, TOKENS, generator=generator) < 0.1 + 0.1 * number
+        is_trained[0, 1], is_trained[0, 4 + number] = True, False
+        is_trained[0, 5 + number :] &= number % 3 != 0
+        batches.append((ids, labels.masked_fill(~is_trained, -100), starts))
+    ids, labels, starts = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    documents = Documents.from_starts(starts)
+    return Batch.create(ids, labels, documents, shard=shard, weighs_documents=weighs_documents)
+
+
+def loss_of(decoder, marked):
+    return decoder.loss(
+        marked.input_ids, marked.labels, documents=marked.documents, places=marked.places, weights=marked.weights,
+        reduction="sum",
+    )  # fmt: skip
+
+
+def loss_averages(folder, dims):
+    """Gradients of a step are those of a plain mean over all of its rows, however these are spread."""
+    torch.set_default_dtype(torch.float64)
+    ranks, rank, micro_batches = dist.get_world_size(), dist.get_rank(), 2
+    context, copies = ParallelDims.create("cpu", context_parallel_size=2), ParallelDims.create("cpu", replicate_size=2)
+    rows = list(range(micro_batches * ranks))
+    for over in ("trained_tokens", "conversations"):
+        torch.manual_seed(0)
+        one = make()
+        means = []  # plainly: conversation by conversation
+        for number in rows:
+            marked = marked_batch([number], weighs_documents=False)
+            losses = torch.nn.functional.cross_entropy(
+                one(marked.input_ids, documents=marked.documents)[0], marked.labels[0], reduction="none"
+            ).split(marked.documents.cu_seqlens.diff().tolist())
+            counts = (marked.labels[0] != -100).split(marked.documents.cu_seqlens.diff().tolist())
+            means += [loss[count] for loss, count in zip(losses, counts, strict=True) if count.any()]
+        mean = torch.cat(means).mean() if over == "trained_tokens" else torch.stack([x.mean() for x in means]).mean()
+        mean.backward()
+        for where in ("ddp", dims, copies, context):
+            torch.manual_seed(0)
+            decoder = make() if where == "ddp" else sharded(where, make)
+            module = nn.parallel.DistributedDataParallel(_Loss(decoder)) if where == "ddp" else None
+            average, places = StepAverage(over), 0
+            for number in range(micro_batches):
+                shard, mine = None, [number * ranks + rank]
+                if where is context:
+                    shard, mine = decoder.context_group.shard, [number * ranks + k for k in range(ranks)]
+                marked = marked_batch(mine, shard, weighs_documents=over == "conversations")
+                average.add(marked)
+                places = marked.labels.numel()
+                is_last = number == micro_batches - 1
+                if module is not None:
+                    with nullcontext() if is_last else module.no_sync():
+                        (module(marked) / places / micro_batches).backward()
+                    continue
+                set_gradient_reduction(
+                    decoder, is_last=is_last, reduce_each_micro_batch=True, reshard_after_forward=True
+                )
+                (loss_of(decoder, marked) / places / micro_batches).backward()
+            trainer = SimpleNamespace(
+                world_size=ranks, accumulate_grad_batches=micro_batches, strategy=SimpleNamespace(root_device=CPU)
+            )
+            average.rescale(decoder.parameters(), trainer, places=places)
+            for parameter, other in zip(decoder.parameters(), one.parameters(), strict=True):
+                # The weights of conversations are float32.
+                torch.testing.assert_close(whole(parameter.grad), other.grad, atol=1e-8, rtol=1e-7)
+            (count,) = average.since_read(CPU)
+            assert count == (len(torch.cat(means)) if over == "trained_tokens" else len(means))
+
+
+class _Loss(nn.Module):
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, marked):
+        return loss_of(self.decoder, marked)
 
 
 def dtypes(folder, dims):

@@ -17,7 +17,7 @@ from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPEPP
 from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.parallel import build_decoder
 
-CHECKS = ["first_weights", "gradients", "dtypes", "shards", "muon", "ranks_and_meshes", "generation"]
+CHECKS = ["first_weights", "gradients", "dtypes", "shards", "muon", "ranks_and_meshes", "generation", "loss_averages"]
 
 
 def make():

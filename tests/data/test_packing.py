@@ -1,0 +1,275 @@
+"""Conversations in rows: whole, each once per pass, the same for any ranks, workers and starts."""
+
+import dataclasses
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from marked import conversations, found_pairs, trained_pairs, write_marked
+
+from ropepp_lit.data.comparison import continued_at
+from ropepp_lit.data.packing import Lengths, PackedPlan, best_fit_decreasing
+from ropepp_lit.data.prepare import Settings, prepare
+from ropepp_lit.data.shards import Manifest
+from ropepp_lit.data.token_data import TokenData
+from ropepp_lit.data.verify import verify
+from ropepp_lit.errors import UsageError
+from ropepp_lit.files import checksum
+from ropepp_lit.nn.context_parallel import ContextShard
+
+TRAIN, HELD_OUT = conversations(150), conversations(31, seed=1)
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    return write_marked(tmp_path_factory.mktemp("marked") / "chats", train=TRAIN, validation=HELD_OUT)
+
+
+def open_data(source, *, max_steps=10, replicas=1, rank=0, **settings):
+    settings = {"context_length": CONTEXT, "batch_size": 4, **settings}
+    data = TokenData(source=source if isinstance(source, dict) else str(source), **settings)
+    sampling = {"num_replicas": replicas, "rank": rank}
+    data.trainer = SimpleNamespace(max_steps=max_steps, accumulate_grad_batches=1, distributed_sampler_kwargs=sampling)
+    data.setup("fit")
+    return data
+
+
+def random_lengths(seed):
+    rng = np.random.default_rng(seed)
+    places = int(rng.integers(2, 80))
+    kept = [rng.integers(0, places + 1, int(rng.integers(1, 60))) for _ in range(int(rng.integers(1, 30)))]
+    kept[0][0] = places
+    starts = [np.cumsum(lengths) - lengths for lengths in kept]
+    return Lengths(starts, kept, 1, places, 0, 0), places
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_conversation_is_in_one_row_of_each_pass(seed):
+    lengths, places = random_lengths(seed)
+    expected = {
+        (chunk, int(start), int(size))
+        for chunk, pair in enumerate(zip(lengths.starts, lengths.kept, strict=True))
+        for start, size in zip(*pair, strict=True)
+        if size
+    }
+    plan, other = (PackedPlan(lengths, places=places, seed=seed) for _ in range(2))
+    in_order = PackedPlan(lengths, places=places, seed=None)
+    count = plan.samples_per_pass
+    assert count == in_order.samples_per_pass
+    passes = [[plan.locate(sample) for sample in range(epoch * count, (epoch + 1) * count)] for epoch in range(3)]
+    for rows in (*passes, [in_order.locate(sample) for sample in range(count)]):
+        spans = [tuple(span) for row in rows for span in row]
+        assert len(spans) == len(set(spans)) == plan.documents
+        assert set(spans) == expected
+        assert all(0 < sum(span.num_tokens for span in row) <= places for row in rows)
+    assert plan.padding == pytest.approx(1 - sum(span[2] for span in expected) / (count * places))
+    samples = np.random.default_rng(seed).integers(0, 3 * count, 20)  # any of them can be asked first
+    assert [other.locate(int(k)) for k in samples] == [passes[k // count][k % count] for k in samples]
+
+
+def test_rows_of_another_pass_hold_other_conversations():
+    lengths = Lengths([np.arange(400) * 20], [np.repeat([7, 9, 11, 13], 100)], 7, 13, 0, 0)
+    plan = PackedPlan(lengths, places=40, seed=0)
+    count = plan.samples_per_pass
+    first, second = ({frozenset(plan.locate(k + epoch * count)) for k in range(count)} for epoch in range(2))
+    assert len(first & second) < count / 10
+
+
+def first_fit(lengths, places):
+    rooms = []
+    for length in lengths:
+        row = next((row for row, room in enumerate(rooms) if room >= length), None)
+        if row is None:
+            rooms.append(places)
+            row = -1
+        rooms[row] -= length
+    return len(rooms)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_are_those_of_best_fit_decreasing_and_no_more_than_of_first_fit(seed):
+    rng = np.random.default_rng(seed)
+    lengths, places = np.clip(rng.lognormal(3.5, 1, 500).astype(int), 1, 257), 257
+    falling = -np.sort(-lengths)
+    rooms = []  # plainly
+    for length in falling:
+        fitting = [row for row, room in enumerate(rooms) if room >= length]
+        if not fitting:
+            rooms.append(places)
+        rooms[min(fitting, key=lambda row: rooms[row], default=-1)] -= length
+    found = np.bincount(best_fit_decreasing(falling, places), weights=falling)
+    assert sorted(places - found) == sorted(rooms)
+    assert len(found) <= first_fit(lengths, places)
+    assert lengths.sum() / (len(found) * places) > 0.97
+
+
+def test_the_order_never_changes():
+    # A change here makes running experiments read other data after they resume.
+    kept = [np.array([3, 9, 4, 5, 3, 6]), np.array([9, 2, 2, 7])]
+    lengths = Lengths([np.arange(len(each)) * 9 for each in kept], kept, 2, 9, 0, 0)
+    plan = PackedPlan(lengths, places=9, seed=3)
+    rows = [[tuple(span) for span in plan.locate(k)] for k in range(plan.samples_per_pass)]
+    assert rows == [
+        [(1, 0, 9)],
+        [(0, 45, 6), (0, 36, 3)],
+        [(0, 27, 5), (0, 18, 4)],
+        [(1, 27, 7), (1, 9, 2)],
+        [(0, 9, 9)],
+        [(1, 18, 2)],
+        [(0, 0, 3)],
+    ]
+
+
+@pytest.mark.parametrize(("replicas", "num_workers"), [(1, 0), (2, 0), (3, 2)])
+def test_every_trained_token_once_per_pass_for_any_ranks_workers_and_starts(chats, replicas, num_workers):
+    """From a start in the middle of the first pass, a whole pass later everything was read once."""
+    (plan,) = open_data(chats)._train.plans
+    batches, rest = divmod(plan.samples_per_pass, replicas)
+    loaders = [
+        open_data(chats, batch_size=1, replicas=replicas, rank=rank, num_workers=num_workers, max_steps=batches + rest)
+        .train_dataloader() for rank in range(replicas)
+    ]  # fmt: skip
+    rows = [list(loader) for loader in loaders]
+    order = [batch for together in zip(*rows, strict=True) for batch in together][: plan.samples_per_pass]
+    found = Counter(pairs for batch in order for pairs in found_pairs(batch))
+    assert found == Counter(trained_pairs(*document) for document in TRAIN)
+    alone = open_data(chats, batch_size=3, max_steps=99).train_dataloader()
+    alone.load_state_dict({"samples": 6, "identity": open_data(chats).identity})
+    rows = [row for _, batch in zip(range(2), alone, strict=False) for row in batch.input_ids]
+    assert torch.equal(torch.stack(rows), torch.cat([batch.input_ids for batch in order[6:12]]))
+
+
+def test_labels_are_the_trained_tokens_and_padding_costs_little(chats):
+    data = open_data(chats, batch_size=8)
+    (loader,) = data.val_dataloader()
+    found = Counter()
+    for batch in loader:
+        found.update(found_pairs(batch))
+        assert batch.num_labels == int((batch.labels != -100).sum())
+        assert torch.equal(batch.places, (batch.labels != -100).flatten().nonzero().flatten())
+        starts = batch.documents.positions == 0
+        assert (batch.labels[:, :-1][starts[:, 1:]] == -100).all()  # none foresees another
+    assert found == Counter(trained_pairs(*document) for document in HELD_OUT)
+    ends = sum(int((batch.labels == 0).sum()) for batch in data.val_dataloader()[0])
+    assert ends == sum(int((ids[trained] == 0).sum()) for ids, trained in HELD_OUT)  # what pads is trained elsewhere
+    wide = open_data(chats, context_length=8192, batch_size=2)
+    (batch,) = wide.val_dataloader()[0]
+    assert batch.documents.longest <= 128
+    assert batch.visible_pairs < 0.02 * 2 * 8192**2 / 2
+
+
+@pytest.mark.parametrize("too_long", ["drop", "cut"])
+def test_conversations_that_are_longer_are_counted(chats, too_long):
+    data = open_data(chats, context_length=12, too_long=too_long)
+    places = 13
+    long = [document for document in TRAIN if len(document[0]) > places]
+    short = [document for document in TRAIN if len(document[0]) <= places]
+    kept = [pairs for document in long if (pairs := trained_pairs(*document, places))] if too_long == "cut" else []
+    (plan,) = data._train.plans
+    assert plan.documents == len(short) + len(kept)
+    rows = [data._train.collate(data._train.__getitems__([k])) for k in range(plan.samples_per_pass)]
+    found = Counter(pairs for batch in rows for pairs in found_pairs(batch))
+    assert found == Counter([*kept, *(trained_pairs(*document) for document in short)])
+    line = next(line for line in data.notices if line.startswith("data: train in"))
+    longest = max(len(ids) for ids, _ in TRAIN)
+    expected = f"{len(long)} of 150 conversations are longer than data.context_length 12 (the longest has {longest} tok"
+    assert expected in line
+    if too_long == "cut":
+        assert f"cut to their beginnings; {len(long) - len(kept)} of them keep no trained token and are left" in line
+        assert len(long) > len(kept)
+    else:
+        assert line.endswith("left out; data.too_long cut keeps their beginnings")
+
+
+def test_what_cannot_be(chats, texts, tmp_path):
+    with pytest.raises(UsageError, match=r"data\.intra_document_masking: false lets .* and chats holds conversations"):
+        open_data(chats, intra_document_masking=False)
+    shortest = min(len(ids) for ids, _ in TRAIN)
+    with pytest.raises(
+        UsageError,
+        match=rf"data\.context_length: all conversations of train in .*chats are longer than 2 tokens; set it to "
+        rf"{shortest - 1} or more, or data\.too_long to cut",
+    ):
+        open_data(chats, context_length=2)
+    untrained = [(np.arange(30), np.arange(30) > 20)]
+    late = write_marked(tmp_path / "late", train=untrained, validation=untrained)
+    with pytest.raises(UsageError, match=r"no conversation of train in .*late keeps a trained token when it is cut to"):
+        open_data(late, context_length=10, too_long="cut")
+    other = write_marked(tmp_path / "other", train=TRAIN[:9], validation=TRAIN[:9], template="other")
+    with pytest.raises(UsageError, match=r"data\.source: other was rendered by another chat template than chats"):
+        open_data({str(chats): 1, str(other): 1})
+    notes = open_data(chats, validation={"others": str(other)}).notices
+    assert "Note: others was rendered by another chat template than chats." in notes
+    prepare([str(texts)], Settings(tokenizer="bytes"), out=tmp_path / "text", show_progress=False)
+    mixed = open_data({str(chats): 1, str(tmp_path / "text"): 1})
+    with pytest.raises(UsageError, match=r"model\.loss_average: conversations needs .* train in .*text is text;"):
+        mixed.average_conversations()
+
+
+def test_a_mixture_with_text(chats, texts, tmp_path):
+    """Text is trained whole, conversations where they are marked; shares are of rows."""
+    out = tmp_path / "text"
+    prepare([str(texts)], Settings(tokenizer="bytes"), out=out, show_progress=False)
+    data = open_data({str(chats): 0.5, str(out): 0.5}, batch_size=10, max_steps=100)
+    known = {trained_pairs(*document) for document in TRAIN}
+    packed = 0
+    for batch in data.train_dataloader():
+        for row in range(10):
+            labels, starts = batch.labels[row], batch.documents.positions[row] == 0
+            is_text = bool(((labels != -100) | torch.cat((starts[1:], torch.ones(1).bool()))).all())
+            packed += not is_text
+        assert set(found_pairs(batch)) & known
+    assert packed == 500
+    assert data.bytes_per_token() is None
+    assert data.bytes_per_token("chats") is None
+
+
+def test_a_position_belongs_to_what_is_left_out(chats):
+    state = {**open_data(chats).train_dataloader().state_dict(), "samples": 12}
+    assert continued_at(state, open_data(chats).identity) == (12, "")
+    reason = "data.too_long is cut instead of drop"
+    assert continued_at(state, open_data(chats, too_long="cut").identity) == (0, reason)
+
+
+def test_weights_average_over_conversations(chats):
+    data = open_data(chats, batch_size=2)
+    data.average_conversations()
+    for first in range(0, 20, 2):
+        samples = data._train.__getitems__([first, first + 1])
+        batch = data._train.collate(samples)
+        sums = [part.sum().item() for part in batch.weights.flatten().split(batch.documents.cu_seqlens.diff().tolist())]
+        conversations = [total for total in sums if total]
+        assert conversations == pytest.approx([1.0] * batch.num_documents)
+        assert ((batch.weights > 0) == (batch.labels != -100)).all()
+        parts = [data._train.collate(samples, shard=ContextShard(2, rank, "gather")) for rank in (0, 1)]
+        assert sum(part.num_documents for part in parts) == batch.num_documents
+        assert sum(part.weights.sum() for part in parts) == pytest.approx(batch.weights.sum())
+
+
+def test_held_out_documents_are_token_ids(chats):
+    data = open_data(chats)
+    found = list(data.held_out_documents("chats"))
+    assert all(np.array_equal(one, ids) for one, (ids, _) in zip(found, HELD_OUT, strict=True))
+    decode = data.text_tokenizer.decode
+    assert set(data.held_out_texts(1000)["chats"]) <= {decode(ids.tolist()) for ids, _ in HELD_OUT}
+
+
+def test_verify_counts_trained_tokens(tmp_path):
+    folder = write_marked(tmp_path / "chats", train=TRAIN[:20], validation=HELD_OUT[:5])
+    assert verify(folder) == []
+    manifest = Manifest.read(folder)
+    manifest.splits["train"].trained_tokens += 1
+    manifest.write(folder)
+    assert verify(folder) == [f"{folder}/manifest.json: the totals of train are not those of its chunks"]
+    path = folder / "train" / manifest.splits["train"].chunks[0].filename
+    stored = np.fromfile(path, dtype=np.int32)
+    tokens = stored[22 : 22 + len(TRAIN[0][0])]
+    tokens[1:] = np.where(tokens[1:] >= 0, ~tokens[1:], tokens[1:])
+    path.write_bytes(stored.tobytes())
+    chunk = manifest.splits["train"].chunks[0]
+    manifest.splits["train"].chunks[0] = dataclasses.replace(chunk, sha256=checksum(path))
+    manifest.write(folder)
+    assert verify(folder) == [f"{path}: 1 documents have no trained token behind their first"]
