@@ -24,6 +24,7 @@ from ropepp_lit.eval.models import TOKENS_AT_ONCE, Model
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.generation import generate
 from ropepp_lit.nn.loss import rows_per_chunk
+from ropepp_lit.nn.sampling import Sampling
 from ropepp_lit.text.tokenizer_files import content_of
 
 MAX_GEN_TOKS = 256
@@ -212,7 +213,7 @@ class DecoderLM(TemplateLM):
             bar.update(len(done))
 
     def _write(
-        self, prompts: Sequence[Sequence[int]], until: list[str], max_new_tokens: int, sampling: dict[str, float]
+        self, prompts: Sequence[Sequence[int]], until: list[str], max_new_tokens: int, sampling: Sampling
     ) -> list[list[int]]:
         """What is written after each prompt, before a token that ends it and at least up to a stop sequence."""
         longest = max(map(len, prompts))
@@ -231,7 +232,7 @@ class DecoderLM(TemplateLM):
         open_rows = set(range(len(prompts)))
         for tokens in generate(
             self.model.decoder, input_ids.to(self.model.device), max_new_tokens=max_new_tokens, documents=documents,
-            temperature=sampling["temperature"], top_p=sampling["top_p"],
+            sampling=sampling,
         ):  # fmt: skip
             for row, token in enumerate(tokens.tolist()):
                 if row not in open_rows:
@@ -288,7 +289,7 @@ def _batches(rows: Sequence[Sequence[int]], *, extra_tokens: int) -> Iterator[li
         yield [first, *itertools.islice(remaining, size - 1)]
 
 
-def _sampling(settings: dict[str, Any]) -> dict[str, float]:
+def _sampling(settings: dict[str, Any]) -> Sampling:
     """Temperature and top_p of a task's arguments of generation."""
     sampled = settings.pop("do_sample", False)
     temperature = float(settings.pop("temperature", 0.0) or 0.0)
@@ -296,4 +297,4 @@ def _sampling(settings: dict[str, Any]) -> dict[str, float]:
     for key, value in settings.items():
         if value not in _NEUTRAL.get(key, ()):
             raise UsageError(f"tasks: lm-eval: the task generates with {key}={value!r}, which is not supported")
-    return {"temperature": temperature, "top_p": top_p} if sampled else {"temperature": 0.0, "top_p": 1.0}
+    return Sampling(temperature=temperature, top_p=top_p) if sampled else Sampling()

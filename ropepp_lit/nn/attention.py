@@ -136,7 +136,7 @@ class Attention(nn.Module):
             values = F.pad(values, (0, self.extra_dims))  # kernels of linear memory need one size of all three
         if cache is not None:
             keys, values = cache.update(self.layer, keys, values)
-            documents = None  # the mask has them
+            documents = documents if cache.is_packed else None  # else the mask has them
         if isinstance(documents, ShardedDocuments):
             assert group is not None
             output = attend_to_gathered(

@@ -252,13 +252,22 @@ def _attend_segments(
 
 def _sdpa(queries: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None, scale: float | None) -> Tensor:
     """Torch's `scaled_dot_product_attention` with heads behind tokens; without a mask as causal as :func:`attend`."""
+    if queries.shape[1] == 1:
+        # Without causality among them, the heads that share a key/value head can be its queries: no kernel then repeats
+        # keys and values, and one product reads them for the whole group.
+        groups = queries.reshape(queries.shape[0], keys.shape[2], -1, queries.shape[3])
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        output = F.scaled_dot_product_attention(
+            groups, keys, values, mask, is_causal=False, scale=scale, enable_gqa=False
+        )
+        return output.reshape(queries.shape)
     if queries.device.type == "cuda" and queries.dtype == torch.float32:
         # For float32 torch's only kernel of linear memory on CUDA does not take grouped heads.
         keys, values = (_repeat_heads(x, queries) for x in (keys, values))
     num_queries, num_keys = queries.shape[1], keys.shape[1]
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
     run = partial(F.scaled_dot_product_attention, scale=scale, enable_gqa=queries.shape[1] != keys.shape[1])
-    if mask is not None or num_queries == 1:
+    if mask is not None:
         output = run(queries, keys, values, mask, is_causal=False)
     elif num_queries == num_keys:
         output = run(queries, keys, values, None, is_causal=True)

@@ -41,8 +41,9 @@ class Probe:
         keys, values = (x.repeat_interleave(groups, dim=2) for x in (keys, values))
         scores = self.scores(layer, torch.einsum("bthd,bshd->bhts", queries, keys) * scale)
         num_queries, num_keys = scores.shape[2:]
-        if mask is None and num_queries == num_keys:
-            mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores.device).tril()[None, None]
+        if mask is None:
+            mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=scores.device)
+            mask = mask.tril(num_keys - num_queries)[None, None]
             if documents is not None:
                 mask = mask & (documents.ids[:, None, :, None] == documents.ids[:, None, None, :])
         weights = (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(dim=-1)

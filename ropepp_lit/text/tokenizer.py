@@ -78,8 +78,8 @@ class TextTokenizer:
         """The tokenizer that a checkpoint or prepared data store.
 
         Args:
-            entry: `tokenizer` (JSON), `bos_token_id`, `eos_token_id`, and where they are known `opening` (token ids)
-                and `generation_config` (JSON).
+            entry: `tokenizer` (JSON), `bos_token_id`, `eos_token_id`, and where they are known `opening` (token ids),
+                `generation_config` and `tokenizer_config` (JSON).
         """
         tokenizer = Tokenizer.from_str(entry["tokenizer"])
         return cls(
@@ -89,6 +89,7 @@ class TextTokenizer:
             opening=tuple(opening_of(entry)),
             closing=added_around(tokenizer)[1],
             stop_token_ids=stop_ids(tokenizer, entry.get("generation_config")),
+            settings=json.loads(entry["tokenizer_config"]) if entry.get("tokenizer_config") else None,
         )
 
     @classmethod

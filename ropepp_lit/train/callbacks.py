@@ -14,8 +14,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from ropepp_lit.data.token_data import TokenData, replica_of
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder
-from ropepp_lit.nn.generation import check_sampling, generate
+from ropepp_lit.nn.generation import generate
 from ropepp_lit.nn.kernels import describe
+from ropepp_lit.nn.sampling import Sampling
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.evaluation import evaluating
 
@@ -134,7 +135,7 @@ class TextSample(Callback):
         if max_new_tokens < 0:
             raise UsageError(f"sample.max_new_tokens: {max_new_tokens} must be 0 (none) or more")
         self.prompt, self.max_new_tokens = prompt, max_new_tokens
-        self.temperature, self.top_p = check_sampling("sample.", temperature, top_p)
+        self.sampling = Sampling(temperature=temperature, top_p=top_p).check("sample.")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Generate a sample on every rank, as weights may be sharded over all of them; rank 0 prints it."""
@@ -152,8 +153,7 @@ class TextSample(Callback):
                 pl_module.decoder,
                 torch.tensor([prompt], device=device),
                 max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
-                top_p=self.top_p,
+                sampling=self.sampling,
                 generator=torch.Generator(device).manual_seed(0),  # leaves the random numbers of training alone
             )
             written = [int(token) for token in tokens]

@@ -28,6 +28,7 @@ from ropepp_lit.nn import Decoder, DecoderConfig, FoPE, Frequencies, RoPEPP
 from ropepp_lit.nn.attention import Attention
 from ropepp_lit.nn.context_parallel import ContextGroup
 from ropepp_lit.nn.generation import generate
+from ropepp_lit.nn.sampling import Sampling
 from ropepp_lit.text.tokenizer import byte_tokenizer
 from ropepp_lit.train.fsdp import whole
 from ropepp_lit.train.optimizer import Muon, _ShardedMuon
@@ -277,7 +278,7 @@ def generation(folder, dims):
         model = Model(name="", path="", decoder=decoder, tokenizer=tokenizer, fingerprint="")
         found = [write_answers(model, prompts, max_new_tokens=20), len(calls)]
         calls.clear()
-        tokens = generate(decoder, torch.tensor(prompts), max_new_tokens=5, temperature=1.0)
+        tokens = generate(decoder, torch.tensor(prompts), max_new_tokens=5, sampling=Sampling(temperature=1.0))
         found.append(torch.stack(list(tokens), dim=1).tolist())
         expected = [found]
         dist.broadcast_object_list(expected, src=0)

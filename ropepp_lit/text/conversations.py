@@ -1,0 +1,145 @@
+"""Rows of fine-tuning data: messages with roles, or a prompt and its completion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion", "tools", "system", "chat_template_kwargs")
+"""Keys or columns of rows that can be conversations."""
+
+COMPLETION_COLUMNS = ("prompt", "completion")
+
+ROLES = {
+    "human": "user", "user": "user",
+    "gpt": "assistant", "assistant": "assistant", "model": "assistant", "chatbot": "assistant", "bot": "assistant",
+    "system": "system", "tool": "tool", "function": "tool", "observation": "tool",
+}  # fmt: skip
+"""Roles of messages with `from` and `value`, and how templates call them."""
+
+KNOWN_ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
+"""Roles that messages with `role` and `content` may have, beside those that the template names itself."""
+
+SPLIT_THINKING = "</think>"
+"""What ends reasoning that stands within an assistant's content."""
+
+
+class RowError(ValueError):
+    """A row is no conversation; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """What a chat template renders."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further variables of the template, such as `enable_thinking`."""
+    prompt_messages: int = 0
+    """Messages at the beginning that are a prompt: answers among them are not trained."""
+
+
+def conversation_of(row: Mapping[str, Any], column: str | None = None) -> Conversation:
+    """The conversation of a row.
+
+    Args:
+        row: With one of `messages`, `conversations`, or `prompt` and `completion` (lists of messages), and where they
+            are there `tools`, `system` and `chat_template_kwargs`. Each may be a string of JSON.
+        column: The key of the messages, instead of those.
+
+    Raises:
+        RowError: it has none, or a message is not one.
+    """
+    found = column or next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
+    prompt_messages = 0
+    if found is not None:
+        if row.get(found) is None:
+            raise RowError(f"no key {found!r}")
+        messages = _messages(_parsed(row[found], found), found)
+    elif row.get("prompt") is not None and row.get("completion") is not None:
+        if isinstance(_parsed(row["prompt"]), str) or isinstance(_parsed(row["completion"]), str):
+            raise RowError("prompt and completion are texts, not lists of messages: use --format completion")
+        prompt = _messages(_parsed(row["prompt"], "prompt"), "prompt")
+        messages = prompt + _messages(_parsed(row["completion"], "completion"), "completion")
+        prompt_messages = len(prompt)
+    else:
+        raise RowError("neither messages, nor conversations, nor prompt and completion")
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and messages[0]["role"] not in ("system", "developer"):
+        messages, prompt_messages = [{"role": "system", "content": system}, *messages], prompt_messages + 1
+    tools, options = (_parsed(row.get(name)) or None for name in ("tools", "chat_template_kwargs"))
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise RowError("tools is not a list of objects")
+    if options is not None and not isinstance(options, dict):
+        raise RowError("chat_template_kwargs is not an object")
+    return Conversation(messages=messages, tools=tools, options=options or {}, prompt_messages=prompt_messages)
+
+
+def completion_of(row: Mapping[str, Any], columns: tuple[str, str]) -> tuple[str, str]:
+    """The prompt and the completion of a row.
+
+    Raises:
+        RowError: one of them is missing or not text, or the completion is empty.
+    """
+    texts = [row.get(name) for name in columns]
+    for name, text in zip(columns, texts, strict=True):
+        if text is None:
+            raise RowError(f"no key {name!r}")
+        if not isinstance(text, str):
+            raise RowError(f"{name} is not a text (lists of messages are for --format chat)")
+    if not texts[1]:
+        raise RowError(f"an empty {columns[1]}")
+    return str(texts[0]), str(texts[1])
+
+
+def _parsed(value: Any, name: str = "") -> Any:
+    """A value, read as JSON where it is a string of it."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError) as error:
+            if name:
+                raise RowError(f"{name} is broken JSON") from error
+    return value
+
+
+def _messages(value: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value:
+        raise RowError(f"{name} has no messages" if value == [] else f"{name} is not a list of messages")
+    return [_message(message) for message in value]
+
+
+def _message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise RowError("a message is not an object")
+    if "role" not in message and "from" in message:
+        role, content = message["from"], message.get("value")
+        if role not in ROLES:
+            raise RowError(f"a message from {role!r}, which is not known")
+        others = {key: value for key, value in message.items() if key not in ("from", "value")}
+        message = {"role": ROLES[role], "content": content, **others}
+    role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
+    if not isinstance(role, str):
+        raise RowError("a message without a role")
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise RowError("a part of a message is not text")
+    elif not isinstance(content, str | None):
+        raise RowError("a message's content is not a text")
+    if calls is not None and not isinstance(calls, list):
+        raise RowError("tool_calls is not a list")
+    if role == "assistant" and not calls and not "".join(texts_of(message)).strip():
+        raise RowError("an empty answer")
+    return dict(message)
+
+
+def texts_of(message: Mapping[str, Any]) -> Iterable[str]:
+    """The texts of a message's content."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in content or []]
