@@ -29,6 +29,9 @@ def prepare(
     dedup: bool = False,
     on_error: Literal["stop", "skip"] = "stop",
     chunk_size: str = "64MB",
+    format: Literal["text", "chat", "completion"] = "text",
+    chat_template: str | None = None,
+    train_on: Literal["assistant", "last", "all"] = "assistant",
     workers: int | None = None,
     part: str | None = None,
     merge: str | None = None,
@@ -51,7 +54,8 @@ def prepare(
         bos_token: What stands before documents, instead of what the tokenizer itself puts there ("" for nothing).
         eos_token: What ends documents, instead of what the tokenizer's folder says.
         special_tokens: Whether special tokens spelt in a text are tokens; otherwise they are text like any other.
-        text_key: Key or column of the text in JSON and tables.
+        text_key: Key or column of the text in JSON and tables; with --format chat of the messages, where they have
+            another name; with --format completion both names, of prompt and completion, as in question,answer.
         split: What separates documents in text files, such as '\n\n' or '<|endoftext|>'; empty means that each text
             file is one document. \n, \t, \r, \xNN, \uNNNN and \\ are escapes; a line end may be CRLF in the file.
         min_tokens: Leave shorter documents out (the paper: 512).
@@ -60,8 +64,14 @@ def prepare(
         limit: Stop after so many documents of the sources.
         dedup: Leave a document out whose text is exactly that of an earlier one, found by a hash of 64 bits (takes some
             60 bytes of memory for each document).
-        on_error: What a document that cannot be read does: `stop`, or `skip` it and count it.
+        on_error: What a document that cannot be read, or a conversation that the chat template refuses, does: `stop`,
+            or `skip` it and count it.
         chunk_size: Bytes of a chunk at most, such as 64MB; a document that is larger has a chunk of its own.
+        format: What the sources have: `text`; conversations (`chat`) in `messages` (role, content), `conversations`
+            (from, value), or `prompt` and `completion` as lists of messages, with `tools` and `system` where they are
+            there; or `prompt` and `completion` as texts (`completion`). Only what the assistant writes is trained.
+        chat_template: A file with a Jinja template by which conversations become text, instead of the tokenizer's own.
+        train_on: What is trained of a conversation: every turn of the `assistant`, the `last` one, or `all` tokens.
         workers: Threads that tokenize; empty means as many as there are cores.
         part: Make only part K of N of the shards, to be joined by `merge`: K/N (from 1/N to N/N), auto (K and N from
             SLURM's job array) or auto/N (K from SLURM's job array or a Kubernetes job's index).
@@ -103,7 +113,9 @@ def prepare(
 
     from ropepp_lit.data import prepare as work
     from ropepp_lit.data.part_writer import MAX_CHUNK_BYTES
+    from ropepp_lit.data.report import left_out_lines
     from ropepp_lit.data.shares import Share
+    from ropepp_lit.text.chat import read_template
     from ropepp_lit.text.tokenizer import check_choice
 
     check_choice("", tokenizer, train_tokenizer)
@@ -126,14 +138,18 @@ def prepare(
         dedup=dedup,
         on_error=on_error,
         chunk_bytes=chunk_bytes,
+        format=format,
+        chat_template=None if chat_template is None else read_template(chat_template),
+        train_on=train_on,
     )
     folder = Path(out)
-    manifest = work.prepare(list(sources), settings, out=folder, share=share)
+    manifest = work.prepare(list(sources), settings, out=folder, share=share, tell=print)
     if share is None:
-        _report(folder, manifest)
+        _report(folder, manifest, has_told=manifest.marks_trained_tokens)
         return
     documents, tokens = (sum(getattr(x, name) for x in manifest.splits.values()) for name in ("documents", "tokens"))
-    print("\n".join(work.left_out_lines(manifest)), end="\n" if manifest.skipped else "")
+    if not manifest.marks_trained_tokens:  # conversations have been told of
+        print("\n".join(left_out_lines(manifest)), end="\n" if manifest.skipped else "")
     print(f"Part {share.number} of {share.count} is in {folder}: {documents:,} documents, {tokens:,} tokens.")
     print("When all parts are there: ropepp-lit prepare --merge DIR… --out DIR")
 
@@ -151,20 +167,29 @@ def _verify(folder: Path) -> None:
     print(f"{folder}: all {chunks:,} chunks with {tokens:,} tokens are as they were written.")
 
 
-def _report(folder: Path, manifest: Manifest) -> None:
-    """A table of the splits, and how long the documents are: in the terminal and as lengths.png."""
-    from ropepp_lit.data.prepare import left_out_lines
+def _report(folder: Path, manifest: Manifest, *, has_told: bool = False) -> None:
+    """A table of the splits, and how long the documents are: in the terminal and as lengths.png.
+
+    Args:
+        folder: Of the shards.
+        manifest: What they are.
+        has_told: Whether the table stands in the terminal already.
+    """
+    from ropepp_lit.data.report import conversation_lines, left_out_lines
     from ropepp_lit.text.tokenizer import TextTokenizer
 
-    print(f"{'split':<12}{'documents':>14}{'tokens':>18}{'bytes of text':>18}{'bytes/token':>13}")
-    for name, split in manifest.splits.items():
-        ratio = split.bytes / split.tokens
-        print(f"{name:<12}{split.documents:>14,}{split.tokens:>18,}{split.bytes:>18,}{ratio:>13.2f}")
-    for line in left_out_lines(manifest):
-        print(line)
-    entry = {**vars(manifest), "tokenizer": manifest.read_tokenizer(folder)}
-    description = TextTokenizer.from_entry(entry).description
-    print(f"{description[0].upper()}{description[1:]}.")
+    if not manifest.marks_trained_tokens:
+        print(f"{'split':<12}{'documents':>14}{'tokens':>18}{'bytes of text':>18}{'bytes/token':>13}")
+        for name, split in manifest.splits.items():
+            ratio = split.bytes / split.tokens
+            print(f"{name:<12}{split.documents:>14,}{split.tokens:>18,}{split.bytes:>18,}{ratio:>13.2f}")
+        for line in left_out_lines(manifest):
+            print(line)
+        entry = {**vars(manifest), "tokenizer": manifest.read_tokenizer(folder)}
+        description = TextTokenizer.from_entry(entry).description
+        print(f"{description[0].upper()}{description[1:]}.")
+    elif not has_told:
+        print("\n".join(conversation_lines(manifest, folder)))
     lengths = manifest.splits["train"].lengths
     used = [place for place, (documents, _) in enumerate(lengths) if documents]
     most = max(tokens for _, tokens in lengths)

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ import torch
 from litdata.streaming import Cache, TokensLoader
 
 from ropepp_lit.data.shards import INDEX, Chunk, TokenSet
+from ropepp_lit.data.trained_tokens import is_trained, token_ids
 from ropepp_lit.files import checksum, write_whole
 from ropepp_lit.text.sources import Cursor
-from ropepp_lit.text.tokenizer import TextTokenizer
 
 SPLITS = ("train", "validation")
 
@@ -39,6 +40,8 @@ class Part:
     """litdata's description of the chunks; empty where the part has none."""
     is_last: bool
     """Whether it is the last one of a share of the stream (`--part`)."""
+    notices: dict[str, int] = dataclasses.field(default_factory=dict)
+    """What people should know of documents that are kept, and of how many it is true."""
 
     @classmethod
     def read(cls, path: Path) -> Part:
@@ -58,18 +61,21 @@ class PartWriter:
     Args:
         folder: Of the splits; chunks are written into `writing/` there first.
         number: Of the part, for the chunks' names.
-        tokenizer: Of the tokens.
+        dtype: numpy's name of the stored tokens' type.
+        marks_trained_tokens: Whether the tokens are those that :func:`~.trained_tokens.mark` returned.
         chunk_bytes: Size of a chunk's file at most; a document that is larger has a chunk of its own.
     """
 
-    def __init__(self, folder: Path, number: int, tokenizer: TextTokenizer, *, chunk_bytes: int) -> None:
+    def __init__(self, folder: Path, number: int, *, dtype: str, marks_trained_tokens: bool, chunk_bytes: int) -> None:
         self._folder, self._number, self._chunk_bytes = folder, number, chunk_bytes
-        self._dtype = dtype_of(tokenizer)[0]
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._marks = marks_trained_tokens
         self._writing = folder / "writing"
         shutil.rmtree(self._writing, ignore_errors=True)
         self._chunks = {name: _Chunks(self._writing / name, chunk_bytes) for name in SPLITS}
         self._sets = {name: TokenSet() for name in SPLITS}
         self._skipped: dict[str, int] = {}
+        self._notices: dict[str, int] = {}
         self._examples: list[str] = []
         self._read = 0
         self.digests: list[int] = []
@@ -84,21 +90,25 @@ class PartWriter:
         if where is not None and len(self._examples) < 20:
             self._examples.append(f"{where}: {reason}")
 
-    def add(self, split: str, data: bytes, ids: np.ndarray) -> None:
+    def add(self, split: str, data: bytes, stored: np.ndarray, notices: Sequence[str] = ()) -> None:
         """Write a document.
 
         Args:
             split: `train` or `validation`.
             data: Its text in UTF-8.
-            ids: [tokens], integers.
+            stored: [tokens], integers: token ids, or those that :func:`~.trained_tokens.mark` returned.
+            notices: What people should know of it.
         """
-        self._chunks[split].add(torch.from_numpy(ids).to(self._dtype))
+        self._chunks[split].add(torch.from_numpy(stored).to(self._dtype))
         self._sets[split].add(
-            tokens=len(ids),
+            tokens=len(stored),
             num_bytes=len(data),
             gzip_bytes=len(gzip.compress(data, compresslevel=9)) if split == "validation" else 0,
-            max_token_id=int(ids.max()),
+            max_token_id=int(token_ids(stored).max()),
+            trained_tokens=int(is_trained(stored).sum()) if self._marks else 0,
         )
+        for notice in notices:
+            self._notices[notice] = self._notices.get(notice, 0) + 1
         self._read += 1
         self.num_bytes += len(data)
 
@@ -121,7 +131,8 @@ class PartWriter:
                 os.replace(written, target)
             counted = sum(chunk.documents for chunk in totals.chunks), sum(chunk.tokens for chunk in totals.chunks)
             assert counted == (totals.documents, totals.tokens), f"litdata wrote {counted} documents and tokens"
-        return Part(list(cursor), self._read, self._sets, self._skipped, self._examples, config, is_last)
+        counted_over = self._sets, self._skipped, self._examples, config, is_last, self._notices
+        return Part(list(cursor), self._read, *counted_over)
 
 
 class _Chunks:
@@ -161,11 +172,6 @@ class _Chunks:
         """Each chunk's file, and litdata's entries for it and for its format."""
         self._close()
         return self._finished
-
-
-def dtype_of(tokenizer: TextTokenizer) -> tuple[torch.dtype, str]:
-    """The type of stored tokens, and numpy's name of it."""
-    return (torch.uint16, "uint16") if tokenizer.vocab_size <= 2**16 else (torch.int32, "int32")
 
 
 def write_index(folder: Path, tokens: TokenSet, config: dict[str, Any]) -> None:

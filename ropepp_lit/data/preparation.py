@@ -15,13 +15,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import time
 import zlib
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +26,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ropepp_lit.data.part_writer import SPLITS, Part, PartWriter, dtype_of, write_index
+from ropepp_lit.data.encoders import TextEncoder, encoded, make_encoder
+from ropepp_lit.data.part_writer import SPLITS, Part, PartWriter, write_index
+from ropepp_lit.data.report import conversation_lines, shown
 from ropepp_lit.data.shards import FORMAT_VERSION, MANIFEST, TOKENIZER, Manifest, TokenSet
-from ropepp_lit.data.shares import Share, add_skipped, check_splits, write_share
+from ropepp_lit.data.shares import Share, add_counts, check_splits, write_share
+from ropepp_lit.data.trained_tokens import is_trained
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import write_whole
 from ropepp_lit.text.formats import Record
@@ -44,12 +44,6 @@ PART_BYTES = 128 * 2**20
 
 CUT_BYTES = 2 * PART_BYTES
 """Bytes of text, on average, between two documents behind which a part ends by their hash."""
-
-BATCH_BYTES = 2**19
-"""Bytes of text that are tokenized at once."""
-
-PENDING_BYTES = 8 * 2**20
-"""Bytes of text per core that are tokenized at the same time at most, but for one document."""
 
 TRAINING_BYTES = 256 * 2**20
 """Bytes of text that a tokenizer is trained on at most, from the beginning of the stream."""
@@ -77,6 +71,21 @@ class Settings:
     on_error: str = "stop"
     chunk_bytes: int = 64 * 2**20
     """`--chunk_size` in bytes."""
+    format: str = "text"
+    chat_template: str | None = None
+    """The Jinja template in the file of `--chat_template`."""
+    train_on: str = "assistant"
+
+    def encoder(self, tokenizer: TextTokenizer) -> TextEncoder:
+        """What makes tokens of records."""
+        return make_encoder(
+            self.format,
+            tokenizer,
+            text_key=self.text_key,
+            special_tokens=self.special_tokens,
+            template=self.chat_template,
+            train_on=self.train_on,
+        )
 
 
 class Preparation:
@@ -93,10 +102,12 @@ class Preparation:
         key: str,
         share: Share | None,
         show_progress: bool,
+        tell: Callable[[str], None] | None,
     ) -> None:
         self._sources, self._files, self._left_out = sources, found.files, found.left_out
         self._settings, self._identity, self._fingerprint, self._out = settings, identity, fingerprint, out
         self._key, self._share, self._show_progress = key, share, show_progress
+        self._tell = tell
         self._range = 0, len(self._files)
         if share is not None:
             self._range = share.range_of([file.num_bytes for file in self._files])
@@ -110,8 +121,10 @@ class Preparation:
                 return self._publish(manifest)
         self._begin()
         self._tokenizer = self._find_tokenizer()
+        self._encoder = self._settings.encoder(self._tokenizer)
         parts = self._finished_parts()
         self._seen: set[int] = set()
+        self._has_shown = False
         if self._settings.dedup:
             for number in range(len(parts)):
                 self._seen.update(np.fromfile(self._digests_path(number), dtype=np.uint64).tolist())
@@ -185,8 +198,9 @@ class Preparation:
                 if left < 0:
                     return
 
-    def _reader(self, start: Cursor) -> Reader:
-        return Reader(self._files, text_key=self._settings.text_key, split=self._settings.split, start=start)
+    def _reader(self, start: Cursor, columns: tuple[str, ...] = ()) -> Reader:
+        settings = self._settings
+        return Reader(self._files, text_key=settings.text_key, split=settings.split, columns=columns, start=start)
 
     def _finished_parts(self) -> list[Part]:
         parts: list[Part] = []
@@ -205,12 +219,18 @@ class Preparation:
         first, last = self._range
         if first == 0:
             return START if last else None
-        for cursor, record in self._reader(Cursor(first, 0)):
+        for cursor, record in self._reader(Cursor(first, 0), self._encoder.columns):
             if cursor.file >= last:
                 break
-            if record.text is not None and _is_cut(record.text.encode("utf-8")):
+            text = self._encoder.render(record).text
+            if text is not None and _is_cut(text.encode("utf-8")):
                 return cursor
         return None
+
+    @property
+    def _dtype(self) -> str:
+        fits = self._tokenizer.vocab_size <= 2**16 and not self._encoder.marks_trained_tokens
+        return "uint16" if fits else "int32"
 
     def _write_parts(self, parts: list[Part]) -> None:
         start = Cursor(*parts[-1].cursor) if parts else self._first_cursor()
@@ -219,12 +239,18 @@ class Preparation:
         limit, read, tokens = self._settings.limit, sum(part.documents_read for part in parts), 0
         writer: PartWriter | None = None
         cursor = start
-        for cursor, record, ids in self._tokenized(start):
+        reader = self._reader(start, self._encoder.columns)
+        for cursor, record, ids in encoded(reader, self._encoder, self._advance):
             if limit is not None and read >= limit:
                 break
             if writer is None:
-                chunk_bytes = self._settings.chunk_bytes
-                writer = PartWriter(self._folder, len(parts), self._tokenizer, chunk_bytes=chunk_bytes)
+                writer = PartWriter(
+                    self._folder,
+                    len(parts),
+                    dtype=self._dtype,
+                    marks_trained_tokens=self._encoder.marks_trained_tokens,
+                    chunk_bytes=self._settings.chunk_bytes,
+                )
             read += 1
             tokens += 0 if ids is None else len(ids)
             data = (record.text or "").encode("utf-8")
@@ -242,6 +268,9 @@ class Preparation:
         if writer is not None:
             parts.append(self._commit(writer, len(parts), cursor, is_last=False))
 
+    def _advance(self, bytes_read: int) -> None:
+        self._bar.update(bytes_read - self._bar.n)
+
     def _add(self, writer: PartWriter, record: Record, data: bytes, ids: np.ndarray | None) -> None:
         settings = self._settings
         if record.text is None or ids is None:
@@ -252,56 +281,23 @@ class Preparation:
             writer.skip("shorter than min_tokens", None)
         elif settings.max_tokens is not None and len(ids) > settings.max_tokens:
             writer.skip("longer than max_tokens", None)
+        elif self._encoder.marks_trained_tokens and not is_trained(ids).any():
+            writer.skip("no trained token", record.where)
         elif settings.dedup and (digest := _digest(data)) in self._seen:
             writer.skip("repeats an earlier one", None)
         else:
             if settings.dedup:
                 self._seen.add(digest)
                 writer.digests.append(digest)
-            writer.add("validation" if self._held_out(data) else "train", data, ids)
+            writer.add("validation" if self._held_out(data) else "train", data, ids, record.notices)
+            if self._encoder.marks_trained_tokens and self._tell is not None and not self._has_shown:
+                self._has_shown = True
+                with tqdm.external_write_mode():
+                    self._tell(f"{record.where}, with what is trained marked:\n\n{shown(ids, self._tokenizer)}\n")
 
     def _held_out(self, data: bytes) -> bool:
         share = self._settings.validation_fraction
         return share > 0 and _digest(data) < share * 2**64
-
-    def _tokenized(self, start: Cursor) -> Iterator[tuple[Cursor, Record, np.ndarray | None]]:
-        """Records with their token ids, in order; batches are tokenized while those before are written.
-
-        Short documents are spread over the cores within a batch, by the library; long ones, of which a batch has one,
-        by as many batches at the same time as there are cores.
-        """
-        cores = int(os.environ.get("RAYON_NUM_THREADS") or 0) or os.cpu_count() or 1
-        pending: deque[tuple[list[tuple[Cursor, Record]], int, Future]] = deque()
-        reader = self._reader(start)
-        with ThreadPoolExecutor(max_workers=max(2, cores)) as executor:
-            batch: list[tuple[Cursor, Record]] = []
-            size = 0
-
-            def submit() -> None:
-                texts = [record.text for _, record in batch if record.text is not None]
-                pending.append((batch, size, executor.submit(self._tokenizer.encode, texts)))
-
-            for item in reader:
-                batch.append(item)
-                size += len(item[1].text or "") + 64
-                if size >= BATCH_BYTES:
-                    while pending and sum(other for _, other, _ in pending) + size > cores * PENDING_BYTES:
-                        yield from self._results(*pending.popleft())
-                    submit()
-                    batch, size = [], 0
-                    while len(pending) >= max(2, cores):
-                        yield from self._results(*pending.popleft())
-                    self._bar.update(reader.bytes_read - self._bar.n)
-            submit()
-            while pending:
-                yield from self._results(*pending.popleft())
-
-    def _results(
-        self, batch: list[tuple[Cursor, Record]], _: int, future: Future
-    ) -> Iterator[tuple[Cursor, Record, np.ndarray | None]]:
-        ids = iter(future.result())
-        for cursor, record in batch:
-            yield cursor, record, None if record.text is None else next(ids)
 
     def _commit(self, writer: PartWriter, number: int, cursor: Cursor, is_last: bool) -> Part:
         part = writer.finish(cursor, is_last=is_last)
@@ -322,14 +318,18 @@ class Preparation:
             bos_token_id=self._tokenizer.bos_token_id,
             eos_token_id=self._tokenizer.eos_token_id,
             opening=list(self._tokenizer.opening),
-            dtype=dtype_of(self._tokenizer)[1],
+            dtype=self._dtype,
             skipped={},
             examples=[*examples, *(example for part in parts for example in part.examples)][:20],
             splits={name: TokenSet.sum([part.splits[name] for part in parts]) for name in SPLITS},
             tokenizer_digest=tokenizer_digest(self._tokenizer.json),
+            marks_trained_tokens=self._encoder.marks_trained_tokens,
+            chat_template=self._encoder.chat_template,
+            end_of_turn=list(self._encoder.end_of_turn),
         )
-        for skipped in ({reason: 1} for _, reason in left_out), (part.skipped for part in parts):
-            add_skipped(manifest, skipped)
+        add_counts(manifest.skipped, ({reason: 1} for _, reason in left_out))
+        add_counts(manifest.skipped, (part.skipped for part in parts))
+        add_counts(manifest.notices, (part.notices for part in parts))
         if self._share is None:
             check_splits(manifest, self._settings.validation_fraction, self._key, len(self._files))
         config: dict[str, Any] = next((part.index_config for part in parts if part.index_config), {})
@@ -340,6 +340,8 @@ class Preparation:
                 del manifest.splits[name]
         if self._share is not None:
             write_share(self._folder, self._share, self._identity, parts=len(parts), index_config=config)
+        if manifest.marks_trained_tokens and self._tell is not None:
+            self._tell("\n".join(conversation_lines(manifest, self._folder)))
         manifest.write(self._folder)
         return self._publish(manifest)
 

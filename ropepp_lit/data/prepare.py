@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ropepp_lit.data.preparation import Preparation, Settings, stop
+from ropepp_lit.data.report import conversation_lines
 from ropepp_lit.data.shards import FORMAT_VERSION, MANIFEST, Manifest
 from ropepp_lit.data.shares import Share
 from ropepp_lit.errors import DISK_FULL, UsageError
@@ -24,9 +26,13 @@ def _identity_of(files: list[Source], settings: Settings) -> dict[str, Any]:
         "files": identify(files),
         **dataclasses.asdict(settings),
     }
+    if settings.format == "text":  # as those that were prepared before there were other formats
+        for name in ("format", "chat_template", "train_on"):
+            del identity[name]
     if settings.tokenizer is not None:  # what the file contains, and not only its name
         tokenizer = load_tokenizer(settings.tokenizer, bos_token=settings.bos_token, eos_token=settings.eos_token)
         identity["tokenizer"] = tokenizer.fingerprint
+        identity.update(settings.encoder(tokenizer).identity)
     return identity
 
 
@@ -74,6 +80,7 @@ def prepare(
     key: str = "SOURCE",
     share: Share | None = None,
     show_progress: bool = True,
+    tell: Callable[[str], None] | None = None,
 ) -> Manifest:
     """Token shards of sources, in a folder: made now, continued, or found whole.
 
@@ -85,6 +92,7 @@ def prepare(
         share: Make only this share of the shards, to be joined with the others by
             :func:`~ropepp_lit.data.shares.merge`.
         show_progress: Draw progress bars.
+        tell: Gets what people should see of conversations, before `out` appears.
 
     Raises:
         UsageError: nothing to read, a damaged document (unless `on_error` is skip), no space, a folder with something
@@ -104,10 +112,13 @@ def prepare(
             manifest = Manifest.read(out)
             if manifest.fingerprint != fingerprint:
                 raise UsageError(f"out: {out} holds shards of other sources or settings; name another folder")
+            if manifest.marks_trained_tokens and tell is not None:
+                tell("\n".join(conversation_lines(manifest, out)))
             return manifest
         check_new_folder(out)
         try:
-            return Preparation(sources, found, settings, identity, fingerprint, out, key, share, show_progress).run()
+            work = sources, found, settings, identity, fingerprint, out, key, share, show_progress, tell
+            return Preparation(*work).run()
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
@@ -126,6 +137,11 @@ def _check(files: list[Source], settings: Settings, key: str, share: Share | Non
         ):
             if value:
                 raise UsageError(f"{name}: needs all documents in one process, not a part of them; {remedy}")
+    if settings.format != "text" and settings.train_tokenizer is not None:
+        raise UsageError(
+            f"train_tokenizer: not with --format {settings.format}; name the tokenizer of the model to fine-tune by "
+            "--tokenizer"
+        )
     own = files if share is None else files[slice(*share.range_of([file.num_bytes for file in files]))]
     if settings.split is not None and not any(isinstance(file, SourceFile) and file.kind == "text" for file in files):
         raise UsageError(f"split: {key} has no text files that could be split; leave it out")
@@ -133,9 +149,3 @@ def _check(files: list[Source], settings: Settings, key: str, share: Share | Non
         for file in own:
             if isinstance(file, SourceFile) and (problem := file.problem) is not None:
                 raise stop(problem, key)
-
-
-def left_out_lines(manifest: Manifest) -> list[str]:
-    """What was left out, for people: how many by reason, and the first of them."""
-    lines = [f"left out: {count:,} ({reason})" for reason, count in manifest.skipped.items()]
-    return lines + [f"  {example}" for example in manifest.examples[:5]]

@@ -52,15 +52,19 @@ class TokenSet:
     """Documents, and their tokens, by length: place n counts documents of 2^n to 2^(n+1) - 1 tokens."""
     trained_tokens: int = 0
     """Tokens that are trained, where the shards mark them (:mod:`ropepp_lit.data.trained_tokens`)."""
+    longest: int = 0
+    """Tokens of the longest document; 0 in folders of earlier versions."""
     chunks: list[Chunk] = field(default_factory=list)
 
-    def add(self, *, tokens: int, num_bytes: int, gzip_bytes: int, max_token_id: int) -> None:
+    def add(self, *, tokens: int, num_bytes: int, gzip_bytes: int, max_token_id: int, trained_tokens: int = 0) -> None:
         """Count a document."""
         self.documents += 1
         self.tokens += tokens
         self.bytes += num_bytes
         self.gzip_bytes += gzip_bytes
         self.max_token_id = max(self.max_token_id, max_token_id)
+        self.trained_tokens += trained_tokens
+        self.longest = max(self.longest, tokens)
         place = self.lengths[tokens.bit_length() - 1]
         place[0] += 1
         place[1] += tokens
@@ -81,6 +85,7 @@ class TokenSet:
             total.gzip_bytes += part.gzip_bytes
             total.max_token_id = max(total.max_token_id, part.max_token_id)
             total.trained_tokens += part.trained_tokens
+            total.longest = max(total.longest, part.longest)
             total.lengths = [[a + c, b + d] for (a, b), (c, d) in zip(total.lengths, part.lengths, strict=True)]
             total.chunks += part.chunks
         return total
@@ -121,6 +126,8 @@ class Manifest:
     """The Jinja template that the conversations were rendered by; None where they are not conversations."""
     end_of_turn: list[int] = field(default_factory=list)
     """Tokens that end an assistant's turn by that template; a model stops writing at them."""
+    notices: dict[str, int] = field(default_factory=dict)
+    """What people should know of documents that are kept, and of how many it is true."""
 
     @property
     def largest_token_id(self) -> int:

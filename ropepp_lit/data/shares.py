@@ -166,11 +166,13 @@ def _join(shares: list[tuple[Path, dict[str, Any], Manifest]], out: Path, finger
             **vars(first),
             "fingerprint": fingerprint,
             "skipped": {},
+            "notices": {},
             "examples": [example for _, _, manifest in shares for example in manifest.examples][:20],
             "splits": {name: TokenSet.sum([splits[name] for splits in moved if name in splits]) for name in SPLITS},
         }
     )
-    add_skipped(joined, (manifest.skipped for _, _, manifest in shares))
+    add_counts(joined.skipped, (manifest.skipped for _, _, manifest in shares))
+    add_counts(joined.notices, (manifest.notices for _, _, manifest in shares))
     check_splits(
         joined, shares[0][1]["identity"]["validation_fraction"], "merge", len(shares[0][1]["identity"]["files"])
     )
@@ -195,11 +197,11 @@ def _link(source: Path, target: Path) -> None:
             raise UsageError(f"{source}: missing; the part is damaged: prepare it again") from error
 
 
-def add_skipped(manifest: Manifest, counts: Iterable[dict[str, int]]) -> None:
-    """Add counts of what was left out, by reason."""
-    for skipped in counts:
-        for reason, count in skipped.items():
-            manifest.skipped[reason] = manifest.skipped.get(reason, 0) + count
+def add_counts(total: dict[str, int], counts: Iterable[dict[str, int]]) -> None:
+    """Add counts by reason to a total."""
+    for count_of in counts:
+        for reason, count in count_of.items():
+            total[reason] = total.get(reason, 0) + count
 
 
 def check_splits(manifest: Manifest, validation_fraction: float, key: str, num_files: int) -> None:

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 from ropepp_lit.data.batch import Batch
 from ropepp_lit.data.loader import Blocks, RankBatches, Source, TrainLoader, make_loader
 from ropepp_lit.data.plan import PATTERN_SAMPLES
-from ropepp_lit.data.prepare import Settings, cached_folder, left_out_lines, prepare_cached
+from ropepp_lit.data.prepare import Settings, cached_folder, prepare_cached
 from ropepp_lit.data.remote import RemoteFolder, is_remote
+from ropepp_lit.data.report import left_out_lines
 from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Manifest, TokenSet
 from ropepp_lit.data.tokenizer_choice import TokenizerChoice
 from ropepp_lit.errors import UsageError

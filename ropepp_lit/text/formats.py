@@ -9,6 +9,7 @@ import io
 import lzma
 import re
 import zlib
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ import pyarrow.parquet
 from backports import zstd
 
 from ropepp_lit.errors import UsageError
+from ropepp_lit.text.trained_spans import Span
 
 FORMATS = {
     ".json": "json", ".jsonl": "json", ".ndjson": "json",
@@ -102,7 +104,7 @@ BROKEN = (OSError, EOFError, lzma.LZMAError, zlib.error, zstd.ZstdError, pyarrow
 
 
 class Record(NamedTuple):
-    """A document, or why there is none."""
+    """A document, or a row that one is made of, or why there is none."""
 
     text: str | None
     problem: str | None
@@ -110,6 +112,12 @@ class Record(NamedTuple):
     """The file, and the line, row or piece in it."""
     remedy: str = "correct it"
     """What to do about the problem."""
+    row: dict[str, Any] | None = None
+    """Values by key or column, where :attr:`Options.columns` names them."""
+    spans: list[Span] | None = None
+    """What of the text is trained; None where all of it is."""
+    notices: tuple[str, ...] = ()
+    """What people should know of a document that is kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +128,7 @@ class Options:
         text_key: Key or column of the text in JSON and tables.
         split: What separates documents in text files, with escapes such as `\n`; a line end in it stands for
             CRLF too. Empty means that each text file is one document.
+        columns: Instead of texts, read rows with these keys or columns, as far as they are there.
 
     Raises:
         UsageError: `split` is empty text or ends within an escape.
@@ -127,6 +136,20 @@ class Options:
 
     text_key: str = "text"
     split: str | None = None
+    columns: tuple[str, ...] = ()
+
+    def found(self, names: Iterable[object]) -> list[str]:
+        """Those of a row's keys or a table's columns that are read."""
+        wanted = self.columns or (self.text_key,)
+        present = set(names)
+        return [name for name in wanted if name in present]
+
+    def missing(self, names: Iterable[object], kind: str, where: str) -> Record:
+        """The record of a row or table with none of them; `kind` is what the names are called."""
+        wanted, what = (self.columns, "messages") if self.columns else ((self.text_key,), "text")
+        listed = ", ".join(map(str, names)) or "none"
+        remedy = f"name the {kind} of the {what} by text_key ({kind}s: {listed})"
+        return Record(None, f"no {kind} {' or '.join(map(repr, wanted))}", where, remedy)
 
     def __post_init__(self) -> None:
         if self.split is not None and not self._separator:

@@ -7,10 +7,10 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow
 import pyarrow.parquet
@@ -65,19 +65,21 @@ def _records(
     if kind in ("parquet", "arrow") and stream is not raw:
         return iter([Record(None, "a compressed table", name, UNPACK)][skip:])
     if kind == "parquet":
-        return _read_parquet(raw, name, options.text_key, skip)
+        return _read_parquet(raw, name, options, skip)
     if kind == "arrow":
-        return _read_arrow(raw, name, options.text_key, skip)
+        return _read_arrow(raw, name, options, skip)
     if kind in ("csv", "tsv"):
-        return _read_csv(stream, name, options.text_key, skip, "," if kind == "csv" else "\t")
+        return _read_csv(stream, name, options, skip, "," if kind == "csv" else "\t")
     if kind == "json":
-        return _read_json(stream, name, options.text_key, skip)
+        return _read_json(stream, name, options, skip)
+    if options.columns:
+        return iter([Record(None, "a file of text, not of rows", name, "name JSON or tables")][skip:])
     if options.separator is not None:
         return _read_pieces(stream, name, options.separator, skip)
     return iter([_read_whole(stream, name)] if skip == 0 else [])
 
 
-def _read_json(stream: io.BufferedReader, name: str, key: str, skip: int) -> Iterator[Record]:
+def _read_json(stream: io.BufferedReader, name: str, options: Options, skip: int) -> Iterator[Record]:
     """The values of JSON lines, of an array, or of objects that stand on several lines each."""
     number = 0
     if stream.peek(3).startswith(codecs.BOM_UTF8):
@@ -85,23 +87,23 @@ def _read_json(stream: io.BufferedReader, name: str, key: str, skip: int) -> Ite
     while (head := stream.peek(1)[:1]) and head.isspace():
         number += stream.read(1) == b"\n"
     if head == b"[":
-        yield from _read_values(b"", stream, name, key, skip)
+        yield from _read_values(b"", stream, name, options, skip)
         return
     for line in stream:
         number += 1
         if not line.strip():
             continue
         if line.strip() == b"{":
-            yield from _read_values(line, stream, name, key, skip, before=number - 1)
+            yield from _read_values(line, stream, name, options, skip, before=number - 1)
             return
         if skip:
             skip -= 1
         else:
-            yield _parse(line, f"{name}:{number}", key)
+            yield _parse(line, f"{name}:{number}", options)
 
 
 def _read_values(
-    first: bytes, stream: io.BufferedReader, name: str, key: str, skip: int, before: int = 0
+    first: bytes, stream: io.BufferedReader, name: str, options: Options, skip: int, before: int = 0
 ) -> Iterator[Record]:
     """The elements of arrays, and objects outside of them; `before` are counted in their places already."""
     decode, text = json.JSONDecoder().raw_decode, codecs.getreader("utf-8")(stream)
@@ -123,7 +125,7 @@ def _read_values(
                 else:
                     number += 1
                     if number > skip:
-                        yield pick(value, f"{name}:{before + number}", key)
+                        yield pick(value, f"{name}:{before + number}", options)
                     continue
             elif ended:
                 if in_array:
@@ -137,69 +139,80 @@ def _read_values(
         yield Record(None, "broken JSON", f"{name}:{before + number + 1}")
 
 
-def _parse(line: bytes, where: str, key: str) -> Record:
+def _parse(line: bytes, where: str, options: Options) -> Record:
     try:
         value = json.loads(line)
     except UnicodeDecodeError:
         return Record(None, "not UTF-8", where)
     except (ValueError, RecursionError):
         return Record(None, "broken JSON", where)
-    return pick(value, where, key)
+    return pick(value, where, options)
 
 
-def pick(value: object, where: str, key: str) -> Record:
-    """The text in a row."""
+def pick(value: object, where: str, options: Options) -> Record:
+    """The text in a row, or the row's values."""
     if not isinstance(value, dict):
-        return Record(None, f"no key {key!r}", where, "write objects with a key for the text")
-    if key not in value:
-        keys = ", ".join(map(str, value)) or "none"
-        return Record(None, f"no key {key!r}", where, f"name the key of the text by text_key (keys: {keys})")
-    return _check(value[key], where)
+        names = " or ".join(map(repr, options.columns or (options.text_key,)))
+        return Record(None, f"no key {names}", where, "write objects with a key for the text")
+    keys = options.found(value)
+    if not keys:
+        return options.missing(value, "key", where)
+    if options.columns:
+        return Record(None, None, where, row={key: value[key] for key in keys})
+    return _check(value[keys[0]], where)
 
 
-def _no_column(names: Sequence[str], name: str, key: str) -> Record:
-    columns = ", ".join(names) or "none"
-    return Record(None, f"no column {key!r}", name, f"name the column of the text by text_key (columns: {columns})")
-
-
-def _read_parquet(raw: IO[bytes], name: str, key: str, skip: int) -> Iterator[Record]:
+def _read_parquet(raw: IO[bytes], name: str, options: Options, skip: int) -> Iterator[Record]:
     with pyarrow.parquet.ParquetFile(raw) as parquet:
-        if key not in parquet.schema_arrow.names:
-            yield _no_column(parquet.schema_arrow.names, name, key)
+        names = parquet.schema_arrow.names
+        columns = options.found(names)
+        if not columns:
+            yield options.missing(names, "column", name)
             return
         groups, number = list(range(parquet.num_row_groups)), 0
         while groups and number + parquet.metadata.row_group(groups[0]).num_rows <= skip:
             number += parquet.metadata.row_group(groups.pop(0)).num_rows
-        for batch in parquet.iter_batches(batch_size=256, row_groups=groups, columns=[key]):
-            yield from _rows(batch.column(0), name, number, skip)
+        for batch in parquet.iter_batches(batch_size=256, row_groups=groups, columns=columns):
+            yield from _rows(batch.select(columns), name, number, skip, options)
             number += len(batch)
 
 
-def _read_arrow(raw: IO[bytes], name: str, key: str, skip: int) -> Iterator[Record]:
+def _read_arrow(raw: IO[bytes], name: str, options: Options, skip: int) -> Iterator[Record]:
     """A file of Arrow's stream format, as `datasets` writes them, or of its file format (Feather)."""
     is_stream = raw.read(6) != b"ARROW1"
     raw.seek(0)
     with (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(raw) as reader:
-        column = reader.schema.get_field_index(key)
-        if column < 0:
-            yield _no_column(reader.schema.names, name, key)
+        columns = options.found(reader.schema.names)
+        if not columns:
+            yield options.missing(reader.schema.names, "column", name)
             return
         number = 0
         batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
         for batch in batches:
-            yield from _rows(batch.column(column), name, number, skip)
+            yield from _rows(batch.select(columns), name, number, skip, options)
             number += len(batch)
 
 
-def _rows(column: pyarrow.Array, name: str, before: int, skip: int) -> Iterator[Record]:
-    """Rows of a column that begins behind `before` rows, but for the first `skip` of the file."""
-    first = min(max(skip - before, 0), len(column))
-    for number, value in enumerate(column[first:].to_pylist(), start=before + first + 1):
+def _rows(batch: pyarrow.RecordBatch, name: str, before: int, skip: int, options: Options) -> Iterator[Record]:
+    """Rows of a batch that begins behind `before` rows, but for the first `skip` of the file."""
+    first = min(max(skip - before, 0), len(batch))
+    values = (batch if options.columns else batch.column(0))[first:].to_pylist()
+    for number, value in enumerate(values, start=before + first + 1):
         where = f"{name}:{number}"
-        yield _decode(value, where) if isinstance(value, bytes) else _check(value, where)
+        if options.columns:
+            yield Record(None, None, where, row=without_nulls(value))
+        else:
+            yield _decode(value, where) if isinstance(value, bytes) else _check(value, where)
 
 
-def _read_csv(stream: io.BufferedReader, name: str, key: str, skip: int, delimiter: str) -> Iterator[Record]:
+def without_nulls(value: Any) -> Any:
+    """A value of a table without null fields: the objects of a column have all keys that one of them has."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _read_csv(stream: io.BufferedReader, name: str, options: Options, skip: int, delimiter: str) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     try:
@@ -207,18 +220,20 @@ def _read_csv(stream: io.BufferedReader, name: str, key: str, skip: int, delimit
         header = next(rows, None)
         if header is None:
             return
-        if key not in header:
-            yield _no_column(header, name, key)
+        columns = options.found(header)
+        if not columns:
+            yield options.missing(header, "column", name)
             return
-        column = header.index(key)
         for number, row in enumerate((row for row in rows if row), start=1):
             if number <= skip:
                 continue
             where = f"{name}:{number}"
             if len(row) != len(header):
                 yield Record(None, "another number of columns than the first line", where)
+            elif options.columns:
+                yield Record(None, None, where, row={column: row[header.index(column)] for column in columns})
             else:
-                yield _check(row[column], where)
+                yield _check(row[header.index(columns[0])], where)
     finally:
         text.detach()  # the caller closes the stream
 

@@ -18,7 +18,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.files import write_whole
 from ropepp_lit.text.formats import Options, Record, ending_of, find_problem, kind_of
 from ropepp_lit.text.hub import HUB, HubDataset
-from ropepp_lit.text.readers import pick, read_file
+from ropepp_lit.text.readers import pick, read_file, without_nulls
 
 BUILTIN = "builtin"
 """The name of the corpus that every Python brings: the source code of its standard library."""
@@ -305,6 +305,7 @@ class Reader:
         files: What :func:`find_files` found.
         text_key: Key or column of the text in JSON and tables.
         split: What separates documents in text files; empty means that each file is one.
+        columns: Instead of texts, read rows with these keys or columns.
         start: Where to begin.
 
     Raises:
@@ -312,10 +313,16 @@ class Reader:
     """
 
     def __init__(
-        self, files: Sequence[Source], *, text_key: str = "text", split: str | None = None, start: Cursor = START
+        self,
+        files: Sequence[Source],
+        *,
+        text_key: str = "text",
+        split: str | None = None,
+        columns: tuple[str, ...] = (),
+        start: Cursor = START,
     ) -> None:
         self._files, self._start = files, start
-        self._options = Options(text_key=text_key, split=split)
+        self._options = Options(text_key=text_key, split=split, columns=columns)
         self.bytes_read = 0
         """Bytes of the files read so far, compressed ones as they lie on the disk."""
 
@@ -328,7 +335,8 @@ class Reader:
             if index >= self._start.file:
                 if isinstance(file, HubDataset):
                     for number, (row, state) in enumerate(file.rows(skip, begin), start=skip + 1):
-                        yield Cursor(index, number, state), pick(row, f"{file.name}:{number}", self._options.text_key)
+                        value = without_nulls(row) if self._options.columns else row
+                        yield Cursor(index, number, state), pick(value, f"{file.name}:{number}", self._options)
                 else:
                     records = read_file(file.path, file.name, self._options, skip=skip, progress=self._advance(before))
                     for number, record in enumerate(records, start=skip + 1):

@@ -160,10 +160,15 @@ class TextTokenizer:
             bodies = []
             while encodings:  # each takes a hundred bytes a token: let it go at once
                 bodies.append(np.asarray(encodings.pop().ids, dtype=np.int32))
+        before, behind = (np.asarray(ids, dtype=np.int32) for ids in self.around)
+        return [np.concatenate((before, body, behind)) for body in bodies]
+
+    @property
+    def around(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Tokens before and behind whole documents: opening, and closing with EOS."""
         assert self.eos_token_id is not None
         end = self.closing if self.closing[-1:] == (self.eos_token_id,) else (*self.closing, self.eos_token_id)
-        before, behind = (np.asarray(ids, dtype=np.int32) for ids in (self.opening, end))
-        return [np.concatenate((before, body, behind)) for body in bodies]
+        return self.opening, end
 
     @cached_property
     def _byte_ids(self) -> np.ndarray:

@@ -9,7 +9,7 @@ import time
 import pytest
 from corpora import DOCUMENTS, SETTINGS, contents, run, store
 
-from ropepp_lit.data import part_writer, preparation
+from ropepp_lit.data import encoders, part_writer, preparation
 from ropepp_lit.data.prepare import Settings, prepare
 from ropepp_lit.data.shards import Chunk, Manifest, TokenSet, verify
 from ropepp_lit.data.shares import Share, merge
@@ -22,7 +22,7 @@ MANY = [f"{n} {text}" for n in range(5) for text in DOCUMENTS]
 def small_parts(monkeypatch):
     monkeypatch.setattr(preparation, "PART_BYTES", 3000)
     monkeypatch.setattr(preparation, "CUT_BYTES", 5000)
-    monkeypatch.setattr(preparation, "BATCH_BYTES", 700)
+    monkeypatch.setattr(encoders, "BATCH_BYTES", 700)
 
 
 def everything(folder):
@@ -146,9 +146,9 @@ def test_what_parts_cannot_do(tmp_path):
 
 KILLED = """
 import os, signal, sys, pathlib
-from ropepp_lit.data import part_writer, preparation, shares
+from ropepp_lit.data import encoders, part_writer, preparation, shares
 from ropepp_lit.data.prepare import Settings, prepare
-preparation.PART_BYTES, preparation.BATCH_BYTES, preparation.CUT_BYTES = 3000, 700, 5000
+preparation.PART_BYTES, encoders.BATCH_BYTES, preparation.CUT_BYTES = 3000, 700, 5000
 left = int(sys.argv[1])
 
 def counting(function):
@@ -210,7 +210,7 @@ def test_the_installed_command_makes_parts_and_merges_them(command_path, run_fil
 def test_chunks_have_the_size_that_was_asked_for(tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(preparation, "PART_BYTES", 2**27)
     monkeypatch.setattr(preparation, "CUT_BYTES", 2**40)
-    monkeypatch.setattr(preparation, "BATCH_BYTES", 2**19)
+    monkeypatch.setattr(encoders, "BATCH_BYTES", 2**19)
     source = store(tmp_path, "jsonl", [*["ab"] * 20_000, "x" * 200_000, *["cd"] * 100])
     manifest = run(source, tmp_path / "out", Settings(tokenizer="bytes", chunk_bytes=100_000))
     sizes = [(tmp_path / "out" / "train" / c.filename).stat().st_size for c in manifest.splits["train"].chunks]

@@ -11,6 +11,7 @@ import pytest
 from corpora import DOCUMENTS, SETTINGS, contents, read_spans, read_split, reference, run, store
 from tokenizers import Tokenizer
 
+from ropepp_lit.data import encoders
 from ropepp_lit.data import preparation as module
 from ropepp_lit.data.plan import Span
 from ropepp_lit.data.prepare import Settings, prepare_cached
@@ -22,7 +23,7 @@ from ropepp_lit.text.tokenizer import train_tokenizer
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
 def test_every_way_to_store_a_corpus_gives_the_same_shards(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PART_BYTES", 1500)
-    monkeypatch.setattr(module, "BATCH_BYTES", 700)
+    monkeypatch.setattr(encoders, "BATCH_BYTES", 700)
     run(store(tmp_path / "jsonl", "jsonl"), tmp_path / "first")
     run(store(tmp_path / kind, kind), tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "first")

@@ -15,8 +15,8 @@ from ropepp_lit.data.prepare import Settings
 KILLED = """
 import os, signal, sys, pathlib
 from ropepp_lit.data import prepare
-from ropepp_lit.data import part_writer, preparation as module
-module.PART_BYTES, module.BATCH_BYTES, module.CUT_BYTES = 1500, 400, 3000
+from ropepp_lit.data import encoders, part_writer, preparation as module
+module.PART_BYTES, encoders.BATCH_BYTES, module.CUT_BYTES = 1500, 400, 3000
 left = int(sys.argv[1])
 
 def counting(function):

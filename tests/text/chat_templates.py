@@ -70,7 +70,8 @@ GEMMA = """\
 PLAIN = """\
 {%- for message in messages -%}
     {%- if message['role'] == 'assistant' -%}
-        {{- '### Answer: ' }}{{- BEGIN message['content'] | trim + (eos_token if loop.last else '') END -}}{{- '\\n\\n' -}}
+        {{- '### Answer: ' }}{{- BEGIN message['content'] | trim + (eos_token if loop.last else '') END -}}
+        {{- '\\n\\n' -}}
     {%- else -%}
         {{- '### ' + message['role'] | capitalize + ': ' + message['content'] | trim + '\\n\\n' -}}
     {%- endif -%}
