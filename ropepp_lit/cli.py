@@ -20,13 +20,14 @@ SUBCOMMANDS = {
     "export": ("turn a checkpoint into a Hugging Face folder", "ropepp_lit.commands.convert"),
     "upcycle": ("turn a RoPE checkpoint into a RoPE++ one", "ropepp_lit.commands.convert"),
     "generate": ("let a checkpoint write", "ropepp_lit.commands.generate"),
+    "chat": ("talk with a checkpoint in the terminal", "ropepp_lit.commands.chat"),
     "evaluate": ("measure checkpoints at long context", "ropepp_lit.commands.evaluate"),
     "figures": ("draw the figures of the method", "ropepp_lit.commands.figures"),
 }
 """What each subcommand does, and the module whose `main(arguments)` does it; the subcommand is the first argument."""
 
 
-PRINTING = ("generate", "plan")
+PRINTING = ("generate", "chat", "plan")
 """Subcommands that only print; they end when nobody reads on, and the others go on."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -89,6 +90,14 @@ def write_whole(path: Path, contents: str | bytes) -> None:
     """Write a file, text as UTF-8, that appears under its name only when it is complete."""
     with whole_file(path) as partial:
         partial.write_bytes(contents.encode() if isinstance(contents, str) else contents)
+
+
+def json_line(value: Any) -> bytes:
+    """A value as a line of JSON in UTF-8."""
+    try:
+        return (json.dumps(value, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and UTF-8 cannot encode
+        return (json.dumps(value) + "\n").encode()
 
 
 @contextmanager
@@ -260,3 +269,14 @@ def checksum(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a file's SHA-256, or of those of all files of a folder and their names, in hexadecimal digits."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        if path.is_dir():
+            digest.update(str(file.relative_to(path)).encode())
+        digest.update(bytes.fromhex(checksum(file)))
+    return digest.hexdigest()

@@ -13,6 +13,7 @@ LAYERS = (
     {"commands"},
     {"train"},
     {"eval"},
+    {"inference"},
     {"data", "hf"},
     {"text"},
     {"checkpoint"},

@@ -1,4 +1,4 @@
-"""`ropepp-lit generate`: a checkpoint writes to the terminal."""
+"""`ropepp-lit generate`: a checkpoint writes to the terminal, or answers a file of prompts."""
 
 from __future__ import annotations
 
@@ -11,59 +11,109 @@ def generate(
     checkpoint: str,
     *,
     prompt: str = "",
+    prompts: str | None = None,
+    out: str | None = None,
+    chat: bool = False,
+    batch_size: int = 8,
     max_new_tokens: int = 128,
+    stop: str = "",
     temperature: float = 0.8,
+    top_k: int = 0,
     top_p: float = 0.95,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
+    context_length: int | None = None,
     trust: str | None = None,
 ) -> None:
-    """Let a checkpoint continue a prompt, streamed to the terminal.
+    r"""Let a checkpoint continue a prompt, streamed to the terminal, or every prompt of a file.
 
     Args:
         checkpoint: A .ckpt file, a Hugging Face folder, or the name of one on the Hugging Face Hub.
         prompt: What the model continues; empty starts a new document.
-        max_new_tokens: Tokens to write at most; writing ends with the document.
+        prompts: Instead, a file of JSON lines with the key prompt; other keys are kept.
+        out: For `prompts`, the new file of JSON lines: each row with text, finish_reason (stop or length) and tokens.
+            Finished rows are kept in OUT.partial; the same command goes on after a kill.
+        chat: Put prompts into the tokenizer's chat template, as messages of the user; rows may have messages instead.
+        batch_size: Prompts of a file that are continued together.
+        max_new_tokens: Tokens to write at most; writing ends with the document, and with the context.
+        stop: Text that ends what is written, such as '\n\n' (escapes as in prepare's split), or a JSON list of texts.
+            It is left out. Empty means none.
         temperature: Divides the logits; 0 takes the most likely token each time (greedy).
+        top_k: Sample from this many most likely tokens; 0 means all.
         top_p: Sample from the smallest set of tokens whose probability reaches this.
-        seed: Of the sampling.
+        min_p: Leave out tokens less likely than this share of the most likely one's probability.
+        repetition_penalty: Divides the logits of tokens that are there already, the prompt's too; 1 changes nothing.
+        seed: Of the sampling. A text depends on it and on the row's number, not on the rows beside it.
+        context_length: Tokens of prompt and text together; empty means those that the checkpoint was trained with.
         trust: `module.Class` of a position scheme of your own that the checkpoint was made with and may be imported.
     """
-    import torch  # heavy imports wait until the arguments are known to be right
+    from ropepp_lit.errors import UsageError  # heavy imports wait until the arguments are known to be right
 
-    from ropepp_lit.checkpoint import KEY, load_decoder
-    from ropepp_lit.errors import UsageError
-    from ropepp_lit.hf.folder import describe_dtypes, open_checkpoint
-    from ropepp_lit.nn import generation
-    from ropepp_lit.text.stream import TextStream
-    from ropepp_lit.text.tokenizer import TextTokenizer
+    if (prompts is None) != (out is None):
+        raise UsageError("prompts: give --prompts FILE.jsonl and --out FILE.jsonl together")
+    if prompts is not None and prompt:
+        raise UsageError("prompt: give either --prompt or --prompts")
+    if batch_size < 1:
+        raise UsageError(f"batch_size: {batch_size} must be 1 or more")
 
-    generation.check_sampling("", temperature, top_p)
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens: {max_new_tokens} must be 1 or more")
-    contents = open_checkpoint(checkpoint)
-    ours = contents[KEY]
-    if ours["tokenizer"] is None:
-        raise UsageError(f"{checkpoint}: the checkpoint stores no tokenizer, so it cannot read a prompt or write text")
-    if notice := describe_dtypes(contents):
-        print(f"Notice: {notice}; computed in the first.", file=sys.stderr)
-    tokenizer = TextTokenizer.from_entry(ours)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    decoder = load_decoder(contents, trust=trust).to(device)
-    ids = tokenizer.encode_prompt(prompt)
-    print(prompt, end="", flush=True)
-    stream = TextStream(tokenizer, ids)
-    for token in generation.generate(
-        decoder,
-        torch.tensor([ids], device=device),
+    from pathlib import Path
+
+    from ropepp_lit.inference.model import Writing, load_model, parse_stop
+    from ropepp_lit.nn.sampling import Sampling
+
+    writing = Writing(
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        generator=torch.Generator(device).manual_seed(seed),
-    ):
-        if int(token) in tokenizer.stop_token_ids:
-            break
-        print(stream.push(int(token)), end="", flush=True)
-    print(stream.finish())
+        sampling=Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+        ),
+        seed=seed,
+        stop_texts=parse_stop(stop),
+    ).check()
+    if out is not None and Path(out).exists():
+        raise UsageError(f"out: {out}: already exists; name another file, or delete it")
+    model = load_model(checkpoint, trust=trust, context_length=context_length)
+    template = None
+    if chat:
+        from ropepp_lit.text.chat import ChatTemplate
+
+        template = ChatTemplate.from_tokenizer(model.tokenizer)
+    if prompts is not None and out is not None:
+        from ropepp_lit.inference.prompts import PromptFile
+
+        summary = PromptFile(Path(prompts), model, template).answer(Path(out), writing, batch_size=batch_size)
+        resumed = f", {summary.resumed} of them before" if summary.resumed else ""
+        print(f"{out}: {summary.rows} rows{resumed}")
+        if summary.at_context:
+            print(
+                f"Notice: {summary.at_context} texts end where the model's context of {model.context_length:,} tokens "
+                "does.",
+                file=sys.stderr,
+            )
+        return
+    from ropepp_lit.inference.completion import Stream
+    from ropepp_lit.inference.prompts import encode_messages
+    from ropepp_lit.nn.generation import Row
+
+    ids = model.tokenizer.encode_prompt(prompt) if template is None else encode_messages(template, {"prompt": prompt})
+    if model.room_behind(ids) == 0:
+        raise UsageError(
+            f"prompt: it has {len(ids):,} tokens and leaves no room in the model's context of "
+            f"{model.context_length:,}; shorten it, or give --context_length"
+        )
+    if template is None:
+        print(prompt, end="", flush=True)
+    stop_token_ids = template.end_of_turn if template is not None else []
+    stream = Stream(model, Row(model.decoder), ids, writing, stop_token_ids=stop_token_ids)
+    for text in stream:
+        print(text, end="", flush=True)
+    print()
+    if stream.ends_at_context and stream.finish_reason == "length":
+        print(
+            f"Notice: the text ends where the model's context of {model.context_length:,} tokens does; "
+            "--context_length allows more.",
+            file=sys.stderr,
+        )
 
 
 def main(arguments: list[str]) -> None:

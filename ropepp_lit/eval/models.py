@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from ropepp_lit.checkpoint import KEY, load_decoder
 from ropepp_lit.errors import UsageError
+from ropepp_lit.files import fingerprint
 from ropepp_lit.hf.folder import locate, open_checkpoint
 from ropepp_lit.nn import Decoder
 from ropepp_lit.text.tokenizer import TextTokenizer
@@ -92,7 +92,7 @@ def load_model(source: str, *, trust: str | None = None, dtype: torch.dtype, dev
         path=path,
         decoder=load_decoder(contents, trust=trust, dtype=dtype).to(device, dtype),
         tokenizer=TextTokenizer.from_entry(entry),
-        fingerprint=_fingerprint(location),
+        fingerprint=fingerprint(location),
         entry=entry,
     )
 
@@ -103,15 +103,3 @@ def _name_of(path: Path) -> str:
     if path.parent.name == "checkpoints":
         return path.parent.parent.name
     return path.stem if path.suffix == ".ckpt" else path.name
-
-
-def _fingerprint(path: Path) -> str:
-    """Of the file, or of all files of a folder by their names."""
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    digest = hashlib.sha256()
-    for file in files:
-        if path.is_dir():
-            digest.update(str(file.relative_to(path)).encode())
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()

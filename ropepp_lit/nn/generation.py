@@ -197,8 +197,8 @@ class Batch:
         documents = Documents.from_ids(ids[None])
         ends = documents.cu_seqlens[1:].tolist()
         input_ids = self._input(list(itertools.chain.from_iterable(prompts)))
-        device = input_ids.device
-        documents = Documents(*(part.to(device) for part in documents[:3]), longest=documents.longest)
+        ids, bounds, positions = (part.to(input_ids.device) for part in documents[:3])
+        documents = Documents(ids, bounds, positions, documents.longest)
         packed = self._decoder.allocate_cache(batch_size=1, max_tokens=ends[-1])
         packed.is_packed = True
         hidden = self._decoder.hidden_states(input_ids, documents=documents, cache=packed)

@@ -123,7 +123,12 @@ class ChatTemplate:
         return list(dict.fromkeys(token for token in found if token is not None))
 
     def render(
-        self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None, add_generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = False,
+        **options: Any,
     ) -> str:
         """The text of a conversation: transformers' `apply_chat_template(…, tokenize=False)`.
 
@@ -131,11 +136,12 @@ class ChatTemplate:
             messages: At least one.
             tools: JSON schemas of the tools that the assistant may call.
             add_generation_prompt: Whether what opens the assistant's next turn stands behind the conversation.
+            options: Further variables of the template, such as `enable_thinking`.
 
         Raises:
             ChatTemplateError: the template raises an error.
         """
-        options = {"add_generation_prompt": add_generation_prompt}
+        options = {**options, "add_generation_prompt": add_generation_prompt}
         return self._render(messages, self._template_for(tools), tools, options)[0]
 
     def render_trained(self, conversation: Conversation, train_on: str = "assistant") -> Rendered:

@@ -159,12 +159,7 @@ class Options:
     def _separator(self) -> bytes:
         assert self.split is not None
         try:
-            plain = re.sub(
-                r"\\(?:[nrtfv\\]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})",
-                lambda match: codecs.decode(match[0], "unicode_escape"),
-                self.split,
-            )
-            return plain.encode("utf-8")
+            return unescape(self.split).encode("utf-8")
         except UnicodeError as error:
             raise UsageError(f"split: {self.split!r} is not a text") from error
 
@@ -174,6 +169,12 @@ class Options:
         if self.split is None:
             return None
         return re.compile(re.escape(self._separator).replace(b"\\\n", b"\r?\n"))
+
+
+def unescape(text: str) -> str:
+    r"""A text of a command line, in which `\n`, `\r`, `\t`, `\f`, `\v`, `\\`, `\xNN` and `\uNNNN` are escapes."""
+    pattern = r"\\(?:[nrtfv\\]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})"
+    return re.sub(pattern, lambda match: codecs.decode(match[0], "unicode_escape"), text)
 
 
 def kind_of(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ropepp_lit.text.tokenizer import TextTokenizer
 
@@ -66,3 +66,60 @@ class TextStream:
             self._ids, self._context = self._ids[self._context :], count - self._context
             self._given = self._tokenizer.decode(self._ids[: self._context])
         return new
+
+
+class StoppingStream:
+    """Text of tokens that come one by one, up to a token or a text that ends it; neither is part of the text.
+
+    A text that ends it may begin and end anywhere within tokens: what could be its beginning is held back.
+
+    Args:
+        tokenizer: Decodes.
+        prompt: Token ids before the first new one.
+        stop_token_ids: Tokens that end the text.
+        stop_texts: Texts that end it; the first in the text counts.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        prompt: Sequence[int] = (),
+        *,
+        stop_token_ids: Collection[int] = (),
+        stop_texts: Sequence[str] = (),
+    ) -> None:
+        self._stream = TextStream(tokenizer, prompt)
+        self._stop_token_ids, self._stop_texts = stop_token_ids, stop_texts
+        self._held = ""
+        self.num_tokens = 0
+        """Tokens so far, that which ended the text included."""
+        self.is_stopped = False
+
+    def push(self, token_id: int) -> str:
+        """Take a token; the text that is certain now."""
+        self.num_tokens += 1
+        if token_id not in self._stop_token_ids:
+            return self._give(self._stream.push(token_id), is_last=False)
+        text = self.finish()
+        self.is_stopped = True
+        return text
+
+    def finish(self) -> str:
+        """The text that was held back, where no more tokens come."""
+        return "" if self.is_stopped else self._give(self._stream.finish(), is_last=True)
+
+    def _give(self, new: str, *, is_last: bool) -> str:
+        text = self._held + new
+        found = [place for place in (text.find(stop) for stop in self._stop_texts) if place >= 0]
+        if found:
+            self.is_stopped = True
+            return text[: min(found)]
+        held = 0 if is_last else max((_overlap(text, stop) for stop in self._stop_texts), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of a text that are the beginning of another, not all of it."""
+    sizes = range(min(len(stop) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if text.endswith(stop[:size])), 0)

@@ -1,0 +1,1 @@
+"""Writing text with a model: prompts from a file, and conversations."""
