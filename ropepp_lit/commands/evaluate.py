@@ -45,7 +45,8 @@ def evaluate(
         checkpoints: .ckpt files, Hugging Face folders or names on the Hugging Face Hub, each PATH or NAME=PATH; those
             of one name are runs (seeds) of one model. Differences are to the first.
         tasks: Of perplexity, retrieval (or some families: retrieval:single+multikey), noise (on perplexity and
-            retrieval; noise:retrieval:single), attention and harness:NAME (a task of lm-eval), with commas.
+            retrieval; noise:retrieval:single), attention, answers:FILE (held-out prompts and answers, in the formats of
+            prepare --format chat and completion) and harness:NAME (a task of lm-eval), with commas.
         lengths: Tokens of the context, with commas; k is 1,024.
         out: The folder that is written: index.html, results.json, scores.csv, plots, TensorBoard's events.
         text: Documents for perplexity and attention: files, folders, globs, with commas, as for prepare, each source
@@ -54,8 +55,8 @@ def evaluate(
         text_key: Key or column of the text in JSON and tables.
         split: What separates documents in text files, as for prepare; empty means that each file is one.
         min_tokens: Leave out documents of fewer tokens (of the first model).
-        limit: Documents of each source or held-out set, examples of each family, and examples of each harness task (and
-            length); empty means 50, and all examples of a harness task.
+        limit: Documents of each source or held-out set, examples of each family, prompts of each file of answers, and
+            examples of each harness task (and length); empty means 50, and all examples of a harness task.
         stride: Tokens from one window of perplexity to the next; empty means that windows don't overlap.
         noise_std: Standard deviations of the noise on scores, with commas.
         seed: Of examples and noise.
@@ -185,6 +186,7 @@ def _measure(
     from ropepp_lit.eval.tasks import averages, check, measure, work_of
     from ropepp_lit.eval.texts import by_set
     from ropepp_lit.files import write_whole
+    from ropepp_lit.text.sources import find_files, identify
 
     texts = [text for documents in sets.values() for text in documents]
     texts_digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
@@ -205,6 +207,8 @@ def _measure(
                 "harness": settings.options.identity() if unit.task == "harness" else None,
                 "texts": texts_digest if unit.task in ("perplexity", "attention") else None,
             }  # fmt: skip
+            if unit.task == "answers":
+                key["file"] = identify(find_files([unit.part], key="tasks"))
             part = folder / "parts" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
             before = bar.n
             if part.is_file():

@@ -114,7 +114,7 @@ class Measurement:
     @property
     def is_proportion(self) -> bool:
         """Whether the ratio is a mean of examples' successes, each from 0 to 1: a score, or nothing but 0 and 1."""
-        if self.metric.partition(",")[0] == "score":
+        if "score" in (self.metric.partition(",")[0], self.aggregation):
             return True
         return self.aggregation == "mean" and {*self.numerators, *self.denominators} <= {0.0, 1.0}
 

@@ -11,25 +11,28 @@ from typing import NamedTuple
 import torch
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.eval import harness, perplexity, probes, retrieval
+from ropepp_lit.eval import answers, harness, perplexity, probes, retrieval
 from ropepp_lit.eval.models import Model
 from ropepp_lit.eval.results import Measurement
 from ropepp_lit.eval.retrieval_families import DEPTHS, FAMILIES
 
-TASKS = ("perplexity", "retrieval", "noise", "attention", "harness:NAME")
+TASKS = ("perplexity", "retrieval", "noise", "attention", "answers:FILE", "harness:NAME")
 ATTENTION_TEXTS = 4
 EXAMPLES = 50
-"""Documents, and examples of each family, where no limit is given."""
+"""Documents, examples of each family, and prompts of each file, where no limit is given."""
+
+WITHOUT_LENGTH = ("answers", "harness")
+"""Tasks that are measured once and not at each length."""
 
 
 class Unit(NamedTuple):
     """What is measured at once, of one model."""
 
     task: str
-    """perplexity, retrieval, attention or harness."""
+    """perplexity, retrieval, attention, answers or harness."""
 
     part: str
-    """A family of retrieval, or a task of lm-eval."""
+    """A family of retrieval, a file of prompts and answers, or a task of lm-eval."""
 
     length: int | None
     heads: str = ""
@@ -48,7 +51,8 @@ class Settings:
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
     limit: int | None = None
-    """Documents, examples of each family, examples of each task of lm-eval; None means EXAMPLES, and the whole task."""
+    """Documents, examples of each family, prompts of each file, examples of each task of lm-eval; None means EXAMPLES,
+    and the whole task."""
 
     stride: int | None = None
     noise_std: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)
@@ -77,7 +81,7 @@ class Settings:
 
     @property
     def examples(self) -> int:
-        """Documents, or examples of each family."""
+        """Documents, examples of each family, or prompts of each file."""
         return EXAMPLES if self.limit is None else self.limit
 
     @property
@@ -95,7 +99,7 @@ class Settings:
         units: dict[Unit, None] = {}
         for name in self.tasks:
             for kind, part, is_noise in _parse(name):
-                for length in (None,) if kind == "harness" else self.lengths:
+                for length in (None,) if kind in WITHOUT_LENGTH else self.lengths:
                     disturbed = [
                         Unit(kind, part, length, heads, std)
                         for heads in probes.groups_of(model)
@@ -120,15 +124,15 @@ def _parse(name: str) -> list[tuple[str, str, bool]]:
             if family not in FAMILIES:
                 raise UsageError(f"tasks: retrieval has no family {family!r}; choose of {', '.join(FAMILIES)}")
         return [("retrieval", family, False) for family in families]
-    if kind == "harness" and part:
-        return [("harness", part, False)]
+    if kind in WITHOUT_LENGTH and part:
+        return [(kind, part, False)]
     if kind in ("perplexity", "attention") and not part:
         return [(kind, "", False)]
     raise UsageError(f"tasks: no task {name!r}; choose of {', '.join(TASKS)}")
 
 
 def work_of(unit: Unit, settings: Settings, num_tokens: Sequence[int]) -> int:
-    """Tokens that a unit reads, for the progress bar; lm-eval's are not known and count 1.
+    """Tokens that a unit reads, for the progress bar; those of answers and lm-eval are not known and count 1.
 
     Args:
         unit: The unit.
@@ -164,6 +168,8 @@ def check(model: Model, units: Sequence[Unit], settings: Settings, num_tokens: S
     for unit in units:
         if unit.task == "harness":
             harness.check_task(unit.part, settings.options)
+        elif unit.task == "answers":
+            answers.read_pairs(model, unit.part, limit=settings.examples)
     shortest = min(settings.lengths)  # longer ones hold what it holds
     for family in dict.fromkeys(unit.part for unit in units if unit.task == "retrieval"):
         # In short contexts words a few tokens longer may be too long, so all are tried.
@@ -206,6 +212,10 @@ def measure(
         found = harness.measure(
             model, unit.part, lengths=settings.lengths, limit=settings.limit, options=settings.options
         )
+        progress(1)
+        return found, None
+    if unit.task == "answers":
+        found = answers.measure(model, unit.part, limit=settings.examples)
         progress(1)
         return found, None
     assert unit.length is not None

@@ -11,72 +11,10 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from ropepp_lit.eval.report.captions import BESIDE, CAPTIONS, FAMILIES, METRICS, UNITS
 from ropepp_lit.eval.report.panels import MOST_BANDS, Row, model_names, trained_contexts
 from ropepp_lit.eval.report.tables import by_length, common_context, make_cell, make_table, show_value
 from ropepp_lit.eval.results import CLEAN, select
-
-CAPTIONS = {
-    "loss-by-length": (
-        "Loss by length of the window",
-        "The mean loss of all tokens in windows of each length, and perplexity, its exponential. A model that "
-        "gains from more context falls; one that cannot read past its trained context rises behind the dashed line.",
-    ),
-    "loss-by-position": (
-        "Loss by position",
-        "The same loss, by where the token stands inside the longest windows: at position p the model has read p "
-        "tokens. A point is the mean over a range of positions. The first, where little was read, may lie above the "
-        "plot.",
-    ),
-    "retrieval-by-length": (
-        "Retrieval by length",
-        "The mean of the families' scores. 100 means that every answer asked for was given.",
-    ),
-    "retrieval-families": (
-        "Retrieval by family of tasks",
-        "The same score, each family by itself; its intervals are in the table.",
-    ),
-    "retrieval-by-depth": (
-        "Retrieval by depth",
-        "A map for each model and each family whose answer lies in one place: the score by length of the context (to "
-        "the right) and by where in it the answer lies: 0% is the start of the context, 100% its end, next to the "
-        "question. Grey fields were not measured.",
-    ),
-    "noise-perplexity": (
-        "Loss under noise",
-        "Gaussian noise on the attention scores of one kind of heads; the other kind is left as it is. The steeper the "
-        "rise, the more the model rests on the heads that got the noise.",
-    ),
-    "noise-retrieval": (
-        "Retrieval under noise",
-        "The same noise; the steeper the fall, the more retrieval rests on the heads that got it.",
-    ),
-    "distance-attention": (
-        "Attention by distance",
-        "How much of their attention heads give to keys in each range of distances, the mean over queries, heads and "
-        "layers. Ranges grow with distance.",
-    ),
-}
-"""Title and explanation of each plot."""
-
-BESIDE = {
-    "loss-by-length": "Right: the difference to {first} in the same documents; below 0 is better.",
-    "retrieval-by-length": "Right: the difference to {first} in the same examples; above 0 is better.",
-}
-"""What is explained too where there are several models."""
-
-FAMILIES = {
-    "single": "one key in a long text, and its value asked for",
-    "multikey": "many keys, the value of one asked for",
-    "multivalue": "one key with several values, all asked for",
-    "multiquery": "several keys, the values of all asked for",
-    "tracking": "variables assigned to one another; asked for all that hold one value",
-    "common_words": "a list of words; asked for those that occur often",
-    "frequent_words": "made-up words of very unequal counts; asked for the most frequent",
-}
-"""What the families of retrieval tasks ask, after RULER (arXiv 2404.06654)."""
-
-METRICS = {"loss": "Loss", "perplexity": "Perplexity", "bits_per_byte": "Bits per byte", "score": "Score"}
-UNITS = {"loss": "nats per token", "score": "0 to 100", "attention": "%"}
 
 
 @dataclass(kw_only=True)
@@ -108,7 +46,7 @@ def render_page(results: dict[str, Any], *, plots: dict[str, bytes], maps: dict[
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     names = model_names(results)
     sections = [build(results, plots) for build in (_perplexity, _retrieval, _noise)]
-    sections += [_attention(results, plots, maps), _harness(results)]
+    sections += [_attention(results, plots, maps), _answers(results), _harness(results)]
     return template.render(
         title=_listed(names) if len(names) <= 4 else f"{len(names)} models",
         date=_date(results["date"]),
@@ -233,6 +171,29 @@ def _attention(results: dict[str, Any], plots: dict[str, bytes], maps: dict[str,
         tables=[table] if table else [],
         plots=_images(results, plots, "distance-attention"),
         maps=[{"title": name.removeprefix("attention-"), "src": _data_uri(png)} for name, png in sorted(maps.items())],
+    )
+
+
+def _answers(results: dict[str, Any]) -> Section:
+    rows = select(results["scores"], task="answers")
+    names = model_names(results)
+    table = make_table(
+        "Answers to held-out prompts",
+        rows,
+        results,
+        across=lambda row: names.index(row["model"]),
+        heading=lambda row: row["model"],
+        line=lambda row: _title(row["metric"]),
+        corner="Metric",
+        group=lambda row: row["part"],
+    )
+    return Section(
+        id="answers",
+        title="Answers",
+        text="The loss of the expected answers after their prompts, and what the model writes itself (the most likely "
+        "token each time): how many answers are exactly the expected ones, and ROUGE-L, the F-measure of the longest "
+        f"common subsequence of words. {_counts(rows, 'prompts')}",
+        tables=[table] if table else [],
     )
 
 

@@ -7,7 +7,16 @@ from typing import Any
 
 from ropepp_lit.eval.report.panels import HEADS, Row, model_names
 
-DIGITS = {"loss": 3, "bits_per_byte": 3, "perplexity": 2, "score": 1, "attention": 2, "more_context": 0}
+DIGITS = {
+    "loss": 3,
+    "bits_per_byte": 3,
+    "perplexity": 2,
+    "score": 1,
+    "attention": 2,
+    "more_context": 0,
+    "exact": 1,
+    "rouge_l": 1,
+}
 """Behind the decimal point, by metric; others have four."""
 
 

@@ -1,0 +1,172 @@
+"""Answers of a model to held-out prompts, beside the expected ones of a file.
+
+Rows are those of `ropepp-lit prepare --format chat` or `completion`: the last answer of a conversation is the expected
+one, and what stands before it the prompt. Each model renders them by its own chat template and tokenizer, so models of
+different tokenizers are compared by what they write; their losses per token are not comparable.
+
+| metric    | value                                                                                                  |
+|-----------|--------------------------------------------------------------------------------------------------------|
+| `loss`    | nats per token of the expected answers and their end marks, after their prompts                        |
+| `exact`   | % of the written answers (greedy, white space at the ends left out) that are the expected ones          |
+| `rouge_l` | 100 × the F-measure of the longest common subsequence of words (ROUGE-L, torchmetrics, without stemming) |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torchmetrics.functional.text.rouge import rouge_score
+
+from ropepp_lit.data.encoders import ChatEncoder, CompletionEncoder
+from ropepp_lit.data.trained_tokens import is_trained, token_ids
+from ropepp_lit.errors import UsageError
+from ropepp_lit.eval import perplexity
+from ropepp_lit.eval.models import TOKENS_AT_ONCE, Model
+from ropepp_lit.eval.results import Measurement, sample_of
+from ropepp_lit.nn.generation import Batch
+from ropepp_lit.nn.loss import IGNORE_INDEX
+from ropepp_lit.text.chat import ChatTemplate
+from ropepp_lit.text.conversations import CHAT_COLUMNS
+from ropepp_lit.text.sources import Reader, find_files
+
+SPARE_TOKENS = 8
+"""An answer may have this many tokens more than twice those of the expected one."""
+
+
+class Pair(NamedTuple):
+    """A prompt, and the answer that is expected."""
+
+    prompt: list[int]
+    answer: list[int]
+    """With the tokens that end it."""
+
+
+def read_pairs(model: Model, source: str, *, limit: int) -> list[Pair]:
+    """The prompts and answers of a file, as a model reads them: those whose rows have the least hash.
+
+    Args:
+        model: Whose tokenizer and chat template are used.
+        source: Files or folders of rows, see :func:`~ropepp_lit.text.sources.find_files`.
+        limit: Pairs at most.
+
+    Raises:
+        UsageError: a row has no prompt and answer, or the model's tokenizer has no chat template.
+    """
+    records = []
+    for _, record in Reader(find_files([source], key="tasks"), columns=CHAT_COLUMNS):
+        if record.row is None:
+            raise UsageError(f"tasks: answers: {record.where}: {record.problem}; {record.remedy}")
+        records.append(record)
+    records.sort(key=lambda record: hashlib.sha256(repr(record.row).encode("utf-8", "surrogatepass")).digest())
+    pairs = []
+    chat: ChatEncoder | None = None
+    for record in records[:limit]:
+        encoder: ChatEncoder | CompletionEncoder
+        if isinstance((record.row or {}).get("prompt"), str):
+            encoder = CompletionEncoder(model.tokenizer)
+        else:
+            chat = chat or ChatEncoder(ChatTemplate.from_tokenizer(model.tokenizer), column=None, train_on="last")
+            encoder = chat
+        rendered = encoder.render(record)
+        if rendered.text is None:
+            raise UsageError(f"tasks: answers: {rendered.where}: {rendered.problem}; {rendered.remedy}")
+        (stored,) = encoder.encode([rendered])
+        places = is_trained(stored).nonzero()[0]
+        if len(places) == 0 or places[0] == 0:
+            raise UsageError(f"tasks: answers: {rendered.where}: no prompt before an answer; leave the row out")
+        ids = token_ids(stored).tolist()
+        pairs.append(Pair(ids[: places[0]], ids[places[0] : places[-1] + 1]))
+    return pairs
+
+
+def measure(model: Model, source: str, *, limit: int) -> list[Measurement]:
+    """Loss of the expected answers, and how near to them the written ones are.
+
+    Args:
+        model: What answers.
+        source: See :func:`read_pairs`.
+        limit: Pairs at most.
+
+    Raises:
+        UsageError: see :func:`read_pairs`.
+    """
+    pairs = read_pairs(model, source, limit=limit)
+    nats, exact, rouge = ([0.0] * len(pairs) for _ in range(3))
+    expected = [model.tokenizer.decode(pair.answer).strip() for pair in pairs]
+    for numbers in _batches(pairs):
+        batch = [pairs[number] for number in numbers]
+        for number, loss, text in zip(numbers, _losses(model, batch), write(model, batch), strict=True):
+            nats[number] = loss
+            exact[number] = float(text == expected[number])
+            found = rouge_score(text, expected[number], rouge_keys="rougeL")
+            rouge[number] = float(found["rougeL_fmeasure"])
+    sample = sample_of(expected)
+    ones = [1.0] * len(pairs)
+    return [
+        Measurement(
+            task="answers", part=source, metric="loss", numerators=nats,
+            denominators=[float(len(pair.answer)) for pair in pairs], sample=sample_of(pairs),
+        ),
+        Measurement(
+            task="answers", part=source, metric="exact", numerators=exact, denominators=ones, sample=sample,
+            aggregation="score",
+        ),
+        Measurement(
+            task="answers", part=source, metric="rouge_l", numerators=rouge, denominators=ones, sample=sample,
+            aggregation="score",
+        ),
+    ]  # fmt: skip
+
+
+def _batches(pairs: list[Pair]) -> Iterator[list[int]]:
+    """Numbers of pairs that are read together, of similar lengths."""
+    order = sorted(range(len(pairs)), key=lambda number: len(pairs[number].prompt) + len(pairs[number].answer))
+    batch: list[int] = []
+    for number in order:
+        longest = len(pairs[number].prompt) + 3 * len(pairs[number].answer) + SPARE_TOKENS
+        if batch and longest * (len(batch) + 1) > TOKENS_AT_ONCE:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def _losses(model: Model, pairs: list[Pair]) -> list[float]:
+    """Nats of each expected answer."""
+    longest = max(len(pair.prompt) + len(pair.answer) for pair in pairs) - 1
+    input_ids = torch.zeros(len(pairs), longest, dtype=torch.int64)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for row, pair in enumerate(pairs):
+        ids = torch.tensor([*pair.prompt, *pair.answer])
+        input_ids[row, : len(ids) - 1] = ids[:-1]
+        labels[row, len(pair.prompt) - 1 : len(ids) - 1] = ids[len(pair.prompt) :]
+    losses = perplexity.read(model, input_ids.to(model.device), labels.to(model.device))
+    return losses.double().sum(1).tolist()
+
+
+def write(model: Model, pairs: list[Pair]) -> list[str]:
+    """What a model writes after prompts, the most likely token each time; white space at the ends is left out.
+
+    An answer ends at a token that ends a turn or a document, or at twice the tokens of the longest expected answer and
+    :data:`SPARE_TOKENS`.
+    """
+    stops = model.tokenizer.stop_token_ids
+    most = 2 * max(len(pair.answer) for pair in pairs) + SPARE_TOKENS
+    batch = Batch(model.decoder, [pair.prompt for pair in pairs], max_new_tokens=most)
+    written: list[list[int]] = [[] for _ in pairs]
+    for _ in range(most):
+        for number, token in batch.step().items():
+            written[number].append(token)
+        batch.end([number for number in batch.numbers if written[number][-1] in stops])
+        if not batch.numbers:
+            break
+    return [
+        model.tokenizer.decode(list(itertools.takewhile(lambda token: token not in stops, ids))).strip()
+        for ids in written
+    ]

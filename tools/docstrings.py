@@ -1,0 +1,93 @@
+"""Pairs to fine-tune on: functions of Python's standard library, and the first sentence of their docstrings.
+
+    python tools/docstrings.py --out runs/docstrings
+
+writes OUT/train.jsonl and OUT/held-out.jsonl, an object with `prompt` and `completion` on each line. All functions of a
+module are in one of the files, so that near copies within a module are not on both sides.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+import sysconfig
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import jsonargparse
+
+from ropepp_lit.files import write_whole
+
+QUESTION = "\n# What does this function do?\n#"
+"""What stands between a function's source and the sentence."""
+
+HELD_OUT = 0.1
+"""Share of the modules, chosen by a hash of their names."""
+
+
+def docstrings(*, out: Path, max_characters: int = 800) -> None:
+    """Write the pairs.
+
+    Args:
+        out: The folder that is written.
+        max_characters: Of a function's source without its docstring; longer ones are left out.
+    """
+    found: dict[str, list[str]] = {"train": [], "held-out": []}
+    library = Path(sysconfig.get_path("stdlib"))
+    left_out: Counter[str] = Counter()
+    seen: set[str] = set()
+    for path in sorted(library.rglob("*.py")):
+        name = path.relative_to(library).as_posix()
+        if name.startswith(("site-packages/", "test/", "idlelib/idle_test/")) or "/tests/" in name:
+            continue
+        split = "held-out" if _share(name) < HELD_OUT else "train"
+        for source, sentence in pairs(path.read_text(encoding="utf-8", errors="replace")):
+            if not 3 <= len(sentence.split()) <= 30:
+                left_out["a sentence of fewer than 3 words or more than 30"] += 1
+                continue
+            if len(source) > max_characters:
+                left_out[f"a function of more than {max_characters:,} characters"] += 1
+                continue
+            if source in seen:
+                left_out["a function that occurred before"] += 1
+                continue
+            seen.add(source)
+            pair = {"prompt": source + QUESTION, "completion": f" {sentence}", "module": name}
+            found[split].append(json.dumps(pair) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    for split, lines in found.items():
+        write_whole(out / f"{split}.jsonl", "".join(lines))
+        print(f"{out / split}.jsonl: {len(lines):,} pairs")
+    for reason, count in left_out.items():
+        print(f"left out: {count:,} ({reason})")
+
+
+def pairs(code: str) -> Iterator[tuple[str, str]]:
+    """For each function with a docstring its source without it, and the docstring's first sentence in one line."""
+    try:
+        module = ast.parse(code)
+    except SyntaxError:
+        return
+    lines = code.splitlines()
+    for node in ast.walk(module):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
+            continue
+        text, doc = ast.get_docstring(node), node.body[0]
+        if not text or doc.end_lineno is None or node.end_lineno is None or doc.lineno <= node.lineno:
+            continue
+        kept = lines[node.lineno - 1 : doc.lineno - 1] + lines[doc.end_lineno : node.end_lineno]
+        sentence = re.split(r"(?<=[.!?])\s|\n\s*\n", text.strip(), maxsplit=1)[0]
+        yield textwrap.dedent("\n".join(kept)), " ".join(sentence.split())
+
+
+def _share(name: str) -> float:
+    """A number between 0 and 1 that depends on the name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
+
+
+if __name__ == "__main__":
+    jsonargparse.auto_cli(docstrings, as_positional=False)
