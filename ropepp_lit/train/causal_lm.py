@@ -14,14 +14,15 @@ from torch import Tensor
 from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, describe_architecture, read_checkpoint
 from ropepp_lit.data.batch import Batch
 from ropepp_lit.data.token_data import TokenData, replica_of
-from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
+from ropepp_lit.nn.lora import LoRA
 from ropepp_lit.train.curves import log_figures, loss_figures
 from ropepp_lit.train.finite import DivergedError, FiniteSteps, OnNaN, check_weights
 from ropepp_lit.train.fsdp import FSDP2Strategy, whole
+from ropepp_lit.train.lora import adapter_entry, own_weights, seed_dropout, trained_weights
 from ropepp_lit.train.metrics import TokenLoss
 from ropepp_lit.train.optimizer import OptimizerConfig
-from ropepp_lit.train.parallel import build_decoder
+from ropepp_lit.train.parallel import build_decoder, check_memory_options
 from ropepp_lit.train.schedule import Schedule
 from ropepp_lit.train.step_state import StepState, recount_batches
 from ropepp_lit.train.throughput import Throughput
@@ -51,6 +52,7 @@ class CausalLM(LightningModule):
         init_from: A checkpoint or a Hugging Face folder whose weights training begins with; optimizer, schedule and
             data begin anew. Its geometry and variant must be the recipe's; base and scaling may be others.
         init_optimizer: Take the optimizer's state from there too (of a checkpoint in one file).
+        lora: Train adapters beside the weights of init_from, which stay as they are; empty trains all weights.
         schedule: Learning rate by steps.
         on_nan: At a step whose gradients are NaN or infinite: `stop` ends the run and names the last checkpoint;
             `skip` reads the data and leaves the weights and the optimizer's state as they are (the host waits for the
@@ -74,6 +76,7 @@ class CausalLM(LightningModule):
         attention: Literal["sdpa", "varlen", "flash_attn", "fa3", "fa4"] | None = None,
         init_from: str | None = None,
         init_optimizer: bool = False,
+        lora: LoRA | None = None,
         on_nan: OnNaN = "stop",
     ) -> None:
         super().__init__()
@@ -82,32 +85,22 @@ class CausalLM(LightningModule):
         self.frequencies = frequencies
         self.optimizer_config = optimizer
         self.schedule = schedule
-        if isinstance(activation_checkpointing, int) and activation_checkpointing < 0:
-            raise UsageError(
-                f"model.activation_checkpointing: {activation_checkpointing} must be 0 (none) or more, or attention"
-            )
-        if mlp_chunk_tokens is not None and mlp_chunk_tokens < 1:
-            raise UsageError(f"model.mlp_chunk_tokens: {mlp_chunk_tokens} must be 1 or more")
-        if offload_activations and not activation_checkpointing:
-            raise UsageError(
-                "model.offload_activations: moves what activation_checkpointing keeps; set that to 1 or more"
-            )
-        if offload_activations and activation_checkpointing == "attention":
-            raise UsageError(
-                "model.offload_activations: does not move what attention keeps; set activation_checkpointing to 1"
-            )
-        if offload_activations and compile:
-            raise UsageError("model.compile: torch.compile cannot trace offload_activations; choose one of them")
-        if attention_head_groups > 1 and activation_checkpointing == "attention":
-            raise UsageError(
-                "model.attention_head_groups: activation_checkpointing attention keeps the outputs of all groups; set "
-                "that to 1, or attention_head_groups to 1"
-            )
+        check_memory_options(
+            activation_checkpointing=activation_checkpointing,
+            offload_activations=offload_activations,
+            mlp_chunk_tokens=mlp_chunk_tokens,
+            attention_head_groups=attention_head_groups,
+            compile=compile,
+        )
         self.activation_checkpointing, self.offload_activations = activation_checkpointing, offload_activations
         self.mlp_chunk_tokens, self.compile_blocks = mlp_chunk_tokens, compile
         self.attention_head_groups = attention_head_groups
         self.attention = attention
         self.init_from, self.init_optimizer = init_from, init_optimizer
+        self.lora, self.strict_loading = lora, lora is None
+        self.base_fingerprint: str | None = None
+        """Of the weights that adapters are trained beside; the command sets it."""
+        self._seed = torch.initial_seed()
         self.loads_checkpoint = False
         """Whether a checkpoint's weights follow, so that none need be drawn; the command sets it."""
         self.recipe: dict[str, Any] | None = None
@@ -155,6 +148,7 @@ class CausalLM(LightningModule):
             attention=self.attention,
             init_from=self.init_from,
             loads_checkpoint=self.loads_checkpoint,
+            lora=self.lora,
         )
 
     def configure_optimizers(self) -> Any:
@@ -218,6 +212,11 @@ class CausalLM(LightningModule):
 
     def _schedulers(self) -> list[Any]:
         return [config.scheduler for config in self.trainer.lr_scheduler_configs]
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Let dropout be that of this micro-batch, however often the run was continued."""
+        if self.lora is not None and self.lora.dropout:
+            seed_dropout(self._seed, self.global_rank, batch_idx)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss to descend: summed over the labels that count, divided by all places of the batch.
@@ -384,10 +383,15 @@ class CausalLM(LightningModule):
             **self.settings,
             **self._step_state.write(checkpoint, self.trainer),
         }
+        if self.lora is not None:
+            checkpoint["state_dict"] = trained_weights(self, checkpoint["state_dict"])
+            checkpoint[KEY]["adapter"] = adapter_entry(self.lora, str(self.init_from), self.base_fingerprint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the count of tokens and the curves, and count batches as this recipe accumulates them."""
         self.tokens_seen, self._loaded_step = checkpoint[KEY]["tokens_seen"], checkpoint["global_step"]
+        if self.lora is not None and "state_dict" in checkpoint:
+            checkpoint["state_dict"] = own_weights(self, checkpoint["state_dict"])
         if "loops" not in checkpoint:  # weights alone, to be validated
             return
         self._loaded_train_loss = checkpoint[KEY].get("train_loss")
