@@ -155,7 +155,8 @@ def _merge_layer(lora: LoRA, weight: Tensor, parts: dict[str, Tensor], *, head_d
 
         config.target_modules = {"layer"}
         holder: Any = nn.ModuleDict({"layer": nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")})
-        layer: Any = inject_adapter_in_model(config, holder)["layer"]
+        inject_adapter_in_model(config, holder)
+        layer = holder["layer"]
         layer.base_layer.weight = nn.Parameter(merged)
         for part, value in parts.items():
             module = getattr(layer, part.partition(".")[0])["default"]

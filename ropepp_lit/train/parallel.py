@@ -254,7 +254,7 @@ def allocate(decoder: Decoder, device: torch.device) -> None:
         decoder.lm_head.weight = decoder.model.embed_tokens.weight
 
 
-def distribute_weights(decoder: nn.Module, weights: dict[str, Tensor], *, strict: bool = True) -> None:
+def distribute_weights(decoder: nn.Module, weights: dict[str, Any], *, strict: bool = True) -> None:
     """Copy rank 0's weights into a sharded module, one tensor at a time; what other ranks give is not read.
 
     Args:
@@ -263,8 +263,7 @@ def distribute_weights(decoder: nn.Module, weights: dict[str, Tensor], *, strict
         strict: Whether a weight may not be missing; those that are stay as they are.
     """
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
-    state: dict[str, Any] = dict(weights)
-    set_model_state_dict(decoder, state, options=options)
+    set_model_state_dict(decoder, dict(weights), options=options)
 
 
 def load_weights(decoder: Decoder, path: str) -> None:
