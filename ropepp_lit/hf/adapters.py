@@ -157,6 +157,9 @@ def _merge_layer(lora: LoRA, weight: Tensor, parts: dict[str, Tensor], *, head_d
         holder: Any = nn.ModuleDict({"layer": nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")})
         inject_adapter_in_model(config, holder)
         layer = holder["layer"]
+        needed = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector.weight"] if lora.dora else [])]
+        if sorted(parts) != needed:
+            raise ValueError(f"it stores {', '.join(sorted(parts))} and not {', '.join(needed)}")
         layer.base_layer.weight = nn.Parameter(merged)
         for part, value in parts.items():
             module = getattr(layer, part.partition(".")[0])["default"]

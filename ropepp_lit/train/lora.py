@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ropepp_lit.checkpoint import KEY, WEIGHTS_PREFIX
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.adapters import fingerprint, is_adapter, settings_of
 from ropepp_lit.hf.folder import open_base, open_checkpoint
-from ropepp_lit.nn import Decoder
+from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
 from ropepp_lit.nn.lora import LoRA, inject, trained_names
 from ropepp_lit.train.optimizer import Muon, OptimizerConfig
 
@@ -175,3 +176,24 @@ def seed_dropout(seed: int, rank: int, batch_idx: int) -> None:
     """
     digest = hashlib.sha256(f"{seed} {rank} {batch_idx}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def fake_with_adapters(config: DecoderConfig, scheme: PositionScheme, frequencies: Frequencies, lora: LoRA) -> Decoder:
+    """A decoder with adapters, of fake tensors; for a fake mode that is in force.
+
+    peft converts what it makes, which fake tensors do not allow, so they replace its tensors.
+    """
+    with unset_fake_temporarily(), torch.device("meta"):
+        decoder = Decoder(config, scheme, frequencies)
+        inject(decoder, lora)
+    for module in decoder.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                empty = torch.empty(value.shape, dtype=value.dtype)
+                module._parameters[name] = nn.Parameter(empty, requires_grad=value.requires_grad)
+        for name, value in module._buffers.items():
+            if value is not None:
+                module._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
+    if config.tie_word_embeddings:
+        decoder.lm_head.weight = decoder.model.embed_tokens.weight
+    return decoder

@@ -1,12 +1,11 @@
-"""LoRA on the decoder: what trains, what a checkpoint stores, and the same model merged, in peft and in transformers."""
+"""LoRA on the decoder: what trains, what a checkpoint stores, and the same model merged, in peft and transformers."""
 
 import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ropepp_lit.checkpoint import KEY, describe_architecture, load_decoder, make_checkpoint, write_checkpoint
 from ropepp_lit.errors import UsageError
@@ -197,8 +196,8 @@ def test_the_same_merged_and_over_the_base_in_peft(trained, folder, run_file):
             "adapter_config.json",
             "adapter_model.safetensors",
         }
-    (folder / "peft.py").write_text(PEFT)
-    run_file(folder / "peft.py", folder, json.dumps(cases), json.dumps(IDS.tolist()), cwd=folder)
+    (folder / "load.py").write_text(PEFT)
+    run_file(folder / "load.py", folder, json.dumps(cases), json.dumps(IDS.tolist()), cwd=folder)
     answers = load_file(folder / "answers.safetensors")
     for case, has_adapter in cases.items():
         with torch.no_grad():
