@@ -56,8 +56,8 @@ def call(function: Callable[..., None], arguments: list[str]) -> None:
         arguments: The subcommand's name and its options.
 
     Raises:
-        UsageError: an argument is missing, unknown or of the wrong type; `out`, `gguf` or `cache_dir` is a URL; the
-            disk is full.
+        UsageError: an argument is missing, unknown or of the wrong type; `out`, `gguf`, `adapter` or `cache_dir` is a
+            URL; the disk is full.
     """
     parser = _Parser(prog=f"ropepp-lit {arguments[0]}", description=(function.__doc__ or "").split("\n")[0])
     parameters = inspect.signature(function).parameters.values()
@@ -72,7 +72,7 @@ def call(function: Callable[..., None], arguments: list[str]) -> None:
     values: dict[str, Any] = parser.parse_args(arguments[1:]).as_dict()
     words = [word for name in many for word in values.pop(name)]
     check_given(arguments[1:], values)
-    for name in ("out", "gguf", "cache_dir"):
+    for name in ("out", "gguf", "adapter", "cache_dir"):
         if values.get(name) is not None:
             values[name] = local_path(name, values[name])
     try:

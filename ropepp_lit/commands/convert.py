@@ -104,18 +104,24 @@ def export(
     out: str | None = None,
     *,
     gguf: str | None = None,
+    adapter: str | None = None,
+    base: str | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     max_shard_size: str | None = None,
     check: bool | None = None,
 ) -> None:
-    """Write a checkpoint as a folder for transformers, or as a GGUF file for llama.cpp.
+    """Write a checkpoint as a folder for transformers, as a GGUF file for llama.cpp, or adapters as peft loads them.
 
     Plain RoPE becomes a stock Llama (or Qwen) model. RoPE++ brings modelling files of its own, which need transformers
-    alone (trust_remote_code=True); llama.cpp cannot run it.
+    alone (trust_remote_code=True); llama.cpp cannot run it. Adapters are merged with their base, in float32.
 
     Args:
         checkpoint: A .ckpt file, a Hugging Face folder, or the name of one on the Hugging Face Hub.
         out: The folder: a new or empty one.
+        adapter: Instead of the whole model, a folder with adapters (of model.lora) alone in peft's format, which
+            PeftModel.from_pretrained loads over the exported base.
+        base: Of adapters, where it has moved since they were trained: a .ckpt file or folder, a Hugging Face folder, or
+            a name on the Hub.
         gguf: Instead of a folder, a new GGUF file, such as model.gguf; plain RoPE and byte-level BPE tokenizers alone.
         dtype: Of the weights; empty keeps that of each tensor. A GGUF file has norms and biases in float32.
         max_shard_size: Of a folder's file of weights; empty means 5GB.
@@ -126,25 +132,35 @@ def export(
 
     import torch
 
-    from ropepp_lit.checkpoint import KEY
+    from ropepp_lit.checkpoint import KEY, read_checkpoint
     from ropepp_lit.errors import UsageError
+    from ropepp_lit.hf.adapters import write_peft
     from ropepp_lit.hf.export import export as work
     from ropepp_lit.hf.folder import describe_dtypes, open_checkpoint
     from ropepp_lit.sizes import parse_bytes
 
-    if (out is None) == (gguf is None):
-        raise UsageError("out: name either a folder, or a file by --gguf")
+    if sum(place is not None for place in (out, gguf, adapter)) != 1:
+        raise UsageError("out: name a folder, or a file by --gguf, or a folder for adapters alone by --adapter")
     if out is not None and Path(out).suffix == ".gguf":
         raise UsageError(f"out: names a folder; for a GGUF file: ropepp-lit export {checkpoint} --gguf {out}")
     torch_dtype = None if dtype is None else getattr(torch, dtype)
-    if gguf is not None:
-        for name, value in (("max_shard_size", max_shard_size), ("check", check)):
+    if gguf is not None or adapter is not None:
+        other = "--gguf" if gguf is not None else "--adapter"
+        options = {"max_shard_size": max_shard_size, "check": check}
+        if adapter is not None:
+            options |= {"dtype": dtype, "base": base}
+        for name, value in options.items():
             if value is not None:
-                raise UsageError(f"{name}: is for folders; leave it out with --gguf")
-        _export_gguf(open_checkpoint(checkpoint, checksums=True), Path(gguf), torch_dtype)
+                raise UsageError(f"{name}: is for folders of a whole model; leave it out with {other}")
+    if adapter is not None:
+        write_peft(read_checkpoint(checkpoint, checksums=True), checkpoint, Path(adapter))
+        print(f"{adapter} is written; load it over the exported base by peft's PeftModel.from_pretrained.")
+        return
+    contents = open_checkpoint(checkpoint, base=base, checksums=True)
+    if gguf is not None:
+        _export_gguf(contents, Path(gguf), torch_dtype)
         return
     assert out is not None
-    contents = open_checkpoint(checkpoint, checksums=True)
     difference = work(
         contents,
         Path(out),

@@ -28,6 +28,7 @@ from ropepp_lit.hf.config import Architecture, write_config
 from ropepp_lit.hf.folder import GENERATION, TOKENIZER, TOKENIZER_CONFIG, weights_of
 from ropepp_lit.hf.layouts import CONFIG
 from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme
+from ropepp_lit.nn.lora import LINEAR
 from ropepp_lit.text import tokenizer_files
 from ropepp_lit.text.tokenizer import TextTokenizer
 
@@ -38,9 +39,6 @@ AUTO_MAP = {
     "AutoModel": "modeling_ropepp.RopePPModel",
     "AutoModelForCausalLM": "modeling_ropepp.RopePPForCausalLM",
 }
-
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Linear layers of a block; peft's own choice of `target_modules` does not know the type `ropepp`."""
 
 TRIED = "4.56.2, 4.57.6, 5.23.0 and 5.24.0"
 """Versions of transformers that loaded a RoPE++ export with the same logits."""

@@ -21,6 +21,7 @@ from ropepp_lit.checkpoint import (
     read_checkpoint,
 )
 from ropepp_lit.errors import UsageError
+from ropepp_lit.hf.adapters import check_base, is_adapter, merge
 from ropepp_lit.hf.config import Architecture, family_of, read_config
 from ropepp_lit.hf.layouts import CONFIG, find_folder, is_hub_name, origin_of, read_json, read_tensors
 from ropepp_lit.hf.rotary import Rotary
@@ -52,31 +53,75 @@ def open_checkpoint(
     source: str | Path,
     *,
     revision: str | None = None,
+    base: str | None = None,
     shapes_only: bool = False,
     checksums: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Read a model that a command or recipe names: the one entry of all of them.
 
+    Adapters are merged with their base (:func:`ropepp_lit.hf.adapters.merge`).
+
     Args:
         source: See :func:`locate`.
         revision: See :func:`locate`.
-        shapes_only: See :func:`~ropepp_lit.checkpoint.read_checkpoint`.
+        base: Of adapters, where it is not where the run found it.
+        shapes_only: See :func:`~ropepp_lit.checkpoint.read_checkpoint`; adapters are not merged then.
         checksums: See there.
         options: Those of :func:`read_folder`; a checkpoint of ours takes none.
 
     Raises:
-        UsageError: the source cannot be read.
+        UsageError: the source cannot be read, or is of adapters that were trained on another base.
     """
     path = locate(source, revision=revision)
     if (path / CONFIG).is_file():
+        _refuse_base(source, base)
         return read_folder(path, **options)
     if options:
         raise UsageError(
             f"source: {source} is no Hugging Face folder; rope_theta, scaling, factor, "
             "original_max_position_embeddings and ignore say how one is read"
         )
-    return read_checkpoint(path, shapes_only=shapes_only, checksums=checksums)
+    checkpoint = read_checkpoint(path, shapes_only=shapes_only, checksums=checksums)
+    if not is_adapter(checkpoint):
+        _refuse_base(source, base)
+        return checkpoint
+    weights = open_base(checkpoint, source, base=base, shapes_only=shapes_only)
+    return merge(checkpoint, source, weights, shapes_only=shapes_only)
+
+
+def open_base(
+    checkpoint: dict[str, Any], source: str | Path, *, base: str | None = None, shapes_only: bool = False
+) -> dict[str, Any]:
+    """The base of adapters.
+
+    Args:
+        checkpoint: With the adapters.
+        source: Of it.
+        base: Where the base is; None means where the run found it.
+        shapes_only: Do not compare its fingerprint either.
+
+    Raises:
+        UsageError: the base cannot be read, or is another one.
+    """
+    path = base or checkpoint[KEY]["adapter"].get("base")
+    try:
+        found = open_checkpoint(str(path), shapes_only=shapes_only)
+    except UsageError as error:
+        if base is not None:
+            raise
+        raise UsageError(
+            f"{source}: the base of its adapters cannot be read ({error}); where it has moved, merge both by: "
+            f"ropepp-lit export {source} OUT --base PATH (in a recipe name it by model.init_from)"
+        ) from error
+    if not shapes_only:
+        check_base(checkpoint, source, found, str(path))
+    return found
+
+
+def _refuse_base(source: str | Path, base: str | None) -> None:
+    if base is not None:
+        raise UsageError(f"base: {source} stores a whole model; a base belongs to adapters")
 
 
 def read_folder(

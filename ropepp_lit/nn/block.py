@@ -63,6 +63,8 @@ class Block(nn.Module):
         """Keep the input alone for the backward pass, and compute the rest again there."""
         self.keeps_attention = False
         """Then keep the results of attention too."""
+        self.has_dropout = False
+        """Whether what is computed again must draw the same random numbers."""
         self.is_offloaded = False
         """Keep that input in the CPU's memory."""
 
@@ -88,7 +90,7 @@ class Block(nn.Module):
                 tables,
                 documents,
                 use_reentrant=False,
-                preserve_rng_state=False,
+                preserve_rng_state=self.has_dropout,
                 **selective,
             )
 

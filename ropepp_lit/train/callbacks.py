@@ -54,12 +54,16 @@ def _activation_dtype(precision: str) -> torch.dtype:
 
 def _model_lines(decoder: Decoder) -> dict[str, str]:
     layout, embedding = decoder.head_layout, decoder.config.hidden_size * decoder.config.vocab_size
+    trained = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
     lines = {
         "positions": decoder.positions_in_words,
         "heads": f"{layout.num_query_heads} query projections → {layout.num_attention_heads} attention heads, "
         f"{layout.num_key_value_heads} key/value heads of {decoder.config.head_dim}",
         "parameters": f"{decoder.num_parameters:,} (embedding: {embedding:,})",
     }
+    if trained < decoder.num_parameters:
+        share = f"{trained / decoder.num_parameters:.2%}"
+        lines["trained"] = f"{trained:,} parameters ({share}): LoRA beside a frozen base"
     group = decoder.context_group
     if group is not None:
         what = "keys and values are gathered" if group.mode == "gather" else "tokens are exchanged for heads"

@@ -11,19 +11,22 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, describe_architecture, read_checkpoint
+from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, describe_architecture
 from ropepp_lit.data.batch import Batch
 from ropepp_lit.data.conversations import merge_settings
 from ropepp_lit.data.loader import replica_of
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
+from ropepp_lit.nn.lora import LoRA
 from ropepp_lit.train.curves import log_figures, loss_figures
 from ropepp_lit.train.finite import DivergedError, FiniteSteps, OnNaN, check_weights
 from ropepp_lit.train.fsdp import FSDP2Strategy, whole
+from ropepp_lit.train.lora import adapter_entry, own_weights, seed_dropout, trained_weights
 from ropepp_lit.train.loss_average import LossAverage, StepAverage, choose_average
 from ropepp_lit.train.memory_options import check_memory_options
 from ropepp_lit.train.metrics import TokenLoss
 from ropepp_lit.train.optimizer import OptimizerConfig
+from ropepp_lit.train.optimizer_state import apply_recipe, load_optimizer_state
 from ropepp_lit.train.parallel import build_decoder
 from ropepp_lit.train.schedule import Schedule
 from ropepp_lit.train.step_state import StepState, recount_batches
@@ -54,12 +57,11 @@ class CausalLM(LightningModule):
         init_from: A checkpoint or a Hugging Face folder whose weights training begins with; optimizer, schedule and
             data begin anew. Its geometry and variant must be the recipe's; base and scaling may be others.
         init_optimizer: Take the optimizer's state from there too (of a checkpoint in one file).
+        lora: Train adapters beside the weights of init_from, which stay as they are; empty trains all weights.
         schedule: Learning rate by steps.
-        loss_average: What the loss of an optimizer step is averaged over. `all_tokens`: summed over the labels and
-            divided by the number of all tokens, a constant, as in pre-training. `trained_tokens`: the mean over the
-            tokens that are trained, of all micro-batches and devices together. `conversations`: the mean over
-            conversations of the mean over their trained tokens. Empty: `trained_tokens` where the training data mark
-            which tokens are trained, else `all_tokens`. Validation is always per token.
+        loss_average: What the loss of an optimizer step is averaged over, all micro-batches and devices together:
+            `all_tokens` (a constant), `trained_tokens`, or `conversations` (of the mean over their trained tokens).
+            Empty: `trained_tokens` where the training data mark these, else `all_tokens`. Validation is per token.
         on_nan: At a step whose gradients are NaN or infinite: `stop` ends the run and names the last checkpoint;
             `skip` reads the data and leaves the weights and the optimizer's state as they are (the host waits for the
             device at each step), and stops after 10 such steps in a row. With `precision: 16-mixed` the loss scaling
@@ -83,6 +85,7 @@ class CausalLM(LightningModule):
         init_from: str | None = None,
         init_optimizer: bool = False,
         loss_average: LossAverage | None = None,
+        lora: LoRA | None = None,
         on_nan: OnNaN = "stop",
     ) -> None:
         super().__init__()
@@ -103,6 +106,10 @@ class CausalLM(LightningModule):
         self.attention_head_groups = attention_head_groups
         self.attention = attention
         self.init_from, self.init_optimizer = init_from, init_optimizer
+        self.lora, self.strict_loading = lora, lora is None
+        self.base_fingerprint: str | None = None
+        """Of the weights that adapters are trained beside; the command sets it."""
+        self._seed = torch.initial_seed()
         self.loads_checkpoint = False
         """Whether a checkpoint's weights follow, so that none need be drawn; the command sets it."""
         self.recipe: dict[str, Any] | None = None
@@ -154,6 +161,7 @@ class CausalLM(LightningModule):
             attention=self.attention,
             init_from=self.init_from,
             loads_checkpoint=self.loads_checkpoint,
+            lora=self.lora,
         )
 
     def configure_optimizers(self) -> Any:
@@ -186,17 +194,8 @@ class CausalLM(LightningModule):
         A validation that the run was killed before is made now.
         """
         if self.init_optimizer and self.init_from is not None and self.global_step == 0:
-            state = read_checkpoint(self.init_from)["optimizer_states"][0]
-            (optimizer,) = self.trainer.optimizers
-            if isinstance(self.trainer.strategy, FSDP2Strategy):
-                self.trainer.strategy.load_optimizer_state(optimizer, state)
-            else:
-                optimizer.load_state_dict(state)
-        for optimizer, scheduler in zip(self.trainer.optimizers, self._schedulers(), strict=True):
-            for group, recipe in zip(optimizer.param_groups, self._recipe_groups, strict=True):
-                group.update(recipe, initial_lr=recipe["lr"])
-                group["lr"] = recipe["lr"] * self._lr_factor(self.global_step)
-            scheduler.base_lrs = [recipe["lr"] for recipe in self._recipe_groups]
+            load_optimizer_state(self.trainer, self.init_from)
+        apply_recipe(self.trainer, self._recipe_groups, self._lr_factor)
         self._throughput = Throughput(self.config, self.decoder.head_layout, self.trainer.world_size)
         if self._loaded_train_loss is not None and self.trainer.is_global_zero:  # the sum over all ranks
             self.train_loss.nats += self._loaded_train_loss["nats"]
@@ -216,8 +215,10 @@ class CausalLM(LightningModule):
     def _end_step(self) -> None:
         self._step_state.note(self.trainer, tokens_seen=self.tokens_seen, train_loss=self.train_loss)
 
-    def _schedulers(self) -> list[Any]:
-        return [config.scheduler for config in self.trainer.lr_scheduler_configs]
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Let dropout be that of this micro-batch, however often the run was continued."""
+        if self.lora is not None and self.lora.dropout:
+            seed_dropout(self._seed, self.global_rank, batch_idx)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss to descend: summed over the labels that count, divided by all places of the batch.
@@ -308,7 +309,7 @@ class CausalLM(LightningModule):
         values = loss_figures("train/", loss, data.bytes_per_token() if isinstance(data, TokenData) else None)
         values |= self._throughput.read(dict(zip([self.step_average.over], counted, strict=False)))
         values["tokens_seen"] = self.tokens_seen
-        values["lr"] = self._schedulers()[0].get_last_lr()[0]
+        values["lr"] = self.trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]
         values["gradient_norm"] = norm
         log_figures(self.trainer, values, self.global_step)
 
@@ -383,10 +384,15 @@ class CausalLM(LightningModule):
             **merge_settings(self.settings, of_data),
             **self._step_state.write(checkpoint, self.trainer),
         }
+        if self.lora is not None:
+            checkpoint["state_dict"] = trained_weights(self, checkpoint["state_dict"])
+            checkpoint[KEY]["adapter"] = adapter_entry(self.lora, str(self.init_from), self.base_fingerprint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the count of tokens and the curves, and count batches as this recipe accumulates them."""
         self.tokens_seen, self._loaded_step = checkpoint[KEY]["tokens_seen"], checkpoint["global_step"]
+        if self.lora is not None and "state_dict" in checkpoint:
+            checkpoint["state_dict"] = own_weights(self, checkpoint["state_dict"])
         if "loops" not in checkpoint:  # weights alone, to be validated
             return
         self._loaded_train_loss = checkpoint[KEY].get("train_loss")

@@ -19,12 +19,14 @@ from ropepp_lit.data.comparison import (
 )
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
+from ropepp_lit.hf.adapters import is_adapter
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import damaged_since, folder_of, newest
 from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.fsdp import FSDP2Strategy
+from ropepp_lit.train.lora import check_options, continue_adapters, trained_shapes
 from ropepp_lit.train.loss_average import choose_average
 from ropepp_lit.train.summary import rank_zero_print
 
@@ -94,6 +96,9 @@ class Checks:
             self._way, self._path = way, ckpt_path
             self._checkpoint = read_checkpoint(ckpt_path, shapes_only=True)
             self._data.continue_from(ckpt_path, self._checkpoint[KEY])
+            model.init_from, model.base_fingerprint = continue_adapters(
+                self._checkpoint, ckpt_path, model.lora, model.init_from
+            )
             if Path(ckpt_path).is_dir() and self._strategy is None:
                 raise UsageError(
                     f"ckpt_path: {ckpt_path} is in shards; continue it by --trainer.strategy fsdp2, on any devices"
@@ -101,6 +106,8 @@ class Checks:
         elif model.init_from is not None:
             self._path = model.init_from
             self._checkpoint = open_checkpoint(model.init_from, shapes_only=True, checksums=True)
+        elif model.lora is not None:
+            raise UsageError("model.lora: adapters are trained beside a model's weights; name it by model.init_from")
         elif model.init_optimizer:
             raise UsageError("model.init_optimizer: takes the optimizer's state of model.init_from; name that too")
 
@@ -121,6 +128,16 @@ class Checks:
             Lines to print.
         """
         model, context = self._model, self._data.context_length
+        if model.lora is not None:
+            check_options(
+                model.lora,
+                self._decoder,
+                optimizer=model.optimizer_config,
+                precision=str(self._options.trainer.precision),
+                mlp_chunk_tokens=model.mlp_chunk_tokens,
+                attention_head_groups=model.attention_head_groups,
+                shards_checkpoint=getattr(self._strategy, "_save_distributed_checkpoint", False),
+            )
         layout = self._decoder.head_layout.split(model.attention_head_groups)
         if self._strategy is not None:
             self._strategy.check(
@@ -195,7 +212,7 @@ class Checks:
         ours = {"architecture": self._architecture, **(data.entry if is_set_up else {})}
         differences = compare(checkpoint[KEY], ours)
         architecture = differences.get(ARCHITECTURE, "")
-        shapes = {name: value.shape for name, value in self._decoder.state_dict().items()}
+        shapes = trained_shapes(self._decoder, self._model.lora if is_adapter(checkpoint) else None)
         if shapes != {name: value.shape for name, value in decoder_weights(checkpoint).items()}:
             raise UsageError(f"{path}: its weights do not fit the recipe's model ({architecture}); change the recipe")
         for kind in REFUSED[self._way]:

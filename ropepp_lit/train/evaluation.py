@@ -25,14 +25,20 @@ def evaluating(trainer: pl.Trainer, decoder: Decoder) -> Iterator[None]:
     """Read and generate text between training steps, on every rank alike.
 
     The decoder computes in the run's precision. Ranks that share the tokens of a row in training (sequence parallelism)
-    compute whole rows. Compiled blocks run without their graphs: each new length would compile another one.
+    compute whole rows. Compiled blocks run without their graphs: each new length would compile another one. Nothing is
+    dropped.
     """
+    was_training = decoder.training
+    decoder.eval()
     with (
         trainer.precision_plugin.val_step_context(),
         decoder.whole_rows(),
         torch.compiler.set_stance("force_eager"),
     ):
-        yield
+        try:
+            yield
+        finally:
+            decoder.train(was_training)
 
 
 class Evaluation(Callback):

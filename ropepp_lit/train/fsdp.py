@@ -28,7 +28,8 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, HeadLayout
 from ropepp_lit.nn.context_parallel import ContextGroup, ContextShard, Mode, choose_mode, tokens_of_rank
 from ropepp_lit.sharded import load_sharded_state, read_pickled, read_sharded_rest
-from ropepp_lit.train.parallel import ParallelDims, set_gradient_reduction, shard_decoder
+from ropepp_lit.train.lora import own_weights
+from ropepp_lit.train.parallel import ParallelDims, distribute_weights, set_gradient_reduction, shard_decoder
 
 
 class ParameterCasts(Precision):
@@ -185,7 +186,9 @@ class FSDP2Strategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The weights: shards of this rank, or for a single file all of them on rank 0."""
         assert self.model is not None
-        return get_model_state_dict(self.model, options=self._state_dict_options)
+        options = self._state_dict_options
+        options.ignore_frozen_params = True  # a run with LoRA does not store its base
+        return get_model_state_dict(self.model, options=options)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state; for a single file as one process would save it, by the places of parameters."""
@@ -216,8 +219,10 @@ class FSDP2Strategy(ModelParallelStrategy):
                 set_optimizer_state_dict(self.model, optimizer, state[f"optimizer_{number}"])
             return read_sharded_rest(path)
         checkpoint = read_pickled(path)
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(self.model, checkpoint.pop("state_dict"), options=options)
+        weights, has_frozen = checkpoint.pop("state_dict"), not all(p.requires_grad for p in self.model.parameters())
+        if has_frozen:
+            weights = own_weights(self.model, weights)
+        distribute_weights(self.model, weights, strict=not has_frozen)
         states = checkpoint.get("optimizer_states", []) if self.optimizers else []
         for optimizer, state in zip(self.optimizers, states, strict=True):
             self.load_optimizer_state(optimizer, state)

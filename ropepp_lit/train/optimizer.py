@@ -112,7 +112,7 @@ class Muon(OptimizerConfig):
 def split_parameters(
     decoder: nn.Module, *, output_layer_is_matrix: bool
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Weights of linear layers, and everything else: embeddings, norms, biases.
+    """Weights of linear layers, and everything else: embeddings, norms, biases. What is frozen is in neither.
 
     Args:
         decoder: The model.
@@ -122,6 +122,8 @@ def split_parameters(
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in decoder.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_matrix = parameter.ndim == 2 and id(parameter) not in embeddings
         is_matrix = is_matrix and (output_layer_is_matrix or name != "lm_head.weight")
         (matrices if is_matrix else rest).append(parameter)

@@ -6,21 +6,24 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ropepp_lit.checkpoint import WEIGHTS_PREFIX, decoder_weights, is_sharded, load_shards
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder
 from ropepp_lit.nn.context_parallel import ContextGroup, Mode, choose_mode
 from ropepp_lit.nn.kernels import select_implementation
+from ropepp_lit.nn.lora import LoRA, base_names, inject, trained_names
 
 
 class ParallelDims(NamedTuple):
@@ -70,6 +73,7 @@ def build_decoder(
     attention: str | None = None,
     init_from: str | None = None,
     loads_checkpoint: bool = False,
+    lora: LoRA | None = None,
 ) -> Decoder:
     """A decoder that is ready to train.
 
@@ -85,6 +89,7 @@ def build_decoder(
         attention: See there.
         init_from: See there.
         loads_checkpoint: A checkpoint will be loaded: allocate the weights, and leave them uninitialized.
+        lora: What trains beside the weights of `init_from`, which are loaded in any case; None trains them themselves.
 
     Returns:
         The decoder. A whole one with weights that were drawn is on the CPU, others are on `device`.
@@ -93,12 +98,15 @@ def build_decoder(
         UsageError: `init_from` cannot be read, `attention` cannot run here, or `attention_head_groups` does not divide
             the key/value heads.
     """
+    assert lora is None or init_from is not None, "adapters need a base"
     is_drawn = init_from is None and not loads_checkpoint
     if is_drawn and shard is None:
         decoder = draw_weights(make)
     else:
         with torch.device("meta"):
             decoder = make()
+            if lora is not None:
+                inject(decoder, lora)
     decoder.save_memory(
         checkpoint_every=1 if activation_checkpointing == "attention" else activation_checkpointing,
         keep_attention=activation_checkpointing == "attention",
@@ -115,8 +123,10 @@ def build_decoder(
         allocate(decoder, device)
     if is_drawn and shard is not None:
         distribute_weights(decoder, draw_weights(make).state_dict() if dist.get_rank() == 0 else {})
-    elif init_from is not None and not loads_checkpoint:
+    elif init_from is not None and (lora is not None or not loads_checkpoint):
         load_weights(decoder, init_from)
+    if lora is not None and not loads_checkpoint:
+        draw_adapters(decoder)
     return decoder
 
 
@@ -209,26 +219,76 @@ def allocate(decoder: Decoder, device: torch.device) -> None:
         decoder.lm_head.weight = decoder.model.embed_tokens.weight
 
 
-def distribute_weights(decoder: Decoder, weights: dict[str, Tensor]) -> None:
-    """Copy rank 0's weights into a sharded decoder, one tensor at a time; other ranks give an empty dictionary."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    state: dict[str, Any] = dict(weights)
-    set_model_state_dict(decoder, state, options=options)
+def distribute_weights(decoder: nn.Module, weights: dict[str, Any], *, strict: bool = True) -> None:
+    """Copy rank 0's weights into a sharded module, one tensor at a time; what other ranks give is not read.
+
+    Args:
+        decoder: Sharded by :func:`shard_decoder`, or a module around it.
+        weights: By name.
+        strict: Whether a weight may not be missing; those that are stay as they are.
+    """
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
+    set_model_state_dict(decoder, dict(weights), options=options)
 
 
 def load_weights(decoder: Decoder, path: str) -> None:
     """Load the weights of a checkpoint or a Hugging Face folder into a decoder, sharded or not.
 
     From a sharded checkpoint each rank reads its own shards; anything else is read by rank 0, which distributes it.
+    Adapters stay as they are.
 
     Raises:
         UsageError: the checkpoint is missing or damaged.
     """
-    is_distributed = isinstance(decoder, FSDPModule)
+    is_distributed, names = isinstance(decoder, FSDPModule), base_names(decoder)
+    has_adapters = len(names) < len(decoder.state_dict())
     if is_sharded(path):
-        weights = {WEIGHTS_PREFIX + name: value for name, value in decoder.state_dict().items()}
+        state = decoder.state_dict()
+        weights = {WEIGHTS_PREFIX + name: state[own] for name, own in names.items()}
         load_shards(path, weights, is_distributed=is_distributed)
-    elif is_distributed:
-        distribute_weights(decoder, decoder_weights(open_checkpoint(path)) if dist.get_rank() == 0 else {})
+        return
+    weights = decoder_weights(open_checkpoint(path)) if not is_distributed or dist.get_rank() == 0 else {}
+    weights = {names.get(name, name): value for name, value in weights.items()}
+    if is_distributed:
+        distribute_weights(decoder, weights, strict=not has_adapters)
     else:
-        decoder.load_state_dict(decoder_weights(open_checkpoint(path)))
+        decoder.load_state_dict(weights, strict=not has_adapters)
+
+
+@torch.no_grad()
+def draw_adapters(decoder: Decoder) -> None:
+    """Give adapters their first values, with which the decoder computes what its base does.
+
+    A is drawn as peft does, by the run's seed alone (see :func:`draw_weights`); B and columns of imaginary heads are
+    zero; norms of DoRA are those of the base, whose weights must be there.
+    """
+    parameters = dict(decoder.named_parameters())
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(torch.initial_seed())
+        for name, own in trained_names(decoder).items():
+            parameter, local = parameters[own], local_part(parameters[own])
+            if name.endswith(".lora_A.weight"):
+                drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+                local.copy_(_shard_like(parameter, drawn))
+            elif name.endswith((".lora_B.weight", ".imaginary")):
+                local.zero_()
+            elif name.endswith(".lora_magnitude_vector.weight"):
+                layer = decoder.get_submodule(own.partition(".lora_")[0])
+                weight = local_part(layer.base_layer.weight)  # type: ignore[arg-type, union-attr]
+                norms = layer.lora_magnitude_vector["default"].get_weight_norm  # type: ignore[index, union-attr]
+                local.copy_(norms(weight.to(local.dtype), torch.zeros_like(weight, dtype=local.dtype), 1.0))
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What of a tensor is on this rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _shard_like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """This rank's part of a tensor that every rank has."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shards = distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
+    return shards.to_local()

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from ropepp_lit.nn.context_parallel import Mode
+from ropepp_lit.nn.lora import LoRA
 
 DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 """Of computing, by the begin of Lightning's name of a precision."""
@@ -34,6 +35,7 @@ class Setup:
         offload_activations: See there.
         mlp_chunk_tokens: See there.
         attention_head_groups: See there.
+        lora: See there.
     """
 
     rows: int
@@ -52,6 +54,7 @@ class Setup:
     offload_activations: bool = False
     mlp_chunk_tokens: int | None = None
     attention_head_groups: int = 1
+    lora: LoRA | None = None
 
     @property
     def shards(self) -> int:
@@ -71,12 +74,23 @@ class Setup:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Of matrix products."""
-        return DTYPES[self.precision.split("-")[0]]
+        return self.base_dtype if not self.is_mixed else DTYPES[self.precision.split("-")[0]]
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether matrix products have another dtype than the parameters that train."""
+        return self.precision.endswith("mixed")
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Of parameters, gradients and optimizer states."""
-        return torch.float32 if self.precision.endswith("mixed") else self.compute_dtype
+        """Of parameters that train, gradients and optimizer states."""
+        return torch.float32 if self.is_mixed else DTYPES[self.precision.split("-")[0]]
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Of parameters that are frozen."""
+        named = None if self.lora is None else self.lora.base_dtype
+        return self.weight_dtype if named is None else getattr(torch, named)
 
     @property
     def checkpoint_every(self) -> int:
@@ -91,7 +105,7 @@ class Setup:
     @property
     def uses_autocast(self) -> bool:
         """Whether operations cast what they read; FSDP2 casts parameters as it gathers them instead."""
-        return self.precision.endswith("mixed") and self.strategy != "fsdp2"
+        return self.is_mixed and self.strategy != "fsdp2"
 
     @property
     def keeps_whole_gradients(self) -> bool:

@@ -36,6 +36,7 @@ from ropepp_lit.nn import kernels as nn_kernels
 from ropepp_lit.nn import loss as nn_loss
 from ropepp_lit.nn.loss import linear_cross_entropy, rows_per_chunk
 from ropepp_lit.train.counting import Count
+from ropepp_lit.train.lora import fake_with_adapters
 from ropepp_lit.train.memory import PARTS
 from ropepp_lit.train.optimizer import OptimizerConfig
 from ropepp_lit.train.parallel import ParallelDims, set_gradient_reduction, shard_decoder
@@ -108,7 +109,8 @@ def simulate(
         decoder = _build(setup, dims, config, scheme, frequencies)
         stepper = optimizer.build(decoder)
         for parameter in decoder.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
         _optimizer_step(stepper, setup)  # makes the states, so that the step that is measured is not the first
         ids = torch.zeros(setup.rows, setup.tokens_per_row, dtype=torch.int64)
         tracker = _tracker(decoder, stepper, ids)
@@ -125,7 +127,7 @@ def simulate(
             with Count() as count:
                 _optimizer_step(stepper, setup)
             total.add(count)
-        loss = _loss_cost(setup, config)
+        loss = _loss_cost(setup, config, trains_output=decoder.lm_head.weight.requires_grad)
     return Simulation(_peak(tracker), total, loss, simulated)
 
 
@@ -161,7 +163,11 @@ def _build(
     before = torch.get_default_dtype()
     torch.set_default_dtype(setup.weight_dtype)
     try:
-        decoder = Decoder(config, scheme, frequencies)
+        decoder = (
+            Decoder(config, scheme, frequencies)
+            if setup.lora is None
+            else fake_with_adapters(config, scheme, frequencies, setup.lora)
+        )
     finally:
         torch.set_default_dtype(before)
     decoder.save_memory(
@@ -172,7 +178,7 @@ def _build(
         attention_head_groups=setup.attention_head_groups,
     )
     if dims is not None:
-        mixed_dtype = setup.compute_dtype if setup.precision.endswith("mixed") else None
+        mixed_dtype = setup.compute_dtype if setup.is_mixed else None
         shard_decoder(
             decoder,
             dims,
@@ -227,7 +233,8 @@ def _tracker(decoder: Decoder, optimizer: torch.optim.Optimizer, ids: Tensor) ->
     else:
         tracker = MemTracker()
         tracker.track_external(decoder, optimizer, ids)
-        tracker._track_module_params_and_buffers(decoder)  # and gradients as they come
+        trained = nn.ParameterList(x for x in decoder.parameters() if x.requires_grad)
+        tracker._track_module_params_and_buffers(trained)  # and gradients as they come
     tracker._mod_tracker = _NoModules()  # type: ignore[assignment]
     tracker._update_peak_stats = partial(_update_peak, tracker)  # type: ignore[method-assign]
     return tracker
@@ -360,11 +367,11 @@ class _RMSNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _loss_cost(setup: Setup, config: DecoderConfig) -> LossCost:
+def _loss_cost(setup: Setup, config: DecoderConfig, *, trains_output: bool) -> LossCost:
     """The loss of a micro-batch alone, forward and backward."""
     dtype = setup.weight_dtype if setup.uses_autocast else setup.compute_dtype
     hidden = torch.zeros(setup.tokens, config.hidden_size, dtype=dtype, requires_grad=True)
-    weight = torch.zeros(config.vocab_size, config.hidden_size, dtype=dtype, requires_grad=True)
+    weight = torch.zeros(config.vocab_size, config.hidden_size, dtype=dtype, requires_grad=trains_output)
     labels = torch.zeros(setup.tokens, dtype=torch.int64)
     tracker = MemTracker()
     tracker.track_external(hidden, weight, labels)
