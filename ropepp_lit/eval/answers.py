@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torchmetrics.functional.text.rouge import rouge_score
 
-from ropepp_lit.data.encoders import ChatEncoder, CompletionEncoder
+from ropepp_lit.data.encoders import TextEncoder, make_encoder
 from ropepp_lit.data.trained_tokens import is_trained, token_ids
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval import perplexity
@@ -29,7 +29,6 @@ from ropepp_lit.eval.models import TOKENS_AT_ONCE, Model
 from ropepp_lit.eval.results import Measurement, sample_of
 from ropepp_lit.nn.generation import Batch
 from ropepp_lit.nn.loss import IGNORE_INDEX
-from ropepp_lit.text.chat import ChatTemplate
 from ropepp_lit.text.conversations import CHAT_COLUMNS
 from ropepp_lit.text.sources import Reader, find_files
 
@@ -62,15 +61,12 @@ def read_pairs(model: Model, source: str, *, limit: int) -> list[Pair]:
             raise UsageError(f"tasks: answers: {record.where}: {record.problem}; {record.remedy}")
         records.append(record)
     records.sort(key=lambda record: hashlib.sha256(repr(record.row).encode("utf-8", "surrogatepass")).digest())
+    records = records[:limit]
+    kinds = ["completion" if isinstance((record.row or {}).get("prompt"), str) else "chat" for record in records]
+    encoders = {kind: _encoder(model, kind) for kind in dict.fromkeys(kinds)}
     pairs = []
-    chat: ChatEncoder | None = None
-    for record in records[:limit]:
-        encoder: ChatEncoder | CompletionEncoder
-        if isinstance((record.row or {}).get("prompt"), str):
-            encoder = CompletionEncoder(model.tokenizer)
-        else:
-            chat = chat or ChatEncoder(ChatTemplate.from_tokenizer(model.tokenizer), column=None, train_on="last")
-            encoder = chat
+    for record, kind in zip(records, kinds, strict=True):
+        encoder = encoders[kind]
         rendered = encoder.render(record)
         if rendered.text is None:
             raise UsageError(f"tasks: answers: {rendered.where}: {rendered.problem}; {rendered.remedy}")
@@ -81,6 +77,13 @@ def read_pairs(model: Model, source: str, *, limit: int) -> list[Pair]:
         ids = token_ids(stored).tolist()
         pairs.append(Pair(ids[: places[0]], ids[places[0] : places[-1] + 1]))
     return pairs
+
+
+def _encoder(model: Model, kind: str) -> TextEncoder:
+    return make_encoder(
+        kind, model.tokenizer, text_key="text", special_tokens=False, template=None,
+        train_on="last" if kind == "chat" else "assistant",
+    )  # fmt: skip
 
 
 def measure(model: Model, source: str, *, limit: int) -> list[Measurement]:
@@ -101,9 +104,7 @@ def measure(model: Model, source: str, *, limit: int) -> list[Measurement]:
         batch = [pairs[number] for number in numbers]
         for number, loss, text in zip(numbers, _losses(model, batch), write(model, batch), strict=True):
             nats[number] = loss
-            exact[number] = float(text == expected[number])
-            found = rouge_score(text, expected[number], rouge_keys="rougeL")
-            rouge[number] = float(found["rougeL_fmeasure"])
+            exact[number], rouge[number] = score(text, expected[number])
     sample = sample_of(expected)
     ones = [1.0] * len(pairs)
     return [
@@ -122,12 +123,18 @@ def measure(model: Model, source: str, *, limit: int) -> list[Measurement]:
     ]  # fmt: skip
 
 
+def score(written: str, expected: str) -> tuple[float, float]:
+    """Whether an answer is exactly the expected one (1 or 0), and the F-measure of ROUGE-L, from 0 to 1."""
+    rouge = rouge_score(written, expected, rouge_keys="rougeL")
+    return float(written.strip() == expected.strip()), float(rouge["rougeL_fmeasure"])
+
+
 def _batches(pairs: list[Pair]) -> Iterator[list[int]]:
     """Numbers of pairs that are read together, of similar lengths."""
-    order = sorted(range(len(pairs)), key=lambda number: len(pairs[number].prompt) + len(pairs[number].answer))
+    order = sorted(range(len(pairs)), key=lambda number: len(pairs[number].prompt) + 2 * len(pairs[number].answer))
     batch: list[int] = []
     for number in order:
-        longest = len(pairs[number].prompt) + 3 * len(pairs[number].answer) + SPARE_TOKENS
+        longest = len(pairs[number].prompt) + 2 * len(pairs[number].answer) + SPARE_TOKENS
         if batch and longest * (len(batch) + 1) > TOKENS_AT_ONCE:
             yield batch
             batch = []
@@ -153,19 +160,17 @@ def _losses(model: Model, pairs: list[Pair]) -> list[float]:
 def write(model: Model, pairs: list[Pair]) -> list[str]:
     """What a model writes after prompts, the most likely token each time; white space at the ends is left out.
 
-    An answer ends at a token that ends a turn or a document, or at twice the tokens of the longest expected answer and
+    An answer ends at a token that ends a turn or a document, or at twice the tokens of the expected one and
     :data:`SPARE_TOKENS`.
     """
     stops = model.tokenizer.stop_token_ids
-    most = 2 * max(len(pair.answer) for pair in pairs) + SPARE_TOKENS
-    batch = Batch(model.decoder, [pair.prompt for pair in pairs], max_new_tokens=most)
+    most = [2 * len(pair.answer) + SPARE_TOKENS for pair in pairs]
+    batch = Batch(model.decoder, [pair.prompt for pair in pairs], max_new_tokens=max(most))
     written: list[list[int]] = [[] for _ in pairs]
-    for _ in range(most):
+    while batch.numbers:
         for number, token in batch.step().items():
             written[number].append(token)
-        batch.end([number for number in batch.numbers if written[number][-1] in stops])
-        if not batch.numbers:
-            break
+        batch.end([n for n in batch.numbers if written[n][-1] in stops or len(written[n]) == most[n]])
     return [
         model.tokenizer.decode(list(itertools.takewhile(lambda token: token not in stops, ids))).strip()
         for ids in written
