@@ -19,8 +19,8 @@ A checkpoint is Lightning's, plus one entry `ropepp_lit` of plain dicts, lists a
 | `eos_token_id`      | what ends a document, or None                                                           |
 | `opening`           | token ids before every text; absent or None means `bos_token_id`                        |
 | `held_out`          | a checksum of each validation set's documents, by set, or absent                        |
-| `tokenizer_config`  | the tokenizer's settings in Hugging Face's JSON, or absent                              |
-| `generation_config` | Hugging Face's settings of generation in JSON, or absent                                |
+| `tokenizer_config`  | the tokenizer's settings in Hugging Face's JSON, or absent; the data's chat template    |
+| `generation_config` | Hugging Face's settings of generation in JSON, or absent; with the data's ends of turns |
 | `card`              | licence and base model that a Hugging Face folder's README.md states, or absent         |
 """
 

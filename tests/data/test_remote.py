@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import boto3
 import pytest
 import torch
+from marked import conversations, write_marked
 from moto.server import ThreadedMotoServer
 
 from ropepp_lit.data.prepare import Settings, prepare
@@ -40,14 +41,22 @@ def server(shards):
     server.start()
     host, port = server.get_host_and_port()
     url = f"http://{host}:{port}"
-    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
-    client = boto3.client("s3", endpoint_url=url, **keys)
-    client.create_bucket(Bucket=BUCKET)
-    for path in shards.rglob("*"):
-        if path.is_file():
-            client.upload_file(str(path), BUCKET, f"shards/{path.relative_to(shards)}")
+    client_of(url).create_bucket(Bucket=BUCKET)
+    upload(url, shards)
     yield url
     server.stop()
+
+
+def client_of(url):
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+    return boto3.client("s3", endpoint_url=url, **keys)
+
+
+def upload(url, folder):
+    client = client_of(url)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            client.upload_file(str(path), BUCKET, f"{folder.name}/{path.relative_to(folder)}")
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +101,15 @@ def test_a_cache_of_bounded_size(server, shards, tmp_path):
     kept = [path.stat().st_size for path in tmp_path.rglob("chunk-*.bin")]
     whole = sum(path.stat().st_size for path in (shards / "train").glob("chunk-*.bin"))
     assert 3000 < sum(kept) <= 5000 < whole
+
+
+def test_conversations_are_packed_as_from_disk_also_with_a_small_cache(server, tmp_path):
+    splits = {"train": conversations(60), "validation": conversations(20, seed=1)}
+    upload(server, write_marked(tmp_path / "chats", chunk_documents=10, **splits))
+    local, remote = make(tmp_path / "chats", tmp_path), make(f"s3://{BUCKET}/chats", tmp_path, max_cache_size="3kB")
+    here, there = (torch.cat([b.labels for b in data.train_dataloader()]) for data in (local, remote))
+    assert torch.equal(here, there)
+    assert remote.identity == local.identity
 
 
 def test_a_damaged_chunk_is_named_and_not_kept(server, shards, tmp_path):
