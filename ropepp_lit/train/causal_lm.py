@@ -192,7 +192,7 @@ class CausalLM(LightningModule):
                 group.update(recipe, initial_lr=recipe["lr"])
                 group["lr"] = recipe["lr"] * self._lr_factor(self.global_step)
             scheduler.base_lrs = [recipe["lr"] for recipe in self._recipe_groups]
-        self._throughput = Throughput(self.config, self.decoder.head_layout, self.trainer.world_size)
+        self._throughput = Throughput(self.config, self.decoder.head_layout, self.trainer.world_size, self.lora)
         if self._loaded_train_loss is not None and self.trainer.is_global_zero:  # the sum over all ranks
             self.train_loss.nats += self._loaded_train_loss["nats"]
             self.train_loss.tokens += self._loaded_train_loss["tokens"]
