@@ -115,8 +115,7 @@ class CausalLM(LightningModule):
         self.recipe: dict[str, Any] | None = None
         """The run's whole recipe; the command sets it, and checkpoints carry it."""
         self.settings: dict[str, Any] = {}
-        """Settings of the tokenizer and of generation in Hugging Face's format, licence and base model, of the model
-        whose weights the run began with."""
+        """The entries `tokenizer_config`, `generation_config` and `card` of the model that the run began with."""
         self.tokens_seen = 0
         """Tokens that all ranks have read since the run began."""
         self.last_validation: dict[str, dict[str, float]] = {}
@@ -196,7 +195,7 @@ class CausalLM(LightningModule):
         if self.init_optimizer and self.init_from is not None and self.global_step == 0:
             load_optimizer_state(self.trainer, self.init_from)
         apply_recipe(self.trainer, self._recipe_groups, self._lr_factor)
-        self._throughput = Throughput(self.config, self.decoder.head_layout, self.trainer.world_size)
+        self._throughput = Throughput(self.config, self.decoder.head_layout, self.trainer.world_size, self.lora)
         if self._loaded_train_loss is not None and self.trainer.is_global_zero:  # the sum over all ranks
             self.train_loss.nats += self._loaded_train_loss["nats"]
             self.train_loss.tokens += self._loaded_train_loss["tokens"]

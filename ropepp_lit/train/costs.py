@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ropepp_lit.nn import DecoderConfig, HeadLayout, PositionScheme
+from ropepp_lit.nn.lora import LoRA
 
 
 def layout_of(config: DecoderConfig, scheme: PositionScheme) -> HeadLayout:
@@ -19,33 +20,70 @@ def matrix_parameters(config: DecoderConfig, layout: HeadLayout) -> int:
     return config.num_hidden_layers * (attention + 3 * width * config.intermediate_size) + width * config.vocab_size
 
 
-def training_flops(config: DecoderConfig, layout: HeadLayout, *, tokens: float, pairs: float) -> float:
+def training_flops(
+    config: DecoderConfig, layout: HeadLayout, *, tokens: float, pairs: float, lora: LoRA | None = None
+) -> float:
     """Floating-point operations of a forward and a backward pass, recomputation not counted (model FLOPs).
 
     6 · tokens · parameters of matrices + 12 · layers · attention heads · (head_dim + extra_dims) · pairs: a
     multiplication and an addition are two operations, and the backward pass has twice as many as the forward pass
     (PaLM, arXiv 2204.02311, appendix B, there without causality). EC has twice the attention heads; heads of ALiBi have
-    8 dimensions more.
+    8 dimensions more. With LoRA the base's matrices have no gradients, so 4 of them are left of 6; adapters have all 6.
 
     Args:
         config: Geometry.
         layout: Head counts.
         tokens: Tokens of the batch.
         pairs: Pairs of a query and a key that it sees, in each head: n · (n + 1) / 2 for a document of n tokens.
+        lora: What trains; None means all.
     """
     dims = layout.num_attention_heads * (config.head_dim + layout.extra_dims)
-    return 6 * matrix_parameters(config, layout) * tokens + 12 * config.num_hidden_layers * dims * pairs
+    matrices = 6 * matrix_parameters(config, layout)
+    if lora is not None:
+        trains_output = {"lm_head", "embed_tokens"} if config.tie_word_embeddings else {"lm_head"}
+        matrices = 4 * matrix_parameters(config, layout)
+        matrices += 6 * config.num_hidden_layers * adapter_parameters(config, layout, lora)
+        if trains_output & set(lora.train_fully):
+            matrices += 2 * config.hidden_size * config.vocab_size
+    return matrices * tokens + 12 * config.num_hidden_layers * dims * pairs
 
 
-def training_flops_per_token(config: DecoderConfig, layout: HeadLayout, context_length: int) -> float:
+def training_flops_per_token(
+    config: DecoderConfig, layout: HeadLayout, context_length: int, *, lora: LoRA | None = None
+) -> float:
     """:func:`training_flops` of a token in a row of one document, which sees context_length / 2 tokens on average.
 
     For packed documents it is an upper bound.
     """
-    return training_flops(config, layout, tokens=1, pairs=context_length / 2)
+    return training_flops(config, layout, tokens=1, pairs=context_length / 2, lora=lora)
 
 
 def cache_bytes_per_token(config: DecoderConfig, layout: HeadLayout, *, itemsize: int = 2) -> int:
     """Bytes of keys and values per token, by default in bfloat16."""
     head = config.head_dim + layout.extra_dims
     return 2 * config.num_hidden_layers * layout.num_key_value_heads * head * itemsize
+
+
+def adapter_layers(config: DecoderConfig, layout: HeadLayout, lora: LoRA) -> list[tuple[int, int]]:
+    """Inputs and outputs of the layers of a block that have adapters."""
+    width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    sizes = {
+        "q_proj": (width, layout.num_query_heads * head),
+        "k_proj": (width, layout.num_key_value_heads * head),
+        "v_proj": (width, layout.num_key_value_heads * head),
+        "o_proj": (layout.num_attention_heads * head, width),
+        "gate_proj": (width, inner),
+        "up_proj": (width, inner),
+        "down_proj": (inner, width),
+    }
+    return [sizes[name] for name in lora.layers]
+
+
+def adapter_parameters(config: DecoderConfig, layout: HeadLayout, lora: LoRA) -> float:
+    """Parameters that LoRA adds to a block."""
+    sizes = adapter_layers(config, layout, lora)
+    added = lora.rank * sum(inputs + outputs for inputs, outputs in sizes)
+    added += lora.dora * sum(outputs for _, outputs in sizes)
+    if "imaginary" in lora.train_fully:
+        added += config.hidden_size * config.head_dim * layout.num_attention_heads // 2
+    return added

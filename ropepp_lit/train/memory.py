@@ -14,6 +14,7 @@ import torch
 
 from ropepp_lit.nn import DecoderConfig, HeadLayout
 from ropepp_lit.nn.loss import rows_per_chunk
+from ropepp_lit.train.costs import adapter_layers, adapter_parameters
 from ropepp_lit.train.setup import Setup
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "other")
@@ -60,7 +61,7 @@ class StepMemory:
         config: Geometry.
         layout: Head counts of the position scheme.
         setup: Batch, devices, precision and memory options.
-        num_parameters: Of the model.
+        num_parameters: Of the model, without adapters.
         optimizer_states: Numbers that the optimizer keeps for each parameter.
         device_type: `cpu` has other kernels than `cuda`: RMSNorm keeps more, the loss computes fewer tokens at once.
     """
@@ -83,8 +84,26 @@ class StepMemory:
         self.root = self.embedding * (1 if config.tie_word_embeddings else 2)
         self.layer = (num_parameters - self.root) / config.num_hidden_layers
         self.compute, self.weight = setup.compute_dtype, setup.weight_dtype
-        self.residual = self.weight if setup.uses_autocast else self.compute
+        self.residual = setup.base_dtype if setup.uses_autocast else self.compute
         """The dtype of hidden states: under autocast the embedding is not cast."""
+        self.base = setup.base_dtype
+        self.is_cast = setup.uses_autocast and self.base != self.compute
+        """Whether autocast keeps copies of the weights."""
+        self.gathered = self.compute if setup.is_mixed else self.base
+        """The dtype of gathered parameters that are frozen, or of all where none is."""
+        lora = setup.lora
+        self.added = 0.0 if lora is None else adapter_parameters(config, layout, lora)
+        """Parameters that LoRA adds to a block."""
+        fully = () if lora is None else lora.train_fully
+        self.trains_output = (
+            lora is None or "lm_head" in fully or (config.tie_word_embeddings and "embed_tokens" in fully)
+        )
+        trains_input = lora is None or "embed_tokens" in fully or (config.tie_word_embeddings and "lm_head" in fully)
+        self.trained_layer = self.layer if lora is None else self.added
+        self.trained_root = self.embedding * (self.trains_output + (trains_input and not config.tie_word_embeddings))
+        self.trained = config.num_hidden_layers * self.trained_layer + self.trained_root
+        self.frozen = num_parameters + config.num_hidden_layers * self.added - self.trained
+        self.trained_input = self.embedding if trains_input else 0
         self.precise = torch.float64 if self.compute == torch.float64 else torch.float32
         self.reduced = self.precise if setup.precision.endswith("mixed") else self.weight
         """The dtype in which gradients are reduced."""
@@ -109,26 +128,32 @@ class StepMemory:
     def _always(self) -> Iterator[Line]:
         """What is there before, during and after a step."""
         setup, shards = self.setup, self.setup.shards
-        yield Line("parameters", "parameters", self.num_parameters / shards, self.weight)
-        yield Line("optimizer", "optimizer states", self.optimizer_states * self.num_parameters / shards, self.weight)
+        yield Line("parameters", "parameters", self.trained / shards, self.weight)
+        yield Line("parameters", "frozen parameters", self.frozen / shards, self.base)
+        yield Line("optimizer", "optimizer states", self.optimizer_states * self.trained / shards, self.weight)
         if setup.strategy == "ddp":
-            yield Line("gradients", "buckets of DDP", self.num_parameters, self.weight)
+            yield Line("gradients", "buckets of DDP", self.trained, self.weight)
         if setup.keeps_whole_gradients:
-            yield Line("gradients", "gradients of earlier micro-batches", self.num_parameters, self.reduced)
+            yield Line("gradients", "gradients of earlier micro-batches", self.trained, self.reduced)
         elif setup.accumulate_grad_batches > 1:
-            yield Line("gradients", "gradients of earlier micro-batches", self.num_parameters / shards, self.weight)
+            yield Line("gradients", "gradients of earlier micro-batches", self.trained / shards, self.weight)
 
     def _gathered(self, *, blocks: float, output_layer: bool = False) -> Iterator[Line]:
         """Parameters that FSDP2 has gathered: of so many blocks, and of the output layer."""
         if self.setup.strategy != "fsdp2":
             return
-        yield Line("parameters", "gathered blocks", blocks * self.layer, self.compute)
+        yield from self._gathered_blocks(blocks)
         if self.config.tie_word_embeddings:  # gathered with the last norm for the whole step
-            yield Line("parameters", "gathered embedding", self.embedding, self.compute)
+            yield Line("parameters", "gathered embedding", self.embedding, self.gathered)
         elif not self.setup.reshard_after_forward:
-            yield Line("parameters", "gathered embedding and output layer", self.root, self.compute)
+            yield Line("parameters", "gathered embedding and output layer", self.root, self.gathered)
         elif output_layer:
-            yield Line("parameters", "gathered output layer", self.embedding, self.compute)
+            yield Line("parameters", "gathered output layer", self.embedding, self.gathered)
+
+    def _gathered_blocks(self, blocks: float) -> Iterator[Line]:
+        yield Line("parameters", "gathered blocks", blocks * self.layer, self.gathered)
+        dtype = self.compute if self.setup.is_mixed else self.weight
+        yield Line("parameters", "gathered adapters", blocks * self.added, dtype)
 
     def _block(self) -> list[Line]:
         """What the backward pass of a block reads, without its input."""
@@ -137,6 +162,7 @@ class StepMemory:
         lines = [
             Line("activations", "input of the second norm", size, self.residual),
             Line("activations", "normalized hidden states", 2 * size, self.compute),
+            *self._adapters(),
         ]
         if self.device_type == "cpu":
             lines.append(Line("activations", "hidden states before the norm's scale", 2 * size, self.precise))
@@ -145,6 +171,23 @@ class StepMemory:
         if not self._is_chunked:
             inner = 4 * setup.tokens * config.intermediate_size
             lines.append(Line("activations", "gate, its activation, up and product", inner, self.compute))
+        return lines
+
+    def _adapters(self) -> list[Line]:
+        """What the backward pass of LoRA reads in a block: where adapters have another dtype, inputs of their own."""
+        setup, lora = self.setup, self.setup.lora
+        if lora is None:
+            return []
+        tokens, copied = setup.tokens, self.compute if setup.uses_autocast else self.weight
+        is_copied = setup.uses_autocast or (self.weight != self.compute and not setup.is_mixed)
+        lines = [Line("activations", "products of A", tokens * len(lora.layers) * lora.rank, copied)]
+        if is_copied:
+            width = sum(inputs for inputs, _ in adapter_layers(self.config, self.layout, lora))
+            lines.append(Line("activations", "inputs of adapters", tokens * width, copied))
+            # Those of the frozen layers are not kept: they need no gradients.
+            lines.append(
+                Line("activations", "inputs of frozen layers", -2 * tokens * self.config.hidden_size, self.compute)
+            )
         return lines
 
     def _attention(self) -> list[Line]:
@@ -197,7 +240,7 @@ class StepMemory:
         yield Line("activations", "cosines and sines", rotary, self.compute)
 
     def _casts(self, blocks: float) -> Iterator[Line]:
-        if self.setup.uses_autocast:
+        if self.is_cast:
             yield Line("activations", "cast parameters", blocks * self.layer, self.compute)
 
     def _checkpointed(self, blocks: int) -> int:
@@ -224,12 +267,13 @@ class StepMemory:
         if not is_end:
             yield Line(part, "logits and their softmax", 2 * logits, self.precise)
         yield Line(part, "gradient of the hidden states", hidden, self.compute)
-        yield Line(part, "gradient of the output layer", self.embedding, self.precise)
-        if is_end:  # without a cast it is what is added last
+        if self.trains_output:
+            yield Line(part, "gradient of the output layer", self.embedding, self.precise)
+        if is_end and self.trains_output:  # without a cast it is what is added last
             yield Line(part, "gradient of the output layer, cast", self.embedding, self.compute)
         if self.setup.strategy == "fsdp2" and not self.config.tie_word_embeddings:  # else it is a block's
             yield Line("parameters", "buffer of the last gathering", self.embedding, self.compute)
-        if self.setup.uses_autocast:
+        if self.is_cast:
             yield Line(part, "cast output layer", self.embedding, self.compute)
             yield Line(part, "cast hidden states", hidden, self.compute)
 
@@ -249,20 +293,23 @@ class StepMemory:
         )
         if self.setup.strategy == "fsdp2":
             if self.config.tie_word_embeddings:
-                yield Line("gradients", "gradient of the embedding", self.embedding, self.compute)
-            done_parameters = done * self.layer + (0 if self.config.tie_word_embeddings else self.embedding)
+                yield Line("gradients", "gradient of the embedding", self.trained_input, self.compute)
+            done_parameters = done * self.trained_layer
+            if not self.config.tie_word_embeddings:
+                done_parameters += self.embedding * self.trains_output
             yield Line(
                 "gradients", "reduced gradients", self._reduces * done_parameters / self.setup.shards, self.weight
             )
-            yield Line("gradients", "gradients of a block", self.layer, self.compute)
+            yield Line("gradients", "gradients of a block", self.trained_layer, self.compute)
             yield Line(
                 "gradients",
                 "gradients of a block, to be reduced",
-                self._reduces * bool(done) * self.layer,
+                self._reduces * bool(done) * self.trained_layer,
                 self.reduced,
             )
         elif self.setup.strategy == "one" and self.setup.accumulate_grad_batches == 1:
-            yield Line("gradients", "gradients", self.embedding + done * self.layer, self.weight)
+            first = self.embedding * self.trains_output
+            yield Line("gradients", "gradients", first + done * self.trained_layer, self.weight)
 
     @property
     def _reduces(self) -> bool:
@@ -272,8 +319,8 @@ class StepMemory:
     def _begin(self) -> Iterator[Line]:
         """With FSDP2, when the first parameters were gathered: in the buffer of the collective, and copied out."""
         yield from self._always()
-        yield Line("parameters", "gathered embedding", 2 * self.embedding, self.compute)
-        yield Line("parameters", "gathered blocks", self.layer, self.compute)
+        yield Line("parameters", "gathered embedding", 2 * self.embedding, self.gathered)
+        yield from self._gathered_blocks(1)
 
     def _output_layer_backward(self) -> Iterator[Line]:
         """With FSDP2, when the gradient of the output layer is reduced, before any block's backward pass."""
@@ -281,7 +328,7 @@ class StepMemory:
         yield Line(
             "activations", "gradient of the hidden states", self.setup.tokens * self.config.hidden_size, self.compute
         )
-        if not self.config.tie_word_embeddings:
+        if self.trains_output and not self.config.tie_word_embeddings:
             yield Line("gradients", "gradient of the output layer", self.embedding, self.compute)
             if not self._reduces:
                 yield Line(
@@ -326,11 +373,11 @@ class StepMemory:
         """When the last gradients are reduced, or the optimizer steps."""
         yield from self._always()
         if self.setup.strategy == "fsdp2":
-            yield Line("gradients", "reduced gradients", self.num_parameters / self.setup.shards, self.weight)
+            yield Line("gradients", "reduced gradients", self.trained / self.setup.shards, self.weight)
             yield from self._gathered(blocks=0 if self.setup.reshard_after_forward else 1)
             if self._reduces:
-                yield Line("gradients", "gradient of the embedding", self.embedding, self.compute)
-                yield Line("gradients", "gradients of a block, to be reduced", self.layer, self.reduced)
-            yield Line("gradients", "gradient of the embedding, to be reduced", self.embedding, self.reduced)
+                yield Line("gradients", "gradient of the embedding", self.trained_input, self.compute)
+                yield Line("gradients", "gradients of a block, to be reduced", self.trained_layer, self.reduced)
+            yield Line("gradients", "gradient of the embedding, to be reduced", self.trained_input, self.reduced)
         elif self.setup.strategy == "one" and self.setup.accumulate_grad_batches == 1:
-            yield Line("gradients", "gradients", self.num_parameters, self.weight)
+            yield Line("gradients", "gradients", self.trained, self.weight)

@@ -19,6 +19,7 @@ from ropepp_lit.train.cli import RecipeCLI, quiet
 from ropepp_lit.train.costs import cache_bytes_per_token, layout_of, training_flops_per_token
 from ropepp_lit.train.devices import DEVICES, find_device
 from ropepp_lit.train.fsdp import FSDP2Strategy
+from ropepp_lit.train.lora import trained_shapes
 from ropepp_lit.train.loss_average import choose_average, describe_average
 from ropepp_lit.train.memory import PARTS, Memory, StepMemory
 from ropepp_lit.train.optimizer import Muon, split_parameters
@@ -116,6 +117,7 @@ class Recipe:
             offload_activations=model.offload_activations,
             mlp_chunk_tokens=model.mlp_chunk_tokens,
             attention_head_groups=model.attention_head_groups,
+            lora=model.lora,
             **sharding,
         )
         self.context_parallel_size = self.setup.context_parallel_size
@@ -171,12 +173,12 @@ class Recipe:
     def show(self, device_memory: int, peak: float, utilization: float, device: str) -> None:
         """Print the plan."""
         context, steps = self.data.context_length, self.trainer.max_steps
-        flops = training_flops_per_token(self.config, self.layout, context)
+        flops = training_flops_per_token(self.config, self.layout, context, lora=self.model.lora)
         tokens = self.tokens_per_step * steps
         days = flops * tokens / (self.devices * peak * utilization) / 86400
         frequencies = f", {self.model.frequencies}" if self.scheme.uses_frequencies else ""
         print(
-            f"""parameters        {self.num_parameters:,}
+            f"""parameters        {self.num_parameters:,}{self._trained()}
 context           {context:,} tokens{frequencies}
 tokens per step   {self.tokens_per_step:,} ({self.data.batch_size} rows × {self.trainer.accumulate_grad_batches} \
 accumulated × {self.replicas} replicas; {self.devices} devices)
@@ -199,7 +201,7 @@ time              {days:.2f} days on {self.devices} × {device} at {utilization:
             except UsageError:
                 print(f"| {name:<11} | cannot be built with {self.config.num_attention_heads} heads |")
                 continue
-            cost = training_flops_per_token(self.config, layout, context)
+            cost = training_flops_per_token(self.config, layout, context, lora=self.model.lora)
             cache = cache_bytes_per_token(self.config, layout)
             print(
                 f"| {name:<11} | {layout.num_query_heads:>17} | {layout.num_attention_heads:>15} | "
@@ -212,6 +214,19 @@ time              {days:.2f} days on {self.devices} × {device} at {utilization:
         print(f"  {'total':<12} {memory.total / GIB:8.2f} GiB of {device_memory / GIB:.0f} GiB")
         print(self._advice(device_memory))
         self._show_batch()
+
+    def _trained(self) -> str:
+        """A line about what trains, where that is not all."""
+        lora = self.model.lora
+        if lora is None:
+            return ""
+        with torch.device("meta"):
+            decoder = Decoder(self.config, self.scheme, self.model.frequencies)
+        trained = sum(shape.numel() for shape in trained_shapes(decoder, lora).values())
+        base = str(self.setup.base_dtype).removeprefix("torch.")
+        return (
+            f"\ntrained           {trained:,} ({trained / self.num_parameters:.2%}) by LoRA beside the others in {base}"
+        )
 
     def _sharing(self) -> str:
         """A line about context parallelism, where there is any: what each mode sends."""
@@ -292,7 +307,8 @@ memory of packed documents; without torch.compile), {time.monotonic() - started:
         print(f"| {'total':<18} | {total / GIB:>9.2f} GiB | {estimate.total / GIB:>9.2f} GiB |")
         counts, loss, accumulated = simulation.counts, simulation.loss, self.setup.accumulate_grad_batches
         context = self.data.context_length
-        formula = training_flops_per_token(self.config, self.layout, context) * self.setup.tokens * accumulated
+        per_token = training_flops_per_token(self.config, self.layout, context, lora=self.model.lora)
+        formula = per_token * self.setup.tokens * accumulated
         print(
             f"""
 FLOPs of a step per device      {counts.flops:.3e} with recomputation; {formula:.3e} by the formula, without

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from ropepp_lit.nn import DecoderConfig, HeadLayout
+from ropepp_lit.nn.lora import LoRA
 from ropepp_lit.train.costs import training_flops
 from ropepp_lit.train.devices import device_name, peak_flops
 
@@ -18,10 +19,11 @@ class Throughput:
         config: Geometry of the decoder.
         layout: Head counts.
         num_devices: Devices that train together.
+        lora: What trains; None means all weights.
     """
 
-    def __init__(self, config: DecoderConfig, layout: HeadLayout, num_devices: int) -> None:
-        self._config, self._layout = config, layout
+    def __init__(self, config: DecoderConfig, layout: HeadLayout, num_devices: int, lora: LoRA | None = None) -> None:
+        self._config, self._layout, self._lora = config, layout, lora
         peak = peak_flops(device_name() or "")
         self._peak = None if peak is None else peak * num_devices
         self._restart()
@@ -34,7 +36,7 @@ class Throughput:
             pairs: Pairs of a query and a key that it sees, of all devices.
         """
         self._tokens += tokens
-        self._flops += training_flops(self._config, self._layout, tokens=tokens, pairs=pairs)
+        self._flops += training_flops(self._config, self._layout, tokens=tokens, pairs=pairs, lora=self._lora)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

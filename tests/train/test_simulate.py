@@ -10,7 +10,10 @@ import torch
 
 from ropepp_lit.nn import ALiBi, Decoder, DecoderConfig, Frequencies, RoPE, RoPEPP
 from ropepp_lit.nn.context_parallel import elements_moved
+from ropepp_lit.nn.lora import LoRA
+from ropepp_lit.train.costs import training_flops
 from ropepp_lit.train.counting import Collective
+from ropepp_lit.train.lora import trained_shapes
 from ropepp_lit.train.memory import PARTS, StepMemory
 from ropepp_lit.train.optimizer import AdamW, Muon
 from ropepp_lit.train.plan import plan
@@ -239,6 +242,48 @@ def check(geometry, scheme, memory, strategy, precision, gradients):
 def test_the_estimate_is_within_15_percent_of_the_simulation():
     for case in pairwise():
         check(*case)
+
+
+ADAPTERS = {
+    "all": LoRA(),
+    "half": LoRA(base_dtype="bfloat16", train_fully=["imaginary"]),
+    "embeddings": LoRA(rank=16, train_fully=["embed_tokens", "lm_head"], dora=True),
+}
+SETUPS = {
+    "fsdp2": {"strategy": "fsdp2", "devices": 8, "precision": "bf16-mixed", "activation_checkpointing": 1},
+    "fsdp2-true": {"strategy": "fsdp2", "devices": 8},
+    "ddp": {"strategy": "ddp", "devices": 8, "precision": "bf16-mixed", "accumulate_grad_batches": 2},
+    "one": {"precision": "32-true"},
+}
+
+
+@pytest.mark.parametrize("lora", ADAPTERS.values(), ids=ADAPTERS)
+@pytest.mark.parametrize("geometry", ["8b", "tied"])
+def test_a_frozen_base_has_no_gradients_and_no_states(geometry, lora):
+    """LoRA at the width of Llama 3 8B: the estimate, and what is reduced and gathered."""
+    config, context = GEOMETRIES[geometry]
+    for name, settings in SETUPS.items():
+        setup = Setup(rows=1, context_length=context, lora=lora, **settings)
+        simulation = run_step(setup, config=config)
+        decoder = meta(config)
+        estimate = StepMemory(config, decoder.head_layout, setup, num_parameters=decoder.num_parameters).peak()
+        assert estimate.total == pytest.approx(sum(simulation.memory.values()), rel=0.15), name
+        trained = sum(shape.numel() for shape in trained_shapes(decoder, lora).values())
+        assert simulation.memory["optimizer"] == pytest.approx(8 * trained / setup.shards, rel=0.01)
+        sent = simulation.counts.sent
+        if setup.strategy == "fsdp2":
+            assert sent[Collective("reduce-scatter", 8)] == pytest.approx(7 / 8 * 4 * trained, rel=0.01)
+        elif setup.strategy == "ddp":
+            assert sent[Collective("all-reduce", 8)] == pytest.approx(2 * 7 / 8 * 4 * trained, rel=0.01)
+
+
+def test_operations_of_lora_are_the_formula():
+    """No gradients of the base: 4 for each of its parameters where full training has 6."""
+    lora, setup = LoRA(rank=8), Setup(rows=2, context_length=64)
+    counts = run_step(dataclasses.replace(setup, lora=lora)).counts
+    formula = training_flops(TINY, meta().head_layout, tokens=128, pairs=2 * 64 * 65 / 2, lora=lora)
+    scores = 2 * 3 * 16 * 8 * 2 * 64 * 65 / 2  # flash attention computes them a second time
+    assert counts.flops == pytest.approx(formula + scores, rel=0.03)  # less what nothing before needs
 
 
 @pytest.mark.slow

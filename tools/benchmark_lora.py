@@ -1,0 +1,88 @@
+"""Checkpoint, optimizer state and step of LoRA against full fine-tuning, from real files and a real optimizer.
+
+    python tools/benchmark_lora.py [--size 376m] [--layers 8] [--rank 16,256] [--tokens 256]
+
+Each way takes two steps of AdamW in float32 from the same random base and writes its checkpoint; the second is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ropepp_lit.checkpoint import describe_architecture, make_checkpoint, save_file, write_checkpoint
+from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPEPP
+from ropepp_lit.nn.lora import LoRA
+from ropepp_lit.train.lora import trained_weights
+from ropepp_lit.train.optimizer import AdamW
+from ropepp_lit.train.parallel import build_decoder
+
+
+def make(size: str, layers: int | None) -> Decoder:
+    changes = {} if layers is None else {"num_hidden_layers": layers}
+    return Decoder(DecoderConfig(size=size, **changes), RoPEPP(variant="ec"), Frequencies())
+
+
+def measure(factory: Any, base: Path, lora: LoRA | None, tokens: int, folder: Path) -> dict[str, float]:
+    module = nn.Module()
+    decoder = module.decoder = build_decoder(factory, device=torch.device("cpu"), init_from=str(base), lora=lora)
+    optimizer = AdamW(lr=1e-4).build(decoder)
+    ids = torch.randint(decoder.config.vocab_size, (1, tokens + 1), generator=torch.Generator().manual_seed(0))
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        decoder.loss(ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds = time.perf_counter() - started
+    state = optimizer.state_dict()
+    weights = module.state_dict() if lora is None else trained_weights(module, module.state_dict())
+    file = folder / "step=2.ckpt"
+    save_file({"state_dict": weights, "optimizer_states": [state]}, file)
+    return {
+        "checkpoint": file.stat().st_size,
+        "optimizer": sum(x.nbytes for values in state["state"].values() for x in values.values()),
+        "trained": sum(x.numel() for x in decoder.parameters() if x.requires_grad),
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="376m", help="of the paper")
+    parser.add_argument("--layers", type=int, help="other than the size's")
+    parser.add_argument("--rank", default="16,256", help="with commas")
+    parser.add_argument("--tokens", type=int, default=256, help="of the row")
+    options = parser.parse_args()
+    factory = partial(make, options.size, options.layers)
+    ways: dict[str, LoRA | None] = {"full": None}
+    for rank in map(int, options.rank.split(",")):
+        ways[f"LoRA, rank {rank}"] = LoRA(rank=rank)
+        ways[f"LoRA, rank {rank}, imaginary columns"] = LoRA(rank=rank, train_fully=["imaginary"])
+    with tempfile.TemporaryDirectory() as name:
+        folder, decoder = Path(name), factory()
+        architecture = describe_architecture(decoder.config, decoder.scheme, decoder.frequencies)
+        write_checkpoint(folder / "base.ckpt", make_checkpoint(decoder.state_dict(), architecture=architecture))
+        print(f"{decoder.num_parameters:,} parameters, {options.tokens:,} tokens, {torch.get_num_threads()} threads")
+        del decoder
+        print("| way | trained | checkpoint | of full | optimizer state | of full | seconds per step |")
+        print("|-----|---------|------------|---------|-----------------|---------|------------------|")
+        full: dict[str, float] = {}
+        for way, lora in ways.items():
+            found = measure(factory, folder / "base.ckpt", lora, options.tokens, folder)
+            full = full or found
+            cells = [f"{found['trained']:,}"]
+            for key in ("checkpoint", "optimizer"):
+                cells += [f"{found[key] / 2**20:,.1f} MiB", f"{found[key] / full[key]:.2%}"]
+            print(f"| {way} | {' | '.join(cells)} | {found['seconds']:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
