@@ -1,6 +1,6 @@
 """Checkpoint, optimizer state and step of LoRA against full fine-tuning, from real files and a real optimizer.
 
-    python tools/benchmark_lora.py [--size 376m] [--layers 8] [--rank 16,256] [--tokens 256]
+    python tools/benchmark_lora.py [--recipe recipes/quickstart.yaml] [--rank 16,256] [--tokens 256]
 
 Each way takes two steps of AdamW in float32 from the same random base and writes its checkpoint; the second is timed.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from ropepp_lit.checkpoint import describe_architecture, make_checkpoint, save_file, write_checkpoint
@@ -25,9 +26,9 @@ from ropepp_lit.train.optimizer import AdamW
 from ropepp_lit.train.parallel import build_decoder
 
 
-def make(size: str, layers: int | None) -> Decoder:
-    changes = {} if layers is None else {"num_hidden_layers": layers}
-    return Decoder(DecoderConfig(size=size, **changes), RoPEPP(variant="ec"), Frequencies())
+def make(recipe: str) -> Decoder:
+    geometry = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))["model"]["decoder"]
+    return Decoder(DecoderConfig(**geometry), RoPEPP(variant="ec"), Frequencies())
 
 
 def measure(factory: Any, base: Path, lora: LoRA | None, tokens: int, folder: Path) -> dict[str, float]:
@@ -56,12 +57,11 @@ def measure(factory: Any, base: Path, lora: LoRA | None, tokens: int, folder: Pa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="376m", help="of the paper")
-    parser.add_argument("--layers", type=int, help="other than the size's")
+    parser.add_argument("--recipe", default="recipes/quickstart.yaml", help="with the geometry, which is trained as EC")
     parser.add_argument("--rank", default="16,256", help="with commas")
     parser.add_argument("--tokens", type=int, default=256, help="of the row")
     options = parser.parse_args()
-    factory = partial(make, options.size, options.layers)
+    factory = partial(make, options.recipe)
     ways: dict[str, LoRA | None] = {"full": None}
     for rank in map(int, options.rank.split(",")):
         ways[f"LoRA, rank {rank}"] = LoRA(rank=rank)
