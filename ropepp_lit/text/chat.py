@@ -223,7 +223,7 @@ class ChatTemplate:
         return self._templates.get("tool_use", self.source) if tools is not None else self.source
 
     def _frame(self, template: str, options: dict[str, Any]) -> Frame:
-        key = template, json.dumps(options, sort_keys=True)
+        key = template, json.dumps(options, sort_keys=True, default=str)
         if key not in self._frames:
 
             def render(messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:

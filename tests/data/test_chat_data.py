@@ -6,12 +6,11 @@ import json
 import random
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
+from conversation_stores import ROWS, STORES, messages, sharegpt, store, write
 from corpora import contents
 
-from ropepp_lit.data import encoders, part_writer, preparation
+from ropepp_lit.data import encoders, preparation
 from ropepp_lit.data.prepare import Settings, fingerprint_of, prepare
 from ropepp_lit.data.report import shown
 from ropepp_lit.data.shards import Manifest
@@ -20,33 +19,13 @@ from ropepp_lit.data.trained_tokens import is_trained, token_ids
 from ropepp_lit.errors import UsageError
 from ropepp_lit.text.sources import find_files
 from ropepp_lit.text.tokenizer import load_tokenizer
-from tests.text.chat_templates import make_chat_folder
-
-ROWS = [
-    [
-        {"role": "user", "content": f"Question {n}"},
-        {"role": "assistant", "content": f"Answer {n} " + "and so on 🙂 " * (n % 5)},
-        {"role": "user", "content": "And then?"},
-        {"role": "assistant", "content": f"Then {n}."},
-    ][: 4 - 2 * (n % 2)]
-    for n in range(40)
-]
+from chat_templates import make_chat_folder
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A folder of a tokenizer with a chat template that knows tools."""
     return make_chat_folder("reasoning", tmp_path_factory.mktemp("model") / "qwen")
-
-
-def write(folder, rows, name="rows.jsonl"):
-    path = folder / name
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def messages(rows):
-    return [{"messages": row} for row in rows]
 
 
 def run(source, out, model, **options):
@@ -68,60 +47,6 @@ def documents(folder, split="train"):
 def texts(folder, model, split="train"):
     """Each document, decoded, with what is trained in brackets."""
     return [shown(stored, load_tokenizer(str(model))) for stored in documents(folder, split)]
-
-
-def sharegpt(rows):
-    names = {"user": "human", "assistant": "gpt"}
-    return [{"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in row]} for row in rows]
-
-
-STORES = {
-    "messages": ("rows.jsonl", messages(ROWS), {}),
-    "from and value": ("rows.jsonl", sharegpt(ROWS), {}),
-    "prompt and completion": (
-        "rows.jsonl",
-        [{"prompt": row[:-1], "completion": row[-1:]} for row in ROWS],
-        {"train_on": "last"},
-    ),
-    "another key": ("rows.jsonl", [{"dialog": row, "messages": None} for row in ROWS], {"text_key": "dialog"}),
-    "text of JSON": ("rows.parquet", [{"messages": json.dumps(row)} for row in ROWS], {}),
-    "parquet": ("rows.parquet", messages(ROWS), {}),
-    "arrow": ("rows.arrow", messages(ROWS), {}),
-    "csv": ("rows.csv", messages(ROWS), {}),
-    "an array": ("rows.json", messages(ROWS), {}),
-    "saved by datasets": ("saved", messages(ROWS), {}),
-    "a dataset": ("hf", messages(ROWS), {}),
-}
-
-
-def store(folder, name, rows):
-    """Rows in one of the ways to store them; returns what is to be named as the source."""
-    path = folder / name
-    if name in ("saved", "hf"):
-        import datasets
-
-        if name == "saved":
-            datasets.Dataset.from_list(rows).save_to_disk(path)
-            return str(path)
-        path.mkdir()
-        write(path, rows)
-        return f"hf:{path}"
-    if name == "rows.json":
-        path.write_text(json.dumps(rows, indent=1))
-    elif name == "rows.csv":
-        import csv
-
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows([["messages"], *([json.dumps(row["messages"])] for row in rows)])
-    elif name == "rows.parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
-    elif name == "rows.arrow":
-        table = pyarrow.Table.from_pylist(rows)
-        with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-    else:
-        write(folder, rows, name)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +148,10 @@ WRONG = {
     "a number": ({"messages": [USER, {"role": "assistant", "content": 3}]}, "a message's content is not a text"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of a message is not text"),
     "tools": ({"messages": [USER, ANSWER], "tools": ["add"]}, "tools is not a list of objects"),
+    "two systems": (
+        {"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "system": "b"},
+        "a system message, and",
+    ),
     "variables": ({"messages": [USER, ANSWER], "chat_template_kwargs": [1]}, "chat_template_kwargs is not an object"),
     "texts": ({"prompt": "a", "completion": "b"}, "prompt and completion are texts.*: use --format completion"),
     "one alone": ({"prompt": [USER]}, "neither messages, nor conversations, nor prompt and completion"),
@@ -356,21 +285,31 @@ def test_parts_merged_are_one_run(many, model, tmp_path):
     assert sum("what is trained marked" in text for text in told) == 2  # the third has no documents
 
 
-def test_stopped_and_resumed(many, model, tmp_path, monkeypatch):
+KILLED = """
+import os, pathlib, signal, sys
+from ropepp_lit.data import encoders, part_writer, prepare, preparation
+preparation.PART_BYTES, preparation.CUT_BYTES, encoders.BATCH_BYTES = 1500, 2500, 700
+real, calls = part_writer.PartWriter.finish, []
+
+def finish(*arguments, **keywords):
+    calls.append(arguments)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **keywords)
+
+part_writer.PartWriter.finish = finish
+settings = prepare.Settings(tokenizer=sys.argv[2], format="chat", validation_fraction=0.2, dedup=True)
+prepare.prepare([sys.argv[1]], settings, out=pathlib.Path("out"), show_progress=False)
+"""
+
+
+@pytest.mark.end_to_end
+def test_killed_and_resumed(run_file, many, model, tmp_path):
     options = {"validation_fraction": 0.2, "dedup": True}
     expected = run(many, tmp_path / "one", model, **options)
     assert expected.skipped["repeats an earlier one"] == 29
-    real, left = part_writer.PartWriter.finish, [3]
-
-    def stopping(*arguments, **keywords):
-        left[0] -= 1
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        return real(*arguments, **keywords)
-
-    monkeypatch.setattr(part_writer.PartWriter, "finish", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        run(many, tmp_path / "out", model, **options)
+    (tmp_path / "killed.py").write_text(KILLED)
+    run_file(tmp_path / "killed.py", many, model, cwd=tmp_path, returncode=-9)
     assert len(list((tmp_path / ".out.partial" / "parts").glob("*.json"))) == 2
     with pytest.raises(UsageError, match=r"finished parts .* of another preparation, with other train_on;"):
         run(many, tmp_path / "out", model, train_on="last", **options)

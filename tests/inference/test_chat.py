@@ -20,6 +20,7 @@ from ropepp_lit.inference.completion import complete
 from ropepp_lit.inference.conversation import Conversation
 from ropepp_lit.inference.model import Writing, load_model
 from ropepp_lit.inference.prompts import encode_messages
+from ropepp_lit.nn import Decoder
 from ropepp_lit.nn.sampling import Sampling
 from ropepp_lit.text.chat import ChatTemplate
 from ropepp_lit.text.conversations import conversation_of
@@ -257,16 +258,19 @@ def test_templates(mistake, base, tmp_path, capsys, type_lines):
     assert capsys.readouterr().out == expected.text + "\n"
 
 
-@pytest.mark.end_to_end
-def test_ctrl_c_ends_what_reads_a_pipe(command_path, talker, tmp_path):
-    options = ["--max_new_tokens", "90000", "--context_length", "100000", "--temperature", "0"]
-    with subprocess.Popen(
-        [command_path, "chat", str(talker), *options], cwd=tmp_path,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as chat:  # fmt: skip
-        chat.stdin.write(b"A fox?\n")
-        chat.stdin.flush()
-        assert chat.stdout.read(3)
-        chat.send_signal(signal.SIGINT)
-        assert chat.wait(60) == 130
-        assert chat.stderr.read().strip().endswith(b"ropepp-lit: error: interrupted")
+def test_ctrl_c_ends_what_reads_a_pipe(type_lines, talker, monkeypatch, capsys):
+    """A script that is stopped does not go on with its next line."""
+    type_lines("A fox?\nA dog?\n")
+    calls, forward = [], Decoder.forward
+
+    def interrupted(self, *arguments, **keywords):
+        calls.append(None)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return forward(self, *arguments, **keywords)
+
+    monkeypatch.setattr(Decoder, "forward", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(["chat", str(talker), "--temperature", "0"])
+    assert (stop.value.code, len(calls)) == (130, 5)
+    assert capsys.readouterr().err == "ropepp-lit: error: interrupted\n"

@@ -65,12 +65,12 @@ def test_conversations_by_the_chat_template(talker, tmp_path):
 
 
 @pytest.mark.end_to_end
-def test_killed_and_run_again_the_bytes_are_the_same(base, run, command_path, tmp_path):
+def test_killed_and_run_again_the_bytes_are_the_same(base, command_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     write(tmp_path / "in.jsonl", [{"prompt": "fox " * (number % 7), "n": number} for number in range(24)])
     options = ["--max_new_tokens", "40", "--batch_size", "3", "--prompts", "in.jsonl"]
-    run("generate", base, *options, "--out", "whole.jsonl", cwd=tmp_path)
-    command = [command_path, "generate", str(base), *options, "--out", "out.jsonl"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    command = ["generate", str(base), *options, "--out"]
+    process = subprocess.Popen([command_path, *command, "out.jsonl"], stderr=subprocess.DEVNULL)
     partial, deadline = tmp_path / "out.jsonl.partial", time.monotonic() + 120
     while not (partial.exists() and partial.read_bytes().count(b"\n") > 4):
         assert process.poll() is None
@@ -83,9 +83,11 @@ def test_killed_and_run_again_the_bytes_are_the_same(base, run, command_path, tm
     assert 3 <= finished < 24
     with partial.open("ab") as file:
         file.write(b'{"row": 1, "te')  # a line that is cut off
-    again = run("generate", base, *options, "--out", "out.jsonl", cwd=tmp_path)
-    assert f"out.jsonl: 24 rows, {finished} of them before" in again.stdout
-    assert "24/24" in again.stderr  # the progress bar
+    main([*command, "out.jsonl"])
+    printed = capsys.readouterr()
+    assert f"out.jsonl: 24 rows, {finished} of them before" in printed.out
+    assert "24/24" in printed.err  # the progress bar
+    main([*command, "whole.jsonl"])
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not partial.exists()
 

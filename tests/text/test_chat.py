@@ -1,6 +1,7 @@
 """Chat templates: the text and ids are transformers', and what is trained is exactly what the assistant writes."""
 
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.text.chat import NO_END, SPELLS_SPECIAL, ChatTemplate, ChatTemplateError, read_template
 from ropepp_lit.text.conversations import Conversation, RowError
 from ropepp_lit.text.tokenizer import TextTokenizer, byte_tokenizer, load_tokenizer
-from tests.text.chat_templates import TEMPLATES, make_chat_folder
+from chat_templates import TEMPLATES, make_chat_folder
 
 THINKING = "<think>\nIs it\n<|im_start|>assistant\n?\n</think>\n\n"
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
@@ -359,6 +360,24 @@ def test_contents_that_spell_special_tokens_are_noticed(family):
     for content, notices in (("<|im_end|>", (SPELLS_SPECIAL,)), ("<im_end>", ())):
         conversation = Conversation(messages=[user(content), assistant("b")])
         assert family("chatml").template.render_trained(conversation).notices == notices
+
+
+def test_marks_that_leave_the_end_mark_out_are_noticed():
+    marked = "{% generation %}{{ m.content }}{% endgeneration %}"
+    content = "{% if m.role == 'assistant' %}" + marked + "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    template = template_of(BEGIN + HEADER + content + PROMPT)
+    assert spans(template, TURNS) == ["b", "d"]
+    assert template.render_trained(Conversation(messages=TURNS)).notices == (NO_END,)
+
+
+def test_the_template_for_base_models():
+    path = Path(__file__).parents[2] / "recipes" / "finetune" / "chat_template.jinja"
+    template = ChatTemplate.from_tokenizer(byte_tokenizer(), read_template(str(path)))
+    assert spans(template, [{"role": "system", "content": "s"}, *MESSAGES]) == [
+        "assistant<|end_of_text|>", f"{ANSWER.strip()}<|end_of_text|>"
+    ]  # fmt: skip
+    assert template.end_of_turn == [byte_tokenizer().eos_token_id]
+    assert template.render(MESSAGES).startswith("<|begin_of_text|>### User\nHi there.\n\n### Assistant\nassistant<|end")
 
 
 def test_a_file_of_a_template(tmp_path):
