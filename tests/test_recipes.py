@@ -1,6 +1,7 @@
 """Every recipe: planned as it is, and run for two steps in a shrunken copy."""
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,19 @@ STACKS = {
     "llama-8b-128k": ["upcycle/llama-8b", "upcycle/128k"],
 }
 """Files that are layered, in their order."""
+
+FINE_TUNING = {
+    "docstrings": ["quickstart", "finetune/docstrings"],
+    "docstrings-lora": ["quickstart", "finetune/docstrings", "finetune/lora"],
+    "chat": ["quickstart", "finetune/chat"],
+    "chat-lora": ["quickstart", "finetune/chat", "finetune/lora"],
+    "chat-fsdp2": ["quickstart", "finetune/chat", "finetune/fsdp2"],
+    "chat-long": ["quickstart", "finetune/chat", "finetune/fsdp2", "finetune/long"],
+    "chat-long-lora": ["quickstart", "finetune/chat", "finetune/lora", "finetune/fsdp2", "finetune/long"],
+}
+"""Files that are layered over the recipe of the model that is fine-tuned."""
+
+ALL = {**STACKS, **FINE_TUNING}
 
 VARIANTS = {
     "rope": ["--model.positions", "RoPE"],
@@ -52,13 +66,14 @@ pytestmark = pytest.mark.end_to_end
 
 
 def configs(stack):
-    return list(itertools.chain.from_iterable(("--config", str(RECIPES / f"{name}.yaml")) for name in STACKS[stack]))
+    return list(itertools.chain.from_iterable(("--config", str(RECIPES / f"{name}.yaml")) for name in ALL[stack]))
 
 
-@pytest.mark.parametrize("stack", STACKS)
+@pytest.mark.parametrize("stack", ALL)
 def test_plan(stack, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    main(["plan", *configs(stack), "--data.cache_dir", "cache"])
+    base = ["--model.init_from", "base.ckpt"] if stack in FINE_TUNING else []
+    main(["plan", *configs(stack), *base, "--data.cache_dir", "cache"])
     printed = capsys.readouterr().out
     for expected in ("tokens in all", "RoPE++ EH", "KV cache", "memory per device", "The data are not here, or not"):
         assert expected in printed
@@ -92,19 +107,52 @@ def test_two_steps_of_two_processes(stack, options, devices, texts, tmp_path, ru
     assert "at step 2" in printed
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small model, and files of pairs and of conversations to fine-tune it on."""
+    folder = tmp_path_factory.mktemp("base")
+    pairs = [{"prompt": f"def f{n}(): return {n}\n#", "completion": f" Return {n}."} for n in range(40)]
+    roles = ("user", "assistant")
+    chats = [{"messages": [{"role": role, "content": f"{role} {n}"} for role in roles]} for n in range(40)]
+    for name, rows in (("pairs", pairs), ("chats", chats)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--data.source", str(folder / "pairs.jsonl"), "--data.format", "completion", "--data.batch_size", "1"]
+    run = ["--data.cache_dir", str(folder / "cache"), "--trainer.default_root_dir", str(folder / "run")]
+    main(["fit", *configs("quickstart"), *SHRINK, *options, *run])
+    return folder
+
+
+@pytest.mark.parametrize("stack", FINE_TUNING)
+def test_two_steps_of_fine_tuning(stack, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = str(base / "run/checkpoints/last.ckpt")
+    model = ["--model.init_from", checkpoint, "--data.tokenizer", checkpoint, "--data.train_tokenizer", "null"]
+    data = ["--data.source", str(base / "pairs.jsonl")]
+    if "chat" in stack:
+        data = ["--data.source", str(base / "chats.jsonl"), "--data.format", "chat"]
+        data += ["--data.chat_template", str(RECIPES / "finetune" / "chat_template.jinja")]
+    size = ["--data.context_length", "64", "--data.batch_size", "1", "--trainer.default_root_dir", "run"]
+    one = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--data.cache_dir", "cache"]
+    main(["fit", *configs(stack), *SHRINK, *model, *data, *size, *one])
+    printed = capsys.readouterr().out
+    assert "at step 2" in printed
+    assert "trained tokens" in printed
+    assert ("adapters" in printed) == ("lora" in stack)
+
+
 def test_every_recipe_is_tried():
-    tried = {f"{name}.yaml" for stack in STACKS.values() for name in stack}
+    tried = {f"{name}.yaml" for stack in ALL.values() for name in stack}
     assert tried == {str(path.relative_to(RECIPES)) for path in RECIPES.glob("**/*.yaml")}
 
 
-@pytest.mark.parametrize("recipe", sorted(set(itertools.chain(*STACKS.values()))))
+@pytest.mark.parametrize("recipe", sorted(set(itertools.chain(*ALL.values()))))
 def test_the_header_says_what_the_recipe_needs(recipe):
     lines = (RECIPES / f"{recipe}.yaml").read_text().splitlines()
     header = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
     assert header
     if not recipe.startswith("frequencies/"):  # which are layered over recipes of any size
         for word in (
-            "ropepp-lit fit --config recipes/",
+            "ropepp-lit fit --config ",
             f"recipes/{recipe}.yaml",
             "Hardware:",
             "Tokens:",
