@@ -99,8 +99,11 @@ def check_given(arguments: list[str], values: Any) -> None:
     Raises:
         UsageError: an option is null, and another text than `null` was given for it.
     """
-    for name, text in _given(arguments):
-        if text != "null" and values.get(name, text) is None:
+    given = list(_given(arguments))
+    for place, (name, text) in enumerate(given):
+        later = {other for other, _ in given[place + 1 :]}
+        is_overridden = "config" in later or any(f"{name}.".startswith(f"{other}.") for other in later)
+        if text != "null" and not is_overridden and values.get(name, text) is None:
             raise UsageError(f"{name}: {text!r} is not a value of it; write null for none")
 
 

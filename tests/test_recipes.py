@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ropepp_lit.checkpoint import KEY, read_checkpoint
 from ropepp_lit.cli import main
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -116,7 +117,8 @@ def base(tmp_path_factory):
     chats = [{"messages": [{"role": role, "content": f"{role} {n}"} for role in roles]} for n in range(40)]
     for name, rows in (("pairs", pairs), ("chats", chats)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--data.source", str(folder / "pairs.jsonl"), "--data.format", "completion", "--data.batch_size", "1"]
+    (folder / "text.txt").write_text("\n\n".join(f"def f{n}(): return {n}  # user, assistant" for n in range(300)))
+    options = ["--data.source", str(folder / "text.txt"), "--data.split", r"\n\n"]
     run = ["--data.cache_dir", str(folder / "cache"), "--trainer.default_root_dir", str(folder / "run")]
     main(["fit", *configs("quickstart"), *SHRINK, *options, *run])
     return folder
@@ -137,7 +139,7 @@ def test_two_steps_of_fine_tuning(stack, base, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "at step 2" in printed
     assert "trained tokens" in printed
-    assert ("adapters" in printed) == ("lora" in stack)
+    assert ("adapter" in read_checkpoint("run/checkpoints/last.ckpt")[KEY]) == ("lora" in stack)
 
 
 def test_every_recipe_is_tried():
