@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 import pytest
+from chat_templates import make_chat_folder
 from conversation_stores import ROWS, STORES, messages, sharegpt, store, write
 from corpora import contents
 
@@ -19,7 +20,6 @@ from ropepp_lit.data.trained_tokens import is_trained, token_ids
 from ropepp_lit.errors import UsageError
 from ropepp_lit.text.sources import find_files
 from ropepp_lit.text.tokenizer import load_tokenizer
-from chat_templates import make_chat_folder
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from chat_templates import TEMPLATES, make_chat_folder
 from transformers import AutoTokenizer
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.text.chat import NO_END, SPELLS_SPECIAL, ChatTemplate, ChatTemplateError, read_template
 from ropepp_lit.text.conversations import Conversation, RowError
 from ropepp_lit.text.tokenizer import TextTokenizer, byte_tokenizer, load_tokenizer
-from chat_templates import TEMPLATES, make_chat_folder
 
 THINKING = "<think>\nIs it\n<|im_start|>assistant\n?\n</think>\n\n"
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
