@@ -21,6 +21,7 @@ A checkpoint is Lightning's, plus one entry `ropepp_lit` of plain dicts, lists a
 | `held_out`          | a checksum of each validation set's documents, by set, or absent                        |
 | `tokenizer_config`  | the tokenizer's settings in Hugging Face's JSON, or absent; the data's chat template    |
 | `generation_config` | Hugging Face's settings of generation in JSON, or absent; with the data's ends of turns |
+| `adapter`           | what was trained beside which base (:mod:`ropepp_lit.hf.adapters`), or absent           |
 | `card`              | licence and base model that a Hugging Face folder's README.md states, or absent         |
 """
 

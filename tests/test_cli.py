@@ -257,7 +257,8 @@ def test_texts_that_yaml_reads_otherwise_reach_a_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(RecipeCLI, "instantiate_classes", note)
     keys = list(read())
-    assert {"data.tokenizer", "data.cache_dir", "model.init_from", "model.decoder.size", "data.split"} == set(keys)
+    texts = {"data.tokenizer", "data.cache_dir", "data.chat_template", "data.split"}
+    assert texts | {"model.init_from", "model.decoder.size"} == set(keys)
     recipe = tmp_path / "recipe.yaml"
     for text in ("---", "# a", "~", "Null"):
         meant = dict.fromkeys(keys, text)
@@ -281,3 +282,5 @@ def test_numbers_and_choices_that_yaml_reads_as_null(mistake):
     for key in ("data.train_tokenizer", "model.attention", "trainer.gradient_clip_val"):
         for text in ("~", "# a", "null "):
             assert f"{key}: {text!r} is not a value of it; write null for none" in mistake(f"--{key}", text)
+    later = mistake("--data.train_tokenizer", "300", "--data.train_tokenizer", "null", "--data.tokenizer", "none.json")
+    assert "train_tokenizer" not in later

@@ -19,7 +19,7 @@ from ropepp_lit.data.comparison import (
 )
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
-from ropepp_lit.hf.adapters import is_adapter
+from ropepp_lit.hf.adapters import fingerprint, is_adapter
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder
 from ropepp_lit.train.causal_lm import CausalLM
@@ -105,7 +105,9 @@ class Checks:
                 )
         elif model.init_from is not None:
             self._path = model.init_from
-            self._checkpoint = open_checkpoint(model.init_from, shapes_only=True, checksums=True)
+            self._checkpoint = open_checkpoint(model.init_from, shapes_only=model.lora is None, checksums=True)
+            if model.lora is not None:
+                model.base_fingerprint = fingerprint(self._checkpoint)
         elif model.lora is not None:
             raise UsageError("model.lora: adapters are trained beside a model's weights; name it by model.init_from")
         elif model.init_optimizer:
@@ -136,6 +138,7 @@ class Checks:
                 precision=str(self._options.trainer.precision),
                 mlp_chunk_tokens=model.mlp_chunk_tokens,
                 attention_head_groups=model.attention_head_groups,
+                init_optimizer=model.init_optimizer,
                 shards_checkpoint=getattr(self._strategy, "_save_distributed_checkpoint", False),
             )
         layout = self._decoder.head_layout.split(model.attention_head_groups)

@@ -79,7 +79,7 @@ def adapter_layers(config: DecoderConfig, layout: HeadLayout, lora: LoRA) -> lis
     return [sizes[name] for name in lora.layers]
 
 
-def adapter_parameters(config: DecoderConfig, layout: HeadLayout, lora: LoRA) -> float:
+def adapter_parameters(config: DecoderConfig, layout: HeadLayout, lora: LoRA) -> int:
     """Parameters that LoRA adds to a block."""
     sizes = adapter_layers(config, layout, lora)
     added = lora.rank * sum(inputs + outputs for inputs, outputs in sizes)

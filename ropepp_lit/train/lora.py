@@ -26,6 +26,7 @@ def check_options(
     precision: str,
     mlp_chunk_tokens: int | None,
     attention_head_groups: int,
+    init_optimizer: bool,
     shards_checkpoint: bool,
 ) -> None:
     """Find options that LoRA does not work with.
@@ -37,6 +38,7 @@ def check_options(
         precision: Of the trainer, such as `bf16-mixed`.
         mlp_chunk_tokens: See :class:`~ropepp_lit.train.causal_lm.CausalLM`.
         attention_head_groups: See there.
+        init_optimizer: See there.
         shards_checkpoint: Whether checkpoints are folders of shards.
 
     Raises:
@@ -61,6 +63,11 @@ def check_options(
     if lora.dropout and mlp_chunk_tokens is not None:
         raise UsageError(
             "model.lora.dropout: mlp_chunk_tokens would compute other random numbers again; leave out one of them"
+        )
+    if init_optimizer:
+        raise UsageError(
+            "model.init_optimizer: the state of model.init_from belongs to all of its weights, which model.lora freezes; "
+            "leave it out"
         )
     if shards_checkpoint:
         raise UsageError(
@@ -191,9 +198,9 @@ def fake_with_adapters(config: DecoderConfig, scheme: PositionScheme, frequencie
             if value is not None:
                 empty = torch.empty(value.shape, dtype=value.dtype)
                 module._parameters[name] = nn.Parameter(empty, requires_grad=value.requires_grad)
-        for name, value in module._buffers.items():
-            if value is not None:
-                module._buffers[name] = torch.empty(value.shape, dtype=value.dtype)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
     if config.tie_word_embeddings:
         decoder.lm_head.weight = decoder.model.embed_tokens.weight
     return decoder

@@ -178,9 +178,12 @@ class StepMemory:
         setup, lora = self.setup, self.setup.lora
         if lora is None:
             return []
-        tokens, copied = setup.tokens, self.compute if setup.uses_autocast else self.weight
+        tokens, copied = setup.tokens, self.compute if setup.is_mixed else self.weight
         is_copied = setup.uses_autocast or (self.weight != self.compute and not setup.is_mixed)
         lines = [Line("activations", "products of A", tokens * len(lora.layers) * lora.rank, copied)]
+        if lora.dora:  # that of the base, and of B A
+            width = 2 * sum(outputs for _, outputs in adapter_layers(self.config, self.layout, lora))
+            lines.append(Line("activations", "outputs that norms are multiplied with", tokens * width, copied))
         if is_copied:
             width = sum(inputs for inputs, _ in adapter_layers(self.config, self.layout, lora))
             lines.append(Line("activations", "inputs of adapters", tokens * width, copied))

@@ -135,6 +135,7 @@ def test_mistakes_are_one_line(runs, adapters, mistake):
         ([*base, *LORA, "--trainer.precision", "bf16-true"], "trainer.precision: bf16-true would round the adapters"),
         ([*base, *LORA, "--model.attention_head_groups", 2], "model.attention_head_groups"),
         ([*base, *LORA, "--model.lora.dropout", 0.1, "--model.mlp_chunk_tokens", 8], "model.lora.dropout"),
+        ([*base, *LORA, "--model.init_optimizer", "true"], "model.init_optimizer: the state of model.init_from bel"),
         ([*base, *LORA, *sharded], "trainer.strategy.save_distributed_checkpoint: adapters are saved in one file"),
         ([*LORA, "--ckpt_path", whole], "ckpt_path: "),
         (["--ckpt_path", last], "stores adapters, and the recipe has no model.lora"),
