@@ -66,7 +66,7 @@ def check_options(
         )
     if init_optimizer:
         raise UsageError(
-            "model.init_optimizer: the state of model.init_from belongs to all of its weights, which model.lora freezes; "
+            "model.init_optimizer: the state of model.init_from belongs to all weights, which model.lora freezes; "
             "leave it out"
         )
     if shards_checkpoint:
