@@ -16,7 +16,7 @@ from ropepp_lit.data.prepare import Settings, fingerprint_of, prepare
 from ropepp_lit.data.report import shown
 from ropepp_lit.data.shards import Manifest
 from ropepp_lit.data.shares import Share, merge
-from ropepp_lit.data.trained_tokens import is_trained, token_ids
+from ropepp_lit.data.trained_tokens import is_trained, mark, token_ids
 from ropepp_lit.errors import UsageError
 from ropepp_lit.text.sources import find_files
 from ropepp_lit.text.tokenizer import load_tokenizer
@@ -122,6 +122,22 @@ def test_tools_and_further_columns(model, tmp_path):
         "<|im_start|>user\nQuestion 1<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
         "[[Answer 1 and so on 🙂 <|im_end|>]]\n",
     ]
+
+
+def test_what_is_shown_in_a_terminal(model, monkeypatch):
+    """In colour, without control characters that a text has, and no more than fits."""
+    tokenizer = load_tokenizer(str(model))
+    ids = np.array(tokenizer.encode_text("read\x1b[31m" + "written"), dtype=np.int32)
+    stored = mark(ids, np.arange(len(ids)) >= len(tokenizer.encode_text("read\x1b[31m")))
+    assert shown(stored, tokenizer) == "read\\x1b[31m[[written]]"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert shown(stored, tokenizer) == "read\\x1b[31m\x1b[32mwritten\x1b[0m"
+    monkeypatch.setenv("NO_COLOR", "1")
+    long = mark(np.full(5000, ids[0]), np.arange(5000) == 3000)
+    assert shown(long, tokenizer).startswith("… ")
+    assert shown(long, tokenizer).count("[[") == 1
+    assert shown(long, tokenizer).endswith(" … (1,750 more tokens)")
 
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
