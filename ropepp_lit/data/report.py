@@ -70,5 +70,4 @@ def shown(stored: np.ndarray, tokenizer: TextTokenizer) -> str:
         text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", lambda match: repr(match[0])[1:-1], text)
         pieces.append(f"{before}{text}{behind}" if run[0] >= 0 else text)
     left = len(stored) - first - len(part)
-    text = "".join(pieces).replace("\ufffd", "")  # of characters that the cut splits
-    return f"{'… ' if first else ''}{text}{f' … ({left:,} more tokens)' if left else ''}"
+    return f"{'… ' if first else ''}{''.join(pieces)}{f' … ({left:,} more tokens)' if left else ''}"

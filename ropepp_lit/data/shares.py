@@ -208,8 +208,10 @@ def check_splits(manifest: Manifest, validation_fraction: float, key: str, num_f
     """Raise UsageError, naming `key`, where a split that there should be has no documents."""
     for name in SPLITS if validation_fraction > 0 else SPLITS[:1]:
         if not manifest.splits[name].documents:
+            remedy = "give more text, or change the share that is held out"
+            if manifest.marks_trained_tokens:
+                remedy = "check the roles of messages and train_on, give more of them, or change the share held out"
             reasons = ", ".join(f"{count} {reason}" for reason, count in manifest.skipped.items())
             raise UsageError(
-                f"{key}: no documents for {name} in {num_files} files"
-                f"{f' ({reasons})' if reasons else ''}; give more text, or change the share that is held out"
+                f"{key}: no documents for {name} in {num_files} files{f' ({reasons})' if reasons else ''}; {remedy}"
             )

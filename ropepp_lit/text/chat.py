@@ -28,6 +28,9 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 TRAIN_ON = ("assistant", "last", "all")
 """What is trained of a conversation: every turn of the assistant, the last one, or every token."""
 
+PROBE = "71071"
+"""A content by which a template is tried: whatever a template does to letters, it stays."""
+
 SPELLS_SPECIAL, NO_END = "contents spell special tokens, which are read as such", "no end mark behind a trained turn"
 """What is worth a notice in a conversation that is kept."""
 
@@ -66,7 +69,7 @@ class ChatTemplate:
     ) -> None:
         self._tokenizer, self._templates, self._special_tokens = tokenizer, dict(templates), dict(special_tokens)
         self._frames: dict[tuple[str, str], Frame] = {}
-        self._read_parts: dict[str, bool] = {}
+        self._kinds: dict[str, tuple[bool, bool]] = {}
 
     @classmethod
     def from_tokenizer(cls, tokenizer: TextTokenizer, override: str | None = None) -> ChatTemplate:
@@ -145,7 +148,7 @@ class ChatTemplate:
         `{% generation %}` marks what stands between them, else what :func:`~.chat_turns.find_turns` finds.
 
         Args:
-            conversation: Contents in parts are joined where the template does not read parts.
+            conversation: Contents in parts are joined where the template reads text alone.
             train_on: One of :data:`TRAIN_ON`; answers within a prompt are trained with `all` alone.
 
         Raises:
@@ -214,12 +217,12 @@ class ChatTemplate:
         return self._templates.get("tool_use", self.source) if tools is not None else self.source
 
     def _frame(self, template: str, options: dict[str, Any]) -> Frame:
-        key = template, json.dumps(options, sort_keys=True)
+        key = template, json.dumps(options, sort_keys=True, default=str)
         if key not in self._frames:
 
             def render(messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
                 prompt = {"add_generation_prompt": add_generation_prompt}
-                return self._render(messages, template, None, {**options, **prompt})[0]
+                return self._render(self._readable(messages, template), template, None, {**options, **prompt})[0]
 
             try:
                 self._frames[key] = Frame.of(render, self.tokens.added())
@@ -230,26 +233,30 @@ class ChatTemplate:
                 ) from error
         return self._frames[key]
 
-    def _readable(self, messages: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
-        """Messages as the template can read them: roles that it knows, contents in parts only where it reads them."""
+    def _readable(self, messages: Sequence[Message], template: str) -> list[dict[str, Any]]:
+        """Messages as the template can read them: contents as text where it reads no parts, and the other way round.
+
+        Raises:
+            RowError: a role that is not known and that the template does not name.
+        """
         for role in {message["role"] for message in messages} - KNOWN_ROLES:
             if role not in template:
                 raise RowError(f"a role {role!r}, which the chat template does not name")
-        if not any(isinstance(message.get("content"), list) for message in messages):
-            return messages
-        if template not in self._read_parts:
-            try:
-                probe = [{"role": "user", "content": [{"type": "text", "text": "Qfirst"}]}]
-                text = self._render(probe, template, None, {})[0]
-                self._read_parts[template] = "Qfirst" in text and not re.search(r"""['"]text['"]\s*:""", text)
-            except ChatTemplateError:
-                self._read_parts[template] = False
-        if self._read_parts[template]:
-            return messages
-        return [
-            {**message, "content": "".join(texts_of(message))} if isinstance(message.get("content"), list) else message
-            for message in messages
-        ]
+        reads_text, reads_parts = self._kinds_of_content(template)
+        return [_readable(message, reads_text=reads_text, reads_parts=reads_parts) for message in messages]
+
+    def _kinds_of_content(self, template: str) -> tuple[bool, bool]:
+        """Whether a template reads contents that are text, and contents in parts."""
+        if template not in self._kinds:
+            found = []
+            for content in (PROBE, [{"type": "text", "text": PROBE}]):
+                try:
+                    text = self._render([{"role": "user", "content": content}], template, None, {})[0]
+                except ChatTemplateError:
+                    text = ""
+                found.append(PROBE in text and not re.search(rf"""['"]text['"]\s*:\s*['"]{PROBE}""", text))
+            self._kinds[template] = found[0], found[1]
+        return self._kinds[template]
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
@@ -257,6 +264,15 @@ class ChatTemplate:
 
     def _spells_special(self, messages: Sequence[Message]) -> bool:
         return any(self._special.search(text) for message in messages for text in texts_of(message))
+
+
+def _readable(message: Message, *, reads_text: bool, reads_parts: bool) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, list) and not reads_parts:
+        return {**message, "content": "".join(texts_of(message))}
+    if isinstance(content, str) and reads_parts and not reads_text:
+        return {**message, "content": [{"type": "text", "text": content}]}
+    return dict(message)
 
 
 def read_template(name: str) -> str:

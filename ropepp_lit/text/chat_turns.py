@@ -9,7 +9,7 @@ their places in it are exact, also where an answer is "assistant" or repeats the
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -56,7 +56,7 @@ class Frame:
         Raises:
             UsageError: the template cannot render questions and answers, or leaves one out.
         """
-        words = ("Qfirst", "Afirst", "Qsecond", "Asecond")
+        words = ("71071", "82082", "73073", "84084")  # whatever a template does to letters, they stay
         messages = [{"role": "assistant" if n % 2 else "user", "content": word} for n, word in enumerate(words)]
         text, question = render(messages), render(messages[:1])
         prompt = render(messages[:1], add_generation_prompt=True)
@@ -161,20 +161,23 @@ def find_turns(messages: Sequence[dict[str, Any]], text: str, render: Render, fr
         marked = [_marked(message, number, marks, mark_others) for number, message in enumerate(messages)]
         plain, found = marks.find(render(marked))
         if plain == text:
-            return list(_turns(messages, text, marks, found, frame))
-    raise RowError("the chat template changes the text where answers are marked")
+            return _turns(messages, text, marks, found, frame, knows_others=mark_others)
+    raise RowError("the chat template hides where the answers are in its text")
 
 
 def _marked(message: dict[str, Any], number: int, marks: _Marks, mark_others: bool) -> dict[str, Any]:
     """A message with marks around an answer and the names of called functions, or in the middle of another content."""
     if message["role"] != "assistant":
         return _with_text(message, -1, lambda text: _in_middle(text, number, marks)) if mark_others else message
-    if calls := message.get("tool_calls"):
+    calls = message.get("tool_calls")
+    if calls:
         message = {**message, "tool_calls": [_marked_call(call, number, marks) for call in calls]}
 
     def around(text: str) -> str:
         behind = text.rfind(SPLIT_THINKING) + len(SPLIT_THINKING) if SPLIT_THINKING in text else 0
         if not text[behind:].strip():
+            if calls:  # the reasoning before them may be left out
+                return text
             behind = 0
         start = behind + len(text[behind:]) - len(text[behind:].lstrip())
         return marks.around(text, number, start, len(text.rstrip()))
@@ -213,8 +216,15 @@ def _marked_call(call: Any, number: int, marks: _Marks) -> Any:
 
 
 def _turns(
-    messages: Sequence[dict[str, Any]], text: str, marks: _Marks, found: list[tuple[int, int]], frame: Frame
-) -> Iterator[Turn]:
+    messages: Sequence[dict[str, Any]],
+    text: str,
+    marks: _Marks,
+    found: list[tuple[int, int]],
+    frame: Frame,
+    *,
+    knows_others: bool,
+) -> list[Turn]:
+    turns: list[Turn] = []
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     places: dict[int, list[int]] = {number: [] for number in answers}
     others: list[tuple[int, int]] = []
@@ -234,13 +244,16 @@ def _turns(
         following = [place for place, _ in others if place >= end] + places.get((answers[order + 1 :] or [-1])[0], [])
         first = max([before, *(behind for place, behind in others if before <= place and behind <= start)])
         # Behind the question the first opening is the turn's own; where only the answer's place is known, the last.
-        opened = _opened(text, first, start, frame, is_last=not others)
-        if opened is None:
-            opened = before if is_open and first == before else start
+        opened = _opened(text, first, start, frame, is_last=not knows_others)
+        if opened is None and is_open and first == before:  # the template has joined two answers
+            opened, turns[-1] = before, turns[-1]._replace(is_ended=True)
+        elif opened is None:
+            opened = start
         has_calls = bool(messages[number].get("tool_calls"))
         ended = _ended(text, end, min([*following, len(text)]), frame, has_calls=has_calls)
-        yield Turn(number, Span(opened, ended or end), ended is not None)
+        turns.append(Turn(number, Span(opened, ended or end), ended is not None))
         before, is_open = ended or end, ended is None
+    return turns
 
 
 def _opened(text: str, first: int, start: int, frame: Frame, *, is_last: bool) -> int | None:

@@ -68,7 +68,9 @@ def conversation_of(row: Mapping[str, Any], column: str | None = None) -> Conver
     else:
         raise RowError("neither messages, nor conversations, nor prompt and completion")
     system = row.get("system")
-    if isinstance(system, str) and system.strip() and messages[0]["role"] not in ("system", "developer"):
+    if isinstance(system, str) and system.strip():
+        if messages[0]["role"] in ("system", "developer"):
+            raise RowError("a system message, and a key 'system' beside it")
         messages, prompt_messages = [{"role": "system", "content": system}, *messages], prompt_messages + 1
     tools, options = (_parsed(row.get(name)) or None for name in ("tools", "chat_template_kwargs"))
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tests import others
+import others
 
 CHATML = """\
 {%- for message in messages -%}
