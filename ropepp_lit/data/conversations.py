@@ -77,7 +77,7 @@ def packing_line(name: str, plan: PackedPlan, manifest: Manifest, *, rows_per_st
     return (
         f"{name}: {plan.documents:,} conversations in {plan.samples_per_pass:,} rows, {plan.padding:.1%} padding"
         + (f", {left_out:,} left out" if left_out else "")
-        + f"; {train.trained_tokens / train.tokens:.1%} of their tokens are trained; "
+        + f"; {train.trained_tokens / train.tokens:.1%} of the set's tokens are trained; "
         f"all are read once in {plan.samples_per_pass / rows_per_step:,.1f} steps"
     )
 
