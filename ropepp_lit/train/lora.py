@@ -66,8 +66,8 @@ def check_options(
         )
     if init_optimizer:
         raise UsageError(
-            "model.init_optimizer: the state of model.init_from belongs to all of its weights, which model.lora freezes; "
-            "leave it out"
+            "model.init_optimizer: the state of model.init_from belongs to all of its weights, which model.lora "
+            "freezes; leave it out"
         )
     if shards_checkpoint:
         raise UsageError(
