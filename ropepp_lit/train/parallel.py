@@ -19,7 +19,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ropepp_lit.checkpoint import WEIGHTS_PREFIX, decoder_weights, is_sharded, load_shards
-from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder
 from ropepp_lit.nn.context_parallel import ContextGroup, Mode, choose_mode
@@ -129,40 +128,6 @@ def build_decoder(
     if lora is not None and not loads_checkpoint:
         draw_adapters(decoder)
     return decoder
-
-
-def check_memory_options(
-    *,
-    activation_checkpointing: int | Literal["attention"],
-    offload_activations: bool,
-    mlp_chunk_tokens: int | None,
-    attention_head_groups: int,
-    compile: bool | None,
-) -> None:
-    """Check options of :class:`~ropepp_lit.train.causal_lm.CausalLM` that save memory.
-
-    Raises:
-        UsageError: one is out of range, or does not work with another.
-    """
-    if isinstance(activation_checkpointing, int) and activation_checkpointing < 0:
-        raise UsageError(
-            f"model.activation_checkpointing: {activation_checkpointing} must be 0 (none) or more, or attention"
-        )
-    if mlp_chunk_tokens is not None and mlp_chunk_tokens < 1:
-        raise UsageError(f"model.mlp_chunk_tokens: {mlp_chunk_tokens} must be 1 or more")
-    if offload_activations and not activation_checkpointing:
-        raise UsageError("model.offload_activations: moves what activation_checkpointing keeps; set that to 1 or more")
-    if offload_activations and activation_checkpointing == "attention":
-        raise UsageError(
-            "model.offload_activations: does not move what attention keeps; set activation_checkpointing to 1"
-        )
-    if offload_activations and compile:
-        raise UsageError("model.compile: torch.compile cannot trace offload_activations; choose one of them")
-    if attention_head_groups > 1 and activation_checkpointing == "attention":
-        raise UsageError(
-            "model.attention_head_groups: activation_checkpointing attention keeps the outputs of all groups; set "
-            "that to 1, or attention_head_groups to 1"
-        )
 
 
 def draw_weights(make: Callable[[], Decoder]) -> Decoder:
