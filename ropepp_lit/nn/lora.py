@@ -34,8 +34,8 @@ class LoRA:
     """Which weights train beside a frozen base. Trained weights and their optimizer state are in float32."""
 
     rank: int = 256
-    """Rows of A and columns of B. 256 is for fine-tuning on data of post-training size (arXiv 2106.09685; TRL's guide
-    LoRA Without Regret); less saves memory where the data are few."""
+    """Rows of A and columns of B. 256 on all linear layers is what TRL's guide LoRA Without Regret advises for
+    supervised fine-tuning; less saves memory where the data are few."""
 
     alpha: float = 16
     """The product B A is multiplied by alpha / rank. A learning rate near 10 × that of full fine-tuning fits."""

@@ -17,11 +17,10 @@ from ropepp_lit.data.conversations import merge_settings
 from ropepp_lit.data.loader import replica_of
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
-from ropepp_lit.nn.lora import LoRA
 from ropepp_lit.train.curves import log_figures, loss_figures
 from ropepp_lit.train.finite import DivergedError, FiniteSteps, OnNaN, check_weights
 from ropepp_lit.train.fsdp import FSDP2Strategy, whole
-from ropepp_lit.train.lora import adapter_entry, own_weights, seed_dropout, trained_weights
+from ropepp_lit.train.lora import Adapters, LoRA
 from ropepp_lit.train.loss_average import LossAverage, StepAverage, choose_average
 from ropepp_lit.train.memory_options import check_memory_options
 from ropepp_lit.train.metrics import TokenLoss
@@ -106,10 +105,7 @@ class CausalLM(LightningModule):
         self.attention_head_groups = attention_head_groups
         self.attention = attention
         self.init_from, self.init_optimizer = init_from, init_optimizer
-        self.lora, self.strict_loading = lora, lora is None
-        self.base_fingerprint: str | None = None
-        """Of the weights that adapters are trained beside; the command sets it."""
-        self._seed = torch.initial_seed()
+        self.lora, self.adapters, self.strict_loading = lora, Adapters(lora), lora is None
         self.loads_checkpoint = False
         """Whether a checkpoint's weights follow, so that none need be drawn; the command sets it."""
         self.recipe: dict[str, Any] | None = None
@@ -214,17 +210,13 @@ class CausalLM(LightningModule):
     def _end_step(self) -> None:
         self._step_state.note(self.trainer, tokens_seen=self.tokens_seen, train_loss=self.train_loss)
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Let dropout be that of this micro-batch, however often the run was continued."""
-        if self.lora is not None and self.lora.dropout:
-            seed_dropout(self._seed, self.global_rank, batch_idx)
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss to descend: summed over the labels that count, divided by all places of the batch.
 
         The divisor is the same for every batch, so a token weighs the same however the rows are spread over
         micro-batches and ranks. Other averages are made of it at the end of the step, see :class:`StepAverage`.
         """
+        self.adapters.seed_dropout(self.global_rank, batch_idx)
         loss = self._summed_loss(batch)
         self.train_loss.update(loss, self.step_average.add(batch))
         self._places = batch.labels.numel()
@@ -383,15 +375,12 @@ class CausalLM(LightningModule):
             **merge_settings(self.settings, of_data),
             **self._step_state.write(checkpoint, self.trainer),
         }
-        if self.lora is not None:
-            checkpoint["state_dict"] = trained_weights(self, checkpoint["state_dict"])
-            checkpoint[KEY]["adapter"] = adapter_entry(self.lora, str(self.init_from), self.base_fingerprint)
+        self.adapters.save(self, checkpoint, base=self.init_from)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the count of tokens and the curves, and count batches as this recipe accumulates them."""
         self.tokens_seen, self._loaded_step = checkpoint[KEY]["tokens_seen"], checkpoint["global_step"]
-        if self.lora is not None and "state_dict" in checkpoint:
-            checkpoint["state_dict"] = own_weights(self, checkpoint["state_dict"])
+        self.adapters.load(self, checkpoint)
         if "loops" not in checkpoint:  # weights alone, to be validated
             return
         self._loaded_train_loss = checkpoint[KEY].get("train_loss")

@@ -96,7 +96,7 @@ class Checks:
             self._way, self._path = way, ckpt_path
             self._checkpoint = read_checkpoint(ckpt_path, shapes_only=True)
             self._data.continue_from(ckpt_path, self._checkpoint[KEY])
-            model.init_from, model.base_fingerprint = continue_adapters(
+            model.init_from, model.adapters.base_fingerprint = continue_adapters(
                 self._checkpoint, ckpt_path, model.lora, model.init_from
             )
             if Path(ckpt_path).is_dir() and self._strategy is None:
@@ -107,7 +107,7 @@ class Checks:
             self._path = model.init_from
             self._checkpoint = open_checkpoint(model.init_from, shapes_only=model.lora is None, checksums=True)
             if model.lora is not None:
-                model.base_fingerprint = fingerprint(self._checkpoint)
+                model.adapters.base_fingerprint = fingerprint(self._checkpoint)
         elif model.lora is not None:
             raise UsageError("model.lora: adapters are trained beside a model's weights; name it by model.init_from")
         elif model.init_optimizer:

@@ -18,6 +18,42 @@ from ropepp_lit.nn.lora import LoRA, inject, trained_names
 from ropepp_lit.train.optimizer import Muon, OptimizerConfig
 
 
+class Adapters:
+    """What LoRA adds to a run; without it nothing.
+
+    Args:
+        lora: What trains; None means all weights.
+    """
+
+    def __init__(self, lora: LoRA | None) -> None:
+        self.lora = lora
+        self.base_fingerprint: str | None = None
+        """Of the weights that adapters are trained beside; the command sets it before the run."""
+        self._seed = torch.initial_seed()
+
+    def seed_dropout(self, rank: int, batch_idx: int) -> None:
+        """Let the random numbers of a micro-batch depend on its number alone, so that a run continues exactly.
+
+        Args:
+            rank: Of the process.
+            batch_idx: Number of the micro-batch in the run.
+        """
+        if self.lora is not None and self.lora.dropout:
+            digest = hashlib.sha256(f"{self._seed} {rank} {batch_idx}".encode()).digest()
+            torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+    def save(self, module: nn.Module, checkpoint: dict[str, Any], *, base: str | None) -> None:
+        """Leave in a checkpoint of a LightningModule what trains, and say which base it belongs to."""
+        if self.lora is not None:
+            checkpoint["state_dict"] = trained_weights(module, checkpoint["state_dict"])
+            checkpoint[KEY]["adapter"] = adapter_entry(self.lora, str(base), self.base_fingerprint)
+
+    def load(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
+        """Give what a checkpoint stores the names that it has in a LightningModule."""
+        if self.lora is not None and "state_dict" in checkpoint:
+            checkpoint["state_dict"] = own_weights(module, checkpoint["state_dict"])
+
+
 def check_options(
     lora: LoRA,
     decoder: Decoder,
@@ -66,8 +102,8 @@ def check_options(
         )
     if init_optimizer:
         raise UsageError(
-            "model.init_optimizer: the state of model.init_from belongs to all weights, which model.lora freezes; "
-            "leave it out"
+            "model.init_optimizer: the state of model.init_from belongs to all of its weights, which model.lora "
+            "freezes; leave it out"
         )
     if shards_checkpoint:
         raise UsageError(
@@ -171,18 +207,6 @@ def own_weights(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
             "one of them alone"
         )
     return {own: state[name] for name, own in names.items()}
-
-
-def seed_dropout(seed: int, rank: int, batch_idx: int) -> None:
-    """Let the random numbers of a micro-batch depend on its number alone, so that a run continues exactly.
-
-    Args:
-        seed: Of the run.
-        rank: Of the process.
-        batch_idx: Number of the micro-batch in the run.
-    """
-    digest = hashlib.sha256(f"{seed} {rank} {batch_idx}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def fake_with_adapters(config: DecoderConfig, scheme: PositionScheme, frequencies: Frequencies, lora: LoRA) -> Decoder:

@@ -34,6 +34,7 @@ from ropepp_lit.nn import (
 )
 from ropepp_lit.nn.context_parallel import ContextGroup
 from ropepp_lit.nn.generation import generate
+from ropepp_lit.nn.lora import LoRA, inject
 from ropepp_lit.train.loss_average import StepAverage
 
 SCHEMES = {
@@ -117,6 +118,7 @@ def watch(
     places=False,
     implementation=None,
     group=None,
+    lora=None,
 ):
     input_ids = torch.randint(2, 64, (2, TOKENS))
     input_ids[:, ::17] = 1
@@ -130,6 +132,8 @@ def watch(
     try:
         with torch.device("meta"):
             decoder = Decoder(DecoderConfig(**CONFIG, qk_norm=qk_norm), scheme, Frequencies())
+            if lora is not None:
+                inject(decoder, lora)
         with fake_cuda(autocast=autocast) as mode:
 
             def move(x):
@@ -165,6 +169,20 @@ def test_attention_is_a_flash_kernel_in_bfloat16(scheme, weights, autocast, qk_n
     assert seen.quadratic == []
     assert seen.host_reads == []
     assert seen.operations["_varlen_attn" if packed else "sdpa"] == LAYERS
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(("base_dtype", "autocast"), [(None, True), ("bfloat16", True), ("bfloat16", False)])
+def test_float32_adapters_leave_attention_in_bfloat16(base_dtype, autocast, dora):
+    """Over a base in either dtype; the frozen output layer gets no gradient, and the host waits for nothing."""
+    lora = LoRA(rank=8, base_dtype=base_dtype, dora=dora, train_fully=["imaginary", "norms"])
+    for packed in (False, True):
+        seen = watch(RoPEPP(variant="ec"), packed=packed, autocast=autocast, lora=lora)
+        assert {x.dtype for tensors in seen.attention for x in tensors[:3]} == {torch.bfloat16}
+        assert seen.host_reads == []
+        assert seen.quadratic == []
+        assert (CONFIG["vocab_size"], CONFIG["hidden_size"]) not in {shape for _, shape in seen.products}
+        assert seen.operations["_varlen_attn" if packed else "sdpa"] == LAYERS
 
 
 @pytest.mark.parametrize(

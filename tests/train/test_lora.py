@@ -75,10 +75,10 @@ def test_killed_and_resumed_equals_whole_where_the_base_has_moved(runs, adapters
     options = [*LORA, *dropout, "--model.init_from", moved]
     fit("killed", *options, *killer, 5, returncode=-signal.SIGKILL)
     (root / "moved").unlink()
-    wrong = root / "base" / "checkpoints" / "last.ckpt"
+    there = root / "base" / "checkpoints" / "last.ckpt"
     assert (root / "killed" / "checkpoints" / "last.ckpt").resolve().name == "step=4.ckpt"
     fit("killed", *LORA, *dropout, "--ckpt_path", "auto", returncode=2)  # the base is not where it was
-    killed = fit("killed", *LORA, *dropout, "--ckpt_path", "auto", "--model.init_from", wrong)
+    killed = fit("killed", *LORA, *dropout, "--ckpt_path", "auto", "--model.init_from", there)
     assert_same(adapters, killed)
 
 
