@@ -23,6 +23,9 @@ from ropepp_lit.text.sources import Cursor
 
 SPLITS = ("train", "validation")
 
+MAX_REASONS = 50
+"""Reasons to leave documents out that a part counts one by one."""
+
 MAX_CHUNK_BYTES = 2**32 - 1
 """Litdata's header counts a chunk's bytes in 32 bits."""
 
@@ -86,6 +89,8 @@ class PartWriter:
     def skip(self, reason: str, where: str | None) -> None:
         """Count a document that is left out."""
         self._read += 1
+        if reason not in self._skipped and len(self._skipped) >= MAX_REASONS:  # messages of templates can name contents
+            reason = "for other reasons"
         self._skipped[reason] = self._skipped.get(reason, 0) + 1
         if where is not None and len(self._examples) < 20:
             self._examples.append(f"{where}: {reason}")

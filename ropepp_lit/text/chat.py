@@ -215,7 +215,8 @@ class ChatTemplate:
                 **{**self._special_tokens, **options},
             )
         except Exception as error:  # a template can raise anything, such as TypeError of None + text
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            line = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", line)  # it can repeat contents
             raise ChatTemplateError(f"the chat template cannot render it: {line}") from error
         return texts[0], marked[0] if marked else []
 
@@ -247,7 +248,7 @@ class ChatTemplate:
         """
         for role in {message["role"] for message in messages} - KNOWN_ROLES:
             if role not in template:
-                raise RowError(f"a role {role!r}, which the chat template does not name")
+                raise RowError(f"a role {role[:50]!r}, which the chat template does not name")
         reads_text, reads_parts = self._kinds_of_content(template)
         return [_readable(message, reads_text=reads_text, reads_parts=reads_parts) for message in messages]
 

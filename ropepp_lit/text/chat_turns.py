@@ -119,7 +119,9 @@ class _Marks:
 
     def new(self, message: int, rest: str | None = None) -> str:
         """A mark for a message."""
-        self.characters.append(next(self._unused))
+        if (character := next(self._unused, None)) is None:
+            raise RowError("a conversation of too many messages")
+        self.characters.append(character)
         self.messages.append(message)
         self.rests.append(rest)
         return self.characters[-1]

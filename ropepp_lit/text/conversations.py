@@ -119,8 +119,8 @@ def _message(message: Any) -> dict[str, Any]:
         raise RowError("a message is not an object")
     if "role" not in message and "from" in message:
         role, content = message["from"], message.get("value")
-        if role not in ROLES:
-            raise RowError(f"a message from {role!r}, which is not known")
+        if not isinstance(role, str) or role not in ROLES:
+            raise RowError(f"a message from {str(role)[:50]!r}, which is not known")
         others = {key: value for key, value in message.items() if key not in ("from", "value")}
         message = {"role": ROLES[role], "content": content, **others}
     role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))

@@ -159,6 +159,10 @@ WRONG = {
         {"conversations": [{"from": "bing", "value": "a"}]},
         "a message from 'bing', which is not known",
     ),
+    "a sender that is a list": (
+        {"conversations": [{"from": [], "value": "a"}]},
+        r"a message from '\[\]', which is not",
+    ),
     "an empty answer": ({"messages": [USER, {"role": "assistant", "content": " "}]}, "an empty answer"),
     "a null answer": ({"messages": [USER, {"role": "assistant", "content": None}]}, "an empty answer"),
     "a number": ({"messages": [USER, {"role": "assistant", "content": 3}]}, "a message's content is not a text"),
@@ -202,6 +206,18 @@ def test_conversations_without_a_trained_token_are_left_out(model, tmp_path):
     with pytest.raises(UsageError, match=r"no documents for train in 1 files \(2 no trained token\)"):
         run(write(tmp_path, [{"messages": [USER]}, {"messages": [USER, USER]}]), tmp_path / "none", model)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_template_whose_messages_all_differ(model, tmp_path):
+    """What it says is counted by itself, but not without end."""
+    template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    template += "{% if 'Q' in messages[0].content %}{{ raise_exception(messages[0].content * 100) }}{% endif %}"
+    rows = [{"messages": [{"role": "user", "content": f"Q{n}"}, ANSWER]} for n in range(60)]
+    rows.append({"messages": [USER, ANSWER]})
+    manifest = run(write(tmp_path, rows), tmp_path / "out", model, chat_template=template, on_error="skip")
+    assert (len(manifest.skipped), sum(manifest.skipped.values())) == (51, 60)
+    assert manifest.skipped["for other reasons"] == 10
+    assert max(map(len, manifest.skipped)) < 250
 
 
 def test_completions(model, tmp_path):

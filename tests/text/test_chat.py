@@ -299,6 +299,10 @@ def byte_token(template, token):
 REFUSED = {
     "raise_exception": ("{{ raise_exception('alternate!') IF_THREE }}", "cannot render it: alternate!"),
     "undefined": ("{{ messages[0].x.y IF_THREE }}", "cannot render it: 'dict object' has no attribute"),
+    "control characters": (
+        "{{ raise_exception('a\x1b[31m\ud800' ~ 'b' * 300) IF_THREE }}",
+        r"it: a\?\[31m\?b{190,194}$",
+    ),
     "a type": ("{{ 1 + 'a' IF_THREE }}", "cannot render it: unsupported operand"),
     "left out": ("{% set messages = messages[:2] IF_THREE else messages %}", "leaves an answer out"),
     "reordered": ("{% set messages = messages[::-1] IF_THREE else messages %}", "changes the order"),
