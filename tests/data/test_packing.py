@@ -1,6 +1,7 @@
 """Conversations in rows: whole, each once per pass, the same for any ranks, workers and starts."""
 
 import dataclasses
+import json
 from collections import Counter
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from marked import conversations, found_pairs, trained_pairs, write_marked
 
-from ropepp_lit.data.comparison import continued_at
+from ropepp_lit.data.comparison import CHAT_TEMPLATE, compare, continued_at
+from ropepp_lit.data.conversations import merge_settings
 from ropepp_lit.data.packing import Lengths, PackedPlan, best_fit_decreasing
 from ropepp_lit.data.prepare import Settings, prepare
 from ropepp_lit.data.shards import Manifest
@@ -273,3 +275,20 @@ def test_verify_counts_trained_tokens(tmp_path):
     manifest.splits["train"].chunks[0] = dataclasses.replace(chunk, sha256=checksum(path))
     manifest.write(folder)
     assert verify(folder) == [f"{path}: 1 documents have no trained token behind their first"]
+
+
+def test_settings_of_a_model_get_those_of_its_conversations(chats):
+    entry = open_data(chats).entry
+    base = {
+        "tokenizer_config": json.dumps({"chat_template": "older", "pad_token": "<pad>"}),
+        "generation_config": json.dumps({"eos_token_id": 7, "top_p": 0.9}),
+    }
+    merged = merge_settings({**base, "card": None}, entry)
+    assert json.loads(merged["tokenizer_config"]) == {"chat_template": "{{ messages }}", "pad_token": "<pad>"}
+    assert json.loads(merged["generation_config"]) == {"eos_token_id": [7, 1, 0], "top_p": 0.9}
+    assert merged["card"] is None
+    assert merge_settings(base, {}) == base
+    stored = {"architecture": {}, "tokenizer_config": base["tokenizer_config"]}
+    assert compare(stored, entry) == {CHAT_TEMPLATE: "other turns"}
+    assert compare({**stored, "tokenizer_config": entry["tokenizer_config"]}, entry) == {}
+    assert compare({**stored, "tokenizer_config": None}, entry) == {}
