@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import metadata
 
 from ropepp_lit import checkpoint, sharded
 from ropepp_lit.data.prepare import Settings, prepare
-from ropepp_lit.data.shards import verify
+from ropepp_lit.data.verify import verify
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPE
