@@ -165,6 +165,25 @@ def test_no_command_writes_to_a_url(mistake, command, url):
 
 
 @pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "URL"],
+        ["chat", "URL"],
+        ["evaluate", "A=URL", "--out", "out"],
+        ["export", "URL", "out"],
+        ["upcycle", "URL", "ec.ckpt", "--variant", "ec"],
+        ["import", "URL", "a.ckpt"],
+        ["fit", "--model.init_from", "URL"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_no_model_is_read_from_a_url(mistake, command, url):
+    words = [word.replace("URL", url) for word in command[1:]]
+    assert f"{url}: a URL; copy the model to this machine first" in mistake(*words, subcommand=command[0])
+
+
+@pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "plan"])
 @pytest.mark.parametrize("key", ["trainer.default_root_dir", "data.cache_dir"])
 def test_no_run_writes_to_a_url(mistake, subcommand, key, url):

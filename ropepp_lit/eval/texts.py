@@ -46,10 +46,14 @@ def read_texts(
         texts = data.held_out_texts(limit, min_tokens=min_tokens)
     else:
         texts = {source: _choose(model, source, reading, min_tokens, limit) for source in text.split(",")}
-    for name, documents in texts.items():
-        if not documents:
-            least = f" of {min_tokens:,} tokens or more" if min_tokens else ""
-            raise UsageError(f"text: {name if text else f'the held-out text {name}'} holds no document{least}")
+    least = f" of {min_tokens:,} tokens or more" if min_tokens else ""
+    for name in [name for name, documents in texts.items() if not documents]:
+        if text is not None:
+            raise UsageError(f"text: {name} holds no document{least}")
+        del texts[name]
+        notices.append(f"text: of the held-out sets {name} holds no document{least} and is left out")
+    if not texts:
+        raise UsageError(f"text: the held-out text holds no document{least}; name other text by --text")
     return texts, notices
 
 

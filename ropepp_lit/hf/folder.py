@@ -23,7 +23,15 @@ from ropepp_lit.checkpoint import (
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.adapters import check_base, is_adapter, merge
 from ropepp_lit.hf.config import Architecture, family_of, read_config
-from ropepp_lit.hf.layouts import CONFIG, find_folder, is_hub_name, origin_of, read_json, read_tensors
+from ropepp_lit.hf.layouts import (
+    CONFIG,
+    find_folder,
+    is_hub_name,
+    origin_of,
+    read_json,
+    read_tensors,
+    refuse_url,
+)
 from ropepp_lit.hf.rotary import Rotary
 from ropepp_lit.nn import Decoder
 from ropepp_lit.text import tokenizer_files
@@ -42,10 +50,11 @@ def locate(source: str | Path, *, revision: str | None = None) -> Path:
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        UsageError: the model cannot be fetched, or a revision is given for something else.
+        UsageError: the model cannot be fetched, a revision is given for something else, or the source is a URL.
     """
     if revision is not None or is_hub_name(source):
         return find_folder(source, revision=revision)
+    refuse_url(source)
     return Path(source)
 
 

@@ -74,6 +74,12 @@ _NUMBERED = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})\.\w+")
 _LFS = b"version https://git-lfs"
 
 
+def refuse_url(source: str | Path) -> None:
+    """Raise UsageError where a model is named by a URL, which a path would swallow the slashes of."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(source)):
+        raise UsageError(f"{source}: a URL; copy the model to this machine first, or name it ORGANIZATION/MODEL")
+
+
 def find_folder(source: str | Path, *, revision: str | None = None) -> Path:
     """A folder on this machine, or one that is fetched from the Hugging Face Hub or taken from its cache.
 
@@ -84,6 +90,7 @@ def find_folder(source: str | Path, *, revision: str | None = None) -> Path:
     Raises:
         UsageError: there is no such folder, or it cannot be fetched.
     """
+    refuse_url(source)
     folder = Path(source)
     if folder.exists():
         if revision is not None:

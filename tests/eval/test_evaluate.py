@@ -8,6 +8,8 @@ import time
 import others
 import pytest
 
+from ropepp_lit.data.shards import Manifest, TokenShards
+
 pytestmark = pytest.mark.end_to_end
 
 
@@ -109,6 +111,12 @@ def test_text_held_out_by_the_run_and_a_hugging_face_folder(run, tiny, tmp_path)
     assert "text: hf does not say what text was held out from it; name files by --text" in failed
 
 
+def held_out_lengths(shards):
+    """Tokens of the documents that are held out, beside those that open and close them."""
+    manifest = Manifest.read(shards)
+    return [len(ids) - 2 for ids in TokenShards(shards, manifest, "validation").documents()]
+
+
 def test_a_mixture_is_read_from_every_set_and_other_runs_are_named(run, tiny, texts, tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
@@ -138,6 +146,12 @@ def test_a_mixture_is_read_from_every_set_and_other_runs_are_named(run, tiny, te
     (notice,) = results["notices"]
     assert notice.startswith("other was not trained on the first model's data")
     assert notice in said
+    lengths = {name: held_out_lengths(tmp_path / "shards" / name) for name in ("first", "second")}
+    most = min(max(found) for found in lengths.values())
+    (short,) = [name for name, found in lengths.items() if max(found) == most]
+    longer = [*options[:-1], "long", "--min_tokens", most + 1]
+    said = run("evaluate", models[0], *longer, cwd=tmp_path).stdout
+    assert f"of the held-out sets {short} holds no document of {most + 1:,} tokens or more and is left out" in said
     options = [*options[:-1], "text", "--text", "first"]
     run("evaluate", *models, *options, cwd=tmp_path)
     notices = json.loads((tmp_path / "text" / "results.json").read_text())["notices"]

@@ -133,6 +133,18 @@ def test_findings_name_the_best_model_and_say_where_it_is_not_sure(make, tmp_pat
     assert f"Loss at 2,048 tokens (8 × trained): {said}[−0.200, −0.050]. " in text
 
 
+def test_equal_values_have_no_best_model_and_no_star(make, tmp_path):
+    results = make(names=["first", "second"], tasks=["perplexity"], runs=1)
+    for row in select(results["scores"], metric="loss", **CLEAN):
+        row["value"] = 4.5
+        if row["difference"] is not None:
+            row["difference"], row["difference_low"], row["difference_high"] = 1e-7, 1e-8, 2e-7
+    write_report(results, tmp_path)
+    text = (tmp_path / "index.html").read_text()
+    assert "All models have 4.500." in text
+    assert 'title="worse than first' not in text.split("by length in tokens")[1]
+
+
 @pytest.mark.parametrize("other", [512, None])
 def test_lengths_are_called_trained_only_if_all_models_were_trained_with_one(make, tmp_path, other):
     results = make(names=["first", "second"], tasks=["perplexity"], runs=1)

@@ -261,6 +261,8 @@ def _best(rows: list[Row], first: str) -> str:
     if len(ranked) == 1:
         own = make_cell(best)["interval"]
         return f"{best['model']} has {value}{f', 95% interval {own}' if own else ''}."
+    if value == show_value(metric, ranked[-1]["value"]):
+        return f"All models have {value}."
     beside = next((row for row in rows if row["model"] == first), ranked[1])
     second = ranked[1] if best is beside else beside
     compared = make_cell(second if best["model"] == first else best)

@@ -115,8 +115,13 @@ def make_cell(row: Row) -> dict[str, str]:
 
 
 def _verdict(row: Row) -> str:
-    """`better` or `worse` than the first model, where its interval excludes 0; `differs` for metrics without better."""
+    """`better` or `worse` than the first model, where its interval excludes 0; `differs` for metrics without better.
+
+    A difference that is shown as 0 proves nothing to a reader.
+    """
     if row["difference_low"] <= 0 <= row["difference_high"]:
+        return ""
+    if not show_value(row["metric"], row["difference"]).strip("−0."):
         return ""
     if row["higher_is_better"] is None:
         return "differs"
