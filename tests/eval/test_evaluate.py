@@ -206,7 +206,7 @@ def test_a_run_counts_once_and_one_model_is_in_memory_at_a_time(small_checkpoint
     [
         (
             ["--tasks", "speed"],
-            "tasks: no task 'speed'; choose of perplexity, retrieval, noise, attention, harness:NAME",
+            "tasks: no task 'speed'; choose of perplexity, retrieval, noise, attention, answers:FILE, harness:NAME",
         ),
         (["--tasks", "retrieval:none"], "tasks: retrieval has no family 'none'; choose of single, multikey"),
         (["--tasks", "noise:attention"], "tasks: noise is for perplexity and retrieval, not attention"),

@@ -56,6 +56,14 @@ class Terminal:
         os.write(self.master, keys.encode())
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Ctrl-C counts, also where the tests were started in the background, for which shells ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def terminal(command_path, tmp_path):
     """Starts the command in a terminal."""
