@@ -72,7 +72,7 @@ def test_gzip_is_that_of_each_document_by_itself(trained, texts, tmp_path):
 def test_what_a_run_writes(trained):
     folder, _ = trained
     names = {path.name for path in folder.iterdir()}
-    assert names == {"checkpoints", "recipe.yaml", "tensorboard"}
+    assert names == {".lock", "checkpoints", "recipe.yaml", "tensorboard"}
     # Every third step and the last, of which the newest two are kept.
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
         "last.ckpt",
@@ -205,7 +205,7 @@ def test_a_scheme_in_a_file_of_the_users_own(run, tiny, tmp_path):
     assert "Shifted, base 10000" in run("fit", *tiny, *options, cwd=tmp_path).stdout
     path = "run/checkpoints/last.ckpt"
     refused = run("generate", path, cwd=tmp_path, returncode=2)
-    assert "add: --trust schemes.Shifted" in refused.stderr
+    assert "generate and evaluate take --trust schemes.Shifted" in refused.stderr
     run("generate", path, "--trust", "schemes.Shifted", cwd=tmp_path)
     missing = run("generate", tmp_path / path, "--trust", "schemes.Shifted", cwd=tmp_path / "run", returncode=2)
     assert "schemes.Shifted: cannot be imported" in missing.stderr

@@ -233,7 +233,7 @@ def test_a_sharded_folder_is_a_checkpoint_everywhere(fit, run, tmp_path):
     assert "is in shards; continue it by --trainer.strategy fsdp2, on any devices" in failed.stderr
     shard = next(last.resolve().glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:100])
-    assert "a shard is damaged or missing" in run("generate", last, cwd=tmp_path, returncode=2).stderr
+    assert f"the shard {shard.name} is damaged or missing" in run("generate", last, cwd=tmp_path, returncode=2).stderr
 
 
 class Evil:
