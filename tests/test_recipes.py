@@ -124,7 +124,7 @@ def base(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("stack", FINE_TUNING)
+@pytest.mark.parametrize("stack", ["docstrings", "docstrings-lora", "chat", "chat-long-lora"])
 def test_two_steps_of_fine_tuning(stack, base, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint = str(base / "run/checkpoints/last.ckpt")

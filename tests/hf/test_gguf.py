@@ -241,10 +241,10 @@ def test_the_command(tmp_path, run, mistake):
     assert gguf.GGUFReader(tmp_path / "model.gguf").fields["general.file_type"].contents() == 32
     checkpoint = str(tmp_path / "model.ckpt")
     for words, message in {
-        (): "out: name either a folder, or a file by --gguf",
-        ("folder", "--gguf", "a.gguf"): "out: name either a folder, or a file by --gguf",
+        (): "out: name a folder, or a file by --gguf, or a folder for adapters alone by --adapter",
+        ("folder", "--gguf", "a.gguf"): "out: name a folder, or a file by --gguf, or a folder for adapters alone",
         ("a.gguf",): f"out: names a folder; for a GGUF file: ropepp-lit export {checkpoint} --gguf a.gguf",
-        ("--gguf", "a.gguf", "--check", "true"): "check: is for folders; leave it out with --gguf",
+        ("--gguf", "a.gguf", "--check", "true"): "check: is for folders of a whole model; leave it out with --gguf",
         ("--gguf", "a.gguf", "--max_shard_size", "1GB"): "max_shard_size: is for folders",
         ("--gguf", "s3://bucket/a.gguf"): "gguf: s3://bucket/a.gguf is a URL",
     }.items():

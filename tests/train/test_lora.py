@@ -98,6 +98,7 @@ def test_two_processes_end_where_one_does(runs):
     assert checkpoint["state_dict"]["decoder.model.layers.0.self_attn.o_proj.imaginary"].shape == (32, 32)
 
 
+@pytest.mark.slow
 def test_float32_adapters_over_a_bfloat16_base_on_two_processes(runs):
     root, fit = runs
     options = [*LORA, *base_of(root), "--model.lora.base_dtype", "bfloat16", "--model.lora.train_fully", "[imaginary]"]
