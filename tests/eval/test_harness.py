@@ -286,6 +286,7 @@ TASKS = [("niah_single_1", 4096), ("niah_multikey_2", 4096), ("ruler_fwe", 4096)
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "length"), TASKS)
 def test_retrieval_scores_as_ruler_does(small_checkpoints, task, length):
+    pytest.importorskip("wonderwords", reason="RULER's examples need the extra eval")
     from lm_eval.tasks.ruler.common_utils import process_results
 
     model = load(small_checkpoints["ec"])
@@ -307,6 +308,7 @@ def test_retrieval_scores_as_ruler_does(small_checkpoints, task, length):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["ruler_vt", "ruler_cwe", "ruler_fwe", "niah_single_1"])
 def test_rulers_makers_of_examples_end(small_checkpoints, task):
+    pytest.importorskip("wonderwords", reason="RULER's examples need the extra eval")
     with pytest.raises(UsageError, match=r"makes no example of|cannot load") as caught:
         harness.measure(load(small_checkpoints["ec"]), task, lengths=[128], limit=2, options=Options())
     assert "\n" not in str(caught.value)
