@@ -79,9 +79,14 @@ class PairTraining:
 
     Args:
         preference: The loss; None means that the data are no pairs.
+
+    Raises:
+        UsageError: a setting of it makes no sense.
     """
 
     def __init__(self, preference: Preference | None) -> None:
+        if preference is not None:
+            preference.check()
         self.preference = preference
         self.reference: Reference | None = None
 

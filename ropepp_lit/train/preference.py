@@ -22,6 +22,10 @@ class Preference(ABC):
     """Whether it compares the model with the one that the run began with."""
 
     @abstractmethod
+    def check(self) -> None:
+        """Raise UsageError where a setting makes no sense."""
+
+    @abstractmethod
     def __call__(
         self, log_probabilities: Tensor, num_tokens: Tensor, reference: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -52,9 +56,15 @@ class DPO(Preference):
     reads_reference = True
 
     def __init__(self, *, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
-        self.beta, self.label_smoothing = _positive("beta", beta), label_smoothing
-        if not 0 <= label_smoothing < 0.5:
-            raise UsageError(f"model.preference.label_smoothing: {label_smoothing} must be 0 or more and below 0.5")
+        self.beta, self.label_smoothing = beta, label_smoothing
+
+    def check(self) -> None:
+        """See :meth:`Preference.check`."""
+        _check_positive("beta", self.beta)
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UsageError(
+                f"model.preference.label_smoothing: {self.label_smoothing} must be 0 or more and below 0.5"
+            )
 
     def __call__(
         self, log_probabilities: Tensor, num_tokens: Tensor, reference: Tensor | None
@@ -82,9 +92,13 @@ class SimPO(Preference):
     """
 
     def __init__(self, *, beta: float = 2.0, margin: float = 1.0) -> None:
-        self.beta, self.margin = _positive("beta", beta), margin
-        if not margin >= 0:
-            raise UsageError(f"model.preference.margin: {margin} must be 0 or more")
+        self.beta, self.margin = beta, margin
+
+    def check(self) -> None:
+        """See :meth:`Preference.check`."""
+        _check_positive("beta", self.beta)
+        if not 0 <= self.margin < math.inf:
+            raise UsageError(f"model.preference.margin: {self.margin} must be 0 or more")
 
     def __call__(
         self, log_probabilities: Tensor, num_tokens: Tensor, reference: Tensor | None
@@ -108,7 +122,11 @@ class ORPO(Preference):
     """
 
     def __init__(self, *, weight: float = 0.1) -> None:
-        self.weight = _positive("weight", weight)
+        self.weight = weight
+
+    def check(self) -> None:
+        """See :meth:`Preference.check`."""
+        _check_positive("weight", self.weight)
 
     def __call__(
         self, log_probabilities: Tensor, num_tokens: Tensor, reference: Tensor | None
@@ -122,7 +140,6 @@ class ORPO(Preference):
         return f"ORPO, weight {self.weight:g}"
 
 
-def _positive(name: str, value: float) -> float:
+def _check_positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise UsageError(f"model.preference.{name}: {value} must be above 0")
-    return value
