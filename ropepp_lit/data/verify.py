@@ -42,7 +42,8 @@ def verify(folder: Path) -> list[str]:
                 trained[starts] = False  # what is first is never predicted
                 wrong = int((np.add.reduceat(trained, starts, dtype=np.int64) == 0).sum())
                 wrong += abs(len(starts) - (1 + manifest.holds_pairs) * (len(bounds) - 1))
-                problem = "have no trained token behind their first, or are no pairs"
+                problem = "have no trained token behind their first"
+                problem += ", or are no pairs of answers" if manifest.holds_pairs else ""
             else:
                 wrong = int((stored[bounds[1:] - 1] != manifest.eos_token_id).sum())
                 problem = f"do not end with the token {manifest.eos_token_id}"

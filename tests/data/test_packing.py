@@ -208,7 +208,7 @@ def test_what_cannot_be(chats, texts, tmp_path):
     prepare([str(texts)], Settings(tokenizer="bytes"), out=tmp_path / "text", show_progress=False)
     mixed = open_data({str(chats): 1, str(tmp_path / "text"): 1})
     with pytest.raises(UsageError, match=r"model\.loss_average: conversations needs .* train in .*text is text;"):
-        mixed.average_conversations()
+        mixed.train_samples.average_conversations()
 
 
 def test_a_mixture_with_text(chats, texts, tmp_path):
@@ -238,7 +238,7 @@ def test_a_position_belongs_to_what_is_left_out(chats):
 
 def test_weights_average_over_conversations(chats):
     data = open_data(chats, batch_size=2)
-    data.average_conversations()
+    data.train_samples.average_conversations()
     for first in range(0, 20, 2):
         samples = data.train_samples.__getitems__([first, first + 1])
         batch = data.train_samples.collate(samples)
