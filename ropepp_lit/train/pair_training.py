@@ -70,8 +70,18 @@ class Reference:
 
     @classmethod
     def from_entry(cls, entry: dict[str, Tensor]) -> Reference:
-        """Of what :meth:`entry` returned."""
-        return cls(entry["keys"].numpy(), entry["log_probabilities"].numpy())
+        """Of what :meth:`entry` returned.
+
+        Raises:
+            UsageError: it is something else.
+        """
+        try:
+            keys, found = entry["keys"].numpy(), entry["log_probabilities"].numpy()
+            if (keys.dtype, found.dtype, found.shape) == (np.int64, np.float64, (len(keys), 2)):
+                return cls(keys, found)
+        except (KeyError, TypeError, AttributeError):
+            pass
+        raise UsageError(f"ckpt_path: its entry {ENTRY} is damaged; begin another run by --model.init_from")
 
 
 class PairTraining:
