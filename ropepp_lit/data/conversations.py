@@ -98,7 +98,8 @@ def packing_line(name: str, plan: PackedPlan, manifest: Manifest, *, rows_per_st
     """
     train, left_out = manifest.splits["train"], manifest.splits["train"].documents - plan.documents
     return (
-        f"{name}: {plan.documents:,} {name_of_documents(manifest)} in {plan.samples_per_pass:,} rows, {plan.padding:.1%} padding"
+        f"{name}: {plan.documents:,} {name_of_documents(manifest)} in {plan.samples_per_pass:,} rows, "
+        f"{plan.padding:.1%} padding"
         + (f", {left_out:,} left out" if left_out else "")
         + f"; {train.trained_tokens / train.tokens:.1%} of the set's tokens are trained; "
         f"all are read once in {plan.samples_per_pass / rows_per_step:,.1f} steps"
