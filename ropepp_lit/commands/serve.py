@@ -1,0 +1,77 @@
+"""`ropepp-lit serve`: an OpenAI-compatible endpoint of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from ropepp_lit.arguments import call
+
+
+def serve(
+    checkpoint: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    chat_template: str | None = None,
+    max_requests: int = 4,
+    max_new_tokens: int = 512,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    context_length: int | None = None,
+    trust: str | None = None,
+) -> None:
+    """Answer OpenAI's clients at /v1/chat/completions; LIT_SERVER_API_KEY sets the key that they must give.
+
+    Args:
+        checkpoint: A .ckpt file, a Hugging Face folder, or the name of one on the Hugging Face Hub. Requests call the
+            model by this name.
+        host: Address to listen at; 0.0.0.0 is that of every network.
+        port: Of the address, at least 1024.
+        chat_template: A file with a Jinja template instead of the tokenizer's own.
+        max_requests: Answers that are written at once, by turns of a token each; further requests wait. Each holds
+            keys and values of up to the whole context in memory.
+        max_new_tokens: Tokens of an answer at most, where a request does not say max_tokens.
+        temperature: Where a request does not say it: divides the logits; 0 takes the most likely token (greedy).
+        top_k: Where a request does not say it: sample from this many most likely tokens; 0 means all.
+        top_p: Where a request does not say it: sample from the smallest set of tokens whose probability reaches this.
+        min_p: Where a request does not say it: leave out tokens less likely than this share of the most likely one's
+            probability.
+        repetition_penalty: Where a request does not say it: divides the logits of tokens that are there already; 1
+            changes nothing.
+        context_length: Tokens of a conversation and its answer together; empty means those that the checkpoint was
+            trained with.
+        trust: `module.Class` of a position scheme of your own that the checkpoint was made with and may be imported.
+    """
+    from ropepp_lit.errors import UsageError
+
+    if max_requests < 1:
+        raise UsageError(f"max_requests: {max_requests} must be 1 or more")
+    try:
+        from ropepp_lit.inference import server
+    except ModuleNotFoundError as error:
+        if error.name not in ("litserve", "fastapi"):
+            raise
+        raise UsageError("serve needs LitServe: pip install 'ropepp-lit[serve]'") from error
+
+    def announce() -> None:
+        url = f"http://{'[::1]' if ':' in host else '127.0.0.1'}:{port}/v1"
+        body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
+        key = f' -H "Authorization: Bearer ${server.KEY}"' if os.environ.get(server.KEY) else ""
+        print(f"{checkpoint} answers at {url} until Ctrl-C. Try:")
+        print(f"curl {url}/chat/completions{key} -d '{body}'", flush=True)
+
+    settings = server.Settings(
+        checkpoint=checkpoint, chat_template=chat_template, max_requests=max_requests, max_new_tokens=max_new_tokens,
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        context_length=context_length, trust=trust,
+    )  # fmt: skip
+    server.serve(settings, host=host, port=port, announce=announce)
+
+
+def main(arguments: list[str]) -> None:
+    """Run the subcommand."""
+    call(serve, arguments)

@@ -1,0 +1,398 @@
+"""An OpenAI-compatible server of a model on LitServe: requests in one process, the model in another.
+
+The first process never imports PyTorch, so modules that do are imported where the second one uses them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import multiprocessing
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+import litserve
+from fastapi import FastAPI, Header, HTTPException, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from litserve.connector import check_cuda_with_nvidia_smi
+from litserve.specs.base import LitSpec
+from litserve.utils import LitAPIStatus, ResponseBufferItem, WorkerSetupStatus
+from starlette.exceptions import HTTPException as StarletteHTTPException  # also that of unknown paths
+
+from ropepp_lit.errors import UsageError
+from ropepp_lit.inference.openai_format import Answer, ChatRequest, error_body, parse, refusal
+
+if TYPE_CHECKING:
+    from ropepp_lit.inference.model import Writing
+
+KEY = "LIT_SERVER_API_KEY"
+"""The environment variable whose value requests must name, LitServe's."""
+
+HOSTS = ("127.0.0.1", "0.0.0.0", "::")  # noqa: S104 (a choice, not the default)
+"""Addresses that LitServe listens at."""
+
+POLL_SECONDS = 0.5
+"""Until it is noticed that a client who waits in silence has gone."""
+
+CLOSE_SECONDS = 2
+"""That open answers have to end when the server does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of a server. Sampling and `max_new_tokens` are those of requests that do not name them."""
+
+    checkpoint: str
+    chat_template: str | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    context_length: int | None
+    trust: str | None
+    max_requests: int
+    """That are answered at once."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that is to be answered."""
+
+    uid: str
+    index: int
+    """Of the choice."""
+    ids: list[int]
+    writing: Writing
+
+
+class ChatSpec(LitSpec):
+    """The endpoints, in the process that talks HTTP.
+
+    Args:
+        model: The model's name.
+        cancel: Gets the ids of requests whose client has gone.
+    """
+
+    def __init__(self, model: str, cancel: Connection) -> None:
+        super().__init__()
+        self.api_path = "/v1/chat/completions"
+        self._model, self._cancel, self._created = model, cancel, int(time.time())
+
+    @property
+    def stream(self) -> bool:
+        """The model's process answers in parts, whether the client wants them or not."""
+        return True
+
+    def pre_setup(self, lit_api: litserve.LitAPI) -> None:
+        """Register the endpoints."""
+        self.add_endpoint(self.api_path, self.complete, ["POST"])
+        self.add_endpoint("/v1/models", self.models, ["GET"])
+        self.add_endpoint("/v1/models/{name:path}", self.model, ["GET"])
+
+    async def models(self) -> dict[str, Any]:
+        """The list of the one model."""
+        return {"object": "list", "data": [await self.model(self._model)]}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """The model of a name."""
+        self._check_name(name)
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "ropepp-lit"}
+
+    async def complete(self, http: Request) -> Response:
+        """Answer a conversation."""
+        request = parse(await http.body())
+        if request.model:
+            self._check_name(request.model)
+        items, answer = self._items(request, http), Answer(request, self._model)
+        first = await anext(items, None)  # raises what is wrong with the conversation, before a status is sent
+        if first is None:
+            return Response(status_code=499)  # nobody reads it
+
+        async def all_items() -> AsyncIterator[dict[str, Any]]:
+            yield first
+            async for item in items:
+                yield item
+
+        if request.stream:
+            return StreamingResponse(answer.events(all_items()), media_type="text/event-stream")
+        return JSONResponse(await answer.whole(all_items()))
+
+    async def _items(self, request: ChatRequest, http: Request) -> AsyncIterator[dict[str, Any]]:
+        """What the model's process says; ends early, and there too, when the client has gone."""
+        queue: deque[tuple[Any, str]] = deque()
+        event, seed = asyncio.Event(), secrets.randbits(63) if request.seed is None else request.seed
+        uids, num_finished = [uuid.uuid4().hex for _ in range(request.n)], 0
+        try:
+            for index, uid in enumerate(uids):
+                self.response_buffer[uid] = ResponseBufferItem(response_queue=queue, event=event)
+                job = {"uid": uid, "index": index, "seed": seed, "request": request}
+                self.request_queue.put((self.response_queue_id, uid, time.monotonic(), job))
+            while num_finished < request.n:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(event.wait(), POLL_SECONDS)
+                if await http.is_disconnected():
+                    return
+                event.clear()
+                while queue:
+                    data, status = queue.popleft()
+                    if status == LitAPIStatus.FINISH_STREAMING:
+                        num_finished += 1
+                    elif status != LitAPIStatus.ERROR:
+                        yield json.loads(data)
+                    elif isinstance(data, HTTPException):
+                        raise data
+                    else:
+                        raise HTTPException(500, "the answer failed; the server's own output says why")
+        finally:
+            for uid in uids:
+                self.response_buffer.pop(uid, None)
+                if num_finished < request.n:
+                    self._cancel.send(uid)
+
+    def _check_name(self, name: str) -> None:
+        if name != self._model:
+            message = f"model: {name!r} is not here; this server has {self._model!r}"
+            raise refusal(message, param="model", code="model_not_found", status=404)
+
+
+class ChatAPI(litserve.LitAPI):
+    """The model, in a process of its own.
+
+    Requests take turns, a token each, and each has a cache of keys and values. A request continues the cache that
+    begins as its conversation does, so the turns of a conversation are not read again.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._cancellations, cancel = multiprocessing.Pipe(duplex=False)
+        self.problems, self._problem = multiprocessing.Pipe(duplex=False)
+        """Gets the line of a UsageError where the model cannot be loaded."""
+        self._key = os.environ.get(KEY)
+        super().__init__(spec=ChatSpec(settings.checkpoint, cancel), enable_async=True)
+
+    def authorize(self, authorization: str = Header(""), x_api_key: str = Header("")) -> None:
+        """Refuse who does not name the key, where there is one: as OpenAI's clients do, or as LitServe's."""
+        given = x_api_key or authorization.removeprefix("Bearer ")
+        if self._key and not hmac.compare_digest(given.encode(), self._key.encode()):
+            raise refusal(f"the API key is not the server's {KEY}", code="invalid_api_key", status=401)
+
+    def setup(self, device: str) -> None:
+        """Load the model."""
+        litserve.configure_logging("error", stream=sys.stderr)
+        try:
+            self._load()
+        except UsageError as error:
+            self._problem.send(str(error))
+            logging.getLogger("litserve").disabled = True  # it would print a traceback
+            raise
+
+    def _load(self) -> None:
+        from ropepp_lit.inference.model import load_model
+        from ropepp_lit.nn.generation import Row
+        from ropepp_lit.text.chat import ChatTemplate, read_template
+
+        settings = self._settings
+        self._writing(ChatRequest.model_construct(messages=[]), seed=0)  # checks the settings
+        override = None if settings.chat_template is None else read_template(settings.chat_template)
+        self._model = load_model(settings.checkpoint, trust=settings.trust, context_length=settings.context_length)
+        self._template = ChatTemplate.from_tokenizer(self._model.tokenizer, override)
+        self._stop_token_ids = self._template.end_of_turn
+        self._idle = [Row(self._model.decoder) for _ in range(settings.max_requests)]
+        self._turns = asyncio.Semaphore(settings.max_requests)
+        self._cancelled: set[str] = set()
+
+    async def decode_request(self, request: dict[str, Any]) -> Prompt:
+        """The prompt of a request.
+
+        Raises:
+            HTTPException: 400 where it cannot be answered.
+        """
+        from ropepp_lit.inference.prompts import encode_messages
+        from ropepp_lit.text.conversations import RowError
+
+        asked: ChatRequest = request["request"]
+        try:
+            writing = self._writing(asked, seed=request["seed"])
+        except UsageError as error:
+            raise refusal(str(error), param=str(error).partition(":")[0]) from error
+        row = {"messages": asked.messages, "chat_template_kwargs": asked.chat_template_kwargs}
+        try:
+            ids = encode_messages(self._template, row)
+        except (RowError, UsageError) as error:
+            raise refusal(f"messages: {error}", param="messages") from error
+        if self._model.room_behind(ids) == 0:
+            raise refusal(
+                f"messages: they take {len(ids):,} tokens and leave no room in the context of "
+                f"{self._model.context_length:,}; shorten them",
+                param="messages", code="context_length_exceeded",
+            )  # fmt: skip
+        return Prompt(request["uid"], request["index"], ids, writing)
+
+    def _writing(self, request: ChatRequest, *, seed: int) -> Writing:
+        from ropepp_lit.inference.model import Writing
+        from ropepp_lit.nn.sampling import Sampling
+
+        values = {name: getattr(request, name) for name in ("max_new_tokens", *asdict(Sampling()))}
+        values = {name: getattr(self._settings, name) if value is None else value for name, value in values.items()}
+        return Writing(
+            max_new_tokens=values.pop("max_new_tokens"),
+            sampling=Sampling(**values), seed=seed, stop_texts=request.stop_texts,
+        ).check()  # fmt: skip
+
+    async def predict(self, x: Prompt) -> AsyncIterator[dict[str, Any]]:
+        """The answer in parts, as :class:`~.openai_format.Answer` takes them."""
+        from ropepp_lit.inference.completion import Stream
+
+        yield {"index": x.index, "prompt_tokens": len(x.ids)}
+        async with self._turns:
+            row = max(self._idle, key=lambda row: row.num_shared(x.ids))  # of several the one that has waited longest
+            self._idle.remove(row)
+            try:
+                stream = Stream(self._model, row, x.ids, x.writing, stop_token_ids=self._stop_token_ids, index=x.index)
+                for text in stream.steps():
+                    if text:
+                        yield {"index": x.index, "text": text}
+                    await asyncio.sleep(0)  # the others' turn
+                    if self._is_cancelled(x.uid):
+                        return
+            finally:
+                self._idle.append(row)
+        yield {"index": x.index, "finish_reason": stream.finish_reason, "completion_tokens": stream.num_tokens}
+
+    async def encode_response(self, output: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+        """The parts as they are; LitServe makes them JSON."""
+        async for part in output:
+            yield part
+
+    def _is_cancelled(self, uid: str) -> bool:
+        while self._cancellations.poll():
+            self._cancelled.add(self._cancellations.recv())
+        return uid in self._cancelled
+
+
+class Server(litserve.LitServer):
+    """Both processes, and LitServe's own for its queues.
+
+    Raises:
+        UsageError: from :meth:`run`, where the model cannot be loaded.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._api = ChatAPI(settings)
+        has_gpu = check_cuda_with_nvidia_smi() > 0
+        super().__init__(
+            self._api, accelerator="cuda" if has_gpu else "cpu", devices=1, timeout=False, disable_openapi_url=True
+        )
+        self.uvicorn_graceful_timeout = CLOSE_SECONDS
+        self.app.add_exception_handler(StarletteHTTPException, _answer_error)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """Of the process that talks HTTP, which Ctrl-C does not reach: the first process ends it."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        async with super().lifespan(app):
+            yield
+
+    def launch_inference_worker(self, lit_api: litserve.LitAPI) -> list[Any]:
+        """Start the model's process, which Ctrl-C does not reach either."""
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return super().launch_inference_worker(lit_api)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def verify_worker_status(self) -> None:
+        """Wait until the model is loaded, or say why it is not."""
+        (worker,) = self.inference_workers
+        while WorkerSetupStatus.READY not in self.workers_setup_status.values():
+            if not worker.is_alive():
+                raise UsageError(self._api.problems.recv() if self._api.problems.poll() else _ended(worker.exitcode))
+            worker.join(0.05)
+
+    def end(self) -> None:
+        """End the model's process, where :meth:`run` did not come so far that it would."""
+        for worker in getattr(self, "inference_workers", []):
+            worker.terminate()
+
+
+async def _answer_error(http: Request, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException)
+    return JSONResponse(error_body(error), status_code=error.status_code, headers=error.headers)
+
+
+def _ended(code: int | None) -> str:
+    return f"the process of the model ended with the exit code {code}, perhaps because memory ran out"
+
+
+def serve(settings: Settings, *, host: str, port: int, announce: Callable[[], object]) -> None:
+    """Answer requests until SIGINT (Ctrl-C) or SIGTERM.
+
+    Args:
+        settings: Of the server.
+        host: One of :data:`HOSTS`.
+        port: At least 1024.
+        announce: Called when the server answers.
+
+    Raises:
+        UsageError: the address is taken, the model cannot be loaded, or its process has ended.
+    """
+    _check_address(host, port)
+    server, process = Server(settings), os.getpid()
+
+    def interrupt(number: int, frame: object) -> None:
+        if os.getpid() == process:  # not in the other processes, which are copies of it
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, signal.SIG_IGN)
+            raise KeyboardInterrupt
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, interrupt)
+    threading.Thread(target=_announce, args=(host, port, announce), daemon=True).start()
+    try:
+        server.run(host=host, port=port, log_level="error", num_api_servers=1, generate_client_file=False)
+    except KeyboardInterrupt:
+        pass
+    except (EOFError, ConnectionError) as error:  # LitServe has ended everything
+        raise UsageError(_ended(server.inference_workers[0].exitcode)) from error
+    finally:
+        server.end()
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise UsageError unless a server can listen there."""
+    if host not in HOSTS:
+        raise UsageError(f"host: {host!r}: choose one of {', '.join(HOSTS)}")
+    if not 1024 <= port <= 65535:
+        raise UsageError(f"port: {port} must be from 1024 to 65535")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UsageError(f"port: {port} of {host}: {error.strerror}; choose another by --port") from error
+
+
+def _announce(host: str, port: int, announce: Callable[[], object]) -> None:
+    """Call when somebody listens."""
+    address = ("::1" if ":" in host else "127.0.0.1", port)
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(address, timeout=1):
+            break
+        time.sleep(0.05)
+    announce()
