@@ -117,8 +117,8 @@ def parse(body: bytes) -> ChatRequest:
         request = ChatRequest.model_validate(values)
     except ValidationError as error:
         found = error.errors()[0]
-        param = str(found["loc"][0])
-        raise refusal(f"{'.'.join(map(str, found['loc']))}: {found['msg']}", param=param) from error
+        place = [str(part) for part in found["loc"]]  # none where a key is no Unicode
+        raise refusal(f"{'.'.join(place) or 'the body'}: {found['msg']}", param=place[0] if place else None) from error
     for key, value in (request.model_extra or {}).items():
         if value is not None and key not in WITHOUT_EFFECT and value not in NEUTRAL.get(key, ()):
             raise refusal(f"{key}: not supported by this server; leave it out", param=key, code="unsupported_parameter")

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import hmac
 import json
-import logging
 import multiprocessing
 import os
 import secrets
@@ -120,9 +119,7 @@ class ChatSpec(LitSpec):
         if request.model:
             self._check_name(request.model)
         items, answer = self._items(request, http), Answer(request, self._model)
-        first = await anext(items, None)  # raises what is wrong with the conversation, before a status is sent
-        if first is None:
-            return Response(status_code=499)  # nobody reads it
+        first = await anext(items)  # raises what is wrong with the conversation, before a status is sent
 
         async def all_items() -> AsyncIterator[dict[str, Any]]:
             yield first
@@ -147,7 +144,7 @@ class ChatSpec(LitSpec):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(event.wait(), POLL_SECONDS)
                 if await http.is_disconnected():
-                    return
+                    raise HTTPException(499, "the client has gone")  # which nobody reads
                 event.clear()
                 while queue:
                     data, status = queue.popleft()
@@ -199,7 +196,7 @@ class ChatAPI(litserve.LitAPI):
             self._load()
         except UsageError as error:
             self._problem.send(str(error))
-            logging.getLogger("litserve").disabled = True  # it would print a traceback
+            litserve.configure_logging("critical")  # it would print a traceback
             raise
 
     def _load(self) -> None:
@@ -333,7 +330,8 @@ class Server(litserve.LitServer):
 
 async def _answer_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, StarletteHTTPException)
-    return JSONResponse(error_body(error), status_code=error.status_code, headers=error.headers)
+    body = json.dumps(error_body(error))  # ASCII: it can repeat half of a surrogate pair
+    return Response(body, error.status_code, error.headers, media_type="application/json")
 
 
 def _ended(code: int | None) -> str:

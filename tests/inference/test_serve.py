@@ -13,12 +13,15 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from others import make_folder
+from safetensors.torch import load_file, save_file
 
 from ropepp_lit.inference.completion import complete
 from ropepp_lit.inference.model import Writing, load_model
 from ropepp_lit.inference.prompts import encode_messages
 from ropepp_lit.nn.sampling import Sampling
 from ropepp_lit.text.chat import ChatTemplate
+from ropepp_lit.text.tokenizer import load_tokenizer
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("litserve")
@@ -31,7 +34,20 @@ TURNS = [
     {"role": "assistant", "content": "It sleeps."},
     {"role": "user", "content": [{"type": "text", "text": "And "}, {"type": "text", "text": "the dog?"}]},
 ]
+LONG = {"messages": FOX, "temperature": 0, "max_tokens": 90000}
+"""An answer of minutes."""
+
 KEY = "fox-and-dog"
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A model with a chat template whose greedy answers never end."""
+    folder = make_folder("chat", tmp_path_factory.mktemp("models") / "endless")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][load_tokenizer(str(folder)).eos_token_id] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +183,14 @@ def test_sampled_answers(ask, expected):
     assert choice.message.content == answer.text
 
 
+def test_an_answer_that_ends_with_its_turn(ask, expected):
+    _, (answer,) = expected(max_new_tokens=3000, seed=1, sampling=Sampling(temperature=9.0))
+    assert answer.finish_reason == "stop"
+    found = ask(max_tokens=3000, seed=1, temperature=9.0, top_p=1)
+    assert (found.choices[0].message.content, found.choices[0].finish_reason) == (answer.text, "stop")
+    assert found.usage.completion_tokens == answer.num_tokens
+
+
 def test_values_that_ask_for_nothing(ask, expected):
     options = {
         "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "logprobs": False, "user": "me",
@@ -187,7 +211,6 @@ BAD = {
         "messages", "messages: a part of a message is not text",
     ),
     "an answer": ({"messages": [*FOX, {"role": "assistant", "content": "a"}]}, "messages", "messages: the last"),
-    "half a character": ({"messages": [{"role": "user", "content": "\ud83d"}]}, "messages", "messages: a text with"),
     "a long prompt": ({"messages": [{"role": "user", "content": "fox " * 40000}]}, "messages", "messages: they take 1"),
     "temperature": ({"temperature": -1}, "temperature", "temperature: -1.0 must be 0"),
     "text for a number": ({"temperature": "1"}, "temperature", "temperature: Input should be a valid number"),
@@ -226,16 +249,23 @@ def test_what_is_not_there(server, client, ask):
         with pytest.raises(kind) as error:
             call()
         assert error.value.code == code
-    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/v1/chat/completions", b"{", {"x-api-key": KEY})
-    with pytest.raises(urllib.error.HTTPError, match="400") as error:
-        urllib.request.urlopen(request)
-    assert "the body is not JSON" in json.load(error.value)["error"]["message"]
+    for body, message in (
+        ("{", "the body is not JSON"),
+        ("[]", "the body is not a JSON object"),
+        (r'{"messages": [{"role": "user", "content": "\ud83d"}]}', "messages: a text with half of a surrogate pair"),
+        (r'{"messages": [{"role": "user", "content": "a"}], "\ud83d": 1}', "the body: "),
+        (r'{"messages": [{"role": "\ud83d", "content": "a"}]}', r"messages: a role '\ud83d'"),
+    ):
+        url, headers = f"http://127.0.0.1:{server.port}/v1/chat/completions", {"x-api-key": KEY}
+        with pytest.raises(urllib.error.HTTPError, match="400") as error:
+            urllib.request.urlopen(urllib.request.Request(url, body.encode(), headers))
+        assert json.load(error.value)["error"]["message"].startswith(message)
 
 
 def test_answers_at_once_are_those_alone_and_take_turns(ask, expected):
     """More than the server writes at once; a short answer does not wait for a long one."""
     questions = [[{"role": "user", "content": f"Fox {number}?"}] for number in range(5)]
-    long = iter(ask(temperature=0, max_tokens=90000, stream=True))
+    long = iter(ask(**LONG, stream=True))
     next(long)
     found = {}
     threads = [
@@ -256,17 +286,17 @@ def test_answers_at_once_are_those_alone_and_take_turns(ask, expected):
 
 def test_who_hangs_up_ends_the_answer(ask):
     """Two answers of minutes hold the server; when their clients have gone, the next is answered."""
-    stream = ask(temperature=0, max_tokens=90000, stream=True)
+    stream = ask(**LONG, stream=True)
     next(iter(stream))
     with pytest.raises(openai.APITimeoutError):
-        ask(temperature=0, max_tokens=90000, timeout=1)
+        ask(**LONG, timeout=1)
     stream.close()
     assert ask(temperature=0, max_tokens=3, timeout=60).usage.completion_tokens == 3
 
 
 def test_ctrl_c_ends_the_server_and_its_answers(server, ask):
     """The last test of the server. As in a terminal, every process gets the signal; impatience changes nothing."""
-    stream = iter(ask(temperature=0, max_tokens=90000, stream=True))
+    stream = iter(ask(**LONG, stream=True))
     next(stream)
     for _ in range(2):
         for process in server.family:
@@ -280,13 +310,13 @@ def test_ctrl_c_ends_the_server_and_its_answers(server, ask):
         list(stream)
 
 
-def test_a_model_that_cannot_talk(start, base):
+def test_a_model_that_cannot_be_loaded(start):
     """The process that loads it says so in one line."""
-    server = start(base)
+    server = start("none.ckpt")
     assert server.process.wait(120) == 2
     assert server.lines == ["", ""]
     (line,) = (server.folder / "errors").read_text().splitlines()
-    assert line.startswith("ropepp-lit: error: chat_template: the tokenizer has no chat template; name a file")
+    assert line.startswith("ropepp-lit: error: none.ckpt: ")
 
 
 def test_mistakes_of_options(mistake, talker, monkeypatch):
@@ -303,5 +333,6 @@ def test_mistakes_of_options(mistake, talker, monkeypatch):
     assert "host: 'localhost': choose one of 127.0.0.1" in told("--host", "localhost")
     assert "max_requests: 0 must be 1" in told("--max_requests", "0")
     monkeypatch.delitem(sys.modules, "ropepp_lit.inference.server")
+    monkeypatch.delattr("ropepp_lit.inference.server")
     monkeypatch.setitem(sys.modules, "litserve", None)
     assert told().endswith("serve needs LitServe: pip install 'ropepp-lit[serve]'")
