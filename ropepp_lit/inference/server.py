@@ -303,8 +303,19 @@ class Server(litserve.LitServer):
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Of the process that talks HTTP, which Ctrl-C does not reach: the first process ends it."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=self._end_with_parent, daemon=True).start()
         async with super().lifespan(app):
             yield
+
+    def _end_with_parent(self) -> None:
+        """End everything where the first process was killed and could not."""
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        for number in self._others:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        os._exit(1)
 
     def launch_inference_worker(self, lit_api: litserve.LitAPI) -> list[Any]:
         """Start the model's process, which Ctrl-C does not reach either."""
@@ -321,6 +332,8 @@ class Server(litserve.LitServer):
             if not worker.is_alive():
                 raise UsageError(self._api.problems.recv() if self._api.problems.poll() else _ended(worker.exitcode))
             worker.join(0.05)
+        self._others = [child.pid for child in multiprocessing.active_children() if child.pid]
+        litserve.configure_logging("error", stream=sys.stderr)
 
     def end(self) -> None:
         """End the model's process, where :meth:`run` did not come so far that it would."""
