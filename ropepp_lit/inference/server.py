@@ -11,29 +11,24 @@ import hmac
 import json
 import multiprocessing
 import os
-import secrets
 import signal
 import socket
 import sys
 import threading
 import time
-import uuid
-from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 import litserve
-from fastapi import FastAPI, Header, HTTPException, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import FastAPI, Header, Request, Response
 from litserve.connector import check_cuda_with_nvidia_smi
-from litserve.specs.base import LitSpec
-from litserve.utils import LitAPIStatus, ResponseBufferItem, WorkerSetupStatus
-from starlette.exceptions import HTTPException as StarletteHTTPException  # also that of unknown paths
+from litserve.utils import WorkerSetupStatus
+from starlette.exceptions import HTTPException
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.inference.openai_format import Answer, ChatRequest, error_body, parse, refusal
+from ropepp_lit.inference.endpoints import ChatSpec
+from ropepp_lit.inference.openai_format import ChatRequest, error_body, parse, refusal
 
 if TYPE_CHECKING:
     from ropepp_lit.inference.model import Writing
@@ -43,9 +38,6 @@ KEY = "LIT_SERVER_API_KEY"
 
 HOSTS = ("127.0.0.1", "0.0.0.0", "::")  # noqa: S104 (a choice, not the default)
 """Addresses that LitServe listens at."""
-
-POLL_SECONDS = 0.5
-"""Until it is noticed that a client who waits in silence has gone."""
 
 CLOSE_SECONDS = 2
 """That open answers have to end when the server does."""
@@ -78,94 +70,6 @@ class Prompt:
     """Of the choice."""
     ids: list[int]
     writing: Writing
-
-
-class ChatSpec(LitSpec):
-    """The endpoints, in the process that talks HTTP.
-
-    Args:
-        model: The model's name.
-        cancel: Gets the ids of requests whose client has gone.
-    """
-
-    def __init__(self, model: str, cancel: Connection) -> None:
-        super().__init__()
-        self.api_path = "/v1/chat/completions"
-        self._model, self._cancel, self._created = model, cancel, int(time.time())
-
-    @property
-    def stream(self) -> bool:
-        """The model's process answers in parts, whether the client wants them or not."""
-        return True
-
-    def pre_setup(self, lit_api: litserve.LitAPI) -> None:
-        """Register the endpoints."""
-        self.add_endpoint(self.api_path, self.complete, ["POST"])
-        self.add_endpoint("/v1/models", self.models, ["GET"])
-        self.add_endpoint("/v1/models/{name:path}", self.model, ["GET"])
-
-    async def models(self) -> dict[str, Any]:
-        """The list of the one model."""
-        return {"object": "list", "data": [await self.model(self._model)]}
-
-    async def model(self, name: str) -> dict[str, Any]:
-        """The model of a name."""
-        self._check_name(name)
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "ropepp-lit"}
-
-    async def complete(self, http: Request) -> Response:
-        """Answer a conversation."""
-        request = parse(await http.body())
-        if request.model:
-            self._check_name(request.model)
-        items, answer = self._items(request, http), Answer(request, self._model)
-        first = await anext(items)  # raises what is wrong with the conversation, before a status is sent
-
-        async def all_items() -> AsyncIterator[dict[str, Any]]:
-            yield first
-            async for item in items:
-                yield item
-
-        if request.stream:
-            return StreamingResponse(answer.events(all_items()), media_type="text/event-stream")
-        return JSONResponse(await answer.whole(all_items()))
-
-    async def _items(self, request: ChatRequest, http: Request) -> AsyncIterator[dict[str, Any]]:
-        """What the model's process says; ends early, and there too, when the client has gone."""
-        queue: deque[tuple[Any, str]] = deque()
-        event, seed = asyncio.Event(), secrets.randbits(63) if request.seed is None else request.seed
-        uids, num_finished = [uuid.uuid4().hex for _ in range(request.n)], 0
-        try:
-            for index, uid in enumerate(uids):
-                self.response_buffer[uid] = ResponseBufferItem(response_queue=queue, event=event)
-                job = {"uid": uid, "index": index, "seed": seed, "request": request}
-                self.request_queue.put((self.response_queue_id, uid, time.monotonic(), job))
-            while num_finished < request.n:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(event.wait(), POLL_SECONDS)
-                if await http.is_disconnected():
-                    raise HTTPException(499, "the client has gone")  # which nobody reads
-                event.clear()
-                while queue:
-                    data, status = queue.popleft()
-                    if status == LitAPIStatus.FINISH_STREAMING:
-                        num_finished += 1
-                    elif status != LitAPIStatus.ERROR:
-                        yield json.loads(data)
-                    elif isinstance(data, HTTPException):
-                        raise data
-                    else:
-                        raise HTTPException(500, "the answer failed; the server's own output says why")
-        finally:
-            for uid in uids:
-                self.response_buffer.pop(uid, None)
-                if num_finished < request.n:
-                    self._cancel.send(uid)
-
-    def _check_name(self, name: str) -> None:
-        if name != self._model:
-            message = f"model: {name!r} is not here; this server has {self._model!r}"
-            raise refusal(message, param="model", code="model_not_found", status=404)
 
 
 class ChatAPI(litserve.LitAPI):
@@ -223,7 +127,7 @@ class ChatAPI(litserve.LitAPI):
         from ropepp_lit.inference.prompts import encode_messages
         from ropepp_lit.text.conversations import RowError
 
-        asked: ChatRequest = request["request"]
+        asked = parse(request["body"])
         try:
             writing = self._writing(asked, seed=request["seed"])
         except UsageError as error:
@@ -297,7 +201,7 @@ class Server(litserve.LitServer):
             self._api, accelerator="cuda" if has_gpu else "cpu", devices=1, timeout=False, disable_openapi_url=True
         )
         self.uvicorn_graceful_timeout = CLOSE_SECONDS
-        self.app.add_exception_handler(StarletteHTTPException, _answer_error)
+        self.app.add_exception_handler(HTTPException, _answer_error)
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
@@ -342,7 +246,7 @@ class Server(litserve.LitServer):
 
 
 async def _answer_error(http: Request, error: Exception) -> Response:
-    assert isinstance(error, StarletteHTTPException)
+    assert isinstance(error, HTTPException)
     body = json.dumps(error_body(error))  # ASCII: it can repeat half of a surrogate pair
     return Response(body, error.status_code, error.headers, media_type="application/json")
 

@@ -254,6 +254,8 @@ def test_what_is_not_there(server, client, ask):
         ("[]", "the body is not a JSON object"),
         (r'{"messages": [{"role": "user", "content": "\ud83d"}]}', "messages: a text with half of a surrogate pair"),
         (r'{"messages": [{"role": "user", "content": "a"}], "\ud83d": 1}', "the body: "),
+        ('{"messages": ' + "[" * 5000 + "]" * 5000 + "}", "the body is not JSON"),
+        ('{"messages": [{"role": "robot", "content": "a", "b": ' + "[" * 400 + "]" * 400 + "}]}", "messages: a role"),
         (r'{"messages": [{"role": "\ud83d", "content": "a"}]}', r"messages: a role '\ud83d'"),
     ):
         url, headers = f"http://127.0.0.1:{server.port}/v1/chat/completions", {"x-api-key": KEY}
