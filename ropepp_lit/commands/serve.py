@@ -24,7 +24,9 @@ def serve(
     context_length: int | None = None,
     trust: str | None = None,
 ) -> None:
-    """Answer OpenAI's clients at /v1/chat/completions; LIT_SERVER_API_KEY sets the key that they must give.
+    """Answer OpenAI's clients at /v1/chat/completions and /v1/completions.
+
+    LIT_SERVER_API_KEY in the environment sets the key that they must give.
 
     Args:
         checkpoint: A .ckpt file, a Hugging Face folder, or the name of one on the Hugging Face Hub. Requests call the
@@ -57,12 +59,12 @@ def serve(
             raise
         raise UsageError("serve needs LitServe: pip install 'ropepp-lit[serve]'") from error
 
-    def announce() -> None:
+    def announce(can_chat: bool) -> None:
         url = f"http://{'[::1]' if ':' in host else '127.0.0.1'}:{port}/v1"
-        body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
+        body = {"messages": [{"role": "user", "content": "Hello"}]} if can_chat else {"prompt": "Once"}
         key = f' -H "Authorization: Bearer ${server.KEY}"' if os.environ.get(server.KEY) else ""
         print(f"{checkpoint} answers at {url} until Ctrl-C. Try:")
-        print(f"curl {url}/chat/completions{key} -d '{body}'", flush=True)
+        print(f"curl {url}/{'chat/' if can_chat else ''}completions{key} -d '{json.dumps(body)}'", flush=True)
 
     settings = server.Settings(
         checkpoint=checkpoint, chat_template=chat_template, max_requests=max_requests, max_new_tokens=max_new_tokens,

@@ -19,13 +19,20 @@ from litserve import LitAPI
 from litserve.specs.base import LitSpec
 from litserve.utils import LitAPIStatus, ResponseBufferItem
 
-from ropepp_lit.inference.openai_format import Answer, ChatRequest, parse, refusal
+from ropepp_lit.inference.openai_format import (
+    Answer,
+    ChatRequest,
+    CompletionRequest,
+    TextRequest,
+    parse,
+    refusal,
+)
 
 POLL_SECONDS = 0.5
 """Until it is noticed that a client who waits in silence has gone."""
 
 
-class ChatSpec(LitSpec):
+class CompletionSpec(LitSpec):
     """The endpoints, in the process that talks HTTP.
 
     Args:
@@ -45,7 +52,8 @@ class ChatSpec(LitSpec):
 
     def pre_setup(self, lit_api: LitAPI) -> None:
         """Register the endpoints."""
-        self.add_endpoint(self.api_path, self.complete, ["POST"])
+        self.add_endpoint(self.api_path, self.chat, ["POST"])
+        self.add_endpoint("/v1/completions", self.text, ["POST"])
         self.add_endpoint("/v1/models", self.models, ["GET"])
         self.add_endpoint("/v1/models/{name:path}", self.model, ["GET"])
 
@@ -58,14 +66,21 @@ class ChatSpec(LitSpec):
         self._check_name(name)
         return {"id": name, "object": "model", "created": self._created, "owned_by": "ropepp-lit"}
 
-    async def complete(self, http: Request) -> Response:
+    async def chat(self, http: Request) -> Response:
         """Answer a conversation."""
+        return await self._complete(http, ChatRequest)
+
+    async def text(self, http: Request) -> Response:
+        """Continue a text."""
+        return await self._complete(http, TextRequest)
+
+    async def _complete(self, http: Request, kind: type[CompletionRequest]) -> Response:
         body = await http.body()
-        request = parse(body)
+        request = parse(body, kind)
         if request.model:
             self._check_name(request.model)
         items, answer = self._items(request, body, http), Answer(request, self._model)
-        first = await anext(items)  # raises what is wrong with the conversation, before a status is sent
+        first = await anext(items)  # raises what is wrong with the prompt, before a status is sent
 
         async def all_items() -> AsyncIterator[dict[str, Any]]:
             yield first
@@ -76,7 +91,7 @@ class ChatSpec(LitSpec):
             return StreamingResponse(answer.events(all_items()), media_type="text/event-stream")
         return JSONResponse(await answer.whole(all_items()))
 
-    async def _items(self, request: ChatRequest, body: bytes, http: Request) -> AsyncIterator[dict[str, Any]]:
+    async def _items(self, request: CompletionRequest, body: bytes, http: Request) -> AsyncIterator[dict[str, Any]]:
         """What the model's process says of a request; when the client has gone, the answer ends there too."""
         queue: deque[tuple[Any, str]] = deque()
         event, seed = asyncio.Event(), secrets.randbits(63) if request.seed is None else request.seed
@@ -84,7 +99,7 @@ class ChatSpec(LitSpec):
         try:
             for index, uid in enumerate(uids):
                 self.response_buffer[uid] = ResponseBufferItem(response_queue=queue, event=event)
-                job = {"uid": uid, "index": index, "seed": seed, "body": body}
+                job = {"uid": uid, "index": index, "seed": seed, "kind": type(request), "body": body}
                 self.request_queue.put((self.response_queue_id, uid, time.monotonic(), job))
             while num_finished < request.n:
                 with contextlib.suppress(TimeoutError):

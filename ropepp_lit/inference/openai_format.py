@@ -1,6 +1,6 @@
-"""OpenAI's format of chat completions: what requests may say, and how answers and errors are written.
+"""OpenAI's format of chat and text completions: what requests may say, and how answers and errors are written.
 
-https://platform.openai.com/docs/api-reference/chat
+https://platform.openai.com/docs/api-reference/chat and https://platform.openai.com/docs/api-reference/completions
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterable, AsyncIterator
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -21,6 +21,8 @@ WITHOUT_EFFECT = {
 """Keys about accounts and their bookkeeping: any value is accepted."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "echo": (False,),
     "frequency_penalty": (0,),
     "functions": ([],),
     "logit_bias": ({},),
@@ -36,6 +38,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Values that ask for nothing, of keys that are not supported."""
 
 
+AnyRequest = TypeVar("AnyRequest", bound="CompletionRequest")
+
+
 class StreamOptions(BaseModel):
     """Of a streamed answer."""
 
@@ -43,16 +48,13 @@ class StreamOptions(BaseModel):
     """End with a chunk that counts tokens."""
 
 
-class ChatRequest(BaseModel):
-    """What is asked for; None leaves a setting to the server. The last four keys are not OpenAI's."""
+class CompletionRequest(BaseModel):
+    """What is asked for; None leaves a setting to the server."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
     model: str | None = None
-    max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
-    """The same by its old name."""
     temperature: float | None = None
     top_p: float | None = None
     stop: str | list[str] | None = None
@@ -62,10 +64,9 @@ class ChatRequest(BaseModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     top_k: int | None = None
+    """This and the next two are not OpenAI's."""
     min_p: float | None = None
     repetition_penalty: float | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    """Further variables of the chat template."""
 
     @field_validator("n", "stream", mode="before")
     @classmethod
@@ -75,7 +76,7 @@ class ChatRequest(BaseModel):
     @property
     def max_new_tokens(self) -> int | None:
         """Tokens of an answer at most."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self.max_tokens
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -86,6 +87,27 @@ class ChatRequest(BaseModel):
     def includes_usage(self) -> bool:
         """Whether a streamed answer ends with a chunk that counts tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+
+class TextRequest(CompletionRequest):
+    """A text that is to be continued."""
+
+    prompt: str
+
+
+class ChatRequest(CompletionRequest):
+    """A conversation that is to be answered."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    """`max_tokens` by its new name."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further variables of the chat template; not OpenAI's."""
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """Tokens of an answer at most."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 def refusal(message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> HTTPException:
@@ -101,8 +123,8 @@ def error_body(error: StarletteHTTPException) -> dict[str, Any]:
     return {"error": {"message": detail["message"], "type": kind, "param": None, "code": None, **detail}}
 
 
-def parse(body: bytes) -> ChatRequest:
-    """Read a request.
+def parse(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
+    """Read a request of a kind.
 
     Raises:
         HTTPException: 400, which says what is wrong with which key.
@@ -114,7 +136,7 @@ def parse(body: bytes) -> ChatRequest:
     if not isinstance(values, dict):
         raise refusal("the body is not a JSON object")
     try:
-        request = ChatRequest.model_validate(values)
+        request = kind.model_validate(values)
     except ValidationError as error:
         found = error.errors()[0]
         place = [str(part) for part in found["loc"]]  # none where a key is no Unicode
@@ -136,9 +158,10 @@ class Answer:
         model: The model's name.
     """
 
-    def __init__(self, request: ChatRequest, model: str) -> None:
-        self._request = request
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    def __init__(self, request: CompletionRequest, model: str) -> None:
+        self._request, self._is_chat = request, isinstance(request, ChatRequest)
+        kind = "chatcmpl" if self._is_chat else "cmpl"
+        self._head = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._prompt_tokens = self._completion_tokens = 0
 
     async def whole(self, items: AsyncIterable[dict[str, Any]]) -> dict[str, Any]:
@@ -148,21 +171,19 @@ class Answer:
             self._count(item)
             texts[item["index"]] += item.get("text", "")
             reasons[item["index"]] = item.get("finish_reason", "")
-        choices = [
-            {"index": index, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
-            for index, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-        ]
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage}
+        choices = []
+        for index, (text, reason) in enumerate(zip(texts, reasons, strict=True)):
+            said = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
+            choices.append({"index": index, **said, "finish_reason": reason})
+        kind = "chat.completion" if self._is_chat else "text_completion"
+        return {**self._head, "object": kind, "choices": choices, "usage": self._usage}
 
     async def events(self, items: AsyncIterable[dict[str, Any]]) -> AsyncIterator[str]:
         """The answer as server-sent events."""
         try:
             async for item in items:
                 self._count(item)
-                delta = {"content": item["text"]} if "text" in item else {}
-                if "prompt_tokens" in item:
-                    delta = {"role": "assistant", "content": ""}
-                choice = {"index": item["index"], "delta": delta, "finish_reason": item.get("finish_reason")}
+                choice = {"index": item["index"], **self._part(item), "finish_reason": item.get("finish_reason")}
                 yield self._event([choice], {"usage": None} if self._request.includes_usage else {})
         except HTTPException as error:  # the status has been sent long ago
             yield f"data: {json.dumps(error_body(error))}\n\n"
@@ -170,6 +191,13 @@ class Answer:
         if self._request.includes_usage:
             yield self._event([], {"usage": self._usage})
         yield "data: [DONE]\n\n"
+
+    def _part(self, item: dict[str, Any]) -> dict[str, Any]:
+        if not self._is_chat:
+            return {"text": item.get("text", "")}
+        if "prompt_tokens" in item:
+            return {"delta": {"role": "assistant", "content": ""}}
+        return {"delta": {"content": item["text"]} if "text" in item else {}}
 
     @property
     def _usage(self) -> dict[str, int]:
@@ -181,5 +209,6 @@ class Answer:
         self._completion_tokens += item.get("completion_tokens", 0)
 
     def _event(self, choices: list[dict[str, Any]], more: dict[str, Any]) -> str:
-        event = {**self._head, "object": "chat.completion.chunk", "choices": choices, **more}
+        kind = "chat.completion.chunk" if self._is_chat else "text_completion"
+        event = {**self._head, "object": kind, "choices": choices, **more}
         return f"data: {json.dumps(event)}\n\n"

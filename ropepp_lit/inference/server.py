@@ -27,11 +27,12 @@ from litserve.utils import WorkerSetupStatus
 from starlette.exceptions import HTTPException
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.inference.endpoints import ChatSpec
-from ropepp_lit.inference.openai_format import ChatRequest, error_body, parse, refusal
+from ropepp_lit.inference.endpoints import CompletionSpec
+from ropepp_lit.inference.openai_format import ChatRequest, CompletionRequest, TextRequest, error_body, parse, refusal
 
 if TYPE_CHECKING:
     from ropepp_lit.inference.model import Writing
+    from ropepp_lit.text.chat import ChatTemplate
 
 KEY = "LIT_SERVER_API_KEY"
 """The environment variable whose value requests must name, LitServe's."""
@@ -70,22 +71,23 @@ class Prompt:
     """Of the choice."""
     ids: list[int]
     writing: Writing
+    stop_token_ids: list[int]
 
 
-class ChatAPI(litserve.LitAPI):
+class ModelAPI(litserve.LitAPI):
     """The model, in a process of its own.
 
     Requests take turns, a token each, and each has a cache of keys and values. A request continues the cache that
-    begins as its conversation does, so the turns of a conversation are not read again.
+    begins as its prompt does, so the turns of a conversation are not read again.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._cancellations, cancel = multiprocessing.Pipe(duplex=False)
-        self.problems, self._problem = multiprocessing.Pipe(duplex=False)
-        """Gets the line of a UsageError where the model cannot be loaded."""
+        self.outcome, self._outcome = multiprocessing.Pipe(duplex=False)
+        """Gets whether a loaded model can chat, or the line of the UsageError where it cannot be loaded."""
         self._key = os.environ.get(KEY)
-        super().__init__(spec=ChatSpec(settings.checkpoint, cancel), enable_async=True)
+        super().__init__(spec=CompletionSpec(settings.checkpoint, cancel), enable_async=True)
 
     def authorize(self, authorization: str = Header(""), x_api_key: str = Header("")) -> None:
         """Refuse who does not name the key, where there is one: as OpenAI's clients do, or as LitServe's."""
@@ -99,9 +101,10 @@ class ChatAPI(litserve.LitAPI):
         try:
             self._load()
         except UsageError as error:
-            self._problem.send(str(error))
+            self._outcome.send(str(error))
             litserve.configure_logging("critical")  # it would print a traceback
             raise
+        self._outcome.send(not isinstance(self._template, UsageError))
 
     def _load(self) -> None:
         from ropepp_lit.inference.model import load_model
@@ -109,11 +112,18 @@ class ChatAPI(litserve.LitAPI):
         from ropepp_lit.text.chat import ChatTemplate, read_template
 
         settings = self._settings
-        self._writing(ChatRequest.model_construct(messages=[]), seed=0)  # checks the settings
-        override = None if settings.chat_template is None else read_template(settings.chat_template)
+        self._writing(CompletionRequest.model_validate({}), seed=0)  # checks the settings
         self._model = load_model(settings.checkpoint, trust=settings.trust, context_length=settings.context_length)
-        self._template = ChatTemplate.from_tokenizer(self._model.tokenizer, override)
-        self._stop_token_ids = self._template.end_of_turn
+        override = None if settings.chat_template is None else read_template(settings.chat_template)
+        self._template: ChatTemplate | UsageError
+        try:
+            self._template = ChatTemplate.from_tokenizer(self._model.tokenizer, override)
+            self._end_of_turn = self._template.end_of_turn
+        except UsageError as error:
+            if override is not None:
+                raise
+            self._template, self._end_of_turn = error, []
+            print(f"Notice: /v1/completions alone answers: {error}", file=sys.stderr)
         self._idle = [Row(self._model.decoder) for _ in range(settings.max_requests)]
         self._turns = asyncio.Semaphore(settings.max_requests)
         self._cancelled: set[str] = set()
@@ -124,28 +134,38 @@ class ChatAPI(litserve.LitAPI):
         Raises:
             HTTPException: 400 where it cannot be answered.
         """
-        from ropepp_lit.inference.prompts import encode_messages
         from ropepp_lit.text.conversations import RowError
 
-        asked = parse(request["body"])
+        asked = parse(request["body"], request["kind"])
         try:
             writing = self._writing(asked, seed=request["seed"])
         except UsageError as error:
             raise refusal(str(error), param=str(error).partition(":")[0]) from error
-        row = {"messages": asked.messages, "chat_template_kwargs": asked.chat_template_kwargs}
+        is_chat = isinstance(asked, ChatRequest)
+        param = "messages" if is_chat else "prompt"
         try:
-            ids = encode_messages(self._template, row)
+            ids = self._encode(asked)
         except (RowError, UsageError) as error:
-            raise refusal(f"messages: {error}", param="messages") from error
+            raise refusal(f"{param}: {str(error).removeprefix('prompt: ')}", param=param) from error
         if self._model.room_behind(ids) == 0:
             raise refusal(
-                f"messages: they take {len(ids):,} tokens and leave no room in the context of "
-                f"{self._model.context_length:,}; shorten them",
-                param="messages", code="context_length_exceeded",
+                f"{param}: {len(ids):,} tokens leave no room in the context of {self._model.context_length:,}; shorten "
+                "it",
+                param=param, code="context_length_exceeded",
             )  # fmt: skip
-        return Prompt(request["uid"], request["index"], ids, writing)
+        return Prompt(request["uid"], request["index"], ids, writing, self._end_of_turn if is_chat else [])
 
-    def _writing(self, request: ChatRequest, *, seed: int) -> Writing:
+    def _encode(self, request: ChatRequest | TextRequest) -> list[int]:
+        from ropepp_lit.inference.prompts import encode_messages, encode_text
+
+        if isinstance(request, TextRequest):
+            return encode_text(self._model.tokenizer, request.prompt)
+        if isinstance(self._template, UsageError):
+            raise self._template
+        row = {"messages": request.messages, "chat_template_kwargs": request.chat_template_kwargs}
+        return encode_messages(self._template, row)
+
+    def _writing(self, request: CompletionRequest, *, seed: int) -> Writing:
         from ropepp_lit.inference.model import Writing
         from ropepp_lit.nn.sampling import Sampling
 
@@ -165,7 +185,7 @@ class ChatAPI(litserve.LitAPI):
             row = max(self._idle, key=lambda row: row.num_shared(x.ids))  # of several the one that has waited longest
             self._idle.remove(row)
             try:
-                stream = Stream(self._model, row, x.ids, x.writing, stop_token_ids=self._stop_token_ids, index=x.index)
+                stream = Stream(self._model, row, x.ids, x.writing, stop_token_ids=x.stop_token_ids, index=x.index)
                 for text in stream.steps():
                     if text:
                         yield {"index": x.index, "text": text}
@@ -195,7 +215,7 @@ class Server(litserve.LitServer):
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._api = ChatAPI(settings)
+        self._api = ModelAPI(settings)
         has_gpu = check_cuda_with_nvidia_smi() > 0
         super().__init__(
             self._api, accelerator="cuda" if has_gpu else "cpu", devices=1, timeout=False, disable_openapi_url=True
@@ -234,8 +254,9 @@ class Server(litserve.LitServer):
         (worker,) = self.inference_workers
         while WorkerSetupStatus.READY not in self.workers_setup_status.values():
             if not worker.is_alive():
-                raise UsageError(self._api.problems.recv() if self._api.problems.poll() else _ended(worker.exitcode))
+                raise UsageError(self._api.outcome.recv() if self._api.outcome.poll() else _ended(worker.exitcode))
             worker.join(0.05)
+        self.can_chat = self._api.outcome.recv()
         self._others = [child.pid for child in multiprocessing.active_children() if child.pid]
         litserve.configure_logging("error", stream=sys.stderr)
 
@@ -255,14 +276,14 @@ def _ended(code: int | None) -> str:
     return f"the process of the model ended with the exit code {code}, perhaps because memory ran out"
 
 
-def serve(settings: Settings, *, host: str, port: int, announce: Callable[[], object]) -> None:
+def serve(settings: Settings, *, host: str, port: int, announce: Callable[[bool], object]) -> None:
     """Answer requests until SIGINT (Ctrl-C) or SIGTERM.
 
     Args:
         settings: Of the server.
         host: One of :data:`HOSTS`.
         port: At least 1024.
-        announce: Called when the server answers.
+        announce: Called when the server answers, with whether it does so to conversations; always it continues texts.
 
     Raises:
         UsageError: the address is taken, the model cannot be loaded, or its process has ended.
@@ -278,7 +299,7 @@ def serve(settings: Settings, *, host: str, port: int, announce: Callable[[], ob
 
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, interrupt)
-    threading.Thread(target=_announce, args=(host, port, announce), daemon=True).start()
+    threading.Thread(target=_announce, args=(server, host, port, announce), daemon=True).start()
     try:
         server.run(host=host, port=port, log_level="error", num_api_servers=1, generate_client_file=False)
     except KeyboardInterrupt:
@@ -303,11 +324,11 @@ def _check_address(host: str, port: int) -> None:
             raise UsageError(f"port: {port} of {host}: {error.strerror}; choose another by --port") from error
 
 
-def _announce(host: str, port: int, announce: Callable[[], object]) -> None:
+def _announce(server: Server, host: str, port: int, announce: Callable[[bool], object]) -> None:
     """Call when somebody listens."""
     address = ("::1" if ":" in host else "127.0.0.1", port)
     while True:
         with contextlib.suppress(OSError), socket.create_connection(address, timeout=1):
             break
         time.sleep(0.05)
-    announce()
+    announce(server.can_chat)

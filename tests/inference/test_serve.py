@@ -1,5 +1,6 @@
 """`serve`: the installed command as a process, and OpenAI's client."""
 
+import asyncio
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 from others import make_folder
 from safetensors.torch import load_file, save_file
 
+from ropepp_lit.errors import UsageError
 from ropepp_lit.inference.completion import complete
 from ropepp_lit.inference.model import Writing, load_model
 from ropepp_lit.inference.prompts import encode_messages
@@ -25,6 +27,12 @@ from ropepp_lit.text.tokenizer import load_tokenizer
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("litserve")
+
+from fastapi import HTTPException  # noqa: E402
+
+from ropepp_lit.inference.openai_format import ChatRequest, TextRequest  # noqa: E402
+from ropepp_lit.inference.server import ModelAPI, Settings  # noqa: E402
+
 pytestmark = pytest.mark.end_to_end
 
 FOX = [{"role": "user", "content": "A fox?"}]
@@ -191,6 +199,31 @@ def test_an_answer_that_ends_with_its_turn(ask, expected):
     assert found.usage.completion_tokens == answer.num_tokens
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_texts_are_continued(client, talker, stream):
+    """As by `generate --prompt`, whether the model has a chat template or not."""
+    model = load_model(str(talker))
+    prompt = model.tokenizer.encode_prompt("The quick")
+    answers = complete(
+        model, [prompt] * 2, Writing(max_new_tokens=9, seed=5, sampling=Sampling(temperature=1.0)), indices=range(2)
+    )
+    options = {"max_tokens": 9, "seed": 5, "n": 2, "temperature": 1.0, "top_p": 1.0}
+    found = client.completions.create(model=str(talker), prompt="The quick", stream=stream, **options)
+    texts, reasons = ["", ""], ["", ""]
+    for part in found if stream else [found]:
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason
+    assert texts == [answer.text for answer in answers]
+    assert reasons == [answer.finish_reason for answer in answers]
+    if not stream:
+        assert (found.object, found.usage.prompt_tokens) == ("text_completion", len(prompt))
+    for text, message in ((["a"], "prompt: Input should be a valid string"), ("fox " * 40000, "prompt: 1")):
+        with pytest.raises(openai.BadRequestError) as error:
+            client.completions.create(model=str(talker), prompt=text, stream=stream)
+        assert error.value.body["message"].startswith(message)
+
+
 def test_values_that_ask_for_nothing(ask, expected):
     options = {
         "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "logprobs": False, "user": "me",
@@ -211,7 +244,7 @@ BAD = {
         "messages", "messages: a part of a message is not text",
     ),
     "an answer": ({"messages": [*FOX, {"role": "assistant", "content": "a"}]}, "messages", "messages: the last"),
-    "a long prompt": ({"messages": [{"role": "user", "content": "fox " * 40000}]}, "messages", "messages: they take 1"),
+    "a long prompt": ({"messages": [{"role": "user", "content": "fox " * 40000}]}, "messages", "messages: 1"),
     "temperature": ({"temperature": -1}, "temperature", "temperature: -1.0 must be 0"),
     "text for a number": ({"temperature": "1"}, "temperature", "temperature: Input should be a valid number"),
     "top_p": ({"top_p": 0}, "top_p", "top_p: 0.0 must be above 0"),
@@ -319,6 +352,30 @@ def test_a_model_that_cannot_be_loaded(start):
     assert server.lines == ["", ""]
     (line,) = (server.folder / "errors").read_text().splitlines()
     assert line.startswith("ropepp-lit: error: none.ckpt: ")
+
+
+def test_a_model_without_a_chat_template(base, capsys):
+    """Continues texts alone; in this process, without HTTP."""
+    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    options = {"context_length": None, "trust": None, "max_new_tokens": 5, "max_requests": 1, **sampling}
+    model = ModelAPI(Settings(checkpoint=str(base), chat_template=None, **options))
+    model.setup("cpu")
+    assert model.outcome.recv() is False
+    message = "chat_template: the tokenizer has no chat template"
+    assert capsys.readouterr().err.startswith(f"Notice: /v1/completions alone answers: {message}")
+
+    def decode(kind, **body):
+        job = {"uid": "a", "index": 0, "seed": 0, "kind": kind, "body": json.dumps(body).encode()}
+        return asyncio.run(model.decode_request(job))
+
+    assert decode(TextRequest, prompt="A").ids == load_tokenizer(str(base)).encode_prompt("A")
+    with pytest.raises(HTTPException) as error:
+        decode(ChatRequest, messages=FOX)
+    assert error.value.status_code == 400
+    assert error.value.detail["message"].startswith(f"messages: {message}; name a file")
+    model = ModelAPI(Settings(checkpoint=str(base), chat_template="none.jinja", **options))
+    with pytest.raises(UsageError, match=r"chat_template: none.jinja: No such file"):
+        model.setup("cpu")
 
 
 def test_mistakes_of_options(mistake, talker, monkeypatch):
