@@ -32,6 +32,7 @@ from ropepp_lit.inference.openai_format import ChatRequest, CompletionRequest, T
 
 if TYPE_CHECKING:
     from ropepp_lit.inference.model import Writing
+    from ropepp_lit.nn.generation import Row
     from ropepp_lit.text.chat import ChatTemplate
 
 KEY = "LIT_SERVER_API_KEY"
@@ -182,8 +183,7 @@ class ModelAPI(litserve.LitAPI):
 
         yield {"index": x.index, "prompt_tokens": len(x.ids)}
         async with self._turns:
-            row = max(self._idle, key=lambda row: row.num_shared(x.ids))  # of several the one that has waited longest
-            self._idle.remove(row)
+            row = self._take_row(x.ids)
             try:
                 stream = Stream(self._model, row, x.ids, x.writing, stop_token_ids=x.stop_token_ids, index=x.index)
                 for text in stream.steps():
@@ -195,6 +195,17 @@ class ModelAPI(litserve.LitAPI):
             finally:
                 self._idle.append(row)
         yield {"index": x.index, "finish_reason": stream.finish_reason, "completion_tokens": stream.num_tokens}
+
+    def _take_row(self, ids: list[int]) -> Row:
+        """The cache that a prompt continues by most tokens; where it would lose most of each, the oldest one."""
+
+        def gain(row: Row) -> int:
+            shared = row.num_shared(ids)
+            return shared if 2 * shared >= row.num_cached else 0
+
+        row = max(self._idle, key=gain)
+        self._idle.remove(row)
+        return row
 
     async def encode_response(self, output: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
         """The parts as they are; LitServe makes them JSON."""

@@ -1,6 +1,5 @@
 """`serve`: the installed command as a process, and OpenAI's client."""
 
-import asyncio
 import json
 import os
 import signal
@@ -10,14 +9,12 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from types import SimpleNamespace
 
 import psutil
 import pytest
 from others import make_folder
 from safetensors.torch import load_file, save_file
 
-from ropepp_lit.errors import UsageError
 from ropepp_lit.inference.completion import complete
 from ropepp_lit.inference.model import Writing, load_model
 from ropepp_lit.inference.prompts import encode_messages
@@ -27,12 +24,6 @@ from ropepp_lit.text.tokenizer import load_tokenizer
 
 openai = pytest.importorskip("openai")
 pytest.importorskip("litserve")
-
-from fastapi import HTTPException  # noqa: E402
-
-from ropepp_lit.inference.openai_format import ChatRequest, TextRequest  # noqa: E402
-from ropepp_lit.inference.server import ModelAPI, Settings  # noqa: E402
-
 pytestmark = pytest.mark.end_to_end
 
 FOX = [{"role": "user", "content": "A fox?"}]
@@ -59,36 +50,10 @@ def talker(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def start(command_path, free_port, tmp_path_factory):
-    """Starts a server; returns its process, port, and what it prints. It leaves no process behind."""
-    started = []
-
-    def start(*words, env=None):
-        port, folder = free_port(), tmp_path_factory.mktemp("serve")
-        with (folder / "errors").open("w") as errors:
-            process = psutil.Popen(
-                [command_path, "serve", *map(str, words), "--port", str(port)], cwd=folder, text=True,
-                stdout=subprocess.PIPE, stderr=errors, env={**os.environ, **(env or {})},
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-            )  # fmt: skip
-        lines = [process.stdout.readline(), process.stdout.readline()]
-        family = [process, *process.children(recursive=True)]
-        started.append(family)
-        return SimpleNamespace(port=port, process=process, lines=lines, family=family, folder=folder)
-
-    yield start
-    for family in started:
-        for process in family:
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                process.kill()
-        family[0].wait()
-
-
-@pytest.fixture(scope="module")
-def server(start, talker):
+def server(start_server, talker):
     """A server for two answers at once, of up to minutes each."""
     options = ["--max_requests", 2, "--context_length", 100000]
-    return start(talker, *options, env={"LIT_SERVER_API_KEY": KEY})
+    return start_server(talker, *options, env={"LIT_SERVER_API_KEY": KEY})
 
 
 @pytest.fixture
@@ -345,37 +310,22 @@ def test_ctrl_c_ends_the_server_and_its_answers(server, ask):
         list(stream)
 
 
-def test_a_model_that_cannot_be_loaded(start):
+def test_a_model_that_cannot_be_loaded(start_server):
     """The process that loads it says so in one line."""
-    server = start("none.ckpt")
+    server = start_server("none.ckpt")
     assert server.process.wait(120) == 2
     assert server.lines == ["", ""]
     (line,) = (server.folder / "errors").read_text().splitlines()
     assert line.startswith("ropepp-lit: error: none.ckpt: ")
 
 
-def test_a_model_without_a_chat_template(base, capsys):
-    """Continues texts alone; in this process, without HTTP."""
-    sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    options = {"context_length": None, "trust": None, "max_new_tokens": 5, "max_requests": 1, **sampling}
-    model = ModelAPI(Settings(checkpoint=str(base), chat_template=None, **options))
-    model.setup("cpu")
-    assert model.outcome.recv() is False
-    message = "chat_template: the tokenizer has no chat template"
-    assert capsys.readouterr().err.startswith(f"Notice: /v1/completions alone answers: {message}")
-
-    def decode(kind, **body):
-        job = {"uid": "a", "index": 0, "seed": 0, "kind": kind, "body": json.dumps(body).encode()}
-        return asyncio.run(model.decode_request(job))
-
-    assert decode(TextRequest, prompt="A").ids == load_tokenizer(str(base)).encode_prompt("A")
-    with pytest.raises(HTTPException) as error:
-        decode(ChatRequest, messages=FOX)
-    assert error.value.status_code == 400
-    assert error.value.detail["message"].startswith(f"messages: {message}; name a file")
-    model = ModelAPI(Settings(checkpoint=str(base), chat_template="none.jinja", **options))
-    with pytest.raises(UsageError, match=r"chat_template: none.jinja: No such file"):
-        model.setup("cpu")
+@pytest.mark.slow
+def test_no_process_outlives_the_first_one(start_server, talker):
+    """Not even where it is killed and cannot end them."""
+    server = start_server(talker)
+    assert len(server.family) > 3
+    server.process.kill()
+    assert psutil.wait_procs(server.family, timeout=20)[1] == []
 
 
 def test_mistakes_of_options(mistake, talker, monkeypatch):
