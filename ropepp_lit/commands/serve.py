@@ -1,4 +1,4 @@
-"""`ropepp-lit serve`: an OpenAI-compatible endpoint of a checkpoint."""
+"""`ropepp-lit serve`: a checkpoint behind an HTTP server that is compatible with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -24,27 +24,26 @@ def serve(
     context_length: int | None = None,
     trust: str | None = None,
 ) -> None:
-    """Answer OpenAI's clients at /v1/chat/completions and /v1/completions.
-
-    LIT_SERVER_API_KEY in the environment sets the key that they must give.
+    """Serve a checkpoint over HTTP at /v1/chat/completions and /v1/completions, compatible with OpenAI's API.
 
     Args:
-        checkpoint: A .ckpt file, a Hugging Face folder, or the name of one on the Hugging Face Hub. Requests call the
-            model by this name.
-        host: Address to listen at; 0.0.0.0 is that of every network.
-        port: Of the address, at least 1024.
+        checkpoint: A .ckpt file, a Hugging Face folder, or the name of one on the Hugging Face Hub. It is also the name
+            of the model in requests.
+        host: Address to listen on: 127.0.0.1 (this machine alone), 0.0.0.0 or :: (every network). Where the environment
+            variable LIT_SERVER_API_KEY is set, clients must send its value as their API key.
+        port: Port to listen on, 1024 or more.
         chat_template: A file with a Jinja template instead of the tokenizer's own.
-        max_requests: Answers that are written at once, by turns of a token each; further requests wait. Each holds
-            keys and values of up to the whole context in memory.
-        max_new_tokens: Tokens of an answer at most, where a request does not say max_tokens.
-        temperature: Where a request does not say it: divides the logits; 0 takes the most likely token (greedy).
-        top_k: Where a request does not say it: sample from this many most likely tokens; 0 means all.
-        top_p: Where a request does not say it: sample from the smallest set of tokens whose probability reaches this.
-        min_p: Where a request does not say it: leave out tokens less likely than this share of the most likely one's
+        max_requests: Requests that are processed concurrently: they take turns, a token each, and are not batched; more
+            of them wait. Each has a KV cache of up to the whole context.
+        max_new_tokens: Tokens to write at most, for requests without max_tokens.
+        temperature: For requests without it: divides the logits; 0 takes the most likely token each time (greedy).
+        top_k: For requests without it: sample from this many most likely tokens; 0 means all.
+        top_p: For requests without it: sample from the smallest set of tokens whose probability reaches this.
+        min_p: For requests without it: leave out tokens less likely than this share of the most likely one's
             probability.
-        repetition_penalty: Where a request does not say it: divides the logits of tokens that are there already; 1
-            changes nothing.
-        context_length: Tokens of a conversation and its answer together; empty means those that the checkpoint was
+        repetition_penalty: For requests without it: divides the logits of tokens that are there already, the prompt's
+            too; 1 changes nothing.
+        context_length: Tokens of prompt and answer together; empty means those that the checkpoint was
             trained with.
         trust: `module.Class` of a position scheme of your own that the checkpoint was made with and may be imported.
     """
@@ -63,7 +62,7 @@ def serve(
         url = f"http://{'[::1]' if ':' in host else '127.0.0.1'}:{port}/v1"
         body = {"messages": [{"role": "user", "content": "Hello"}]} if can_chat else {"prompt": "Once"}
         key = f' -H "Authorization: Bearer ${server.KEY}"' if os.environ.get(server.KEY) else ""
-        print(f"{checkpoint} answers at {url} until Ctrl-C. Try:")
+        print(f"Serving {checkpoint} at {url} (Ctrl-C to stop). Try:")
         print(f"curl {url}/{'chat/' if can_chat else ''}completions{key} -d '{json.dumps(body)}'", flush=True)
 
     settings = server.Settings(

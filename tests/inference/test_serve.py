@@ -88,7 +88,7 @@ def expected(talker):
 
 
 def test_what_the_server_prints_can_be_run(server, talker):
-    assert server.lines[0] == f"{talker} answers at http://127.0.0.1:{server.port}/v1 until Ctrl-C. Try:\n"
+    assert server.lines[0] == f"Serving {talker} at http://127.0.0.1:{server.port}/v1 (Ctrl-C to stop). Try:\n"
     command = server.lines[1].strip().replace('{"messages"', '{"max_tokens": 3, "messages"') + " -sS"
     environment = {**os.environ, "LIT_SERVER_API_KEY": KEY}
     found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, env=environment)
