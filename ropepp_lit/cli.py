@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "upcycle": ("turn a RoPE checkpoint into a RoPE++ one", "ropepp_lit.commands.convert"),
     "generate": ("let a checkpoint write", "ropepp_lit.commands.generate"),
     "chat": ("talk with a checkpoint in the terminal", "ropepp_lit.commands.chat"),
+    "serve": ("serve a checkpoint over HTTP, as OpenAI's API does", "ropepp_lit.commands.serve"),
     "evaluate": ("measure checkpoints at long context", "ropepp_lit.commands.evaluate"),
     "figures": ("draw the figures of the method", "ropepp_lit.commands.figures"),
 }

@@ -184,7 +184,7 @@ def test_generate(mistake, tmp_path):
 def test_unknown_subcommand(mistake):
     said = mistake(subcommand="trian")
     assert "no subcommand 'trian'; choose one of fit, validate, plan, prepare, import, export, upcycle, " in said
-    assert "generate, chat, evaluate, figures" in said
+    assert "generate, chat, serve, evaluate, figures" in said
 
 
 def test_help_and_version(run, command_path, tmp_path):
@@ -204,7 +204,7 @@ def test_help_and_version(run, command_path, tmp_path):
     assert fresh("--version").startswith("ropepp-lit 0.")
 
 
-@pytest.mark.parametrize("subcommand", ["generate", "chat", "figures"])
+@pytest.mark.parametrize("subcommand", ["generate", "chat", "serve", "figures"])
 def test_help_imports_nothing_heavy(subcommand):
     code = (
         "import sys; from ropepp_lit.cli import main\n"
