@@ -52,6 +52,15 @@ def _is_relative(name: str) -> bool:
     return bool(parts) and not name.startswith("/") and ".." not in parts
 
 
+def escaped(text: str) -> str:
+    r"""A text that UTF-8 can encode: a byte of a file name that is not UTF-8 becomes `\xff`, as in messages."""
+    return re.sub(
+        "[\ud800-\udfff]",
+        lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}" if "\udc80" <= match[0] <= "\udcff" else ascii(match[0])[1:-1],
+        text,
+    )
+
+
 def local_path(key: str, value: str) -> str:
     """A file or folder on this machine that a user names to be written.
 

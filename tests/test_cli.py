@@ -278,6 +278,13 @@ def test_texts_that_yaml_reads_otherwise_reach_a_run(tmp_path, monkeypatch):
     assert {key for key, value in read("--config", recipe).items() if value is not None} == {"data.split"}
 
 
+@pytest.mark.parametrize("mode", ["verify", "merge"])
+@pytest.mark.parametrize(("option", "value"), [("tokenizer", "bytes"), ("dedup", "true"), ("limit", "3")])
+def test_no_option_of_prepare_is_ignored(mistake, mode, option, value):
+    said = mistake(f"--{mode}", "shards", "more", f"--{option}", value, subcommand="prepare")
+    assert f"{option}: has no effect with --{mode}; leave it out" in said
+
+
 def test_numbers_and_choices_that_yaml_reads_as_null(mistake):
     for key in ("data.train_tokenizer", "model.attention", "trainer.gradient_clip_val"):
         for text in ("~", "# a", "null "):

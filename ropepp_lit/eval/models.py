@@ -10,7 +10,7 @@ import torch
 
 from ropepp_lit.checkpoint import KEY, load_decoder
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import fingerprint
+from ropepp_lit.files import escaped, fingerprint
 from ropepp_lit.hf.folder import locate, open_checkpoint
 from ropepp_lit.nn import Decoder
 from ropepp_lit.text.tokenizer import TextTokenizer
@@ -88,7 +88,7 @@ def load_model(source: str, *, trust: str | None = None, dtype: torch.dtype, dev
     if entry["tokenizer"] is None:
         raise UsageError(f"{path}: the checkpoint stores no tokenizer, so it cannot read text")
     return Model(
-        name=name or _name_of(Path(path)),
+        name=escaped(name or _name_of(Path(path))),
         path=path,
         decoder=load_decoder(contents, trust=trust, dtype=dtype).to(device, dtype),
         tokenizer=TextTokenizer.from_entry(entry),

@@ -88,6 +88,8 @@ _SIGNATURES = (
     (b"\x04\x22\x4d\x18", "compressed by lz4", UNPACK),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
     (b"\x1f\x9d", "compressed by compress", UNPACK),
+    (b"\xff\xfe\0\0", "UTF-32 text", "convert it by `iconv -f UTF-32 -t UTF-8`"),
+    (b"\0\0\xfe\xff", "UTF-32 text", "convert it by `iconv -f UTF-32 -t UTF-8`"),
     (b"\xff\xfe", "UTF-16 text", "convert it by `iconv -f UTF-16 -t UTF-8`"),
     (b"\xfe\xff", "UTF-16 text", "convert it by `iconv -f UTF-16 -t UTF-8`"),
     (b"\x89PNG", "an image", CONVERT),
