@@ -49,13 +49,13 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         _run(arguments)
     except UsageError as error:
-        _fail(str(error), 2)
+        _fail(str(error), 2, arguments)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", 130, arguments)
     except OSError as error:
         if error.filename is None and error.errno not in DISK_FULL:
             raise
-        _fail(f"{error.filename or 'disk'}: {error.strerror}", 2)
+        _fail(f"{error.filename or 'disk'}: {error.strerror}", 2, arguments)
     sys.stdout.flush()  # here, where a reader that has gone is no error
 
 
@@ -74,8 +74,10 @@ def _run(arguments: list[str]) -> None:
     importlib.import_module(SUBCOMMANDS[arguments[0]][1]).main(arguments)
 
 
-def _fail(problem: str, code: int) -> NoReturn:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def _fail(problem: str, code: int, arguments: list[str]) -> NoReturn:
+    # All ranks of a run find the same mistake. Alone, LOCAL_RANK is left over from another program.
+    is_rank = arguments[:1] in (["fit"], ["validate"]) and "WORLD_SIZE" in os.environ
+    if not is_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"ropepp-lit: error: {' '.join(problem.split())}", file=sys.stderr)
     sys.exit(code)
 

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -165,6 +165,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
             yield partial
             for file in partial.rglob("*"):
                 flush(file)
+                if file.is_file():  # safetensors lets nobody else read its files
+                    with suppress(OSError):  # file systems without permissions
+                        file.chmod(partial.stat().st_mode & 0o666)
             os.replace(partial, path)
             flush(path.parent)
         except BaseException:
@@ -203,6 +206,8 @@ def system_error(error: BaseException) -> OSError | None:
     """The operating system's error that an error is, or was caused by; None where there is none."""
     seen: BaseException | None = error
     while seen is not None:
+        if isinstance(seen, OSError) and "requested and" in str(seen):  # NumPy's, without a number
+            return OSError(errno.ENOSPC, "not all bytes were taken, perhaps because the disk is full")
         if isinstance(seen, OSError):
             return seen
         # safetensors passes the system's error on as text. torch's archive writer fails again when it closes a file

@@ -238,20 +238,25 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
     def fail(error):
         with files.whole_folder(tmp_path / "out") as folder:
-            (folder / "a").touch()
+            (folder / "a").touch(mode=0o600)
             raise error
 
     with pytest.raises(UsageError, match="out: cannot be written: No space left"):
         fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     with pytest.raises(UsageError, match="out: cannot be written: No space left"):
         fail(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    with pytest.raises(UsageError, match=r"out: cannot be written: .*perhaps because the disk is full"):
+        fail(OSError("1536 requested and 1016 written"))
     with pytest.raises(KeyError):
         fail(KeyError())
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()
     with files.whole_folder(tmp_path / "out") as folder:
-        (folder / "a").touch()
+        (folder / "a").touch(mode=0o600)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "out/a").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    (tmp_path / "usual").unlink()
     for name in ("out", "out/a"):
         with pytest.raises(UsageError, match="name an"), files.whole_folder(tmp_path / name):
             pass
