@@ -9,7 +9,8 @@ from typing import NoReturn
 
 from ropepp_lit import __version__
 from ropepp_lit.errors import DISK_FULL, UsageError
-from ropepp_lit.terminal import prepare_streams
+from ropepp_lit.own_modules import find_in_current_folder
+from ropepp_lit.terminal import prepare_streams, quiet_full_disk_in_threads
 
 SUBCOMMANDS = {
     "fit": ("train a model by a recipe", "ropepp_lit.train.cli"),
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is None:
         arguments = sys.argv[1:]
         prepare_streams(ends_with_reader=not arguments or arguments[0].startswith("-") or arguments[0] in PRINTING)
+        quiet_full_disk_in_threads()
         package = os.path.dirname(os.path.abspath(__file__))
         if os.path.dirname(package) != os.getcwd():
             os.environ["PYTHONSAFEPATH"] = "1"  # Python processes that are started do not put their folder first
@@ -66,9 +68,7 @@ def _run(arguments: list[str]) -> None:
     if arguments[0] == "--version":
         print(f"ropepp-lit {__version__}")
         return
-    # A scheme in a file of the user's own is found in the current folder, where no library has that name.
-    current = os.getcwd()
-    sys.path[:] = [*(entry for entry in sys.path if os.path.abspath(entry) != current), ""]
+    find_in_current_folder()
     if arguments[0] not in SUBCOMMANDS:
         raise UsageError(f"no subcommand {arguments[0]!r}; choose one of {', '.join(SUBCOMMANDS)}")
     importlib.import_module(SUBCOMMANDS[arguments[0]][1]).main(arguments)

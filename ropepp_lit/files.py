@@ -62,7 +62,7 @@ def escaped(text: str) -> str:
 
 
 def local_path(key: str, value: str) -> str:
-    """A file or folder on this machine that a user names to be written.
+    """A file or folder on this machine that a user names.
 
     Args:
         key: What the user calls it, for messages.
@@ -72,12 +72,14 @@ def local_path(key: str, value: str) -> str:
         The path, absolute where it is given by dots alone, such as `.`.
 
     Raises:
-        UsageError: it is a URL or empty.
+        UsageError: it is a URL, the root folder or empty.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|(hf|file):", value):
-        raise UsageError(f"{key}: {value} is a URL; name a file or folder on this machine and copy it afterwards")
+        raise UsageError(f"{key}: {value} is a URL; name a file or folder on this machine")
     if not value or "\0" in value:
         raise UsageError(f"{key}: {value!r} is not a path; name a file or folder")
+    if not Path(os.path.abspath(value)).name:
+        raise UsageError(f"{key}: {value} is the root of all folders; name a folder inside it")
     return os.path.abspath(value) if Path(value).name in ("", "..") else value
 
 

@@ -83,12 +83,13 @@ def prepare(
     from pathlib import Path
 
     from ropepp_lit.errors import UsageError
+    from ropepp_lit.files import local_path
     from ropepp_lit.sizes import parse_bytes
 
     if verify is not None:
         _check_alone("verify", given)
         for name in (verify, *sources):
-            _verify(Path(name))
+            _verify(Path(local_path("verify", name)))
         return
     if merge is not None:
         _check_alone("merge", given, "out")
@@ -96,7 +97,9 @@ def prepare(
             raise UsageError("out: name the folder of the joined shards by --out")
         from ropepp_lit.data import shares
 
-        _report(Path(out), shares.merge([Path(folder) for folder in (merge, *sources)], out=Path(out)))
+        _report(
+            Path(out), shares.merge([Path(local_path("merge", folder)) for folder in (merge, *sources)], out=Path(out))
+        )
         return
     for name, value, least in (
         ("min_tokens", min_tokens, 0),

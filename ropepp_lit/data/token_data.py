@@ -161,7 +161,7 @@ class TokenData(LightningDataModule):
         """Make the token shards that are not there, and print what was left out (one process per machine)."""
         self._find()
         for source, folder in self._folders.items():
-            for line in left_out_lines(Manifest.read(folder)):
+            for line in left_out_lines(Manifest.read(folder, url=self._url(source))):
                 print(f"data: {source}: {line}")
 
     def setup(self, stage: str) -> None:
@@ -222,10 +222,13 @@ class TokenData(LightningDataModule):
         packed = [pair for samples in (self._train, *self._validation) for pair in samples.packed()]
         self.notices += filter(None, (left_out_line(name, plan, self.too_long) for name, plan in packed))
 
+    def _url(self, source: str) -> str | None:
+        return self._remotes[source].url if source in self._remotes else None
+
     def _open(self, source: str, name: str, tokenizers: dict[str, str], weight: float = 1.0) -> Source:
         folder = self._folders[source]
-        manifest = Manifest.read(folder)
-        text = manifest.read_tokenizer(folder)
+        manifest = Manifest.read(folder, url=self._url(source))
+        text = manifest.read_tokenizer(folder, url=self._url(source))
         self._tokenizer.check_shards(source, text)
         for other, known in tokenizers.items():
             if not same_tokenizer(text, known):

@@ -128,6 +128,11 @@ def find_files(sources: Sequence[str], *, key: str) -> list[Source]:
 
 
 def _find(source: str, key: str) -> Found:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source) and not os.path.exists(source):
+        raise UsageError(
+            f"{key}: {source}: text is read from this machine; copy it here, or name a dataset as {HUB}NAME (token "
+            "shards alone are read from s3:// and gs://)"
+        )
     if source.startswith(HUB):
         return Found([HubDataset.from_name(source, key=key)], [])
     if not source.strip():  # as a path it would be the current folder

@@ -80,14 +80,18 @@ def _write_tensorboard(results: dict[str, Any], plots: dict[str, bytes], folder:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     names = model_names(results)
-    for name, run in zip(names, folder_names(names), strict=True):
-        with SummaryWriter(str(partial / run)) as writer:
-            for row in results["scores"]:
-                if row["model"] == name and row["value"] is not None:
-                    writer.add_scalar(*_tag(row))
-    with SummaryWriter(str(partial / "plots")) as writer:
-        for name, png in plots.items():
-            writer.add_image(name, imread(io.BytesIO(png))[..., :3], 0, dataformats="HWC")
+    try:
+        for name, run in zip(names, folder_names(names), strict=True):
+            with SummaryWriter(str(partial / run)) as writer:
+                for row in results["scores"]:
+                    if row["model"] == name and row["value"] is not None:
+                        writer.add_scalar(*_tag(row))
+        with SummaryWriter(str(partial / "plots")) as writer:
+            for name, png in plots.items():
+                writer.add_image(name, imread(io.BytesIO(png))[..., :3], 0, dataformats="HWC")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
