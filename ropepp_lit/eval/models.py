@@ -83,7 +83,7 @@ def load_model(source: str, *, trust: str | None = None, dtype: torch.dtype, dev
     """
     name, path = source.split("=", 1) if "=" in source and not Path(source).exists() else ("", source)
     location = locate(path)
-    contents = open_checkpoint(location)
+    contents = open_checkpoint(location, checksums=True)
     entry = contents[KEY]
     if entry["tokenizer"] is None:
         raise UsageError(f"{path}: the checkpoint stores no tokenizer, so it cannot read text")

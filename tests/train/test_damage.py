@@ -82,6 +82,7 @@ def test_a_weight_that_has_changed_on_the_disk(fit, tiny, capsys):
     commands = {
         "validate": [*tiny, "--ckpt_path", path],
         "export": [path, "exported"],
+        "evaluate": [path, "--out", "evaluated"],
         "upcycle": [path, "upcycled.ckpt", "--variant", "ec"],
     }
     capsys.readouterr()
