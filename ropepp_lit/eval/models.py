@@ -81,12 +81,10 @@ def load_model(source: str, *, trust: str | None = None, dtype: torch.dtype, dev
     Raises:
         UsageError: no such checkpoint, a damaged one, or one without a tokenizer.
     """
-    name, path = source.split("=", 1) if "=" in source and not Path(source).exists() else ("", source)
+    name, path = _split(source)
     location = locate(path)
     contents = open_checkpoint(location, checksums=True)
-    entry = contents[KEY]
-    if entry["tokenizer"] is None:
-        raise UsageError(f"{path}: the checkpoint stores no tokenizer, so it cannot read text")
+    entry = _entry_of(contents, path)
     return Model(
         name=escaped(name or _name_of(Path(path))),
         path=path,
@@ -95,6 +93,25 @@ def load_model(source: str, *, trust: str | None = None, dtype: torch.dtype, dev
         fingerprint=fingerprint(location),
         entry=entry,
     )
+
+
+def check_model(source: str) -> None:
+    """Raise what :func:`load_model` would, as far as it can be known without the weights."""
+    _, path = _split(source)
+    _entry_of(open_checkpoint(locate(path), shapes_only=True), path)
+
+
+def _split(source: str) -> tuple[str, str]:
+    """Name and path; without a name it is empty."""
+    name, path = source.split("=", 1) if "=" in source and not Path(source).exists() else ("", source)
+    return name, path
+
+
+def _entry_of(contents: dict[str, Any], path: str) -> dict[str, Any]:
+    entry: dict[str, Any] = contents[KEY]
+    if entry["tokenizer"] is None:
+        raise UsageError(f"{path}: the checkpoint stores no tokenizer, so it cannot read text")
+    return entry
 
 
 def _name_of(path: Path) -> str:
