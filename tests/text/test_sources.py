@@ -62,8 +62,8 @@ COMPRESSED = {
     "": bytes,
     ".gz": lambda data: gzip.compress(data[:500]) + gzip.compress(data[500:]),
     ".ZST": zst,
-    ".bz2": lambda data: bz2.compress(data[:500]) + bz2.compress(data[500:]),
-    ".xz": lambda data: lzma.compress(data[:500]) + lzma.compress(data[500:]),
+    ".bz2": lambda data: bz2.compress(data[:500]) + bz2.compress(data[500:]) + bytes(512),
+    ".xz": lambda data: lzma.compress(data[:500]) + bytes(8) + lzma.compress(data[500:]) + bytes(70_000),
 }
 
 
@@ -215,6 +215,8 @@ NOT_TEXT = {
     "cut.jsonl.zst": (zst(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a whole copy"),
     "cut.jsonl.bz2": (bz2.compress(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a whole copy"),
     "cut.jsonl.xz": (lzma.compress(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a whole copy"),
+    "second.jsonl.bz2": (bz2.compress(json_lines(DOCUMENTS)) + b"oops", "unreadable: .*; replace it by a whole copy"),
+    "second.jsonl.xz": (lzma.compress(json_lines(DOCUMENTS)) + b"oops", "unreadable: .*; replace it by a whole copy"),
     "cut.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "unreadable: "),
 }
 
