@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +109,8 @@ def encoding_errors() -> Iterator[None]:
     """
     try:
         yield
+    except TypeError as error:  # half of a surrogate pair: a byte of a command line, or an escape in JSON
+        raise UsageError("a text is not UTF-8; correct it") from error
     except Exception as error:  # tokenizers raises bare Exception
         raise UsageError(f"tokenizer: it cannot encode a text ({_line(error)}); name another tokenizer") from error
 
@@ -152,7 +156,8 @@ def _read(folder: Path, file: Path, settings: dict[str, Any] | None) -> tuple[To
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        with _no_warnings_of_config():
+            loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         tokenizer = exact(Tokenizer.from_str(loaded.backend_tokenizer.to_str()))
     except Exception as error:  # whatever the tokenizer's class raises
         if file.is_file():
@@ -166,6 +171,19 @@ def _read(folder: Path, file: Path, settings: dict[str, Any] | None) -> tuple[To
             kind = type(loaded).__name__
             _notice(f"{folder}: transformers' {kind} splits text in another way than {TOKENIZER}; it is used as there")
     return tokenizer, (loaded.bos_token, loaded.eos_token)
+
+
+@contextmanager
+def _no_warnings_of_config() -> Iterator[None]:
+    """Keep transformers from warnings of config.json, of which a tokenizer needs the model's type alone."""
+    logger = logging.getLogger("transformers.configuration_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _read_file(path: Path) -> Tokenizer:
