@@ -2,6 +2,7 @@
 
 from ropepp_lit.nn.baselines import ALiBi, FoPE, NoPE, PartialRoPE, RNoPE
 from ropepp_lit.nn.config import DecoderConfig
+from ropepp_lit.nn.controls import IndependentQueries, MappedQueries, TurnedQueries, UnrotatedQueries
 from ropepp_lit.nn.decoder import Decoder
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.frequencies import Frequencies, Linear, Llama3, Yarn, YarnByRotations
@@ -16,8 +17,10 @@ __all__ = [
     "FoPE",
     "Frequencies",
     "HeadLayout",
+    "IndependentQueries",
     "Linear",
     "Llama3",
+    "MappedQueries",
     "NoPE",
     "PartialRoPE",
     "PositionScheme",
@@ -25,6 +28,8 @@ __all__ = [
     "RNoPE",
     "RoPE",
     "RoPEPP",
+    "TurnedQueries",
+    "UnrotatedQueries",
     "Yarn",
     "YarnByRotations",
 ]
