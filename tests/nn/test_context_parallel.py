@@ -70,6 +70,7 @@ def run(decoder, input_ids, labels, **arguments):
 CASES = [
     *((name, {}, mode, packed) for name, mode, packed in product(ALL_SCHEMES, MODES, (False, True))),
     ("ec", {"qk_norm": True, "attention_bias": True}, "gather", True),
+    *(("ec", {"attention_gate": "element", "score_scaling": "log"}, mode, True) for mode in MODES),
     ("rope", {"num_attention_heads": 3, "num_key_value_heads": 1}, "gather", True),  # heads that no rank can have alone
     ("rope", {"num_attention_heads": 3, "num_key_value_heads": 1}, "gather", False),
 ]

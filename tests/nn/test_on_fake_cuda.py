@@ -111,7 +111,7 @@ def watch(
     packed,
     weights=torch.float32,
     autocast=True,
-    qk_norm=False,
+    switches=None,
     places=False,
     implementation=None,
     group=None,
@@ -128,7 +128,7 @@ def watch(
     torch.set_default_dtype(weights)
     try:
         with torch.device("meta"):
-            decoder = Decoder(DecoderConfig(**CONFIG, qk_norm=qk_norm), scheme, Frequencies())
+            decoder = Decoder(DecoderConfig(**CONFIG, **(switches or {})), scheme, Frequencies())
             if lora is not None:
                 inject(decoder, lora)
         with fake_cuda(autocast=autocast) as mode:
@@ -150,12 +150,12 @@ def watch(
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("switches", [{}, {"qk_norm": True, "attention_gate": "element", "score_scaling": "log"}])
 @pytest.mark.parametrize(("weights", "autocast"), [(torch.float32, True), (torch.bfloat16, False)])
 @pytest.mark.parametrize("scheme", ALL_SCHEMES)
-def test_attention_is_a_flash_kernel_in_bfloat16(scheme, weights, autocast, qk_norm, packed):
+def test_attention_is_a_flash_kernel_in_bfloat16(scheme, weights, autocast, switches, packed):
     # float32 weights under autocast: one GPU and DDP; bfloat16 without: FSDP2's policy, and bf16-true.
-    seen = watch(ALL_SCHEMES[scheme], packed=packed, weights=weights, autocast=autocast, qk_norm=qk_norm)
+    seen = watch(ALL_SCHEMES[scheme], packed=packed, weights=weights, autocast=autocast, switches=switches)
     assert len(seen.attention) == LAYERS
     for tensors in seen.attention:
         assert [x.dtype for x in tensors[:3]] == [torch.bfloat16] * 3
@@ -195,7 +195,7 @@ def test_float32_adapters_leave_attention_in_bfloat16(base_dtype, autocast, dora
 def test_casts_of_a_layer(weights, autocast, qk_norm, per_layer):
     counts = {}
     for scheme in (NoPE(), RoPE(), RoPEPP(variant="ec")):
-        seen = watch(scheme, packed=True, weights=weights, autocast=autocast, qk_norm=qk_norm)
+        seen = watch(scheme, packed=True, weights=weights, autocast=autocast, switches={"qk_norm": qk_norm})
         counts[str(scheme)] = seen.operations["cast"]
     # The loss: autocast's input and weight of the output layer; the gradients of logits and of the weight.
     outside = 4 if autocast else 2
