@@ -35,6 +35,13 @@ FIRST_SCORE_SCALE = 0.168
 """s at the start of training: 1 / the mean of ln n over 1,024 tokens, as in the paper of SSMax."""
 
 
+class _Gate(nn.Linear):
+    """A layer that draws no random numbers when it is made, so that all else begins with the same weights."""
+
+    def reset_parameters(self) -> None:
+        """Leave that to the decoder."""
+
+
 class Attention(nn.Module):
     """Grouped-query self-attention whose head counts and rotation come from the position scheme."""
 
@@ -60,9 +67,7 @@ class Attention(nn.Module):
         self.output_gate: nn.Linear | None = None
         if config.attention_gate is not None:
             size = 1 if config.attention_gate == "head" else self.head_dim
-            # Through meta, so that it draws no random numbers, and all else begins with the same weights.
-            gate = nn.Linear(width, layout.num_attention_heads * size, bias=False, device="meta")
-            self.output_gate = gate.to_empty(device=self.q_proj.weight.device)
+            self.output_gate = _Gate(width, layout.num_attention_heads * size, bias=False)
         self.score_scale: nn.Parameter | None = None
         if config.score_scaling is not None:
             self.score_scale = nn.Parameter(torch.empty(layout.num_attention_heads))
