@@ -327,6 +327,27 @@ def _has_locks(path: Path) -> bool:
     return True
 
 
+LFS_POINTER = b"version https://git-lfs"
+"""How the small file begins that git-lfs leaves in place of a large one."""
+
+
+def refuse_pointer(path: Path, content: bytes | None = None) -> None:
+    """Raise UsageError where a file is git-lfs's pointer to the real one.
+
+    Args:
+        path: Of the file; one that cannot be read is none.
+        content: How it begins, where that is known.
+    """
+    if content is None:
+        try:
+            with path.open("rb") as file:
+                content = file.read(len(LFS_POINTER))
+        except OSError:
+            return
+    if content.startswith(LFS_POINTER):
+        raise UsageError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` in {path.parent}")
+
+
 def checksum(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.planner import LoadItemType
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import inside
+from ropepp_lit.files import inside, refuse_pointer
 
 SHARDED_METADATA = "meta.pt"
 """In a folder of shards, Lightning's file of all that is no weight and no optimizer state."""
@@ -54,6 +54,7 @@ def read_pickled(path: Path) -> Any:
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # torch raises many kinds for what is not its format
+        refuse_pointer(path)
         raise UsageError(f"{path}: not a readable checkpoint: the file is damaged, or is something else") from error
 
 

@@ -68,3 +68,9 @@ def test_a_file_is_streamed(tmp_path):
     tracemalloc.stop()
     assert (tmp_path / "file").stat().st_size > 32 * 2**20
     assert peak < 2**20
+
+
+def test_a_pointer_of_git_lfs_is_no_checkpoint(tmp_path):
+    (tmp_path / "model.ckpt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UsageError, match=r"model\.ckpt: a git-lfs pointer, not the file; run `git lfs pull` in "):
+        checkpoint.read_checkpoint(tmp_path / "model.ckpt")

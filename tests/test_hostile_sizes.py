@@ -143,6 +143,8 @@ MANIFESTS = {
     "opening": (changed(opening=[99999]), "opening is 99999"),
     "no EOS": (changed(eos_token_id=None), "eos_token_id is None"),
     "dtype": (changed(dtype="object"), "dtype 'object' is not one of token ids"),
+    "marks": (changed(marks_trained_tokens=1), "marks_trained_tokens is 1"),
+    "pairs": (changed(marks_trained_tokens=False, holds_pairs=True), "pairs of answers without marks of trained"),
     "reasons": (changed(skipped=[1]), "skipped is not an object"),
     "version": (changed(format_version=99), "format_version 99, and this version reads 1"),
 }

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder
 from ropepp_lit.nn.context_parallel import ContextShard, ShardedDocuments
 from ropepp_lit.nn.decoder import Reduction
@@ -46,6 +47,9 @@ class AnswerPairs(NamedTuple):
             labels: [B, row] int64; every answer has one that counts.
             documents: Of which those with labels are chosen and rejected answers in turn.
             shard: Which tokens of a row this rank computes; None means all.
+
+        Raises:
+            UsageError: an answer is without the other one.
         """
         places = (labels != IGNORE_INDEX).flatten().nonzero().flatten()
         bounds = documents.cu_seqlens.long()
@@ -53,7 +57,10 @@ class AnswerPairs(NamedTuple):
             return_inverse=True, return_counts=True
         )
         num_pairs = len(numbers) // 2
-        assert len(numbers) == 2 * num_pairs, "a rejected answer follows each chosen one"
+        if len(numbers) % 2:
+            raise UsageError(
+                "data: a rejected answer does not follow each chosen one; see `ropepp-lit prepare --verify`"
+            )
         content = torch.stack((input_ids.flatten(), labels.flatten()), dim=1).int().numpy()
         # Up to the last label: a token behind it is an input only where the row does not end with it.
         ends = places[counts.cumsum(0)[1::2] - 1] + 1

@@ -17,6 +17,11 @@ def check_values(manifest: Manifest) -> None:
     """Raise ValueError where a value is not of its type, or out of the range that it can have."""
     if np.dtype(manifest.dtype).kind not in "iu":
         raise ValueError(f"dtype {manifest.dtype!r} is not one of token ids")
+    for name in ("marks_trained_tokens", "holds_pairs"):
+        if not isinstance(getattr(manifest, name), bool):
+            raise ValueError(f"{name} is {getattr(manifest, name)!r}")
+    if manifest.holds_pairs and not manifest.marks_trained_tokens:
+        raise ValueError("it holds pairs of answers without marks of trained tokens")
     check_number("vocab_size", manifest.vocab_size, least=1, below=2**31)
     for name, ids in (
         ("eos_token_id", [manifest.eos_token_id]),

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import inside
+from ropepp_lit.files import inside, refuse_pointer
 
 CONFIG = "config.json"
 
@@ -71,7 +71,6 @@ READABLE = (
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _NUMBERED = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})\.\w+")
-_LFS = b"version https://git-lfs"
 
 
 def refuse_url(source: str | Path) -> None:
@@ -159,7 +158,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_bytes()
-        check_pointer(path, text)
+        refuse_pointer(path, text)
         values = json.loads(text.decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; name a folder in Hugging Face's format") from error
@@ -168,12 +167,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{path}: not a JSON object")
     return values
-
-
-def check_pointer(path: Path, content: bytes) -> None:
-    """Raise UsageError where a file is git-lfs's pointer to the real one."""
-    if content.startswith(_LFS):
-        raise UsageError(f"{path}: a git-lfs pointer, not the file itself; run in its folder: git lfs pull")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -255,7 +248,7 @@ def _read_indexed(folder: Path, index: Path, layout: Layout) -> dict[str, Tensor
 def _read(path: Path, layout: Layout) -> dict[str, Tensor]:
     with path.open("rb") as file:
         start = file.read(64)
-    check_pointer(path, start)
+    refuse_pointer(path, start)
     if not start:
         raise UsageError(f"{path}: empty; download the file again")
     tensors = layout.read(path)

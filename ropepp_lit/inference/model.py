@@ -124,7 +124,7 @@ def load_model(path: str, *, trust: str | None = None, context_length: int | Non
     """
     if context_length is not None and context_length < 2:
         raise UsageError(f"context_length: {context_length} must be 2 or more")
-    contents = open_checkpoint(path)
+    contents = open_checkpoint(path, checksums=True)
     ours = contents[KEY]
     if ours["tokenizer"] is None:
         raise UsageError(f"{path}: the checkpoint stores no tokenizer, so it cannot read a prompt or write text")

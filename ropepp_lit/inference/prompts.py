@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import checksum, flush, json_line, sync, whole_file, write_errors
+from ropepp_lit.files import checksum, flush, json_line, refuse_pointer, sync, whole_file, write_errors
 from ropepp_lit.inference.completion import Completion, complete
 from ropepp_lit.inference.model import Model, Writing
 from ropepp_lit.text.chat import ChatTemplate, ChatTemplateError
@@ -147,6 +147,7 @@ class PromptFile:
         try:
             row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except (ValueError, RecursionError) as error:
+            refuse_pointer(self._path, line)
             what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
             raise UsageError(f"{where}: {what}; each line is an object with the key prompt") from error
         if not isinstance(row, dict):

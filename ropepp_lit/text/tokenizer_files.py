@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer, processors
 
 from ropepp_lit.errors import UsageError
+from ropepp_lit.files import refuse_pointer
 
 TOKENIZER, SETTINGS, SPECIAL_TOKENS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 CONFIG, GENERATION, TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
@@ -60,7 +61,7 @@ def load(path: Path) -> Loaded | None:
     if not path.exists():
         return None
     for name in {file.name, *FILES}:
-        _check_pointer(folder / name)
+        refuse_pointer(folder / name)
     settings = _read_settings(folder)
     generation = _read_json(folder / GENERATION)
     tokenizer, names = _read(folder, file, settings)
@@ -283,14 +284,6 @@ def _eos_of_config(folder: Path, tokenizer: Tokenizer) -> int | None:
     found: Any = named[0] if isinstance(named, list) and named else named
     added = tokenizer.get_added_tokens_decoder().get(found) if isinstance(found, int) else None
     return found if added is not None and added.special else None
-
-
-def _check_pointer(path: Path) -> None:
-    """Raise UsageError where git-lfs has left a pointer in place of the file."""
-    if path.is_file():
-        with path.open("rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                raise UsageError(f"{path}: a git-lfs pointer, not the file; run `git lfs pull` in {path.parent}")
 
 
 def _notice(text: str) -> None:

@@ -212,6 +212,17 @@ def test_ranks_that_share_rows_count_each_pair_once(pairs):
             assert sum(part.pairs.num_counted for part in parts) == whole.pairs.num_counted
 
 
+def test_what_is_no_pair(pairs):
+    """A manifest from elsewhere may say of any documents that they are pairs."""
+    data = TokenData(source=str(pairs), context_length=80, batch_size=1)
+    data.setup("fit")
+    tokens, starts = data.train_samples.__getitems__([0])
+    place = int(starts[0].nonzero()[1])
+    tokens[0, place : int(starts[0].nonzero()[2])] = ~0
+    with pytest.raises(UsageError, match="data: a rejected answer does not follow each chosen one"):
+        data.train_samples.collate((tokens, starts))
+
+
 def test_sets_that_do_not_go_together(pairs, tmp_path):
     chats = write_marked(tmp_path / "chats", train=[answer for pair in TRAIN[:9] for answer in pair],
                          validation=[answer for pair in HELD_OUT[:9] for answer in pair])  # fmt: skip

@@ -178,7 +178,7 @@ def nest(folder):
 
 
 REFUSED = {
-    "config.json as a pointer": (add("config.json", LFS.encode()), r"config\.json: a git-lfs pointer.* git lfs pull"),
+    "config.json as a pointer": (add("config.json", LFS.encode()), r"config\.json: a git-lfs pointer.*git lfs pull"),
     "weights as a pointer": (add("model.safetensors", LFS.encode()), r"model\.safetensors: a git-lfs pointer"),
     ".bin as a pointer": (instead("pytorch_model.bin", LFS.encode()), r"pytorch_model\.bin: a git-lfs pointer"),
     "index as a pointer": (instead("model.safetensors.index.json", LFS.encode()), r"index\.json: a git-lfs pointer"),

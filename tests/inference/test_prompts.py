@@ -193,6 +193,12 @@ def test_a_bad_row_is_named_and_nothing_is_written(talker, tmp_path, capsys, mon
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+def test_a_pointer_of_git_lfs(talker, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    command = ["generate", str(talker), "--prompts", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    assert "in.jsonl: a git-lfs pointer, not the file; run `git lfs pull` in" in refused(command, capsys)
+
+
 def test_mistakes_of_options(mistake, talker, base, tmp_path):
     def told(*options, model=talker):
         return mistake(model, *options, subcommand="generate", base=[])
