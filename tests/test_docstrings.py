@@ -59,19 +59,35 @@ def test_rejected_sentences_are_those_of_other_functions(tool):
     assert list(tool.preferences(rows[::3], seed=0)) == []
 
 
-def test_train_and_held_out_functions_share_no_module(tool, tmp_path):
-    tool.docstrings(out=tmp_path, max_characters=120)
+def test_train_and_held_out_functions_share_no_module(tool, tmp_path, monkeypatch, capsys):
+    library = tmp_path / "library"
+    for folder in ("", "test", "site-packages"):
+        (library / folder).mkdir(exist_ok=True)
+    for number in range(60):
+        functions = [
+            f'def f{number}_{n}():\n    """Return number {number} and {n}."""\n    return {n}\n' for n in range(3)
+        ]
+        long = f'def long():\n    """Return long {number}."""\n    return "{"x" * 120}"\n'
+        same = 'def same():\n    """Return the same."""\n    return 1\n'
+        (library / f"m{number}.py").write_text("\n\n".join([*functions, long, same]))
+    for folder in ("test", "site-packages"):
+        (library / folder / "m.py").write_text('def f():\n    """Is left out."""\n    return 1\n')
+    monkeypatch.setattr(tool.sysconfig, "get_path", lambda name: str(library))
+    tool.docstrings(out=tmp_path, max_characters=100)
     train, held_out, preferences = (
         [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("train", "held-out", "preferences")
     )
-    assert len(train) == len(preferences) > 100
-    assert len(held_out) > 10
+    assert len(train) + len(held_out) == 3 * 60 + 1
+    assert len(held_out) > 6
+    assert len(preferences) == len(train)
     assert not {row["module"] for row in train} & {row["module"] for row in held_out}
     for row in held_out:
         source = row["prompt"].removesuffix(tool.QUESTION)
-        assert len(source) <= 120
         assert ast.get_docstring(ast.parse(source).body[0]) is None
+    printed = capsys.readouterr().out
+    assert "left out: 60 (a function of more than 100 characters)" in printed
+    assert "left out: 59 (a function that occurred before)" in printed
 
 
 @pytest.mark.slow

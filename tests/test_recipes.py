@@ -29,7 +29,7 @@ STACKS = {
 
 FINE_TUNING = {
     "docstrings": ["quickstart", "finetune/docstrings"],
-    "docstrings-lora": ["quickstart", "finetune/docstrings", "finetune/lora"],
+    "docstrings-lora": ["quickstart", "finetune/docstrings", "finetune/docstrings-lora"],
     "chat": ["quickstart", "finetune/chat"],
     "chat-lora": ["quickstart", "finetune/chat", "finetune/lora"],
     "chat-fsdp2": ["quickstart", "finetune/chat", "finetune/fsdp2"],
