@@ -44,6 +44,12 @@ class Variant(NamedTuple):
     compared_with: str = BEFORE
     """Another variant that it is also compared with."""
 
+    begins_from: str = BEFORE
+    """Another variant, trained before it, whose weights of the same seed it begins from."""
+
+    data: str = "train.jsonl"
+    """Of the files of tools/docstrings.py."""
+
 
 VARIANTS = {
     "full": Variant([], [], 1),
@@ -91,16 +97,17 @@ def study(
     architecture = out / "base.yaml"
     write_whole(architecture, to_yaml(recipe_from(base, read_checkpoint(base)[KEY])))
     common = [architecture, RECIPES / "finetune" / "docstrings.yaml", *filter(None, recipes.split(","))]
-    always = ["--model.init_from", str(base), "--data.tokenizer", str(base), "--trainer.max_steps", str(steps)]
-    always += ["--data.source", str(pairs / "train.jsonl")]
+    always = ["--data.tokenizer", str(base), "--trainer.max_steps", str(steps)]
     costs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for seed in range(seeds):
         for name in names:
             variant = VARIANTS[name]
-            options = [*always, *variant.options, "--seed_everything", str(seed), "--data.seed", str(seed)]
+            start = base if variant.begins_from == BEFORE else _checkpoint(runs, variant.begins_from, seed)
+            options = [*always, "--model.init_from", str(start), "--data.source", str(pairs / variant.data)]
+            options += [*variant.options, "--seed_everything", str(seed), "--data.seed", str(seed)]
             options += ["--model.optimizer.lr", f"{variant.learning_rate * learning_rate:g}"]
             layers = [*common, *(RECIPES / "finetune" / layer for layer in variant.recipes)]
-            print(f"{name}, seed {seed}: training in {_folder(runs, name, seed)}")
+            print(f"{name}, seed {seed}: {_folder(runs, name, seed)}", flush=True)
             costs[name].append(fit(_folder(runs, name, seed), layers, options))
     checkpoints = {name: [str(_checkpoint(runs, name, seed)) for seed in range(seeds)] for name in names}
     checkpoints = {BEFORE: [str(base)], **checkpoints}
