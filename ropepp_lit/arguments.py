@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -40,7 +41,26 @@ class OneLineErrors:
         """Raise what the command prints in one line."""
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
-        raise UsageError(message) from ex
+        raise UsageError(_condensed(message)) from ex
+
+
+_UNION = re.compile(
+    r"Does not validate against any of the Union subtypes\s+Subtypes: .*?\s+Errors:\s+- (.*?)\s+"
+    r"Given value type: \S+ \S+\s+Given value: (?:Namespace.*|NestedArg\(key='(\S+)', val=(.*)\)|(.*))",
+    re.DOTALL,
+)
+
+
+def _condensed(message: str) -> str:
+    """What the parser says of an option that may be empty, without how it found that out."""
+    while found := _UNION.search(message):
+        errors = [" ".join(error.split()) for error in re.split(r"\n\s*- ", found[1])]
+        errors = [error for error in errors if not re.fullmatch("Expected (a )?<class 'NoneType'>", error)]
+        message = f"{message[: found.start()]}{'; or: '.join(errors)}"
+        given = found[4] if found[2] is None else f"{found[2]} {found[3]}"
+        if given is not None and not re.search("Got value|is not accepted", message):
+            message += f". Got value: {given}"
+    return message
 
 
 class _Parser(OneLineErrors, ArgumentParser):

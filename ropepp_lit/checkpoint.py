@@ -1,6 +1,6 @@
 """What our checkpoints hold beside Lightning's state, and how they are read.
 
-A checkpoint is Lightning's, plus one entry `ropepp_lit` of plain dicts, lists and strings, so that
+A checkpoint is Lightning's, plus one entry `ropepp_lit` of plain dicts, lists, strings and tensors, so that
 `torch.load(weights_only=True)` reads it:
 
 | key                 | value                                                                                   |
@@ -12,7 +12,8 @@ A checkpoint is Lightning's, plus one entry `ropepp_lit` of plain dicts, lists a
 | `recipe`            | the whole recipe of the run, or None where it was not started by the command            |
 | `origin`            | what the weights began from, or None where they were random                             |
 | `tokens_seen`       | tokens that all ranks have read since the run began                                     |
-| `train_loss`        | `nats` and `tokens` of the training loss since it was last logged, or absent            |
+| `train_loss`        | sums of the training loss since it was last logged, or absent: `nats` and `tokens`;     |
+|                     | of pairs of answers `tokens` are pairs, and `rewards` is there too                      |
 | `validation`        | what the newest validation found, by set                                                |
 | `tokenizer`         | the tokenizer's JSON, or None                                                           |
 | `bos_token_id`      | the token that is named as the beginning of texts, or None                              |
@@ -22,6 +23,8 @@ A checkpoint is Lightning's, plus one entry `ropepp_lit` of plain dicts, lists a
 | `tokenizer_config`  | the tokenizer's settings in Hugging Face's JSON, or absent; the data's chat template    |
 | `generation_config` | Hugging Face's settings of generation in JSON, or absent; with the data's ends of turns |
 | `adapter`           | what was trained beside which base (:mod:`ropepp_lit.hf.adapters`), or absent           |
+| `reference`         | log-probabilities by the model that preference tuning began with                        |
+|                     | (:class:`ropepp_lit.train.pair_training.Reference`), or absent                          |
 | `card`              | licence and base model that a Hugging Face folder's README.md states, or absent         |
 """
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from ropepp_lit.data.part_writer import write_index
 from ropepp_lit.data.shards import TOKENIZER, Chunk, Manifest, TokenSet
-from ropepp_lit.data.trained_tokens import mark
+from ropepp_lit.data.trained_tokens import join_pair, mark
 from ropepp_lit.files import checksum
 from ropepp_lit.text.identity import tokenizer_digest
 from ropepp_lit.text.tokenizer import byte_tokenizer
@@ -30,14 +30,30 @@ def conversations(count, *, longest=60, seed=0):
     return made
 
 
+def answer_pairs(count, *, longest=40, seed=0):
+    """Pairs of a chosen and a rejected answer to one prompt, each as one of :func:`conversations`."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        prompt = [1, 2 + number % 256, *rng.integers(2, 258, int(rng.integers(0, longest // 4))).tolist()]
+        pair = []
+        for _ in range(2):
+            answer = [*rng.integers(2, 258, int(rng.integers(1, longest // 3))).tolist(), END]
+            pair.append((np.array(prompt + answer), np.arange(len(prompt + answer)) >= len(prompt)))
+        made.append(tuple(pair))
+    return made
+
+
 def write_marked(folder, *, chunk_documents=40, template="{{ messages }}", **splits):
-    """Writes a folder of token shards; returns it. `splits` are conversations by the split's name."""
+    """Writes a folder of token shards; returns it. `splits` are conversations or pairs by the split's name."""
+    holds_pairs = isinstance(next(iter(splits.values()))[0][0], tuple)
     tokenizer, sets = byte_tokenizer(), {}
     for split, documents in splits.items():
         (folder / split).mkdir(parents=True)
         sets[split] = tokens = TokenSet()
         for first in range(0, len(documents), chunk_documents):
-            stored = [mark(ids, trained) for ids, trained in documents[first : first + chunk_documents]]
+            some = documents[first : first + chunk_documents]
+            stored = [join_pair(*(mark(*answer) for answer in one)) if holds_pairs else mark(*one) for one in some]
             path = folder / split / f"chunk-000000-{first:04}.bin"
             header = 4 * (len(stored) + 2)
             offsets = header + 4 * np.cumsum([0, *map(len, stored)])
@@ -46,7 +62,8 @@ def write_marked(folder, *, chunk_documents=40, template="{{ messages }}", **spl
                 filename=path.name, documents=len(stored), tokens=sum(map(len, stored)), sha256=checksum(path)
             )
             tokens.chunks.append(chunk)
-        for ids, trained in documents:
+        for one in documents:
+            ids, trained = map(np.concatenate, zip(*one, strict=True)) if holds_pairs else one
             tokens.add(tokens=len(ids), num_bytes=len(ids), gzip_bytes=0, max_token_id=int(ids.max()))
             tokens.trained_tokens += int(trained.sum())
         write_index(folder / split, tokens, {})
@@ -54,6 +71,7 @@ def write_marked(folder, *, chunk_documents=40, template="{{ messages }}", **spl
     Manifest(
         format_version=1, fingerprint=folder.name, sources=[], vocab_size=258, bos_token_id=0, eos_token_id=1,
         opening=[0], dtype="int32", skipped={}, examples=[], splits=sets, marks_trained_tokens=True,
+        holds_pairs=holds_pairs,
         tokenizer_digest=tokenizer_digest(tokenizer.json), chat_template=template, end_of_turn=[END],
     ).write(folder)  # fmt: skip
     return folder

@@ -1,5 +1,7 @@
 """Checkpoints of small models with random weights, for exports."""
 
+import json
+
 import others
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
@@ -53,6 +55,19 @@ def changed(change, **options):
 
 def assign(name, value):
     return lambda tokenizer: setattr(tokenizer, name, value)
+
+
+def without(characters, **values):
+    """Leaves tokens with some characters of the byte-level alphabet out of the vocabulary; sets values of the model."""
+
+    def change(tokenizer):
+        contents = json.loads(tokenizer.to_str())
+        model = contents["model"] | values
+        model["merges"] = [pair for pair in model["merges"] if not set(characters) & set("".join(pair))]
+        model["vocab"] = {token: index for token, index in model["vocab"].items() if not set(characters) & set(token)}
+        return Tokenizer.from_str(json.dumps({**contents, "model": model}))
+
+    return change
 
 
 DIGITS = pre_tokenizers.Digits(individual_digits=True)

@@ -95,7 +95,7 @@ def test_the_example_trains_measures_and_goes_on(tiny, texts, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     main(["fit", *tiny, "--trainer.max_steps", "2", "--trainer.default_root_dir", "base"])
     (tmp_path / "short.yaml").write_text(
-        "data: {context_length: 512, batch_size: 2, cache_dir: cache}\n"
+        "data: {context_length: 1024, batch_size: 2, cache_dir: cache}\n"
         "trainer: {limit_val_batches: 1, accelerator: cpu}\nsample: {max_new_tokens: 4}\n"
     )
     base = ["--base", "base/checkpoints/last.ckpt", "--recipes", "short.yaml"]
@@ -103,22 +103,23 @@ def test_the_example_trains_measures_and_goes_on(tiny, texts, tmp_path, monkeypa
     subprocess.run([*command, "full,LoRA", "--steps", "2"], check=True)
     checkpoint = tmp_path / "out" / "runs" / "LoRA-0" / "checkpoints" / "last.ckpt"
     before = checkpoint.resolve().stat().st_mtime_ns
-    subprocess.run([*command, "full,LoRA,LoRA+imaginary", "--steps", "2"], check=True)
+    subprocess.run([*command, "full,LoRA,LoRA + imaginary,DPO", "--steps", "2"], check=True)
     assert checkpoint.resolve().stat().st_mtime_ns == before
     results = json.loads((tmp_path / "out" / "page" / "results.json").read_text())
-    assert [model["name"] for model in results["models"]] == ["before", "full", "LoRA", "LoRA+imaginary"]
+    assert [model["name"] for model in results["models"]] == ["before", "full", "LoRA", "LoRA + imaginary", "DPO"]
     tables = (tmp_path / "out" / "tables.md").read_text()
     assert [line for line in tables.splitlines() if line.startswith("Differences")] == [
         "Differences are to before:", "Differences are to full:", "Differences are to LoRA:",
     ]  # fmt: skip
     # Two layers of width 32 and 4 heads of 8: their two imaginary halves are 32 × 32 each.
-    trained = dict(line.strip("| ").split(" | ")[:2] for line in tables.splitlines()[-3:])
+    trained = dict(line.strip("| ").split(" | ")[:2] for line in tables.splitlines()[-4:])
     numbers = {name: int(number.replace(",", "")) for name, number in trained.items()}
-    assert numbers["LoRA+imaginary"] == numbers["LoRA"] + 2 * 32 * 32
+    assert numbers["LoRA + imaginary"] == numbers["LoRA"] + 2 * 32 * 32
     assert all(json.loads(path.read_text())["seconds"] > 0 for path in tmp_path.glob("out/runs/*/finished.json"))
     for words, said in (
         (["full", "--steps", "3"], "holds the run of another command"),
         (["full,PPO"], "variants: no variant 'PPO'"),
+        (["DPO,full"], "variants: DPO begins from full; name that before it"),
     ):
         failed = subprocess.run([*command, *words], check=False, capture_output=True, text=True)
         assert failed.returncode == 1

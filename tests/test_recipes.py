@@ -30,8 +30,11 @@ STACKS = {
 FINE_TUNING = {
     "docstrings": ["quickstart", "finetune/docstrings"],
     "docstrings-lora": ["quickstart", "finetune/docstrings", "finetune/docstrings-lora"],
+    "docstrings-dpo": ["quickstart", "finetune/docstrings", "finetune/docstrings-dpo"],
     "chat": ["quickstart", "finetune/chat"],
     "chat-lora": ["quickstart", "finetune/chat", "finetune/lora"],
+    "chat-dpo": ["quickstart", "finetune/chat", "finetune/dpo"],
+    "chat-lora-dpo": ["quickstart", "finetune/chat", "finetune/lora", "finetune/dpo"],
     "chat-fsdp2": ["quickstart", "finetune/chat", "finetune/fsdp2"],
     "chat-long": ["quickstart", "finetune/chat", "finetune/fsdp2", "finetune/long"],
     "chat-long-lora": ["quickstart", "finetune/chat", "finetune/lora", "finetune/fsdp2", "finetune/long"],
@@ -115,7 +118,8 @@ def base(tmp_path_factory):
     pairs = [{"prompt": f"def f{n}(): return {n}\n#", "completion": f" Return {n}."} for n in range(40)]
     roles = ("user", "assistant")
     chats = [{"messages": [{"role": role, "content": f"{role} {n}"} for role in roles]} for n in range(40)]
-    for name, rows in (("pairs", pairs), ("chats", chats)):
+    answers = [{"prompt": f"user {n}", "chosen": "yes", "rejected": f"no {n}"} for n in range(40)]
+    for name, rows in (("pairs", pairs), ("chats", chats), ("answers", answers)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "text.txt").write_text("\n\n".join(f"def f{n}(): return {n}  # user, assistant" for n in range(300)))
     options = ["--data.source", str(folder / "text.txt"), "--data.split", r"\n\n"]
@@ -124,7 +128,7 @@ def base(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("stack", ["docstrings", "docstrings-lora", "chat", "chat-long-lora"])
+@pytest.mark.parametrize("stack", ["docstrings", "docstrings-lora", "chat", "chat-long-lora", "chat-lora-dpo"])
 def test_two_steps_of_fine_tuning(stack, base, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint = str(base / "run/checkpoints/last.ckpt")
@@ -132,13 +136,15 @@ def test_two_steps_of_fine_tuning(stack, base, tmp_path, capsys, monkeypatch):
     data = ["--data.source", str(base / "pairs.jsonl")]
     if "chat" in stack:
         data = ["--data.source", str(base / "chats.jsonl"), "--data.format", "chat"]
+        if "dpo" in stack:
+            data = ["--data.source", str(base / "answers.jsonl"), "--data.format", "chat_pairs"]
         data += ["--data.chat_template", str(RECIPES / "finetune" / "chat_template.jinja")]
     size = ["--data.context_length", "64", "--data.batch_size", "1", "--trainer.default_root_dir", "run"]
     one = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--data.cache_dir", "cache"]
     main(["fit", *configs(stack), *SHRINK, *model, *data, *size, *one])
     printed = capsys.readouterr().out
     assert "at step 2" in printed
-    assert "trained tokens" in printed
+    assert ("Held-out pairs" if "dpo" in stack else "trained tokens") in printed
     assert ("adapter" in read_checkpoint("run/checkpoints/last.ckpt")[KEY]) == ("lora" in stack)
 
 

@@ -1,4 +1,4 @@
-"""Fine-tune a model to say what a function does: all weights, LoRA, and LoRA with imaginary columns, measured alike.
+"""Fine-tune a model to say what a function does: all weights, LoRA, LoRA with imaginary columns, DPO; measured alike.
 
     python tools/docstrings_study.py --out runs/docstrings                    # trains the quickstart's model first
     python tools/docstrings_study.py --out runs/other --base ec.ckpt --learning_rate 1e-4 --steps 40
@@ -54,8 +54,11 @@ class Variant(NamedTuple):
 VARIANTS = {
     "full": Variant([], [], 1),
     "LoRA": Variant(["docstrings-lora.yaml"], [], 10, compared_with="full"),
-    "LoRA+imaginary": Variant(
+    "LoRA + imaginary": Variant(
         ["docstrings-lora.yaml"], ["--model.lora.train_fully", "[imaginary]"], 10, compared_with="LoRA"
+    ),
+    "DPO": Variant(
+        ["docstrings-dpo.yaml"], [], 1 / 40, compared_with="full", begins_from="full", data="preferences.jsonl"
     ),
 }
 """By name, in the order of training."""
@@ -79,15 +82,17 @@ def study(
         base: The checkpoint that is fine-tuned; empty means the quickstart's, trained in OUT/quickstart.
         variants: With commas.
         seeds: Runs of each variant.
-        learning_rate: Of all weights; adapters train at 10 times it.
+        learning_rate: Of all weights; adapters train at 10 times it, DPO at a 40th.
         steps: Of the optimizer.
-        recipes: More recipes, with commas, layered over recipes/finetune/docstrings.yaml.
+        recipes: More recipes, with commas, layered over those of the variants.
         limit: Held-out functions.
     """
     names = variants.split(",")
     for name in names:
         if name not in VARIANTS:
             sys.exit(f"variants: no variant {name!r}; choose of {', '.join(VARIANTS)}")
+        if VARIANTS[name].begins_from not in (BEFORE, *names[: names.index(name)]):
+            sys.exit(f"variants: {name} begins from {VARIANTS[name].begins_from}; name that before it")
     pairs, runs = out / "pairs", out / "runs"
     if not (pairs / "preferences.jsonl").exists():  # the last to be written
         docstrings(out=pairs)
@@ -96,7 +101,7 @@ def study(
         base = out / "quickstart" / "checkpoints" / "last.ckpt"
     architecture = out / "base.yaml"
     write_whole(architecture, to_yaml(recipe_from(base, read_checkpoint(base)[KEY])))
-    common = [architecture, RECIPES / "finetune" / "docstrings.yaml", *filter(None, recipes.split(","))]
+    common = [architecture, RECIPES / "finetune" / "docstrings.yaml"]
     always = ["--data.tokenizer", str(base), "--trainer.max_steps", str(steps)]
     costs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for seed in range(seeds):
@@ -107,12 +112,13 @@ def study(
             options += [*variant.options, "--seed_everything", str(seed), "--data.seed", str(seed)]
             options += ["--model.optimizer.lr", f"{variant.learning_rate * learning_rate:g}"]
             layers = [*common, *(RECIPES / "finetune" / layer for layer in variant.recipes)]
+            layers += map(Path, filter(None, recipes.split(",")))
             print(f"{name}, seed {seed}: {_folder(runs, name, seed)}", flush=True)
             costs[name].append(fit(_folder(runs, name, seed), layers, options))
     checkpoints = {name: [str(_checkpoint(runs, name, seed)) for seed in range(seeds)] for name in names}
     checkpoints = {BEFORE: [str(base)], **checkpoints}
     others = {VARIANTS[name].compared_with for name in names}.intersection(names)
-    lines = []
+    lines: list[str] = []
     for first in [*sorted(others), BEFORE]:  # the page is that of the last one
         compared = [name for name in names if first in (BEFORE, VARIANTS[name].compared_with)]
         results = _evaluate({name: checkpoints[name] for name in (first, *compared)}, out, limit)
@@ -124,7 +130,7 @@ def study(
 
 
 def _folder(runs: Path, name: str, seed: int) -> Path:
-    return runs / f"{name}-{seed}"
+    return runs / f"{name.replace(' ', '')}-{seed}"
 
 
 def _checkpoint(runs: Path, name: str, seed: int) -> Path:

@@ -185,8 +185,8 @@ def _export_gguf(contents: dict[str, Any], path: Path, dtype: torch.dtype | None
     print(
         f"{path} is written for llama.cpp: architecture {written.architecture}, pre-tokenizer {written.pre_tokenizer}."
     )
-    if written.notice is not None:
-        print(f"Notice: {written.notice}.")
+    for notice in written.notices:
+        print(f"Notice: {notice}.")
 
 
 def _folder_options(

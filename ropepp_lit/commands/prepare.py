@@ -29,7 +29,7 @@ def prepare(
     dedup: bool = False,
     on_error: Literal["stop", "skip"] = "stop",
     chunk_size: str = "64MB",
-    format: Literal["text", "chat", "completion"] = "text",
+    format: Literal["text", "chat", "completion", "chat_pairs", "completion_pairs"] = "text",
     chat_template: str | None = None,
     train_on: Literal["assistant", "last", "all"] = "assistant",
     workers: int | None = None,
@@ -55,7 +55,8 @@ def prepare(
         eos_token: What ends documents, instead of what the tokenizer's folder says.
         special_tokens: Whether special tokens spelt in a text are tokens; otherwise they are text like any other.
         text_key: Key or column of the text in JSON and tables; with --format chat of the messages, where they have
-            another name; with --format completion both names, of prompt and completion, as in question,answer.
+            another name; with --format completion both names, of prompt and completion, as in question,answer; for
+            pairs three names, of prompt, chosen and rejected answer.
         split: What separates documents in text files, such as '\n\n' or '<|endoftext|>'; empty means that each text
             file is one document. \n, \t, \r, \xNN, \uNNNN and \\ are escapes; a line end may be CRLF in the file.
         min_tokens: Leave shorter documents out (the paper: 512).
@@ -69,7 +70,9 @@ def prepare(
         chunk_size: Bytes of a chunk at most, such as 64MB; a document that is larger has a chunk of its own.
         format: What the sources have: `text`; conversations (`chat`) in `messages` (role, content), `conversations`
             (from, value), or `prompt` and `completion` as lists of messages, with `tools` and `system` where they are
-            there; or `prompt` and `completion` as texts (`completion`). Only what the assistant writes is trained.
+            there; or `prompt` and `completion` as texts (`completion`). Only what the assistant writes is trained. For
+            preference tuning: `prompt`, `chosen` and `rejected` as messages (`chat_pairs`; the prompt may stand at the
+            beginning of both answers instead) or as texts (`completion_pairs`). A pair counts as one document.
         chat_template: A file with a Jinja template by which conversations become text, instead of the tokenizer's own.
         train_on: What is trained of a conversation: every turn of the `assistant`, the `last` one, or `all` tokens.
         workers: Threads that tokenize; empty means as many as there are cores.

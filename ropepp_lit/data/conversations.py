@@ -14,7 +14,11 @@ TEMPLATE = "chat_template"
 
 
 def check_conversations(
-    train: Mapping[str, Manifest], validation: Sequence[tuple[str, Manifest]], *, intra_document_masking: bool
+    train: Mapping[str, Manifest],
+    validation: Sequence[tuple[str, Manifest]],
+    *,
+    intra_document_masking: bool,
+    too_long: TooLong,
 ) -> None:
     """Check that sets can be read together.
 
@@ -22,12 +26,25 @@ def check_conversations(
         train: The manifest of each training set.
         validation: Each further validation set's name and manifest.
         intra_document_masking: See :class:`~ropepp_lit.data.token_data.TokenData`.
+        too_long: See there.
 
     Raises:
-        UsageError: conversations would see each other, or were rendered by several templates.
+        UsageError: conversations would see each other, or were rendered by several templates; some sets hold pairs of
+            answers and others do not, or pairs would be cut.
     """
     templates: dict[str, str] = {}
+    first, ours = next(iter(train.items()))
     for name, manifest in [*train.items(), *validation]:
+        if manifest.holds_pairs != ours.holds_pairs:
+            pairs, other = (name, first) if manifest.holds_pairs else (first, name)
+            raise UsageError(
+                f"data: {pairs} holds pairs of answers and {other} does not; name sets of one kind for training and "
+                "validation"
+            )
+        if manifest.holds_pairs and too_long == "cut":
+            raise UsageError(
+                f"data.too_long: {name} holds pairs of answers, which cannot be compared when they are cut; use drop"
+            )
         if manifest.marks_trained_tokens and not intra_document_masking:
             raise UsageError(
                 f"data.intra_document_masking: false lets the conversations that are packed in one row see each other, "
@@ -44,22 +61,28 @@ def check_conversations(
         )
 
 
-def left_out_line(name: str, plan: PackedPlan, too_long: TooLong) -> str | None:
+def kind_of(manifest: Manifest) -> str:
+    """What a packed set's documents are called."""
+    return "pairs of answers" if manifest.holds_pairs else "conversations"
+
+
+def left_out_line(name: str, plan: PackedPlan, manifest: Manifest, too_long: TooLong) -> str | None:
     """What became of conversations that are longer than the context; None where none is.
 
     Args:
         name: Of the split and its source.
         plan: Of the split.
+        manifest: Of the set.
         too_long: What was asked for.
     """
-    lengths = plan.lengths
+    lengths, kind = plan.lengths, kind_of(manifest)
     if not lengths.too_long:
         return None
     count = plan.documents + lengths.too_long if too_long == "drop" else plan.documents + lengths.untrained
-    line = f"data: {name}: {lengths.too_long:,} of {count:,} conversations are longer than data.context_length "
+    line = f"data: {name}: {lengths.too_long:,} of {count:,} {kind} are longer than data.context_length "
     line += f"{plan.places - 1:,} (the longest has {lengths.longest:,} tokens) and are "
     if too_long == "drop":
-        return f"{line}left out; data.too_long cut keeps their beginnings"
+        return f"{line}left out" + ("" if manifest.holds_pairs else "; data.too_long cut keeps their beginnings")
     left = f"; {lengths.untrained:,} of them keep no trained token and are left out" if lengths.untrained else ""
     return f"{line}cut to their beginnings{left}"
 
@@ -75,7 +98,7 @@ def packing_line(name: str, plan: PackedPlan, manifest: Manifest, *, rows_per_st
     """
     train, left_out = manifest.splits["train"], manifest.splits["train"].documents - plan.documents
     return (
-        f"{name}: {plan.documents:,} conversations in {plan.samples_per_pass:,} rows, {plan.padding:.1%} padding"
+        f"{name}: {plan.documents:,} {kind_of(manifest)} in {plan.samples_per_pass:,} rows, {plan.padding:.1%} padding"
         + (f", {left_out:,} left out" if left_out else "")
         + f"; {train.trained_tokens / train.tokens:.1%} of the set's tokens are trained; "
         f"all are read once in {plan.samples_per_pass / rows_per_step:,.1f} steps"

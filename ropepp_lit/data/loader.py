@@ -21,6 +21,7 @@ from ropepp_lit.data.packing import PADDING_LENGTH, Lengths, PackedPlan, TooLong
 from ropepp_lit.data.plan import BlockPlan, Mixture
 from ropepp_lit.data.remote import RemoteFolder
 from ropepp_lit.data.shards import Manifest, TokenShards
+from ropepp_lit.data.trained_tokens import ID_BITS, REJECTED
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.context_parallel import ContextShard
 from ropepp_lit.nn.documents import Documents
@@ -73,11 +74,13 @@ class Samples(Dataset):
         self._intra_document_masking = intra_document_masking
         self._in_order = in_order
         self._has_untrained = in_order or any(source.manifest.marks_trained_tokens for source in sources)
+        self._holds_pairs = any(source.manifest.holds_pairs for source in sources)
         self._weighs_conversations = False
         self._mixture = Mixture([source.weight for source in sources], seed=seed)
         self._shards: list[TokenShards] = []
         self.plans: list[BlockPlan | PackedPlan] = []
         """How samples are made of each source."""
+        self._manifests = [source.manifest for source in sources]
         self._names = [f"{split} in {source.name}" for source in sources]
         for number, source in enumerate(sources):
             shards = TokenShards(source.folder, source.manifest, split, remote=source.remote)
@@ -123,11 +126,11 @@ class Samples(Dataset):
                 )
         self._weighs_conversations = True
 
-    def packed(self) -> Iterator[tuple[str, PackedPlan]]:
-        """The split and source of conversations, and how they are packed."""
-        for name, plan in zip(self._names, self.plans, strict=True):
+    def packed(self) -> Iterator[tuple[str, PackedPlan, Manifest]]:
+        """The split and source of conversations, how they are packed, and the set's manifest."""
+        for name, plan, manifest in zip(self._names, self.plans, self._manifests, strict=True):
             if isinstance(plan, PackedPlan):
-                yield name, plan
+                yield name, plan, manifest
 
     def __len__(self) -> int:
         """Samples of one pass over all sources."""
@@ -157,6 +160,8 @@ class Samples(Dataset):
             row[end:] = NO_TOKEN
             if isinstance(self.plans[source], PackedPlan) and row_starts is not None:
                 row_starts[end::PADDING_LENGTH] = True
+        if starts is not None and self._holds_pairs:
+            starts |= tokens < REJECTED
         return torch.from_numpy(tokens), None if starts is None else torch.from_numpy(starts)
 
     def collate(self, samples: tuple[Tensor, Tensor | None], shard: ContextShard | None = None) -> Batch:
@@ -164,14 +169,21 @@ class Samples(Dataset):
         tokens, starts = samples
         input_ids, labels = tokens[:, :-1], tokens[:, 1:]
         if self._has_untrained:
-            input_ids = torch.maximum(input_ids, ~input_ids)
+            input_ids = torch.maximum(input_ids, ~input_ids) & ID_BITS
             labels = labels.masked_fill(labels < 0, IGNORE_INDEX)
         if starts is None:
             return Batch.create(input_ids, labels, None, shard=shard)
         # The first token of a document is never a label: what comes before it is another document.
         labels = labels.masked_fill(starts[:, 1:], IGNORE_INDEX)
         documents = Documents.from_starts(starts[:, :-1])
-        return Batch.create(input_ids, labels, documents, shard=shard, weighs_documents=self._weighs_conversations)
+        return Batch.create(
+            input_ids,
+            labels,
+            documents,
+            shard=shard,
+            weighs_documents=self._weighs_conversations,
+            holds_pairs=self._holds_pairs,
+        )
 
     def documents(self) -> Iterator[np.ndarray]:
         """Token ids of each document, [tokens] of the shards' dtype, in the order in which they are stored."""

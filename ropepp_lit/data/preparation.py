@@ -26,12 +26,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ropepp_lit.data.encoders import TextEncoder, encoded, make_encoder
+from ropepp_lit.data.encoders import Format, TextEncoder, encoded, make_encoder
 from ropepp_lit.data.part_writer import SPLITS, Part, PartWriter, write_index
 from ropepp_lit.data.report import conversation_lines, shown
 from ropepp_lit.data.shards import FORMAT_VERSION, MANIFEST, TOKENIZER, Manifest, TokenSet
 from ropepp_lit.data.shares import Share, add_counts, check_splits, write_share
-from ropepp_lit.data.trained_tokens import is_trained
+from ropepp_lit.data.trained_tokens import can_be_trained_on
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import write_whole
 from ropepp_lit.text.formats import Record
@@ -71,7 +71,7 @@ class Settings:
     on_error: str = "stop"
     chunk_bytes: int = 64 * 2**20
     """`--chunk_size` in bytes."""
-    format: str = "text"
+    format: Format = "text"
     chat_template: str | None = None
     """The Jinja template in the file of `--chat_template`."""
     train_on: str = "assistant"
@@ -281,7 +281,7 @@ class Preparation:
             writer.skip("shorter than min_tokens", None)
         elif settings.max_tokens is not None and len(ids) > settings.max_tokens:
             writer.skip("longer than max_tokens", None)
-        elif self._encoder.marks_trained_tokens and not is_trained(ids).any():
+        elif self._encoder.marks_trained_tokens and not can_be_trained_on(ids):
             writer.skip("no trained token", record.where)
         elif settings.dedup and (digest := _digest(data)) in self._seen:
             writer.skip("repeats an earlier one", None)
@@ -324,6 +324,7 @@ class Preparation:
             splits={name: TokenSet.sum([part.splits[name] for part in parts]) for name in SPLITS},
             tokenizer_digest=tokenizer_digest(self._tokenizer.json),
             marks_trained_tokens=self._encoder.marks_trained_tokens,
+            holds_pairs=self._encoder.makes_pairs,
             chat_template=self._encoder.chat_template,
             end_of_turn=list(self._encoder.end_of_turn),
         )

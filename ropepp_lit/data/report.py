@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ropepp_lit.data.shards import Manifest
-from ropepp_lit.data.trained_tokens import is_trained, token_ids
+from ropepp_lit.data.trained_tokens import is_trained, split_pair, token_ids
 from ropepp_lit.text.tokenizer import TextTokenizer
 
 SHOWN_TOKENS = 500
@@ -54,12 +54,16 @@ def conversation_lines(manifest: Manifest, folder: Path) -> list[str]:
 
 
 def shown(stored: np.ndarray, tokenizer: TextTokenizer) -> str:
-    """The text of stored tokens, decoded, with what is trained in colour, or in brackets where there is none.
+    """The text of a document, decoded, with what is trained in colour, or in brackets where there is none.
 
     Args:
         stored: [tokens], see :mod:`.trained_tokens`.
         tokenizer: Of the tokens.
     """
+    return "\n--- rejected ---\n".join(_shown(part, tokenizer) for part in split_pair(stored))
+
+
+def _shown(stored: np.ndarray, tokenizer: TextTokenizer) -> str:
     has_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     before, behind = ("\x1b[32m", "\x1b[0m") if has_colour else ("[[", "]]")
     first = max(0, int(is_trained(stored).argmax()) - SHOWN_TOKENS // 2)

@@ -16,7 +16,7 @@ import numpy as np
 
 from ropepp_lit.data.plan import WINDOW_CHUNKS, Span
 from ropepp_lit.data.remote import RemoteFolder
-from ropepp_lit.data.trained_tokens import token_ids
+from ropepp_lit.data.trained_tokens import split_pair, token_ids
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import checksum, inside, read_text, write_whole
 from ropepp_lit.text.identity import opening_of, tokenizer_digest
@@ -148,6 +148,8 @@ class Manifest:
     """Of tokenizer.json (:func:`~ropepp_lit.text.identity.tokenizer_digest`); None in folders of earlier versions."""
     marks_trained_tokens: bool = False
     """Whether only some tokens are trained, and the shards mark which (:mod:`ropepp_lit.data.trained_tokens`)."""
+    holds_pairs: bool = False
+    """Whether a document is a pair of answers, a chosen and a rejected one (see there too)."""
     chat_template: str | None = None
     """The Jinja template that the conversations were rendered by; None where they are not conversations."""
     end_of_turn: list[int] = field(default_factory=list)
@@ -294,7 +296,7 @@ class TokenShards:
         return end
 
     def documents(self) -> Iterator[np.ndarray]:
-        """Token ids of each document, in the order in which they are stored.
+        """Token ids of each document, in the order in which they are stored; of a pair those of the chosen answer.
 
         Raises:
             UsageError: as for :meth:`read`.
@@ -303,7 +305,7 @@ class TokenShards:
             tokens, offsets = self.open_chunk(index)
             ends = (offsets[1:-1].astype(np.int64) - offsets[0]) // self._dtype.itemsize
             for document in np.split(tokens, ends):
-                yield token_ids(document) if self._is_marked else document
+                yield token_ids(split_pair(document)[0]) if self._is_marked else document
 
     def expect(self, chunks: list[int]) -> None:
         """Fetch chunks that will be read later, in the background."""

@@ -20,6 +20,7 @@ from ropepp_lit.data.conversations import (
     notes_on_special_ids,
     packing_line,
 )
+from ropepp_lit.data.encoders import Format
 from ropepp_lit.data.loader import RankBatches, Samples, Source, TrainLoader, make_loader, replica_of, sample_texts
 from ropepp_lit.data.packing import PackedPlan, TooLong
 from ropepp_lit.data.plan import PATTERN_SAMPLES
@@ -49,8 +50,8 @@ class TokenData(LightningDataModule):
         tokenizer: `bytes` (one token per byte), a tokenizer.json, or a Hugging Face folder or name on the Hub.
         train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with so many tokens on the training documents.
         text_key: Key or column of the text in JSON and tables.
-        format: What sources that are prepared now hold: `text`, conversations (`chat`) or prompts with answers
-            (`completion`), as `ropepp-lit prepare --format` reads them.
+        format: What sources that are prepared now hold: `text`, conversations (`chat`), prompts with answers
+            (`completion`), or pairs of a chosen and a rejected answer, as `ropepp-lit prepare --format` reads them.
         chat_template: A file with a Jinja template by which conversations become text, instead of the tokenizer's own.
         train_on: What is trained of a conversation: every turn of the `assistant`, the `last` one, or `all` tokens.
         split: What separates documents in text files, such as `\n\n`; empty means that each file is one.
@@ -60,8 +61,8 @@ class TokenData(LightningDataModule):
         intra_document_masking: Documents packed in one row don't see each other and their positions restart. Without
             it rows are plain causal ones, as in the paper.
         too_long: What becomes of conversations that are longer than a row, as they are packed whole: `drop` them, or
-            `cut` them to their beginnings. Either is counted and said. (Sets of conversations are packed when the run
-            starts; one in an object store is fetched for that.)
+            `cut` them to their beginnings. Either is counted and said. A pair of answers is packed as one and cannot be
+            cut. (Sets of conversations are packed when the run starts; one in an object store is fetched for that.)
         validation_fraction: Share of the documents that is held out for validation, chosen by a hash of their text;
             of a prepared folder, what was said when it was prepared.
         seed: Of the order in which blocks are read.
@@ -78,7 +79,7 @@ class TokenData(LightningDataModule):
         tokenizer: str | None = None,
         train_tokenizer: int | None = None,
         text_key: str = "text",
-        format: Literal["text", "chat", "completion"] = "text",
+        format: Format = "text",
         chat_template: str | None = None,
         train_on: Literal["assistant", "last", "all"] = "assistant",
         split: str = "",
@@ -210,17 +211,22 @@ class TokenData(LightningDataModule):
         self.largest_token_id = max(manifest.largest_token_id for _, manifest in everything)
         """Of the tokens that occur."""
         self.notices += notes_on_special_ids(everything)
-        check_conversations(self.manifests, others, intra_document_masking=self.intra_document_masking)
+        check_conversations(
+            self.manifests, others, intra_document_masking=self.intra_document_masking, too_long=self.too_long
+        )
         settings: dict[str, Any] = {
             "context_length": self.context_length,
             "intra_document_masking": self.intra_document_masking,
             "seed": self.seed,
             "too_long": self.too_long,
         }
-        self._train = Samples(train, "train", in_order=False, **settings)
-        self._validation = [Samples([opened], split, in_order=True, **settings) for opened, split in validation]
-        packed = [pair for samples in (self._train, *self._validation) for pair in samples.packed()]
-        self.notices += filter(None, (left_out_line(name, plan, self.too_long) for name, plan in packed))
+        self.train_samples = Samples(train, "train", in_order=False, **settings)
+        """What training reads."""
+        whole = [*validation, *((opened, "train") for opened in train if self.holds_pairs)]
+        self._whole = [Samples([opened], split, in_order=True, **settings) for opened, split in whole]
+        self._validation = self._whole[: len(validation)]
+        packed = [found for samples in (self.train_samples, *self._validation) for found in samples.packed()]
+        self.notices += filter(None, (left_out_line(*found, self.too_long) for found in packed))
 
     def _open(self, source: str, name: str, tokenizers: dict[str, str], weight: float = 1.0) -> Source:
         folder = self._folders[source]
@@ -269,7 +275,7 @@ class TokenData(LightningDataModule):
                 if not (folder / MANIFEST).is_file():
                     return None
         self.setup("plan")
-        return self._train.collate(self._train.__getitems__(list(range(self.batch_size))))
+        return self.train_samples.collate(self.train_samples.__getitems__(list(range(self.batch_size))))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -287,22 +293,19 @@ class TokenData(LightningDataModule):
         """Whether only some tokens of a training set are trained, as of conversations; the data must be set up."""
         return any(manifest.marks_trained_tokens for manifest in self.manifests.values())
 
+    @property
+    def holds_pairs(self) -> bool:
+        """Whether the training sets hold pairs of answers; the data must be set up."""
+        return self.manifest.holds_pairs
+
     def packing_lines(self, rows_per_step: int) -> list[str]:
         """How the conversations of each training set are packed; none for text. The data must be set up."""
-        sets = zip(self.manifests.items(), self._train.plans, self.weights.values(), strict=True)
+        sets = zip(self.manifests.items(), self.train_samples.plans, self.weights.values(), strict=True)
         return [
             packing_line(name, plan, manifest, rows_per_step=rows_per_step * weight / sum(self.weights.values()))
             for (name, manifest), plan, weight in sets
             if isinstance(plan, PackedPlan)
         ]
-
-    def average_conversations(self) -> None:
-        """Let batches of training carry weights by which each conversation weighs the same.
-
-        Raises:
-            UsageError: a training set is text.
-        """
-        self._train.average_conversations()
 
     @property
     def entry(self) -> dict[str, Any]:
@@ -310,9 +313,7 @@ class TokenData(LightningDataModule):
         return {
             **chat_settings(list(self.manifests.values())),
             "tokenizer": self.tokenizer_json,
-            "bos_token_id": self.manifest.bos_token_id,
-            "eos_token_id": self.manifest.eos_token_id,
-            "opening": self.manifest.opening,
+            **{name: getattr(self.manifest, name) for name in ("bos_token_id", "eos_token_id", "opening")},
             "context_length": self.context_length,
             "held_out": self.held_out,
         }
@@ -354,7 +355,7 @@ class TokenData(LightningDataModule):
         """Batches of the whole run."""
         trainer = self._trainer()
         return TrainLoader(
-            self._train,
+            self.train_samples,
             batch_size=self.batch_size,
             num_batches=trainer.max_steps * trainer.accumulate_grad_batches,
             identity=self.identity,
@@ -364,9 +365,16 @@ class TokenData(LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader]:
         """For each validation set every token once, in order; ranks get equally many batches, the last ones padded."""
+        return self._loaders(self._validation)
+
+    def pair_dataloaders(self) -> list[DataLoader]:
+        """For each training and validation set every pair of answers once, as :meth:`val_dataloader`."""
+        return self._loaders(self._whole)
+
+    def _loaders(self, sets: list[Samples]) -> list[DataLoader]:
         replica = replica_of(self._trainer())
         loaders = []
-        for blocks in self._validation:
+        for blocks in sets:
             num_batches = -(-len(blocks) // (self.batch_size * replica["num_replicas"]))
             batches = RankBatches(0, num_batches, batch_size=self.batch_size, **replica)
             loaders.append(make_loader(blocks, batches, **self._loading()))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ropepp_lit.data.shards import MANIFEST, Manifest, TokenSet, TokenShards, fault_of_index
-from ropepp_lit.data.trained_tokens import is_trained, token_ids
+from ropepp_lit.data.trained_tokens import REJECTED, is_trained, token_ids
 from ropepp_lit.errors import UsageError
 
 
@@ -38,9 +38,12 @@ def verify(folder: Path) -> list[str]:
             if manifest.marks_trained_tokens:
                 trained = is_trained(stored)
                 found.trained_tokens += int(trained.sum())
-                trained[bounds[:-1]] = False  # what is first is never predicted
-                wrong = int((np.add.reduceat(trained, bounds[:-1], dtype=np.int64) == 0).sum())
+                starts = np.union1d(bounds[:-1], np.flatnonzero(stored < REJECTED))
+                trained[starts] = False  # what is first is never predicted
+                wrong = int((np.add.reduceat(trained, starts, dtype=np.int64) == 0).sum())
+                wrong += abs(len(starts) - (1 + manifest.holds_pairs) * (len(bounds) - 1))
                 problem = "have no trained token behind their first"
+                problem += ", or are no pairs of answers" if manifest.holds_pairs else ""
             else:
                 wrong = int((stored[bounds[1:] - 1] != manifest.eos_token_id).sum())
                 problem = f"do not end with the token {manifest.eos_token_id}"

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torchmetrics.functional.text.rouge import rouge_score
 
-from ropepp_lit.data.encoders import TextEncoder, make_encoder
+from ropepp_lit.data.encoders import Format, TextEncoder, make_encoder
 from ropepp_lit.data.trained_tokens import is_trained, token_ids
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval import perplexity
@@ -62,7 +62,9 @@ def read_pairs(model: Model, source: str, *, limit: int) -> list[Pair]:
         records.append(record)
     records.sort(key=lambda record: hashlib.sha256(repr(record.row).encode("utf-8", "surrogatepass")).digest())
     records = records[:limit]
-    kinds = ["completion" if isinstance((record.row or {}).get("prompt"), str) else "chat" for record in records]
+    kinds: list[Format] = [
+        "completion" if isinstance((record.row or {}).get("prompt"), str) else "chat" for record in records
+    ]
     encoders = {kind: _encoder(model, kind) for kind in dict.fromkeys(kinds)}
     pairs = []
     for record, kind in zip(records, kinds, strict=True):
@@ -79,7 +81,7 @@ def read_pairs(model: Model, source: str, *, limit: int) -> list[Pair]:
     return pairs
 
 
-def _encoder(model: Model, kind: str) -> TextEncoder:
+def _encoder(model: Model, kind: Format) -> TextEncoder:
     return make_encoder(
         kind, model.tokenizer, text_key="text", special_tokens=False, template=None,
         train_on="last" if kind == "chat" else "assistant",

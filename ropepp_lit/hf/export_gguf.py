@@ -50,7 +50,7 @@ class Written(NamedTuple):
     pre_tokenizer: str
     """`tokenizer.ggml.pre`."""
 
-    notice: str | None
+    notices: list[str]
     """What llama.cpp does in another way."""
 
 
@@ -61,7 +61,7 @@ class _Vocabulary(NamedTuple):
     types: list[int]
     merges: list[str]
     pre_tokenizer: str
-    normalizer: str | None
+    notices: list[str]
 
 
 def export_gguf(checkpoint: dict[str, Any], path: Path, *, dtype: torch.dtype | None) -> Written:
@@ -130,13 +130,7 @@ def export_gguf(checkpoint: dict[str, Any], path: Path, *, dtype: torch.dtype | 
                     writer.write_tensor_data((value.view(torch.uint8) if stored is torch.bfloat16 else value).numpy())
             finally:
                 writer.close()
-    notice = None
-    if vocabulary.normalizer is not None:
-        notice = (
-            f"llama.cpp leaves out the tokenizer's normalizer {vocabulary.normalizer}; texts in that form already have "
-            "the same tokens"
-        )
-    return Written(name, vocabulary.pre_tokenizer, notice)
+    return Written(name, vocabulary.pre_tokenizer, vocabulary.notices)
 
 
 def _architecture_name(architecture: Architecture) -> str:
@@ -284,8 +278,9 @@ def _read_tokenizer(ours: Mapping[str, Any], vocab_size: int) -> tuple[TextToken
     model = values["model"]
     decoder = (values.get("decoder") or {}).get("type")
     affixes = (model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"))
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    if model.get("type") != "BPE" or decoder != "ByteLevel" or any(affixes) or alphabet - set(model["vocab"]):
+    missing = set(pre_tokenizers.ByteLevel.alphabet()) - set(model["vocab"])
+    is_byte_level = model.get("type") == "BPE" and decoder == "ByteLevel" and not any(affixes)
+    if not is_byte_level or (missing and model.get("unk_token") is not None):
         kind = "a BPE with byte fallback" if model.get("byte_fallback") else f"{model.get('type')}, not byte-level BPE"
         raise UsageError(f"gguf: the tokenizer is {kind}, which is not supported; {_BY_CONVERTER}")
     splitting = _splitting(values["pre_tokenizer"])
@@ -298,11 +293,22 @@ def _read_tokenizer(ours: Mapping[str, Any], vocab_size: int) -> tuple[TextToken
     normalizer = (values.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):
         raise UsageError(f"gguf: llama.cpp lacks the tokenizer's normalizer {normalizer}; {_BY_CONVERTER}")
+    notices = []
+    if normalizer is not None:
+        notices.append(
+            f"llama.cpp leaves out the tokenizer's normalizer {normalizer}; texts in that form already have the same "
+            "tokens"
+        )
+    if missing:
+        notices.append(
+            f"the tokenizer has no tokens for {len(missing)} of the 256 bytes and leaves them out, as llama.cpp does; "
+            "what stands beside them may be split in another way"
+        )
     tokens, types = _tokens(tokenizer, vocab_size)
     merges = [" ".join(pair) for pair in model["merges"]]
     if not merges:  # llama.cpp refuses a file without merges; this one never applies, since merges begin with bytes
         merges = [" ".join([tokens[tokenizer.eos_token_id]] * 2)]
-    return tokenizer, _Vocabulary(tokens, types, merges, pre_tokenizer, normalizer)
+    return tokenizer, _Vocabulary(tokens, types, merges, pre_tokenizer, notices)
 
 
 def _tokens(tokenizer: TextTokenizer, vocab_size: int) -> tuple[list[str], list[int]]:

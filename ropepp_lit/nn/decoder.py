@@ -8,7 +8,7 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, cast
 
@@ -22,10 +22,13 @@ from ropepp_lit.nn.config import DecoderConfig
 from ropepp_lit.nn.context_parallel import ContextGroup, ShardedDocuments, choose_mode
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.frequencies import Frequencies
-from ropepp_lit.nn.loss import IGNORE_INDEX, linear_cross_entropy, token_cross_entropy
+from ropepp_lit.nn.loss import IGNORE_INDEX, function_of_cross_entropy, linear_cross_entropy, token_cross_entropy
 from ropepp_lit.nn.positions import PositionScheme
 from ropepp_lit.nn.precision import at_least_float32
 from ropepp_lit.nn.probe import Probe
+
+Reduction = Literal["mean", "sum", "none"] | Callable[[Tensor], Tensor]
+"""What becomes of the losses of tokens, see :meth:`Decoder.loss`."""
 
 
 class OutputLayer(nn.Linear):
@@ -36,7 +39,7 @@ class OutputLayer(nn.Linear):
         hidden: Tensor,
         labels: Tensor,
         *,
-        reduction: Literal["mean", "sum", "none"],
+        reduction: Reduction,
         places: Tensor | None,
         weights: Tensor | None,
     ) -> Tensor:
@@ -50,6 +53,8 @@ class OutputLayer(nn.Linear):
             weights: See there.
         """
         flat = hidden.flatten(0, 1), self.weight, labels.flatten()
+        if callable(reduction):
+            return function_of_cross_entropy(*flat, reduction, places=places)
         if reduction == "none":
             return token_cross_entropy(*flat).view_as(labels)
         loss = linear_cross_entropy(*flat, places=places, label_weights=None if weights is None else weights.flatten())
@@ -253,7 +258,7 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         labels: Tensor,
         *,
-        reduction: Literal["mean", "sum", "none"] = "mean",
+        reduction: Reduction = "mean",
         places: Tensor | None = None,
         weights: Tensor | None = None,
         positions: Tensor | None = None,
@@ -265,11 +270,13 @@ class Decoder(nn.Module):
         Args:
             input_ids: See :meth:`forward`.
             labels: [B, T] int64: the token that should come *next* at each place (already shifted); -100 is ignored.
-            reduction: Over the labels that are not ignored; `none` gives the loss of each token, without gradients.
+            reduction: Over the labels that are not ignored; `none` gives the loss of each token, without gradients. Or
+                a function to be descended instead: it gets the loss of each token, [M] with places, else [B * T], and
+                returns a scalar (without gradients anything).
             places: [M] int64: indices of the labels that are not ignored, in the flattened batch; the other tokens are
                 then dropped before the output layer. None computes all of them.
             weights: [B, T] floating: what the loss of each label is multiplied by, before it is reduced by `sum` (or
-                divided by the number of labels, for `mean`). None means 1.
+                divided by the number of labels, for `mean`; not with a function). None means 1.
             positions: See :meth:`forward`.
             documents: See :meth:`forward`.
             cache: See :meth:`forward`.

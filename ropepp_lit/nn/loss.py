@@ -5,7 +5,7 @@ Shapes: N tokens, M tokens whose labels count, V words of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -62,23 +62,59 @@ def linear_cross_entropy(
     return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels, places, label_weights)
 
 
-@torch.no_grad()
-def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy of each token, in chunks of tokens; for evaluation, without gradients.
+def function_of_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    function: Callable[[Tensor], Tensor],
+    *,
+    places: Tensor | None = None,
+) -> Tensor:
+    """A function of the cross-entropy of each token, in chunks of tokens.
+
+    Gradients need a second pass over the output layer: the first finds the losses, the function's gradient with respect
+    to them is then what :func:`linear_cross_entropy` multiplies each by. Differentiable once.
 
     Args:
         hidden: See :func:`linear_cross_entropy`.
         weight: See there.
         labels: See there.
+        function: Gets what :func:`token_cross_entropy` returns. Returns a scalar; without gradients anything.
+        places: See there.
 
     Returns:
-        [N] float32 (float64 for float64): nats, 0 where the label does not count.
+        What the function returns.
+    """
+    losses = token_cross_entropy(hidden, weight, labels, places=places)
+    if not torch.is_grad_enabled():
+        return function(losses)
+    value = function(losses.requires_grad_())
+    (gradient,) = torch.autograd.grad(value, losses)
+    label_weights = gradient
+    if places is not None:
+        label_weights = gradient.new_zeros(len(labels)).index_copy(0, places, gradient)
+    total = linear_cross_entropy(hidden, weight, labels, places=places, label_weights=label_weights)
+    return value.detach() + (total - total.detach())
+
+
+@torch.no_grad()
+def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, places: Tensor | None = None) -> Tensor:
+    """The cross-entropy of each token, in chunks of tokens; without gradients.
+
+    Args:
+        hidden: See :func:`linear_cross_entropy`.
+        weight: See there.
+        labels: See there.
+        places: See there.
+
+    Returns:
+        [N], or [M] with places, float32 (float64 for float64): nats, 0 where the label does not count.
     """
     dtype = activation_dtype(hidden)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     losses = [
         F.cross_entropy(_logits(hidden[rows], weight), labels[rows], ignore_index=IGNORE_INDEX, reduction="none")
-        for rows in _chunks(None, labels, weight)
+        for rows in _chunks(places, labels, weight)
     ]
     return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=at_least_float32(dtype))
 

@@ -12,6 +12,9 @@ CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion", "tools", "s
 
 COMPLETION_COLUMNS = ("prompt", "completion")
 
+PAIR_COLUMNS = ("prompt", "chosen", "rejected")
+"""Keys or columns of rows with a chosen and a rejected answer."""
+
 ROLES = {
     "human": "user", "user": "user",
     "gpt": "assistant", "assistant": "assistant", "model": "assistant", "chatbot": "assistant", "bot": "assistant",
@@ -91,10 +94,68 @@ def completion_of(row: Mapping[str, Any], columns: tuple[str, str]) -> tuple[str
         if text is None:
             raise RowError(f"no key {name!r}")
         if not isinstance(text, str):
-            raise RowError(f"{name} is not a text (lists of messages are for --format chat)")
+            raise RowError(f"{name} is not a text (lists of messages are for --format chat or chat_pairs)")
     if not texts[1]:
         raise RowError(f"an empty {columns[1]}")
     return str(texts[0]), str(texts[1])
+
+
+def conversation_pair_of(row: Mapping[str, Any], columns: tuple[str, str, str]) -> tuple[Conversation, Conversation]:
+    """The conversations that end with the chosen and with the rejected answer of a row.
+
+    Args:
+        row: With the answers: lists of messages, or texts. The prompt is a list of messages or a text; where it is
+            missing, or the answers begin with it, the messages that both have in common at their beginning are the
+            prompt. And where they are there `tools`, `system` and `chat_template_kwargs`.
+        columns: The keys of prompt, chosen and rejected.
+
+    Raises:
+        RowError: one of them is missing or is neither, or the answers are the same.
+    """
+    prompt_key, *keys = columns
+    prompt = _parsed(row.get(prompt_key), prompt_key)
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    prompt = [] if prompt is None else _messages(prompt, prompt_key)
+    answers = []
+    for key in keys:
+        value = _parsed(row.get(key), key)
+        if value is None:
+            raise RowError(f"no key {key!r}")
+        answers.append(_messages([{"role": "assistant", "content": value}] if isinstance(value, str) else value, key))
+    chosen, rejected = answers
+    if all(answer[: len(prompt)] == prompt for answer in answers):  # also without a prompt
+        shared = 0
+        while shared < min(map(len, answers)) and chosen[shared] == rejected[shared]:
+            shared += 1
+    else:
+        chosen, rejected, shared = prompt + chosen, prompt + rejected, len(prompt)
+    if chosen == rejected:
+        raise RowError(f"{keys[0]} and {keys[1]} are the same")
+    if not shared:
+        raise RowError("no prompt")
+    for key, messages in zip(keys, (chosen, rejected), strict=True):
+        if len(messages) == shared:
+            raise RowError(f"no answer in {key}")
+    others = {name: row.get(name) for name in ("tools", "system", "chat_template_kwargs")}
+    pair = (
+        conversation_of({"prompt": messages[:shared], "completion": messages[shared:], **others})
+        for messages in (chosen, rejected)
+    )
+    return next(pair), next(pair)
+
+
+def completion_pair_of(row: Mapping[str, Any], columns: tuple[str, str, str]) -> tuple[str, str, str]:
+    """The prompt, the chosen and the rejected completion of a row.
+
+    Raises:
+        RowError: one of them is missing or not text, or a completion is empty, or they are the same.
+    """
+    prompt, *keys = columns
+    (text, chosen), (_, rejected) = (completion_of(row, (prompt, key)) for key in keys)
+    if chosen == rejected:
+        raise RowError(f"{keys[0]} and {keys[1]} are the same")
+    return text, chosen, rejected
 
 
 def _parsed(value: Any, name: str = "") -> Any:

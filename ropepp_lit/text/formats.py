@@ -118,6 +118,8 @@ class Record(NamedTuple):
     """What of the text is trained; None where all of it is."""
     notices: tuple[str, ...] = ()
     """What people should know of a document that is kept."""
+    second: int | None = None
+    """Where in the text that of the rejected answer begins, in a pair."""
 
 
 @dataclass(frozen=True, kw_only=True)

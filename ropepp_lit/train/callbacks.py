@@ -43,6 +43,8 @@ def banner(trainer: pl.Trainer, model: CausalLM) -> str:
     if isinstance(data, TokenData):
         lines |= _data_lines(trainer, data)
     lines["loss"] = describe_average(model.step_average.over)
+    if model.pairs.preference is not None:
+        lines["preference"] = str(model.pairs.preference)
     return "\n".join(f"{name:>16}  {text}" for name, texts in lines.items() for text in texts.splitlines())
 
 

@@ -17,7 +17,7 @@ from ropepp_lit.data.conversations import merge_settings
 from ropepp_lit.data.loader import replica_of
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
-from ropepp_lit.train.curves import log_figures, loss_figures
+from ropepp_lit.train.curves import figures_of, log_figures
 from ropepp_lit.train.finite import DivergedError, FiniteSteps, OnNaN, check_weights
 from ropepp_lit.train.fsdp import FSDP2Strategy, whole
 from ropepp_lit.train.lora import Adapters, LoRA
@@ -26,8 +26,11 @@ from ropepp_lit.train.memory_options import check_memory_options
 from ropepp_lit.train.metrics import TokenLoss
 from ropepp_lit.train.optimizer import OptimizerConfig
 from ropepp_lit.train.optimizer_state import apply_recipe, load_optimizer_state
+from ropepp_lit.train.pair_training import PairTraining
 from ropepp_lit.train.parallel import build_decoder
+from ropepp_lit.train.preference import Preference
 from ropepp_lit.train.schedule import Schedule
+from ropepp_lit.train.signals import StopRequest
 from ropepp_lit.train.step_state import StepState, recount_batches
 from ropepp_lit.train.throughput import Throughput
 from ropepp_lit.train.validations import read_losses, validate_by_steps, validate_if_due, validated_step
@@ -57,6 +60,7 @@ class CausalLM(LightningModule):
             data begin anew. Its geometry and variant must be the recipe's; base and scaling may be others.
         init_optimizer: Take the optimizer's state from there too (of a checkpoint in one file).
         lora: Train adapters beside the weights of init_from, which stay as they are; empty trains all weights.
+        preference: For pairs of answers, the loss by which the chosen one is preferred: DPO, SimPO or ORPO.
         schedule: Learning rate by steps.
         loss_average: What the loss of an optimizer step is averaged over, all micro-batches and devices together:
             `all_tokens` (a constant), `trained_tokens`, or `conversations` (of the mean over their trained tokens).
@@ -85,6 +89,7 @@ class CausalLM(LightningModule):
         init_optimizer: bool = False,
         loss_average: LossAverage | None = None,
         lora: LoRA | None = None,
+        preference: Preference | None = None,
         on_nan: OnNaN = "stop",
     ) -> None:
         super().__init__()
@@ -106,6 +111,9 @@ class CausalLM(LightningModule):
         self.attention = attention
         self.init_from, self.init_optimizer = init_from, init_optimizer
         self.lora, self.adapters, self.strict_loading = lora, Adapters(lora), lora is None
+        self.pairs = PairTraining(preference)
+        self.stop: StopRequest | None = None
+        """What notes signals; the callback that saves checkpoints sets it."""
         self.loads_checkpoint = False
         """Whether a checkpoint's weights follow, so that none need be drawn; the command sets it."""
         self.recipe: dict[str, Any] | None = None
@@ -119,7 +127,7 @@ class CausalLM(LightningModule):
         self.loss_average = loss_average
         self.step_average = StepAverage(loss_average or "all_tokens")
         """What the gradients of a step are averaged over; known once the data are set up."""
-        self.train_loss = TokenLoss()
+        self.train_loss = self.pairs.new_loss()
         self._val_losses: dict[str, TokenLoss] = {}
         self._loaded_step = 0
         self._gradient_norm: Tensor | None = None
@@ -136,7 +144,7 @@ class CausalLM(LightningModule):
         self.step_average = StepAverage(choose_average(self.loss_average, data))
         names = list(data.validation_sets) if isinstance(data, TokenData) else ["validation"]
         if list(self._val_losses) != names:
-            self._val_losses = {name: TokenLoss() for name in names}
+            self._val_losses = {name: self.pairs.new_loss() for name in names}
             self.val_losses = torch.nn.ModuleList(self._val_losses.values())  # so that Lightning moves them
 
     def configure_model(self) -> None:
@@ -191,10 +199,11 @@ class CausalLM(LightningModule):
         if self.init_optimizer and self.init_from is not None and self.global_step == 0:
             load_optimizer_state(self.trainer, self.init_from)
         apply_recipe(self.trainer, self._recipe_groups, self._lr_factor)
+        self.pairs.find_reference(self.trainer, self.decoder, self.stop)
         self._throughput = Throughput(self.config, self.decoder.head_layout, self.trainer.world_size, self.lora)
         if self._loaded_train_loss is not None and self.trainer.is_global_zero:  # the sum over all ranks
-            self.train_loss.nats += self._loaded_train_loss["nats"]
-            self.train_loss.tokens += self._loaded_train_loss["tokens"]
+            for name, value in self.train_loss.states.items():
+                value += torch.tensor(self._loaded_train_loss[name])
         self.step_average.restart()
         self._end_step()
         validate_if_due(self.trainer, self)
@@ -217,8 +226,7 @@ class CausalLM(LightningModule):
         micro-batches and ranks. Other averages are made of it at the end of the step, see :class:`StepAverage`.
         """
         self.adapters.seed_dropout(self.global_rank, batch_idx)
-        loss = self._summed_loss(batch)
-        self.train_loss.update(loss, self.step_average.add(batch))
+        loss = self._summed_loss(batch, self.train_loss, self.step_average.add(batch))
         self._places = batch.labels.numel()
         replicas = replica_of(self.trainer)["num_replicas"]
         self.tokens_seen += batch.num_tokens * replicas
@@ -229,17 +237,15 @@ class CausalLM(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Collect the loss over the labels that count, for each validation set."""
         metric = list(self._val_losses.values())[dataloader_idx]
-        metric.update(self._summed_loss(batch), batch.num_labels)
+        self._summed_loss(batch, metric, batch.num_labels)
 
-    def _summed_loss(self, batch: Batch) -> Tensor:
-        return self.decoder.loss(
-            batch.input_ids,
-            batch.labels,
-            documents=batch.documents,
-            places=batch.places,
-            weights=batch.weights,
-            reduction="sum",
-        )
+    def _summed_loss(self, batch: Batch, metric: TokenLoss, count: int) -> Tensor:
+        """The loss to descend; adds it to a metric, as a sum over so many."""
+        if batch.pairs is not None:
+            return self.pairs.loss(self.decoder, batch, metric)
+        loss = batch.loss(self.decoder)
+        metric.update(loss, count)
+        return loss
 
     def configure_gradient_clipping(
         self,
@@ -286,9 +292,11 @@ class CausalLM(LightningModule):
             return
         assert self._throughput is not None
         # The only place of a step where the host waits for the device: one copy of a few numbers.
-        numbers = [self.train_loss.compute()[0], whole(self._gradient_norm).double()]
+        loss_now, _, *others_now = self.train_loss.compute()
+        numbers = [loss_now, whole(self._gradient_norm).double(), *others_now]
         numbers += self.step_average.since_read(numbers[0].device)
-        loss, norm, *counted = torch.stack(numbers).tolist()
+        loss, norm, *rest = torch.stack(numbers).tolist()
+        others, counted = rest[: len(others_now)], rest[len(others_now) :]
         self.train_loss.reset()
         self._gradient_norm = None
         self._end_step()
@@ -297,7 +305,8 @@ class CausalLM(LightningModule):
         if self._finite.mode == "stop" and not math.isfinite(loss):
             raise DivergedError(f"the training loss is {loss} at step {self.global_step}")
         data = getattr(self.trainer, "datamodule", None)
-        values = loss_figures("train/", loss, data.bytes_per_token() if isinstance(data, TokenData) else None)
+        bytes_per_token = data.bytes_per_token() if isinstance(data, TokenData) else None
+        values = figures_of(self.train_loss, "train/", (loss, *others), bytes_per_token)
         values |= self._throughput.read(dict(zip([self.step_average.over], counted, strict=False)))
         values["tokens_seen"] = self.tokens_seen
         values["lr"] = self.trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]
@@ -340,7 +349,7 @@ class CausalLM(LightningModule):
         values: dict[str, float] = {}
         for name, figures in found.items():
             prefix = "val/" if len(found) == 1 else f"val/{name}/"
-            values |= {prefix + figure: value for figure, value in figures.items() if figure != "tokens"}
+            values |= {prefix + figure: v for figure, v in figures.items() if figure not in ("tokens", "pairs")}
         values["val/loss"] = nats / tokens if tokens else math.nan
         if not self.trainer.sanity_checking:
             step = float(self.steps_taken)
@@ -376,11 +385,13 @@ class CausalLM(LightningModule):
             **self._step_state.write(checkpoint, self.trainer),
         }
         self.adapters.save(self, checkpoint, base=self.init_from)
+        self.pairs.save(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the count of tokens and the curves, and count batches as this recipe accumulates them."""
         self.tokens_seen, self._loaded_step = checkpoint[KEY]["tokens_seen"], checkpoint["global_step"]
         self.adapters.load(self, checkpoint)
+        self.pairs.load(checkpoint)
         if "loops" not in checkpoint:  # weights alone, to be validated
             return
         self._loaded_train_loss = checkpoint[KEY].get("train_loss")

@@ -51,6 +51,8 @@ class Checkpoints(Checkpoint):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the signal handlers, and delete what a killed run left unfinished."""
         self.stop.install()
+        assert isinstance(pl_module, CausalLM)
+        pl_module.stop = self.stop
         replace_lightnings_broadcast(trainer)
         if trainer.is_global_zero and not self.is_dry_run:
             remove_partial(folder_of(trainer.default_root_dir))

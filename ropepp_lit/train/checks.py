@@ -180,6 +180,8 @@ class Checks:
         """
         lines = list(self._data.notices)
         choose_average(self._model.loss_average, self._data)
+        goes_on = None if self._way == "init_from" else self._checkpoint
+        self._model.pairs.check(self._data, init_from=self._model.init_from, checkpoint=goes_on, path=self._path)
         rows, tokens = self._model.config.vocab_size, self._data.manifest.vocab_size
         largest = self._data.largest_token_id
         if largest >= rows:

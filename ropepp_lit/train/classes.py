@@ -18,13 +18,15 @@ from ropepp_lit.checkpoint import import_class
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Frequencies, PositionScheme, RoPEPP
 from ropepp_lit.train.optimizer import AdamW, OptimizerConfig
+from ropepp_lit.train.preference import Preference
 from ropepp_lit.train.schedule import Schedule, WarmupStableDecay
 
-CLASSES: dict[str, tuple[type, type]] = {
+CLASSES: dict[str, tuple[type, type | None]] = {
     "model.positions": (PositionScheme, RoPEPP),
     "model.frequencies": (Frequencies, Frequencies),
     "model.optimizer": (OptimizerConfig, AdamW),
     "model.schedule": (Schedule, WarmupStableDecay),
+    "model.preference": (Preference, None),
 }
 """Keys that name a class: its base class, and the default."""
 

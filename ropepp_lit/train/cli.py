@@ -79,7 +79,7 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(TextSample, "sample")
         parser.add_lightning_class_args(Evaluation, "evaluation")
-        parser.set_defaults({key: {"class_path": default.__name__} for key, (_, default) in CLASSES.items()})
+        parser.set_defaults({key: {"class_path": default.__name__} for key, (_, default) in CLASSES.items() if default})
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's own method would replace the recipe's values by the checkpoint's."""

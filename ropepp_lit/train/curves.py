@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,17 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from ropepp_lit.files import write_whole
+from ropepp_lit.train.metrics import TokenLoss
 
-_IN_PROGRESS_BAR = {"train/loss", "val/loss", "tokens_per_second", "lr", "gradient_norm"}
+_IN_PROGRESS_BAR = {
+    "train/loss",
+    "train/accuracy",
+    "val/loss",
+    "val/accuracy",
+    "tokens_per_second",
+    "lr",
+    "gradient_norm",
+}
 _OF_A_VALIDATION = ("val/", "sample")
 """What begins the names of figures that a validation logs."""
 
@@ -29,6 +38,23 @@ def loss_figures(prefix: str, loss: float, bytes_per_token: float | None) -> dic
     if bytes_per_token is not None:
         values[f"{prefix}bits_per_byte"] = loss / math.log(2) / bytes_per_token
     return values
+
+
+def figures_of(
+    metric: TokenLoss, prefix: str, values: Sequence[float], bytes_per_token: float | None
+) -> dict[str, Any]:
+    """What a metric of the loss computed: see :func:`loss_figures`; of pairs of answers the loss, and their rewards.
+
+    Args:
+        metric: Of the loss.
+        prefix: Of the figures' names.
+        values: The loss, and those that the metric's `others` name.
+        bytes_per_token: Of the text.
+    """
+    loss, *others = values
+    if not metric.others:
+        return loss_figures(prefix, loss, bytes_per_token)
+    return {f"{prefix}{name}": value for name, value in zip(("loss", *metric.others), (loss, *others), strict=True)}
 
 
 def log_figures(trainer: pl.Trainer, values: dict[str, float], step: int) -> None:

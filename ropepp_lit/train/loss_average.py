@@ -13,12 +13,17 @@ from torch.distributed.tensor import DTensor
 
 from ropepp_lit.data.batch import Batch
 from ropepp_lit.data.token_data import TokenData
+from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.precision import at_least_float32
 
 LossAverage = Literal["all_tokens", "trained_tokens", "conversations"]
+"""What a recipe can ask for."""
+
+Average = LossAverage | Literal["pairs"]
+"""What there is: of pairs of answers the mean is taken."""
 
 
-def choose_average(asked: LossAverage | None, data: Any) -> LossAverage:
+def choose_average(asked: LossAverage | None, data: Any) -> Average:
     """What the loss is averaged over, where that is asked for, and else by the training data.
 
     Args:
@@ -26,21 +31,27 @@ def choose_average(asked: LossAverage | None, data: Any) -> LossAverage:
         data: The datamodule, set up. For `conversations` its batches get weights.
 
     Raises:
-        UsageError: conversations are to be averaged, and a training set is text.
+        UsageError: conversations are to be averaged, and a training set is text; something else than pairs of answers
+            is to be averaged where the data hold these.
     """
     if not isinstance(data, TokenData):
         return asked or "all_tokens"
+    if data.holds_pairs:
+        if asked is not None:
+            raise UsageError(f"model.loss_average: {asked}: the loss of pairs of answers is their mean; leave it out")
+        return "pairs"
     if asked == "conversations":
-        data.average_conversations()
+        data.train_samples.average_conversations()
     return asked or ("trained_tokens" if data.marks_trained_tokens else "all_tokens")
 
 
-def describe_average(average: LossAverage) -> str:
+def describe_average(average: Average) -> str:
     """In words, for the banner."""
     return {
         "all_tokens": "summed over the labels of a step, divided by all of its tokens (the same divisor in each step)",
         "trained_tokens": "mean over the trained tokens of a step, all micro-batches and devices together",
         "conversations": "mean over the conversations of a step of the means over their trained tokens",
+        "pairs": "mean over the pairs of answers of a step, all micro-batches and devices together",
     }[average]
 
 
@@ -55,14 +66,17 @@ class StepAverage:
         over: What is counted. For `all_tokens` nothing is, and gradients stay as they are.
     """
 
-    def __init__(self, over: LossAverage) -> None:
+    def __init__(self, over: Average) -> None:
         self.over = over
         self._count = 0
         self._since: Tensor | int = 0
 
     def add(self, batch: Batch) -> int:
         """Count a micro-batch; returns what it has on this rank, which its summed loss is to be divided by."""
-        count = batch.num_documents if self.over == "conversations" else batch.num_labels
+        if batch.pairs is not None:
+            count = batch.pairs.num_counted
+        else:
+            count = batch.num_documents if self.over == "conversations" else batch.num_labels
         self._count += count
         return count
 

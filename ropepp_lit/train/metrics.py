@@ -1,4 +1,4 @@
-"""The loss per token, summed exactly over batches and ranks."""
+"""The loss per token, or per pair of answers, summed exactly over batches and ranks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ class TokenLoss(Metric):
     """
 
     full_state_update = False
+    others: tuple[str, ...] = ()
+    """Names of what :meth:`compute` returns beside the loss and the count."""
+    counted = "tokens"
+    """What the loss is the mean of."""
     nats: Tensor
     tokens: Tensor
 
@@ -25,7 +29,7 @@ class TokenLoss(Metric):
         self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, nats: Tensor, tokens: int) -> None:
+    def update(self, nats: Tensor, tokens: int | Tensor) -> None:
         """Add a batch; the device is not waited for.
 
         Args:
@@ -35,13 +39,54 @@ class TokenLoss(Metric):
         self.nats += nats.detach()
         self.tokens += tokens
 
-    def compute(self) -> tuple[Tensor, Tensor]:
+    def compute(self) -> tuple[Tensor, ...]:
         """Nats per token, float64, and the tokens that were counted."""
         return self.nats / self.tokens, self.tokens.clone()
 
+    @property
+    def states(self) -> dict[str, Tensor]:
+        """The sums of this rank since the last reset, by name."""
+        return {name: getattr(self, name) for name in self._defaults}
+
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> TokenLoss:
         super()._apply(fn, exclude_state)
-        if self.nats.device.type != "mps":  # which has no float64
-            self.nats = self.nats.double()
-            self._defaults["nats"] = torch.zeros_like(self.nats)
+        for name, value in self.states.items():
+            if value.is_floating_point():
+                setattr(self, name, value.to(exact_dtype(value.device)))
+                self._defaults[name] = torch.zeros_like(getattr(self, name))
         return self
+
+
+class PairLoss(TokenLoss):
+    """Mean loss of pairs of answers in nats, and their rewards; its `tokens` are pairs."""
+
+    others = ("chosen_reward", "rejected_reward", "accuracy")
+    counted = "pairs"
+    rewards: Tensor
+    """[3] float64: sums of the chosen answers' rewards, of the rejected ones', and how many of those are lower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("rewards", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def add(self, losses: Tensor, rewards: Tensor, is_counted: Tensor) -> None:
+        """Add a batch; the device is not waited for.
+
+        Args:
+            losses: [P] floating.
+            rewards: [P, 2] floating: of chosen and rejected answers.
+            is_counted: [P] bool: which of them count.
+        """
+        is_right = (rewards[:, 0] > rewards[:, 1]).to(rewards.dtype)
+        parts = torch.cat((rewards, is_right[:, None]), dim=1)
+        self.rewards += (parts * is_counted[:, None]).sum(0)
+        self.update((losses * is_counted).sum(), is_counted.sum())
+
+    def compute(self) -> tuple[Tensor, ...]:
+        """Nats per pair, the pairs that were counted, and of :attr:`others` the means, all float64."""
+        return self.nats / self.tokens, self.tokens.clone(), *(self.rewards / self.tokens)
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Of sums: float64, and float32 on MPS, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -335,6 +335,8 @@ loss per micro-batch            {loss.memory / GIB:.2f} GiB at its peak, {loss.b
         documents = "plain rows" if batch.documents is None else f"{len(batch.documents.cu_seqlens) - 1} documents"
         print(f"\nfirst batch: {tuple(batch.input_ids.shape)}, {documents}; it begins: {text!r}")
         print(f"loss: {describe_average(choose_average(self.model.loss_average, self.data))}")
+        if self.model.pairs.preference is not None:
+            print(f"preference: {self.model.pairs.preference}")
         for line in self.data.packing_lines(self.tokens_per_step // self.data.context_length):
             print(f"packing: {line}")
 

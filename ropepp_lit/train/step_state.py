@@ -20,8 +20,7 @@ class StepState:
     def __init__(self) -> None:
         self._position: list[dict[str, Any]] = []
         self._tokens_seen = 0
-        self._nats: Tensor | None = None
-        self._tokens: Tensor | None = None
+        self._train_loss: dict[str, Tensor] = {}
 
     def note(self, trainer: pl.Trainer, *, tokens_seen: int, train_loss: TokenLoss) -> None:
         """Note the state at the end of a step.
@@ -34,23 +33,24 @@ class StepState:
         loader = trainer.fit_loop._combined_loader
         self._position = loader._state_dicts() if loader is not None else []
         self._tokens_seen = tokens_seen
-        self._nats, self._tokens = train_loss.nats.clone(), train_loss.tokens.clone()
+        self._train_loss = {name: value.clone() for name, value in train_loss.states.items()}
 
     def restore(self, train_loss: TokenLoss) -> None:
         """Take out of the loss what came after the newest step."""
-        assert self._nats is not None
-        assert self._tokens is not None
-        train_loss.nats.copy_(self._nats)
-        train_loss.tokens.copy_(self._tokens)
+        for name, value in train_loss.states.items():
+            value.copy_(self._train_loss[name])
 
     def write(self, checkpoint: dict[str, Any], trainer: pl.Trainer) -> dict[str, Any]:
         """Put the position into Lightning's part of a checkpoint; returns entries of ours. Every rank must call it."""
-        if self._nats is None or self._tokens is None:
+        if not self._train_loss:
             return {}
         if self._position:
             checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self._position
-        nats, tokens = (trainer.strategy.reduce(x.clone(), reduce_op="sum") for x in (self._nats, self._tokens))
-        return {"tokens_seen": self._tokens_seen, "train_loss": {"nats": float(nats), "tokens": int(tokens)}}
+        train_loss = {
+            name: trainer.strategy.reduce(value.clone(), reduce_op="sum").tolist()
+            for name, value in self._train_loss.items()
+        }
+        return {"tokens_seen": self._tokens_seen, "train_loss": train_loss}
 
 
 def recount_batches(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> None:

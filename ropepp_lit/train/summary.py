@@ -27,6 +27,14 @@ def validation_summary(model: CausalLM, data: TokenData) -> str:
     parts = []
     for name, values in model.last_validation.items():
         held_out = data.validation_sets[name]
+        if "pairs" in values:
+            parts.append(
+                f"""
+Held-out pairs of {name} at step {values["step"]:,.0f}, {values["pairs"]:,.0f} of {held_out.documents:,}:
+  loss {values["loss"]:.4f} nats per pair, the chosen answer has the higher reward in {values["accuracy"]:.1%}
+  rewards: chosen {values["chosen_reward"]:.4f}, rejected {values["rejected_reward"]:.4f}"""
+            )
+            continue
         gzip = f"   {8 * held_out.gzip_bytes / held_out.bytes:.3f} (gzip -9)" if held_out.gzip_bytes else ""
         bits = (
             f"\n  bits per byte: {values['bits_per_byte']:.3f} (this model){gzip}" if "bits_per_byte" in values else ""

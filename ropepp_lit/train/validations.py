@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 
 from ropepp_lit.data.token_data import TokenData
-from ropepp_lit.train.curves import loss_figures
+from ropepp_lit.train.curves import figures_of
 from ropepp_lit.train.metrics import TokenLoss
 
 
@@ -93,13 +93,14 @@ def read_losses(losses: dict[str, TokenLoss], data: Any) -> tuple[dict[str, dict
         data: The datamodule.
 
     Returns:
-        By set the figures of its loss, and `tokens`, how many were predicted; nats and tokens of all sets.
+        By set the figures of its loss, and `tokens`, how many were predicted (`pairs` of answers); nats and tokens (or
+        pairs) of all sets.
     """
     found, nats, total = {}, 0.0, 0.0
     for name, metric in losses.items():
-        loss, tokens = (float(value) for value in metric.compute())
+        loss, tokens, *others = (float(value) for value in metric.compute())
         metric.reset()
         nats, total = nats + loss * tokens, total + tokens
         bytes_per_token = data.bytes_per_token(name) if isinstance(data, TokenData) else None
-        found[name] = loss_figures("", loss, bytes_per_token) | {"tokens": tokens}
+        found[name] = figures_of(metric, "", (loss, *others), bytes_per_token) | {metric.counted: tokens}
     return found, nats, total

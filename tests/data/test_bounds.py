@@ -109,8 +109,8 @@ def test_every_token_behind_the_first_of_a_document_is_predicted_once(shards, to
     assert data.bytes_per_token(next(iter(data.validation_sets))) == tokens.bytes / len(expected)
     if rank is not None:  # each of two ranks has half of the places, and the same documents
         shard = ContextShard(2, rank, "gather")
-        samples = data._train.__getitems__(list(range(4)))
-        whole, part = data._train.collate(samples), data._train.collate(samples, shard=shard)
+        samples = data.train_samples.__getitems__(list(range(4)))
+        whole, part = data.train_samples.collate(samples), data.train_samples.collate(samples, shard=shard)
         assert torch.equal(part.labels, shard.take(whole.labels))
         assert torch.equal(part.documents.positions, shard.take(whole.documents.positions))
 
@@ -119,7 +119,7 @@ def test_documents_of_rows_are_those_that_were_written(shards):
     """In shuffled training rows too: positions restart where a document of the shards starts, and nowhere else."""
     data = open_data(shards)
     manifest = data.manifest
-    blocks = data._train
+    blocks = data.train_samples
     plan, files = blocks.plans[0], blocks._shards[0]
     starts = {}
     for index, chunk in enumerate(manifest.splits["train"].chunks):

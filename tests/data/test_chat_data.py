@@ -254,8 +254,11 @@ def test_completions(model, tmp_path):
         ({"tokenizer": None, "train_tokenizer": 300}, "train_tokenizer: not with --format chat"),
         ({"format": "text", "train_on": "last"}, "train_on: last has no meaning for --format text"),
         ({"format": "completion", "train_on": "last"}, "train_on: last has no meaning for --format completion"),
-        ({"format": "completion", "chat_template": "a"}, "chat_template: of use for --format chat alone"),
-        ({"format": "completion", "text_key": "a"}, "text_key: a: for completions name two keys"),
+        ({"format": "completion", "chat_template": "a"}, "chat_template: of use for --format chat and chat_pairs"),
+        (
+            {"format": "completion", "text_key": "a"},
+            "text_key: a: for --format completion name the keys of prompt and completion: A,B",
+        ),
         ({"chat_template": "{% if %}"}, "chat_template: it cannot render two questions with answers"),
     ],
 )

@@ -128,7 +128,7 @@ def test_the_order_never_changes():
 @pytest.mark.parametrize(("replicas", "num_workers"), [(1, 0), (2, 0), (3, 2)])
 def test_every_trained_token_once_per_pass_for_any_ranks_workers_and_starts(chats, replicas, num_workers):
     """From a start in the middle of the first pass, a whole pass later everything was read once."""
-    (plan,) = open_data(chats)._train.plans
+    (plan,) = open_data(chats).train_samples.plans
     batches, rest = divmod(plan.samples_per_pass, replicas)
     loaders = [
         open_data(chats, batch_size=1, replicas=replicas, rank=rank, num_workers=num_workers, max_steps=batches + rest)
@@ -170,9 +170,9 @@ def test_conversations_that_are_longer_are_counted(chats, too_long):
     long = [document for document in TRAIN if len(document[0]) > places]
     short = [document for document in TRAIN if len(document[0]) <= places]
     kept = [pairs for document in long if (pairs := trained_pairs(*document, places))] if too_long == "cut" else []
-    (plan,) = data._train.plans
+    (plan,) = data.train_samples.plans
     assert plan.documents == len(short) + len(kept)
-    rows = [data._train.collate(data._train.__getitems__([k])) for k in range(plan.samples_per_pass)]
+    rows = [data.train_samples.collate(data.train_samples.__getitems__([k])) for k in range(plan.samples_per_pass)]
     found = Counter(pairs for batch in rows for pairs in found_pairs(batch))
     assert found == Counter([*kept, *(trained_pairs(*document) for document in short)])
     line = next(line for line in data.notices if line.startswith("data: train in"))
@@ -208,7 +208,7 @@ def test_what_cannot_be(chats, texts, tmp_path):
     prepare([str(texts)], Settings(tokenizer="bytes"), out=tmp_path / "text", show_progress=False)
     mixed = open_data({str(chats): 1, str(tmp_path / "text"): 1})
     with pytest.raises(UsageError, match=r"model\.loss_average: conversations needs .* train in .*text is text;"):
-        mixed.average_conversations()
+        mixed.train_samples.average_conversations()
 
 
 def test_a_mixture_with_text(chats, texts, tmp_path):
@@ -238,15 +238,15 @@ def test_a_position_belongs_to_what_is_left_out(chats):
 
 def test_weights_average_over_conversations(chats):
     data = open_data(chats, batch_size=2)
-    data.average_conversations()
+    data.train_samples.average_conversations()
     for first in range(0, 20, 2):
-        samples = data._train.__getitems__([first, first + 1])
-        batch = data._train.collate(samples)
+        samples = data.train_samples.__getitems__([first, first + 1])
+        batch = data.train_samples.collate(samples)
         sums = [part.sum().item() for part in batch.weights.flatten().split(batch.documents.cu_seqlens.diff().tolist())]
         conversations = [total for total in sums if total]
         assert conversations == pytest.approx([1.0] * batch.num_documents)
         assert ((batch.weights > 0) == (batch.labels != -100)).all()
-        parts = [data._train.collate(samples, shard=ContextShard(2, rank, "gather")) for rank in (0, 1)]
+        parts = [data.train_samples.collate(samples, shard=ContextShard(2, rank, "gather")) for rank in (0, 1)]
         assert sum(part.num_documents for part in parts) == batch.num_documents
         assert sum(part.weights.sum() for part in parts) == pytest.approx(batch.weights.sum())
 

@@ -97,7 +97,7 @@ def test_a_cache_of_bounded_size(server, shards, tmp_path):
     local, remote = make(shards, tmp_path), make(f"s3://{BUCKET}/shards", tmp_path, max_cache_size="5kB")
     here, there = (torch.cat([b.input_ids for b in data.train_dataloader()]) for data in (local, remote))
     assert torch.equal(here, there)
-    remote._train._shards[0]._fetching[1].shutdown()
+    remote.train_samples._shards[0]._fetching[1].shutdown()
     kept = [path.stat().st_size for path in tmp_path.rglob("chunk-*.bin")]
     whole = sum(path.stat().st_size for path in (shards / "train").glob("chunk-*.bin"))
     assert 3000 < sum(kept) <= 5000 < whole
@@ -122,10 +122,10 @@ def test_a_damaged_chunk_is_named_and_not_kept(server, shards, tmp_path):
         client.upload_file(str(shards / name), BUCKET, f"damaged/{name}")
     data = make(f"s3://{BUCKET}/damaged", tmp_path)
     with pytest.raises(UsageError, match=rf"{chunk}: its checksum is not the manifest's.*s3://{BUCKET}/damaged"):
-        data._train._shards[0].open_chunk(0)
+        data.train_samples._shards[0].open_chunk(0)
     assert not list(tmp_path.rglob(chunk))
     with pytest.raises(UsageError, match=rf"s3://{BUCKET}/damaged/train/.*Not Found.*check the URL"):
-        data._train._shards[0].open_chunk(1)
+        data.train_samples._shards[0].open_chunk(1)
 
 
 @pytest.mark.parametrize("kind", ["split", "chunk"])
@@ -169,10 +169,10 @@ def test_a_complete_cache_may_be_read_only(server, shards, tmp_path, monkeypatch
 
 def test_a_kept_chunk_of_an_older_set_is_fetched_again(server, shards, tmp_path):
     data = make(f"s3://{BUCKET}/shards", tmp_path)
-    expected = data._train._shards[0].open_chunk(0)[0].tolist()
+    expected = data.train_samples._shards[0].open_chunk(0)[0].tolist()
     (kept,) = tmp_path.rglob("chunk-*.bin")
     kept.write_bytes(bytes(kept.stat().st_size))
-    assert make(f"s3://{BUCKET}/shards", tmp_path)._train._shards[0].open_chunk(0)[0].tolist() == expected
+    assert make(f"s3://{BUCKET}/shards", tmp_path).train_samples._shards[0].open_chunk(0)[0].tolist() == expected
 
 
 def test_a_changed_manifest_is_seen(server, shards, tmp_path):

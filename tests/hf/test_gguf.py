@@ -8,7 +8,7 @@ import subprocess
 import others
 import pytest
 import torch
-from small_checkpoints import BYTES, DIGITS, PLAIN, YARN, assign, changed, make
+from small_checkpoints import BYTES, DIGITS, PLAIN, YARN, assign, changed, make, without
 from tokenizers import pre_tokenizers
 
 from ropepp_lit.checkpoint import KEY, load_decoder, write_checkpoint
@@ -207,13 +207,20 @@ def test_foreign_tokenizers(tmp_path, kind):
     stops = tokenizer.stop_token_ids - {tokenizer.eos_token_id}
     assert fields.get("tokenizer.ggml.eot_token_id") == (min(stops) if kind == "llama3" else None)
     assert ("tokenizer.chat_template" in fields) == (kind == "chat")
-    assert (written.notice or "").startswith("llama.cpp leaves out" if kind == "qwen" else "")
-    assert bool(written.notice) == (kind == "qwen")
+    assert [notice[:20] for notice in written.notices] == (["llama.cpp leaves out"] if kind == "qwen" else [])
 
 
 def test_digits_of_smollm(tmp_path):
     checkpoint = changed(assign("pre_tokenizer", pre_tokenizers.Sequence([DIGITS, PLAIN])))()
     assert write(checkpoint, tmp_path)[0].pre_tokenizer == "smollm"
+
+
+def test_bytes_without_a_token(tmp_path):
+    """As in SmolLM2's tokenizer, which has none for those that its training texts lack."""
+    checkpoint = changed(without("Ąñ"))()
+    written, fields, _ = write(checkpoint, tmp_path)
+    assert len(fields["tokenizer.ggml.tokens"]) == 320
+    assert [notice[:55] for notice in written.notices] == ["the tokenizer has no tokens for 2 of the 256 bytes and "]
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import json
 import others
 import pytest
 import torch
-from small_checkpoints import DIGITS, PLAIN, YARN, assign, changed, make
+from small_checkpoints import DIGITS, PLAIN, YARN, assign, changed, make, without
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ropepp_lit.errors import UsageError
@@ -63,6 +63,10 @@ REFUSED = {
     "four ends": (lambda: make(entry={"generation_config": '{"eos_token_id": [1, 2, 3, 4]}'}), r"here are 1 and 4"),
     "too many tokens": (lambda: make(vocab_size=200), r"the tokenizer has 258 tokens, and the embedding has 200 rows"),
     "byte fallback": (llama2, r"the tokenizer is a BPE with byte fallback, which is not supported; export a folder"),
+    "bytes as unknown": (
+        changed(without("Ą", unk_token="<|end_of_text|>")),
+        r"BPE, not byte-level BPE, which is not sup",
+    ),
     "words": (changed(word_level), r"the tokenizer is WordLevel, not byte-level BPE"),
     "ignore_merges": (changed(with_model(ignore_merges=True)), KNOWN),
     "prefix space": (changed(assign("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True))), KNOWN),

