@@ -9,7 +9,8 @@ from typing import NoReturn
 
 from ropepp_lit import __version__
 from ropepp_lit.errors import DISK_FULL, UsageError
-from ropepp_lit.terminal import prepare_streams
+from ropepp_lit.own_modules import find_in_current_folder
+from ropepp_lit.terminal import prepare_streams, quiet_full_disk_in_threads
 
 SUBCOMMANDS = {
     "fit": ("train a model by a recipe", "ropepp_lit.train.cli"),
@@ -21,6 +22,7 @@ SUBCOMMANDS = {
     "upcycle": ("turn a RoPE checkpoint into a RoPE++ one", "ropepp_lit.commands.convert"),
     "generate": ("let a checkpoint write", "ropepp_lit.commands.generate"),
     "chat": ("talk with a checkpoint in the terminal", "ropepp_lit.commands.chat"),
+    "serve": ("serve a checkpoint over HTTP, as OpenAI's API does", "ropepp_lit.commands.serve"),
     "evaluate": ("measure checkpoints at long context", "ropepp_lit.commands.evaluate"),
     "figures": ("draw the figures of the method", "ropepp_lit.commands.figures"),
 }
@@ -43,19 +45,20 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is None:
         arguments = sys.argv[1:]
         prepare_streams(ends_with_reader=not arguments or arguments[0].startswith("-") or arguments[0] in PRINTING)
+        quiet_full_disk_in_threads()
         package = os.path.dirname(os.path.abspath(__file__))
         if os.path.dirname(package) != os.getcwd():
             os.environ["PYTHONSAFEPATH"] = "1"  # Python processes that are started do not put their folder first
     try:
         _run(arguments)
     except UsageError as error:
-        _fail(str(error), 2)
+        _fail(str(error), 2, arguments)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", 130, arguments)
     except OSError as error:
         if error.filename is None and error.errno not in DISK_FULL:
             raise
-        _fail(f"{error.filename or 'disk'}: {error.strerror}", 2)
+        _fail(f"{error.filename or 'disk'}: {error.strerror}", 2, arguments)
     sys.stdout.flush()  # here, where a reader that has gone is no error
 
 
@@ -66,16 +69,16 @@ def _run(arguments: list[str]) -> None:
     if arguments[0] == "--version":
         print(f"ropepp-lit {__version__}")
         return
-    # A scheme in a file of the user's own is found in the current folder, where no library has that name.
-    current = os.getcwd()
-    sys.path[:] = [*(entry for entry in sys.path if os.path.abspath(entry) != current), ""]
+    find_in_current_folder()
     if arguments[0] not in SUBCOMMANDS:
         raise UsageError(f"no subcommand {arguments[0]!r}; choose one of {', '.join(SUBCOMMANDS)}")
     importlib.import_module(SUBCOMMANDS[arguments[0]][1]).main(arguments)
 
 
-def _fail(problem: str, code: int) -> NoReturn:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def _fail(problem: str, code: int, arguments: list[str]) -> NoReturn:
+    # All ranks of a run find the same mistake. Alone, LOCAL_RANK is left over from another program.
+    is_rank = arguments[:1] in (["fit"], ["validate"]) and "WORLD_SIZE" in os.environ
+    if not is_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"ropepp-lit: error: {' '.join(problem.split())}", file=sys.stderr)
     sys.exit(code)
 

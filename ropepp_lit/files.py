@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -52,8 +52,17 @@ def _is_relative(name: str) -> bool:
     return bool(parts) and not name.startswith("/") and ".." not in parts
 
 
+def escaped(text: str) -> str:
+    r"""A text that UTF-8 can encode: a byte of a file name that is not UTF-8 becomes `\xff`, as in messages."""
+    return re.sub(
+        "[\ud800-\udfff]",
+        lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}" if "\udc80" <= match[0] <= "\udcff" else ascii(match[0])[1:-1],
+        text,
+    )
+
+
 def local_path(key: str, value: str) -> str:
-    """A file or folder on this machine that a user names to be written.
+    """A file or folder on this machine that a user names.
 
     Args:
         key: What the user calls it, for messages.
@@ -63,12 +72,14 @@ def local_path(key: str, value: str) -> str:
         The path, absolute where it is given by dots alone, such as `.`.
 
     Raises:
-        UsageError: it is a URL or empty.
+        UsageError: it is a URL, the root folder or empty.
     """
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|(hf|file):", value):
-        raise UsageError(f"{key}: {value} is a URL; name a file or folder on this machine and copy it afterwards")
+        raise UsageError(f"{key}: {value} is a URL; name a file or folder on this machine")
     if not value or "\0" in value:
         raise UsageError(f"{key}: {value!r} is not a path; name a file or folder")
+    if not Path(os.path.abspath(value)).name:
+        raise UsageError(f"{key}: {value} is the root of all folders; name a folder inside it")
     return os.path.abspath(value) if Path(value).name in ("", "..") else value
 
 
@@ -156,6 +167,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
             yield partial
             for file in partial.rglob("*"):
                 flush(file)
+                if file.is_file():  # safetensors lets nobody else read its files
+                    with suppress(OSError):  # file systems without permissions
+                        file.chmod(partial.stat().st_mode & 0o666)
             os.replace(partial, path)
             flush(path.parent)
         except BaseException:
@@ -194,6 +208,8 @@ def system_error(error: BaseException) -> OSError | None:
     """The operating system's error that an error is, or was caused by; None where there is none."""
     seen: BaseException | None = error
     while seen is not None:
+        if isinstance(seen, OSError) and "requested and" in str(seen):  # NumPy's, without a number
+            return OSError(errno.ENOSPC, "not all bytes were taken, perhaps because the disk is full")
         if isinstance(seen, OSError):
             return seen
         # safetensors passes the system's error on as text. torch's archive writer fails again when it closes a file

@@ -1,12 +1,16 @@
-"""Standard streams that survive any encoding, a reader that has gone, and being closed."""
+"""What a terminal shows: streams that survive any encoding and a reader that has gone; no tracebacks of a full disk."""
 
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import os
 import sys
+import threading
 from typing import Any
+
+from ropepp_lit.errors import DISK_FULL
 
 READER_GONE = 141
 """Exit code of a command that only prints, when nobody reads on: that of a program ended by SIGPIPE."""
@@ -48,6 +52,18 @@ def _lasting(stream: io.TextIOWrapper, *, ends: bool) -> io.TextIOWrapper:
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+
+
+def quiet_full_disk_in_threads() -> None:
+    """Leave out the traceback of a thread that cannot write, such as TensorBoard's: its next call raises the error."""
+    previous = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        error = arguments.exc_value
+        if not (isinstance(error, OSError) and error.errno in (*DISK_FULL, errno.EROFS, errno.EIO)):
+            previous(arguments)
+
+    threading.excepthook = hook
 
 
 class _Descriptor(io.FileIO):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ropepp_lit.arguments import call
-from ropepp_lit.cli import SUBCOMMANDS
+from ropepp_lit.cli import SUBCOMMANDS, main
 from ropepp_lit.errors import UsageError
 from ropepp_lit.train.cli import RecipeCLI
 
@@ -137,6 +137,18 @@ def test_mistakes_in_a_recipe(mistake, tmp_path, positions, expected):
         assert expected in mistake(option, "mine.yaml")
 
 
+@pytest.mark.parametrize(("subcommand", "world_size"), [("generate", "2"), ("fit", ""), ("fit", "2")])
+def test_an_error_is_silent_on_other_ranks_of_a_run_alone(monkeypatch, capsys, subcommand, world_size):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world_size:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(SystemExit):
+        main([subcommand, "--config", "nowhere.yaml"])
+    errors = capsys.readouterr().err
+    assert errors.count("ropepp-lit: error: ") == (0 if (subcommand, world_size) == ("fit", "2") else 1)
+
+
 def test_empty_folder(mistake, tmp_path):
     (tmp_path / "bare").mkdir()
     assert "data.source: bare: no files there" in mistake("--data.source", "bare")
@@ -184,7 +196,7 @@ def test_generate(mistake, tmp_path):
 def test_unknown_subcommand(mistake):
     said = mistake(subcommand="trian")
     assert "no subcommand 'trian'; choose one of fit, validate, plan, prepare, import, export, upcycle, " in said
-    assert "generate, chat, evaluate, figures" in said
+    assert "generate, chat, serve, evaluate, figures" in said
 
 
 def test_help_and_version(run, command_path, tmp_path):
@@ -204,7 +216,7 @@ def test_help_and_version(run, command_path, tmp_path):
     assert fresh("--version").startswith("ropepp-lit 0.")
 
 
-@pytest.mark.parametrize("subcommand", ["generate", "chat", "figures"])
+@pytest.mark.parametrize("subcommand", ["generate", "chat", "serve", "figures"])
 def test_help_imports_nothing_heavy(subcommand):
     code = (
         "import sys; from ropepp_lit.cli import main\n"
@@ -276,6 +288,13 @@ def test_texts_that_yaml_reads_otherwise_reach_a_run(tmp_path, monkeypatch):
     assert read(*(f"--{key}=null" for key in keys)) == nothing
     recipe.write_text("data:\n  tokenizer:\n  cache_dir: ~ # none\nmodel: {init_from: null}\n", encoding="utf-8")
     assert {key for key, value in read("--config", recipe).items() if value is not None} == {"data.split"}
+
+
+@pytest.mark.parametrize("mode", ["verify", "merge"])
+@pytest.mark.parametrize(("option", "value"), [("tokenizer", "bytes"), ("dedup", "true"), ("limit", "3")])
+def test_no_option_of_prepare_is_ignored(mistake, mode, option, value):
+    said = mistake(f"--{mode}", "shards", "more", f"--{option}", value, subcommand="prepare")
+    assert f"{option}: has no effect with --{mode}; leave it out" in said
 
 
 def test_numbers_and_choices_that_yaml_reads_as_null(mistake):

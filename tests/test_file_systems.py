@@ -141,6 +141,9 @@ def test_a_complete_cache_that_is_read_only(texts, tmp_path, monkeypatch):
     ["s3://a/run", "gs://a/run", "file:///tmp/run", "hf://a/run", "hf:a/run", "https://a/b", "S3://a", "", "a\0b"],
 )
 def test_paths_that_are_none_of_this_machine(value):
+    for root in ("/", "//", "/..", "/a/.."):
+        with pytest.raises(UsageError, match=r"^out: .* is the root of all folders"):
+            files.local_path("out", root)
     with pytest.raises(UsageError, match=r"^out: .*name a file or folder"):
         files.local_path("out", value)
     for path in ("run", "a:b", "/tmp/run", "a//b", "..a"):
@@ -181,6 +184,24 @@ def test_no_command_writes_to_a_url(mistake, command, url):
 def test_no_model_is_read_from_a_url(mistake, command, url):
     words = [word.replace("URL", url) for word in command[1:]]
     assert f"{url}: a URL; copy the model to this machine first" in mistake(*words, subcommand=command[0])
+
+
+@pytest.mark.parametrize(
+    "words", [["--verify", "URL"], ["--merge", "a", "URL", "--out", "b"]], ids=lambda words: words[0]
+)
+def test_no_shards_are_verified_or_joined_at_a_url(mistake, words):
+    said = mistake(*(word.replace("URL", URLS[0]) for word in words), subcommand="prepare")
+    assert f"{words[0][2:]}: {URLS[0]} is a URL; name a file or folder on this machine" in said
+
+
+@pytest.mark.parametrize("source", ["https://host/a.jsonl", "S3://bucket/texts", "hf://datasets/a/b"])
+@pytest.mark.parametrize(
+    "words", [["prepare", "SOURCE"], ["fit", "--data.source", "SOURCE"]], ids=lambda words: words[0]
+)
+def test_no_text_is_read_from_a_url(mistake, words, source):
+    more = ["--tokenizer", "bytes", "--out", "out"] if words[0] == "prepare" else []
+    said = mistake(*(word.replace("SOURCE", source) for word in words[1:]), *more, subcommand=words[0])
+    assert f"{source}: text is read from this machine; copy it here, or name a dataset as hf:NAME" in said
 
 
 @pytest.mark.parametrize("url", URLS)
@@ -238,20 +259,25 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
     def fail(error):
         with files.whole_folder(tmp_path / "out") as folder:
-            (folder / "a").touch()
+            (folder / "a").touch(mode=0o600)
             raise error
 
     with pytest.raises(UsageError, match="out: cannot be written: No space left"):
         fail(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     with pytest.raises(UsageError, match="out: cannot be written: No space left"):
         fail(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    with pytest.raises(UsageError, match=r"out: cannot be written: .*perhaps because the disk is full"):
+        fail(OSError("1536 requested and 1016 written"))
     with pytest.raises(KeyError):
         fail(KeyError())
     assert not list(tmp_path.iterdir())
     (tmp_path / "out").mkdir()
     with files.whole_folder(tmp_path / "out") as folder:
-        (folder / "a").touch()
+        (folder / "a").touch(mode=0o600)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "out/a").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    (tmp_path / "usual").unlink()
     for name in ("out", "out/a"):
         with pytest.raises(UsageError, match="name an"), files.whole_folder(tmp_path / name):
             pass

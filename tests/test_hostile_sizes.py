@@ -1,5 +1,6 @@
 """Folders from elsewhere that state sizes of what is not there, or hold pipes for files: one line, at once."""
 
+import json
 import os
 import pickle
 import warnings
@@ -7,11 +8,13 @@ import warnings
 import pytest
 import torch
 from folders import CONFIG, make_folder
+from marked import conversations, write_marked
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint import metadata
 
 from ropepp_lit import checkpoint, sharded
 from ropepp_lit.data.prepare import Settings, prepare
+from ropepp_lit.data.shards import Manifest
 from ropepp_lit.data.verify import verify
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.folder import open_checkpoint
@@ -113,6 +116,49 @@ def test_pipes_in_a_folder_of_hugging_face(tmp_path):
     os.mkfifo(folder / "model.safetensors")
     with pytest.raises(UsageError, match="no weights there that can be read"):
         open_checkpoint(folder)
+
+
+def changed(**changes):
+    return lambda values: values.update(changes)
+
+
+def split_changed(**changes):
+    return lambda values: values["splits"]["train"].update(changes)
+
+
+def chunk_changed(**changes):
+    return lambda values: values["splits"]["train"]["chunks"][0].update(changes)
+
+
+MANIFESTS = {
+    "no object": (lambda values: None, "not a manifest"),
+    "tokens": (chunk_changed(tokens=10**15), r"chunk-000000-0000.bin tokens is 1000000000000000\)"),
+    "negative tokens": (chunk_changed(tokens=-5), r"tokens is -5\)"),
+    "documents": (chunk_changed(documents="7"), r"documents is '7'\)"),
+    "checksum": (chunk_changed(sha256=7), r"sha256 is 7\)"),
+    "chunks": (split_changed(chunks={}), "chunks is not a list"),
+    "totals": (split_changed(chunks=[]), "the documents of train are not those of its chunks together"),
+    "lengths": (split_changed(lengths=[[1, None]]), "train lengths is None"),
+    "vocabulary": (changed(vocab_size=-1), "vocab_size is -1"),
+    "opening": (changed(opening=[99999]), "opening is 99999"),
+    "no EOS": (changed(eos_token_id=None), "eos_token_id is None"),
+    "dtype": (changed(dtype="object"), "dtype 'object' is not one of token ids"),
+    "reasons": (changed(skipped=[1]), "skipped is not an object"),
+    "version": (changed(format_version=99), "format_version 99, and this version reads 1"),
+}
+
+
+@pytest.mark.parametrize("url", [None, "s3://bucket/shards"])
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_manifests_that_lie(tmp_path, kind, url):
+    folder = write_marked(tmp_path / "shards", train=conversations(3), validation=conversations(2))
+    values = json.loads((folder / "manifest.json").read_text())
+    change, message = MANIFESTS[kind]
+    change(values)
+    (folder / "manifest.json").write_text(json.dumps(values if kind != "no object" else []))
+    remedy = "upload the shards again" if url else f"remove {folder} to prepare it again"
+    with pytest.raises(UsageError, match=rf"^{url or folder}/manifest\.json: .*{message}.*; {remedy}$"):
+        Manifest.read(folder, url=url)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json", "train/index.json"])

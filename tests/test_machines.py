@@ -21,7 +21,11 @@ def start(*command, cwd, environment=None, **options):
     )  # fmt: skip
 
 
-HOSTILE = ("yaml", "torch", "json", "numpy", "lightning", "typing", "re", "pickle", "socket", "matplotlib", "tqdm")
+HOSTILE = (
+    "yaml", "torch", "json", "numpy", "lightning", "typing", "re", "pickle", "socket", "matplotlib", "tqdm",
+    "flash_attn", "backports", "zstandard", "librosa",
+)  # fmt: skip
+"""Libraries; the last ones are parts of one, or optional for another and not installed."""
 
 
 @pytest.fixture
@@ -34,9 +38,10 @@ def hostile(tmp_path):
 
 SCHEME = """
 from ropepp_lit.nn import RoPE
+import offsets
 
 class Shifted(RoPE):
-    def __init__(self, *, offset: int = 5) -> None:
+    def __init__(self, *, offset: int = offsets.FIVE) -> None:
         self.offset = offset
 
     def tables(self, positions, frequencies, *, head_dim, dtype):
@@ -49,6 +54,7 @@ class Shifted(RoPE):
 def test_the_current_folder_never_comes_before_a_library(hostile, command_path, tiny, free_port, start_by):
     """Also in the processes that Lightning and the data loader start; the user's own scheme is found."""
     (hostile / "schemes.py").write_text(SCHEME)
+    (hostile / "offsets.py").write_text("FIVE = 5")
     command = [sys.executable, "-m", "ropepp_lit"] if start_by == "module" else [command_path]
     path = os.environ.get("PYTHONPATH", "")
     environment = {"MASTER_PORT": str(free_port())}

@@ -89,7 +89,7 @@ def evaluate(
     import torch  # heavy imports wait until the arguments are known to be right
 
     from ropepp_lit.eval.harness import Options
-    from ropepp_lit.eval.models import load_model
+    from ropepp_lit.eval.models import check_model, load_model
     from ropepp_lit.eval.report import folder_names
     from ropepp_lit.eval.results import summarize
     from ropepp_lit.eval.tasks import Settings
@@ -113,6 +113,8 @@ def evaluate(
     descriptions: list[dict[str, Any]] = []
     notices: dict[str, None] = {}
     texts: Texts = {}
+    for checkpoint in checkpoints[1:]:  # before the first one is measured, which may take hours
+        check_model(checkpoint)
     for checkpoint in checkpoints:
         model = load_model(checkpoint, **options)
         for known in descriptions:

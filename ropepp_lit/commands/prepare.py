@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ropepp_lit.arguments import call, command
 
@@ -79,23 +79,30 @@ def prepare(
         part: Make only part K of N of the shards, to be joined by `merge`: K/N (from 1/N to N/N), auto (K and N from
             SLURM's job array) or auto/N (K from SLURM's job array or a Kubernetes job's index).
         merge: Instead of preparing, join the folders of all parts into `out`: --merge DIR… --out DIR.
-        verify: Instead of preparing, re-read this folder of shards and check everything.
+        verify: Instead of preparing, re-read folders of shards and check everything: --verify DIR….
     """
+    given = locals()
     import os
     from pathlib import Path
 
     from ropepp_lit.errors import UsageError
+    from ropepp_lit.files import local_path
     from ropepp_lit.sizes import parse_bytes
 
     if verify is not None:
-        _verify(Path(verify))
+        _check_alone("verify", given)
+        for name in (verify, *sources):
+            _verify(Path(local_path("verify", name)))
         return
     if merge is not None:
+        _check_alone("merge", given, "out")
         if out is None:
             raise UsageError("out: name the folder of the joined shards by --out")
         from ropepp_lit.data import shares
 
-        _report(Path(out), shares.merge([Path(folder) for folder in (merge, *sources)], out=Path(out)))
+        _report(
+            Path(out), shares.merge([Path(local_path("merge", folder)) for folder in (merge, *sources)], out=Path(out))
+        )
         return
     for name, value, least in (
         ("min_tokens", min_tokens, 0),
@@ -155,6 +162,17 @@ def prepare(
         print("\n".join(left_out_lines(manifest)), end="\n" if manifest.skipped else "")
     print(f"Part {share.number} of {share.count} is in {folder}: {documents:,} documents, {tokens:,} tokens.")
     print("When all parts are there: ropepp-lit prepare --merge DIR… --out DIR")
+
+
+def _check_alone(name: str, given: dict[str, Any], *beside: str) -> None:
+    """Raise UsageError where an option has no effect beside one that does something else than to prepare."""
+    import inspect
+
+    from ropepp_lit.errors import UsageError
+
+    for option, parameter in inspect.signature(prepare).parameters.items():
+        if option not in ("sources", name, *beside) and given[option] != parameter.default:
+            raise UsageError(f"{option}: has no effect with --{name}; leave it out")
 
 
 def _verify(folder: Path) -> None:

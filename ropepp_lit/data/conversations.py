@@ -61,7 +61,7 @@ def check_conversations(
         )
 
 
-def kind_of(manifest: Manifest) -> str:
+def name_of_documents(manifest: Manifest) -> str:
     """What a packed set's documents are called."""
     return "pairs of answers" if manifest.holds_pairs else "conversations"
 
@@ -75,7 +75,7 @@ def left_out_line(name: str, plan: PackedPlan, manifest: Manifest, too_long: Too
         manifest: Of the set.
         too_long: What was asked for.
     """
-    lengths, kind = plan.lengths, kind_of(manifest)
+    lengths, kind = plan.lengths, name_of_documents(manifest)
     if not lengths.too_long:
         return None
     count = plan.documents + lengths.too_long if too_long == "drop" else plan.documents + lengths.untrained
@@ -98,7 +98,8 @@ def packing_line(name: str, plan: PackedPlan, manifest: Manifest, *, rows_per_st
     """
     train, left_out = manifest.splits["train"], manifest.splits["train"].documents - plan.documents
     return (
-        f"{name}: {plan.documents:,} {kind_of(manifest)} in {plan.samples_per_pass:,} rows, {plan.padding:.1%} padding"
+        f"{name}: {plan.documents:,} {name_of_documents(manifest)} in {plan.samples_per_pass:,} rows, "
+        f"{plan.padding:.1%} padding"
         + (f", {left_out:,} left out" if left_out else "")
         + f"; {train.trained_tokens / train.tokens:.1%} of the set's tokens are trained; "
         f"all are read once in {plan.samples_per_pass / rows_per_step:,.1f} steps"

@@ -108,7 +108,10 @@ class Samples(Dataset):
             if too_long == "cut":
                 problem = f"no conversation of {name} keeps a trained token when it is cut to rows of"
             else:
-                problem, remedy = f"all conversations of {name} are longer than", f"{remedy}, or data.too_long to cut"
+                problem = (
+                    f"all {'pairs of answers' if self._holds_pairs else 'conversations'} of {name} are longer than"
+                )
+                remedy += "" if self._holds_pairs else ", or data.too_long to cut"
             raise UsageError(f"data.context_length: {problem} {self._context_length:,} tokens; {remedy}")
         return plan
 

@@ -104,11 +104,11 @@ def prepare(
     fingerprint = _fingerprint(identity)
     if share is not None:
         fingerprint = share.fingerprint(fingerprint)
+    if not (out / MANIFEST).is_file():
+        check_new_folder(out)  # before a lock lies beside it
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.with_name(f".{out.name}.lock")):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            if not (out / MANIFEST).is_file():
-                raise UsageError(f"out: {out} holds something else; name an empty or a new folder")
+        if (out / MANIFEST).is_file():
             manifest = Manifest.read(out)
             if manifest.fingerprint != fingerprint:
                 raise UsageError(f"out: {out} holds shards of other sources or settings; name another folder")

@@ -41,9 +41,14 @@ class RemoteFolder:
         url: `s3://BUCKET/FOLDER` or `gs://BUCKET/FOLDER`.
         cache_dir: Holds a folder for each URL.
         max_bytes: Chunks in the cache, of all URLs together; beyond that the least recently used are deleted.
+
+    Raises:
+        UsageError: the URL names no bucket.
     """
 
     def __init__(self, url: str, cache_dir: Path, *, max_bytes: int) -> None:
+        if not urlsplit(url).netloc:
+            raise UsageError(f"{url}: no bucket; write {SCHEMES[0]}BUCKET/FOLDER")
         self.url = url.rstrip("/")
         self._cache, self._max_bytes = cache_dir / "remote", max_bytes
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
@@ -118,7 +123,7 @@ class RemoteFolder:
         except Exception as error:
             if not _is_of_store(error):
                 raise
-            problem = (str(error) or type(error).__name__).splitlines()[0]
+            problem = " ".join(str(error).split()) or type(error).__name__
             raise UsageError(
                 f"{self.url}/{name}: {problem}; check the URL, the endpoint and the credentials in the environment"
             ) from error
@@ -175,5 +180,12 @@ def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
 
 
 def _is_of_store(error: Exception) -> bool:
-    """Whether the store or the way to it is at fault, and not this program."""
-    return type(error).__module__.split(".")[0] in {"boto3", "botocore", "s3transfer", "google", "requests", "urllib3"}
+    """Whether the store or the way to it is at fault, and not this program; clients raise ValueError for endpoints."""
+    return isinstance(error, ValueError) or type(error).__module__.split(".")[0] in {
+        "boto3",
+        "botocore",
+        "s3transfer",
+        "google",
+        "requests",
+        "urllib3",
+    }

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ropepp_lit.data.manifest_values import check_values
 from ropepp_lit.data.plan import WINDOW_CHUNKS, Span
 from ropepp_lit.data.remote import RemoteFolder
 from ropepp_lit.data.trained_tokens import split_pair, token_ids
@@ -102,6 +103,8 @@ class TokenSet:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TokenSet:
         """What `dataclasses.asdict` wrote."""
+        if not isinstance(values["chunks"], list):
+            raise ValueError("chunks is not a list")
         return cls(**{**values, "chunks": [Chunk(**chunk) for chunk in values["chunks"]]})
 
 
@@ -167,62 +170,68 @@ class Manifest:
         write_whole(folder / MANIFEST, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: Path, *, url: str | None = None) -> Manifest:
         """Read the manifest of a folder.
+
+        Args:
+            folder: Where it lies.
+            url: Where it was fetched from, for messages.
 
         Raises:
             UsageError: there is none, or it is not one of ours, or it names files outside its folder.
         """
-        path = folder / MANIFEST
+        path, (where, remedy) = folder / MANIFEST, _told(folder, url)
         try:
             values = json.loads(read_text(path))
+            if values["format_version"] != FORMAT_VERSION:
+                version = values["format_version"]
+                raise UsageError(
+                    f"{where}/{MANIFEST}: format_version {version!r}, and this version reads {FORMAT_VERSION}; {remedy}"
+                )
             splits = {name: TokenSet.from_dict(split) for name, split in values.pop("splits").items()}
             manifest = cls(**{"opening": opening_of(values), **values}, splits=splits)
-            manifest._check_names(path)
+            for split, tokens in splits.items():
+                inside(folder, split, source=f"{where}/{MANIFEST}")
+                for chunk in tokens.chunks:
+                    inside(folder / split, chunk.filename, source=f"{where}/{MANIFEST}")
+            check_values(manifest)
         except UsageError:
             raise
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}; the folder holds no finished token shards") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UsageError(
-                f"{path}: not a manifest of token shards ({error}); remove the folder to prepare it again"
-            ) from error
-        if manifest.format_version != FORMAT_VERSION:
-            raise UsageError(
-                f"{path}: format_version {manifest.format_version}, and this version reads {FORMAT_VERSION}; "
-                "remove the folder to prepare it again"
-            )
+            raise UsageError(f"{where}/{MANIFEST}: not a manifest of token shards ({error}); {remedy}") from error
         return manifest
 
-    def read_tokenizer(self, folder: Path) -> str:
+    def read_tokenizer(self, folder: Path, *, url: str | None = None) -> str:
         """The tokenizer.json of the manifest's folder.
+
+        Args:
+            folder: Where it lies.
+            url: Where it was fetched from, for messages.
 
         Raises:
             UsageError: it is missing, or is not that with which the shards were made.
         """
-        path = folder / TOKENIZER
+        path, (where, remedy) = folder / TOKENIZER, _told(folder, url)
         try:
             text = read_text(path)
             digest = tokenizer_digest(text)
         except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}; remove {folder} to prepare it again") from error
+            raise UsageError(f"{path}: {error.strerror}; {remedy}") from error
         except ValueError as error:
-            raise UsageError(f"{path}: not JSON ({error}); remove {folder} to prepare it again") from error
+            raise UsageError(f"{where}/{TOKENIZER}: not JSON ({error}); {remedy}") from error
         if self.tokenizer_digest not in (None, digest):
             raise UsageError(
-                f"{path}: not the tokenizer that the shards were made with; put that file back, or remove {folder} to "
-                "prepare it again"
+                f"{where}/{TOKENIZER}: not the tokenizer that the shards were made with; put that file back, or "
+                f"{remedy}"
             )
         return text
 
-    def _check_names(self, path: Path) -> None:
-        """Raise UsageError where a split or a chunk is not a file's name in the manifest's folder."""
-        for split, tokens in self.splits.items():
-            inside(path.parent, split, source=path)
-            for chunk in tokens.chunks:
-                inside(path.parent / split, chunk.filename, source=path)
-        if np.dtype(self.dtype).kind not in "iu":
-            raise ValueError(f"dtype {self.dtype!r} is not one of token ids")
+
+def _told(folder: Path, url: str | None) -> tuple[str, str]:
+    """How messages call a folder of shards, and what they say to do where it is damaged."""
+    return (str(folder), f"remove {folder} to prepare it again") if url is None else (url, "upload the shards again")
 
 
 class TokenShards:

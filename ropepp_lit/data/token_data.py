@@ -162,7 +162,7 @@ class TokenData(LightningDataModule):
         """Make the token shards that are not there, and print what was left out (one process per machine)."""
         self._find()
         for source, folder in self._folders.items():
-            for line in left_out_lines(Manifest.read(folder)):
+            for line in left_out_lines(Manifest.read(folder, url=self._url(source))):
                 print(f"data: {source}: {line}")
 
     def setup(self, stage: str) -> None:
@@ -228,10 +228,13 @@ class TokenData(LightningDataModule):
         packed = [found for samples in (self.train_samples, *self._validation) for found in samples.packed()]
         self.notices += filter(None, (left_out_line(*found, self.too_long) for found in packed))
 
+    def _url(self, source: str) -> str | None:
+        return self._remotes[source].url if source in self._remotes else None
+
     def _open(self, source: str, name: str, tokenizers: dict[str, str], weight: float = 1.0) -> Source:
         folder = self._folders[source]
-        manifest = Manifest.read(folder)
-        text = manifest.read_tokenizer(folder)
+        manifest = Manifest.read(folder, url=self._url(source))
+        text = manifest.read_tokenizer(folder, url=self._url(source))
         self._tokenizer.check_shards(source, text)
         for other, known in tokenizers.items():
             if not same_tokenizer(text, known):
@@ -334,10 +337,6 @@ class TokenData(LightningDataModule):
             name: sample_texts(self.held_out_documents(name), tokenizer, limit=limit, min_tokens=min_tokens + around)
             for name in self.validation_sets
         }
-
-    def predicted_tokens(self, tokens: TokenSet) -> int:
-        """Tokens that count as labels, see :meth:`~ropepp_lit.data.shards.TokenSet.predicted`."""
-        return tokens.predicted(documents_apart=self.intra_document_masking)
 
     def bytes_per_token(self, name: str | None = None) -> float | None:
         """UTF-8 bytes of text per predicted token, for bits per byte; None where only some tokens are trained.

@@ -53,13 +53,16 @@ def read_pairs(model: Model, source: str, *, limit: int) -> list[Pair]:
         limit: Pairs at most.
 
     Raises:
-        UsageError: a row has no prompt and answer, or the model's tokenizer has no chat template.
+        UsageError: there are no rows, a row has no prompt and answer, or the model's tokenizer has no chat template.
     """
     records = []
     for _, record in Reader(find_files([source], key="tasks"), columns=CHAT_COLUMNS):
         if record.row is None:
-            raise UsageError(f"tasks: answers: {record.where}: {record.problem}; {record.remedy}")
+            remedy = "write prompt and completion, or messages" if "text_key" in record.remedy else record.remedy
+            raise UsageError(f"tasks: answers: {record.where}: {record.problem}; {remedy}")
         records.append(record)
+    if not records:
+        raise UsageError(f"tasks: answers: {source}: no rows; name files of prompts and answers")
     records.sort(key=lambda record: hashlib.sha256(repr(record.row).encode("utf-8", "surrogatepass")).digest())
     records = records[:limit]
     kinds: list[Format] = [

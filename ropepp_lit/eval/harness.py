@@ -140,7 +140,7 @@ def run_task(
     Returns:
         Measurements; and the names of the tasks that have lengths.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
 
     from ropepp_lit.eval.language_model import DecoderLM
 
@@ -155,7 +155,9 @@ def run_task(
         groups = loaded.get("groups", {})
         nested = {inner.name for group in groups.values() for inner in group.get_all_groups()}
         try:
-            results = simple_evaluate(
+            # It would ask git for the commit of the current folder, which prints an error where that is none of git's.
+            evaluator.get_git_commit_hash = lambda: None
+            results = evaluator.simple_evaluate(
                 model=language_model,
                 tasks=[group for name, group in groups.items() if name not in nested]
                 + [task for name, task in tasks.items() if name not in inside],

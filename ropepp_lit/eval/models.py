@@ -10,7 +10,7 @@ import torch
 
 from ropepp_lit.checkpoint import KEY, load_decoder
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import fingerprint
+from ropepp_lit.files import escaped, fingerprint
 from ropepp_lit.hf.folder import locate, open_checkpoint
 from ropepp_lit.nn import Decoder
 from ropepp_lit.text.tokenizer import TextTokenizer
@@ -81,20 +81,37 @@ def load_model(source: str, *, trust: str | None = None, dtype: torch.dtype, dev
     Raises:
         UsageError: no such checkpoint, a damaged one, or one without a tokenizer.
     """
-    name, path = source.split("=", 1) if "=" in source and not Path(source).exists() else ("", source)
+    name, path = _split(source)
     location = locate(path)
-    contents = open_checkpoint(location)
-    entry = contents[KEY]
-    if entry["tokenizer"] is None:
-        raise UsageError(f"{path}: the checkpoint stores no tokenizer, so it cannot read text")
+    contents = open_checkpoint(location, checksums=True)
+    entry = _entry_of(contents, path)
     return Model(
-        name=name or _name_of(Path(path)),
+        name=escaped(name or _name_of(Path(path))),
         path=path,
         decoder=load_decoder(contents, trust=trust, dtype=dtype).to(device, dtype),
         tokenizer=TextTokenizer.from_entry(entry),
         fingerprint=fingerprint(location),
         entry=entry,
     )
+
+
+def check_model(source: str) -> None:
+    """Raise what :func:`load_model` would, as far as it can be known without the weights."""
+    _, path = _split(source)
+    _entry_of(open_checkpoint(locate(path), shapes_only=True), path)
+
+
+def _split(source: str) -> tuple[str, str]:
+    """Name and path; without a name it is empty."""
+    name, path = source.split("=", 1) if "=" in source and not Path(source).exists() else ("", source)
+    return name, path
+
+
+def _entry_of(contents: dict[str, Any], path: str) -> dict[str, Any]:
+    entry: dict[str, Any] = contents[KEY]
+    if entry["tokenizer"] is None:
+        raise UsageError(f"{path}: the checkpoint stores no tokenizer, so it cannot read text")
+    return entry
 
 
 def _name_of(path: Path) -> str:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ropepp_lit.eval.models import Model
 from ropepp_lit.eval.results import Measurement, sample_of
-from ropepp_lit.nn import Probe, RoPEPP
+from ropepp_lit.nn import Probe
+from ropepp_lit.nn.positions import PairedHeads
 
 GROUPS = ("real", "imaginary")
 CHUNK_TOKENS = 512
@@ -25,7 +26,7 @@ MAP_CELLS = 64
 
 def groups_of(model: Model) -> tuple[str, ...]:
     """The groups of heads that a model has."""
-    return GROUPS if isinstance(model.decoder.scheme, RoPEPP) else GROUPS[:1]
+    return GROUPS if isinstance(model.decoder.scheme, PairedHeads) else GROUPS[:1]
 
 
 class Noise(Probe):

@@ -70,7 +70,7 @@ def _documents(source: str, reading: dict[str, Any]) -> Iterator[str]:
         if record.text is None:
             if record.problem == "empty":  # left out, as `prepare` does
                 continue
-            raise UsageError(f"text: {record.where}: {record.problem}; repair the file, or leave it out")
+            raise UsageError(f"text: {record.where}: {record.problem}; {record.remedy}, or leave the file out")
         if not record.text.strip():
             continue
         yield record.text

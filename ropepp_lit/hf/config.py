@@ -184,6 +184,9 @@ def write_config(architecture: Architecture) -> dict[str, Any]:
         raise UsageError(
             f"model.positions: {type(scheme).__name__} has no place in an export; only RoPE, RoPEPP and RNoPE have"
         )
+    for name in ("attention_gate", "score_scaling"):
+        if getattr(config, name) is not None:
+            raise UsageError(f"model.decoder.{name}: {getattr(config, name)} has no place in an export")
     rotary = write_frequencies(architecture.frequencies)
     values = config.to_dict()
     fields: dict[str, Any] = {field: values[field] for field in (*GEOMETRY, *HEADS)}

@@ -25,7 +25,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.files import whole_folder
 from ropepp_lit.hf.compare import load_in_float32
 from ropepp_lit.hf.config import Architecture, write_config
-from ropepp_lit.hf.folder import GENERATION, TOKENIZER, TOKENIZER_CONFIG, weights_of
+from ropepp_lit.hf.folder import GENERATION, TOKENIZER, weights_of
 from ropepp_lit.hf.layouts import CONFIG
 from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme
 from ropepp_lit.nn.lora import LINEAR
@@ -179,7 +179,7 @@ def _write_tokenizer(ours: dict[str, Any], folder: Path, *, model_max_length: in
         if "add_bos_token" in settings:  # by which transformers would make the post-processor again
             settings["add_bos_token"] = found.opening == (found.bos_token_id,)
     (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    tokenizer_files.write_settings(folder, settings)
 
 
 def _write_card(

@@ -65,13 +65,15 @@ class Stream:
         return "stop" if self._stream.is_stopped else "length"
 
     def __iter__(self) -> Iterator[str]:
+        return filter(None, self.steps())
+
+    def steps(self) -> Iterator[str]:
+        """The text that each token makes certain, which can be none, and what is left at the end."""
         for token in self._tokens:
-            if text := self._stream.push(token):
-                yield text
+            yield self._stream.push(token)
             if self._stream.is_stopped:
                 return
-        if text := self._stream.finish():
-            yield text
+        yield self._stream.finish()
 
 
 def complete(

@@ -17,6 +17,7 @@ from ropepp_lit.inference.completion import Completion, complete
 from ropepp_lit.inference.model import Model, Writing
 from ropepp_lit.text.chat import ChatTemplate, ChatTemplateError
 from ropepp_lit.text.conversations import RowError, conversation_of
+from ropepp_lit.text.tokenizer import TextTokenizer
 
 WRITTEN = ("text", "finish_reason", "tokens")
 """Keys that each row gets."""
@@ -163,8 +164,18 @@ class PromptFile:
             raise RowError("has messages and no prompt; add --chat true")
         if not isinstance(prompt, str):
             raise RowError("no key 'prompt'" if prompt is None else "prompt is not a text")
-        _check_text(prompt)
-        return self._model.tokenizer.encode_prompt(prompt)
+        return encode_text(self._model.tokenizer, prompt)
+
+
+def encode_text(tokenizer: TextTokenizer, prompt: str) -> list[int]:
+    """Token ids of a text that is continued.
+
+    Raises:
+        RowError: it is no Unicode.
+        UsageError: it is empty, and nothing stands before the texts of this tokenizer.
+    """
+    _check_text(prompt)
+    return tokenizer.encode_prompt(prompt)
 
 
 def encode_messages(template: ChatTemplate, row: dict[str, Any]) -> list[int]:

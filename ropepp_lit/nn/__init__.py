@@ -2,22 +2,26 @@
 
 from ropepp_lit.nn.baselines import ALiBi, FoPE, NoPE, PartialRoPE, RNoPE
 from ropepp_lit.nn.config import DecoderConfig
+from ropepp_lit.nn.controls import IndependentQueries, MappedQueries, TurnedQueries, UnrotatedQueries
 from ropepp_lit.nn.decoder import Decoder
 from ropepp_lit.nn.documents import Documents
-from ropepp_lit.nn.frequencies import Frequencies, Linear, Llama3, Yarn, YarnByRotations
+from ropepp_lit.nn.frequencies import Clipped, Frequencies, Linear, Llama3, Yarn, YarnByRotations
 from ropepp_lit.nn.positions import HeadLayout, PositionScheme, RoPE, RoPEPP
 from ropepp_lit.nn.probe import Probe
 
 __all__ = [
     "ALiBi",
+    "Clipped",
     "Decoder",
     "DecoderConfig",
     "Documents",
     "FoPE",
     "Frequencies",
     "HeadLayout",
+    "IndependentQueries",
     "Linear",
     "Llama3",
+    "MappedQueries",
     "NoPE",
     "PartialRoPE",
     "PositionScheme",
@@ -25,6 +29,8 @@ __all__ = [
     "RNoPE",
     "RoPE",
     "RoPEPP",
+    "TurnedQueries",
+    "UnrotatedQueries",
     "Yarn",
     "YarnByRotations",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +30,16 @@ from ropepp_lit.nn.kernels import attend
 from ropepp_lit.nn.positions import PositionScheme
 from ropepp_lit.nn.precision import activation_dtype
 from ropepp_lit.nn.probe import Probe
+
+FIRST_SCORE_SCALE = 0.168
+"""s at the start of training: 1 / the mean of ln n over 1,024 tokens, as in the paper of SSMax."""
+
+
+class _Gate(nn.Linear):
+    """A layer that draws no random numbers when it is made, so that all else begins with the same weights."""
+
+    def reset_parameters(self) -> None:
+        """Leave that to the decoder."""
 
 
 class Attention(nn.Module):
@@ -53,6 +64,13 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.has_norms = config.qk_norm
+        self.output_gate: nn.Linear | None = None
+        if config.attention_gate is not None:
+            size = 1 if config.attention_gate == "head" else self.head_dim
+            self.output_gate = _Gate(width, layout.num_attention_heads * size, bias=False)
+        self.score_scale: nn.Parameter | None = None
+        if config.score_scaling is not None:
+            self.score_scale = nn.Parameter(torch.empty(layout.num_attention_heads))
         self.o_proj = nn.Linear(layout.num_attention_heads * self.head_dim, width, bias=config.attention_output_bias)
         self.head_groups = 1
         """Groups of heads computed one after the other, and again in the backward pass; a divisor of K. 1 computes all
@@ -85,7 +103,8 @@ class Attention(nn.Module):
 
         Args:
             hidden: [B, T, hidden_size].
-            tables: Of the position scheme.
+            tables: Of the position scheme; with scaled scores ln n [B, T, 1, 1] behind them, n the tokens that each
+                token sees.
             documents: Bounds of packed documents; None means that every row is one. Where ranks gather keys and values,
                 what this rank attends to.
             cache: Keys and values so far, already extended by T.
@@ -124,14 +143,20 @@ class Attention(nn.Module):
             queries, keys = self.q_norm(queries).to(values.dtype), self.k_norm(keys).to(values.dtype)
         group = self.context_group if cache is None else None
         exchanges_heads = group is not None and group.mode == "heads"
-        constants = [self.get_buffer(name) for name in self.constants]
+        of_heads: list[Tensor] = [self.get_buffer(name) for name in self.constants]
+        if self.score_scale is not None:
+            *tables, log_counts = tables  # type: ignore[assignment]
+            of_heads.append(self.score_scale)
         if part is not None:
-            constants = [constant.chunk(self.head_groups)[part] for constant in constants]
+            of_heads = [value.chunk(self.head_groups)[part] for value in of_heads]
         if group is not None and exchanges_heads:
             # Before the rotation: an imaginary query is made of its real one, so it need not travel.
             queries, keys, values = (tokens_to_heads(x, group) for x in (queries, keys, values))
-            constants = [heads_of_rank(constant, group) for constant in constants]
-        queries, keys = (x.to(values.dtype) for x in self.rotate(queries, keys, (*tables, *constants)))
+            of_heads = [heads_of_rank(value, group) for value in of_heads]
+        scale = of_heads.pop() if self.score_scale is not None else None
+        queries, keys = (x.to(values.dtype) for x in self.rotate(queries, keys, (*tables, *of_heads)))
+        if scale is not None:
+            queries = queries * (scale[:, None] * log_counts).to(queries.dtype)
         if self.extra_dims:
             values = F.pad(values, (0, self.extra_dims))  # kernels of linear memory need one size of all three
         if cache is not None:
@@ -151,6 +176,9 @@ class Attention(nn.Module):
             output = output[..., : self.head_dim]
         if group is not None and exchanges_heads:
             output = heads_to_tokens(output, group)
+        if self.output_gate is not None:
+            gates = self._project(self.output_gate, hidden, part).sigmoid()
+            output = output * gates.unflatten(-1, (output.shape[2], -1))
         if part is None:
             return self.o_proj(output.flatten(-2))
         return F.linear(output.flatten(-2), self.o_proj.weight.chunk(self.head_groups, dim=1)[part])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ropepp_lit.errors import UsageError
 
@@ -91,6 +91,14 @@ class DecoderConfig:
     qk_norm: bool = False
     """RMSNorm of each query and key head before the rotation, as in Qwen 3."""
 
+    attention_gate: Literal["head", "element"] | None = None
+    """A sigmoid gate on the output of attention, before the output projection: one number for each attention `head`, or
+    for each `element` of it, by a projection of the layer's input (arXiv 2505.06708). Empty means none."""
+
+    score_scaling: Literal["log"] | None = None
+    """`log`: scores of a query that sees n tokens are multiplied by s · ln n, s trained for each attention head (SSMax,
+    arXiv 2501.19399). Empty means no factor."""
+
     tie_word_embeddings: bool = False
     """Use the embedding as the output layer."""
 
@@ -129,8 +137,8 @@ class DecoderConfig:
         if self.head_dim % 2:
             raise UsageError(f"model.decoder.head_dim: {self.head_dim} is odd; rotary pairs need an even head size")
 
-    def to_dict(self) -> dict[str, int | float | bool]:
-        """Every field but `size`, as plain numbers: the geometry itself."""
+    def to_dict(self) -> dict[str, int | float | bool | str | None]:
+        """Every field but `size`, as plain values: the geometry itself."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "size"}
 
     def _fill(self, name: str, value: int | None) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ropepp_lit.errors import UsageError
+from ropepp_lit.nn.attention import FIRST_SCORE_SCALE
 from ropepp_lit.nn.block import Block
 from ropepp_lit.nn.cache import KVCache
 from ropepp_lit.nn.config import DecoderConfig
@@ -178,9 +179,12 @@ class Decoder(nn.Module):
     def init_weights(self) -> None:
         """Normal weights of standard deviation `initializer_range`, zero biases, norms of one (the paper's setting).
 
-        The position scheme's constants are drawn last, so that one seed gives all schemes the same weights.
+        The position scheme's constants and gates of attention are drawn last, so that one seed gives all schemes the
+        same weights.
         """
-        for module in self.modules():
+        gates = [block.self_attn.output_gate for block in self.blocks]
+        modules = [module for module in self.modules() if module not in gates]
+        for module in [*modules, *filter(None, gates)]:
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(std=self.config.initializer_range)
                 if isinstance(module, nn.Linear) and module.bias is not None:
@@ -188,6 +192,8 @@ class Decoder(nn.Module):
             elif isinstance(module, nn.RMSNorm):
                 module.weight.fill_(1.0)
         for block in self.blocks:
+            if block.self_attn.score_scale is not None:
+                block.self_attn.score_scale.fill_(FIRST_SCORE_SCALE)
             constants = self.scheme.constants(self.frequencies, layout=self.head_layout, head_dim=self.config.head_dim)
             block.self_attn.set_constants(constants)
 
@@ -317,9 +323,10 @@ class Decoder(nn.Module):
         elif isinstance(documents, ShardedDocuments) and group is not None:
             positions = group.shard.take(positions)
         hidden = self.model.embed_tokens(input_ids)
-        tables = self.scheme.tables(
-            positions, self.frequencies, head_dim=self.config.head_dim, dtype=at_least_float32(hidden.dtype)
-        )
+        tables_dtype = at_least_float32(hidden.dtype)
+        tables = self.scheme.tables(positions, self.frequencies, head_dim=self.config.head_dim, dtype=tables_dtype)
+        if self.config.score_scaling is not None:
+            tables = (*tables, positions.add(1).to(tables_dtype).log()[..., None, None])
         for block in self.model.layers:
             hidden = block(hidden, tables, documents=documents, cache=cache, mask=mask)
         return self.model.norm(hidden)

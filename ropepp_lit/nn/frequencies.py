@@ -11,6 +11,7 @@ and the factor on cos and sin. Names here and in the paper and its code:
 | `YarnByRotations(factor=32)`         | YaRN             | `yarn: true`         | none         |
 | `Yarn(factor=32)`                    |                  |                      | `yarn`       |
 | `Llama3(factor=32)`                  |                  |                      | `llama3`     |
+| `Clipped(context_length=4096)`       |                  |                      | none         |
 
 Arithmetic is in the dtype asked for, float32 for float32 models as everywhere in the field, so that it agrees with
 transformers bit for bit where transformers has the scheme.
@@ -216,6 +217,59 @@ class Llama3(Frequencies):
         between = (1 - keep) * inverse_frequencies / self.factor + keep * inverse_frequencies
         slow = torch.where(rotations < self.low_freq_factor, inverse_frequencies / self.factor, between)
         return torch.where(rotations > self.high_freq_factor, inverse_frequencies, slow)
+
+
+class Clipped(Frequencies):
+    """The slowest frequencies faded out (arXiv 2602.05258) or set to 0 (p-RoPE, arXiv 2410.06205).
+
+    A pair of frequency 0 does not turn, so it compares contents at any distance. With pairs n_0 … N-1 clipped, θ_n is
+    multiplied by (1 + cos(π (n - n_0) / (N - 1 - n_0))) / 2, from 1 to 0; or by 0 without `taper`.
+
+    Args:
+        rope_theta: The base of the rotary frequencies.
+        context_length: Clip the pairs that turn less than once in so many tokens.
+        kept: Instead: the share of the pairs, the fastest, that is kept; p of p-RoPE.
+        taper: Fade out; false sets to 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        rope_theta: float = 10_000.0,
+        context_length: int | None = None,
+        kept: float | None = None,
+        taper: bool = True,
+    ) -> None:
+        super().__init__(rope_theta=rope_theta)
+        if (context_length is None) == (kept is None):
+            raise UsageError("model.frequencies: Clipped needs context_length or kept, one of them")
+        if context_length is not None and context_length < 1:
+            raise UsageError(f"model.frequencies.context_length: {context_length} must be 1 or more")
+        if kept is not None and not 0 <= kept <= 1:
+            raise UsageError(f"model.frequencies.kept: {kept} must be from 0 to 1")
+        self.context_length, self.kept, self.taper = context_length, kept, taper
+
+    def __str__(self) -> str:
+        how = "faded out" if self.taper else "set to 0"
+        if self.kept is not None:
+            return f"{super().__str__()}, all but {self.kept:.0%} {how}"
+        return f"{super().__str__()}, {how} below one turn in {self.context_length:,} tokens"
+
+    def _stretch(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
+        first = self._num_kept(head_dim)
+        pairs = torch.arange(head_dim // 2, dtype=inverse_frequencies.dtype, device=inverse_frequencies.device)
+        factors = (pairs < first).to(pairs.dtype)
+        if self.taper:
+            share = ((pairs - first) / max(1, head_dim // 2 - 1 - first)).clamp(0, 1)
+            factors = (1 + (math.pi * share).cos()) / 2
+        return inverse_frequencies * factors
+
+    def _num_kept(self, head_dim: int) -> int:
+        """n_0; counted on the CPU and in float64, so that it is one number for every device and dtype."""
+        if self.kept is not None:
+            return round(self.kept * (head_dim // 2))
+        plain = self._plain(head_dim, dtype=torch.float64, device="cpu")
+        return int((plain >= 2 * math.pi / (self.context_length or 1)).sum())
 
 
 def _require_factor(factor: float) -> float:

@@ -235,6 +235,11 @@ class Row:
         """Tokens whose keys and values are known."""
         return len(self._ids)
 
+    def num_shared(self, ids: Sequence[int]) -> int:
+        """Tokens at the beginning of a prompt whose keys and values are known."""
+        pairs = zip(self._ids, ids, strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
     def generate(
         self, ids: Sequence[int], *, max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0
     ) -> Iterator[int]:
@@ -253,9 +258,7 @@ class Row:
         seen = None
         if sampling.repetition_penalty != 1:
             seen = _seen(self._decoder, torch.tensor([list(ids)], device=self._device))
-        new = list(ids)
-        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(self._ids, new, strict=False)))
-        shared = min(shared, len(new) - 1)  # the last token is read for its logits
+        new, shared = list(ids), min(self.num_shared(ids), len(ids) - 1)  # the last token is read for its logits
         known, new = new[:shared], new[shared:]
         for _ in range(max_new_tokens):
             token = int(self._next(known, new, sampling, random, seen))

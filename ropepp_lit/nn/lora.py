@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.decoder import Decoder
-from ropepp_lit.nn.positions import PositionScheme, RoPEPP
+from ropepp_lit.nn.positions import PairedHeads, PositionScheme
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear layers of a block."""
@@ -94,7 +94,7 @@ class LoRA:
             raise UsageError(f"model.lora.base_dtype: {self.base_dtype!r} must be float32 or bfloat16")
         if not self.layers and not self.train_fully:
             raise UsageError("model.lora.targets: none, and train_fully names nothing: there is nothing to train")
-        if "imaginary" in self.train_fully and not isinstance(scheme, RoPEPP):
+        if "imaginary" in self.train_fully and not isinstance(scheme, PairedHeads):
             raise UsageError(
                 f"model.lora.train_fully: {scheme} has no imaginary heads; leave imaginary out, or train a RoPE++ "
                 "model (ropepp-lit upcycle makes one of a RoPE model)"

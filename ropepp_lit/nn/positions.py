@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -140,41 +140,87 @@ class RoPE(PositionScheme):
         return turn(queries, cos, sin), turn(keys, cos, sin)
 
 
-class RoPEPP(RoPE):
-    """RoPE++ (arXiv 2512.07525): the imaginary part of the score as a second group of heads.
+Variant = Literal["ec", "eh"]
+"""Equal cache, or equal heads."""
 
-    Both groups read the same keys and values. A_im = (R_t R_{-π/2} q)ᵀ (R_s k). Rotations commute, so the imaginary
-    query is the *rotated* real query turned by -90°: a swap of halves and one sign. Real and imaginary heads alternate:
-    re(q_0), im(q_0), re(q_1), im(q_1), …
+
+def check_variant(variant: str) -> Variant:
+    """Raise UsageError where there is no such variant."""
+    if variant not in ("ec", "eh"):
+        raise UsageError(f"model.positions.variant: no variant {variant!r}; choose ec or eh")
+    return cast(Variant, variant)
+
+
+def paired_layout(variant: Variant, num_attention_heads: int, num_key_value_heads: int) -> HeadLayout:
+    """EC of (H, K) is (H, 2H, K); EH of (H, K) is EC of (H/2, K/2).
+
+    Raises:
+        UsageError: the heads cannot be halved.
+    """
+    if variant == "ec":
+        return HeadLayout(num_attention_heads, 2 * num_attention_heads, num_key_value_heads)
+    for name, value in (("num_attention_heads", num_attention_heads), ("num_key_value_heads", num_key_value_heads)):
+        if value % 2:
+            raise UsageError(f"model.decoder.{name}: RoPE++ EH halves it, so {value} must be even; use variant ec")
+    return HeadLayout(num_attention_heads // 2, num_attention_heads, num_key_value_heads // 2)
+
+
+class PairedHeads(RoPE):
+    """Schemes that make two attention heads of each query: RoPE++ and its controls (:mod:`ropepp_lit.nn.controls`).
+
+    Both read the same keys and values. The first is that of RoPE; :meth:`second_queries` makes the second one. They
+    alternate: first(q_0), second(q_0), first(q_1), second(q_1), …
 
     Args:
         variant: `ec` (equal cache) doubles the attention heads and keeps the KV cache; `eh` (equal heads) keeps the
             attention heads and halves the KV cache.
     """
 
-    def __init__(self, *, variant: Literal["ec", "eh"] = "ec") -> None:
-        if variant not in ("ec", "eh"):
-            raise UsageError(f"model.positions.variant: no variant {variant!r}; choose ec or eh")
-        self.variant = variant
+    def __init__(self, *, variant: Variant = "ec") -> None:
+        self.variant = check_variant(variant)
 
     def head_layout(self, *, num_attention_heads: int, num_key_value_heads: int) -> HeadLayout:
         """EC of (H, K) is (H, 2H, K); EH of (H, K) is EC of (H/2, K/2)."""
-        if self.variant == "ec":
-            return HeadLayout(num_attention_heads, 2 * num_attention_heads, num_key_value_heads)
-        for name, value in (("num_attention_heads", num_attention_heads), ("num_key_value_heads", num_key_value_heads)):
-            if value % 2:
-                raise UsageError(f"model.decoder.{name}: RoPE++ EH halves it, so {value} must be even; use variant ec")
-        return HeadLayout(num_attention_heads // 2, num_attention_heads, num_key_value_heads // 2)
+        return paired_layout(self.variant, num_attention_heads, num_key_value_heads)
+
+    @abstractmethod
+    def second_queries(self, queries: Tensor, rotated: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        """The queries of the second heads.
+
+        Args:
+            queries: [B, T, num_query_heads, D], before the rotation.
+            rotated: The same after it: the queries of the first heads.
+            tables: Cos and sin, and behind them the layer's :meth:`constants`.
+
+        Returns:
+            Of the same shape and dtype.
+        """
+
+    def rotate(self, queries: Tensor, keys: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """First and second queries, head by head, and the rotated keys that both read."""
+        rotated, keys = super().rotate(queries, keys, tables[:2])
+        second = self.second_queries(queries, rotated, tables)
+        return torch.stack((rotated, second), dim=-2).flatten(-3, -2), keys
+
+
+class RoPEPP(PairedHeads):
+    """RoPE++ (arXiv 2512.07525): the imaginary part of the score as a second group of heads.
+
+    A_im = (R_t R_{-π/2} q)ᵀ (R_s k). Rotations commute, so the imaginary query is the *rotated* real query turned by
+    -90°: a swap of halves and one sign. Real and imaginary heads alternate: re(q_0), im(q_0), re(q_1), im(q_1), …
+
+    Args:
+        variant: `ec` (equal cache) doubles the attention heads and keeps the KV cache; `eh` (equal heads) keeps the
+            attention heads and halves the KV cache.
+    """
+
+    def second_queries(self, queries: Tensor, rotated: Tensor, tables: tuple[Tensor, ...]) -> Tensor:
+        """Imaginary queries."""
+        first, second = rotated.chunk(2, dim=-1)
+        return torch.cat((second, -first), dim=-1)
 
     def __str__(self) -> str:
         return f"RoPE++ {self.variant.upper()}"
-
-    def rotate(self, queries: Tensor, keys: Tensor, tables: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Real and imaginary queries, head by head, and the rotated keys that both read."""
-        queries, keys = super().rotate(queries, keys, tables)
-        first, second = queries.chunk(2, dim=-1)
-        imaginary = torch.cat((second, -first), dim=-1)
-        return torch.stack((queries, imaginary), dim=-2).flatten(-3, -2), keys
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

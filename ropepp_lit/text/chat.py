@@ -136,16 +136,17 @@ class ChatTemplate:
         """The text of a conversation: transformers' `apply_chat_template(…, tokenize=False)`.
 
         Args:
-            messages: At least one.
+            messages: At least one; contents in parts are joined where the template reads text alone.
             tools: JSON schemas of the tools that the assistant may call.
             add_generation_prompt: Whether what opens the assistant's next turn stands behind the conversation.
             options: Further variables of the template, such as `enable_thinking`.
 
         Raises:
             ChatTemplateError: the template raises an error.
+            RowError: a role that the template does not know.
         """
-        options = {**options, "add_generation_prompt": add_generation_prompt}
-        return self._render(messages, self._template_for(tools), tools, options)[0]
+        template, options = self._template_for(tools), {**options, "add_generation_prompt": add_generation_prompt}
+        return self._render(self._readable(messages, template), template, tools, options)[0]
 
     def render_trained(self, conversation: Conversation, train_on: str = "assistant") -> Rendered:
         """The text of a conversation, and what of it is trained.
@@ -289,7 +290,7 @@ def read_template(name: str) -> str:
         UsageError: it cannot be read, or is empty.
     """
     try:
-        text = Path(name).expanduser().read_text(encoding="utf-8")
+        text = Path(name).expanduser().read_bytes().decode()  # with its line ends, which a checkpoint keeps
     except (OSError, UnicodeDecodeError) as error:
         line = getattr(error, "strerror", None) or "not UTF-8"
         raise UsageError(f"chat_template: {name}: {line}; name a file with a Jinja template") from error

@@ -9,7 +9,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,6 +88,8 @@ _SIGNATURES = (
     (b"\x04\x22\x4d\x18", "compressed by lz4", UNPACK),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", UNPACK),
     (b"\x1f\x9d", "compressed by compress", UNPACK),
+    (b"\xff\xfe\0\0", "UTF-32 text", "convert it by `iconv -f UTF-32 -t UTF-8`"),
+    (b"\0\0\xfe\xff", "UTF-32 text", "convert it by `iconv -f UTF-32 -t UTF-8`"),
     (b"\xff\xfe", "UTF-16 text", "convert it by `iconv -f UTF-16 -t UTF-8`"),
     (b"\xfe\xff", "UTF-16 text", "convert it by `iconv -f UTF-16 -t UTF-8`"),
     (b"\x89PNG", "an image", CONVERT),
@@ -212,12 +214,46 @@ def decompressed(raw: IO[bytes]) -> io.BufferedReader:
         longest = {int(zstd.DecompressionParameter.window_log_max): 31}  # by `zstd --long=31`; by default 27
         stream = zstd.ZstdFile(raw, options=longest)
     elif head.startswith(b"BZh"):
-        stream = bz2.BZ2File(raw)
+        stream = _Streams(raw, bz2.BZ2Decompressor)
     elif head.startswith(b"\xfd7zXZ\x00"):
-        stream = lzma.LZMAFile(raw)  # noqa: SIM115 (closed by the caller)
+        stream = _Streams(raw, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ))
     else:
         return raw
     return io.BufferedReader(stream, 2**20)
+
+
+class _Streams(io.RawIOBase):
+    """What streams of bz2 or xz contain that stand one after the other, also with zero bytes between and behind them.
+
+    The classes of Python's library end at what is no stream, such as such zeros, and say nothing of what follows.
+    """
+
+    def __init__(self, raw: io.BufferedReader, make: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]) -> None:
+        self._raw, self._make = raw, make
+        self._decompressor = make()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            more = b""
+            if self._decompressor.eof:
+                more = self._decompressor.unused_data.lstrip(b"\0")
+                while not more:
+                    block = self._raw.read(2**16)
+                    if not block:
+                        return 0
+                    more = block.lstrip(b"\0")
+                self._decompressor = self._make()
+            elif self._decompressor.needs_input:
+                more = self._raw.read(2**16)
+                if not more:
+                    raise EOFError("it ends within a compressed stream")
+            data = self._decompressor.decompress(more, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def problem_of(head: bytes, name: str) -> Record | None:

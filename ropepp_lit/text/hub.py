@@ -48,6 +48,8 @@ class HubDataset:
                 f"{key}: {name}: write {HUB}NAME, {HUB}NAME:SPLIT or {HUB}NAME:CONFIG:SPLIT, "
                 "with NAME@REVISION for a certain revision"
             )
+        if revision and Path(path).expanduser().is_dir():
+            raise UsageError(f"{key}: {name}: {path} is a folder here, which has no revisions; leave @{revision} out")
         return cls(name, path, revision or None, rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train")
 
     @property
@@ -109,6 +111,8 @@ class HubDataset:
             # Not a record that could be left out: everything behind it would be lost.
             line, where = line_of(error), f"row {number + 1}" if number else "its beginning"
             remedy = "prepare its files by themselves, after `hf download`"
-            if "script" not in line:  # code that a dataset brings is not run
+            if number:
                 remedy = f"run the same command again (finished parts are kept), or {remedy}"
+            elif "script" not in line:  # code that a dataset brings is not run
+                remedy = f"check its name, configuration and split and the connection, or {remedy}"
             raise UsageError(f"{self.name}: at {where}: {type(error).__name__}: {line}; {remedy}") from error

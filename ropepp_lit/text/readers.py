@@ -286,7 +286,7 @@ def _decode(data: bytes, where: str) -> Record:
     try:
         return _check(data.decode("utf-8"), where)
     except UnicodeDecodeError:
-        return Record(None, "not UTF-8", where, "convert it by `iconv -t UTF-8`")
+        return Record(None, "not UTF-8", where, "convert it by `iconv -f ENCODING -t UTF-8`")
 
 
 def _check(text: object, where: str) -> Record:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import write_whole
+from ropepp_lit.files import escaped, write_whole
 from ropepp_lit.text.formats import Options, Record, ending_of, find_problem, kind_of
 from ropepp_lit.text.hub import HUB, HubDataset
 from ropepp_lit.text.readers import pick, read_file, without_nulls
@@ -41,8 +41,7 @@ _METADATA_FILES = {
 
 def printable(path: object) -> str:
     """A path for messages: bytes that are not UTF-8 and control characters, such as line ends, are escaped."""
-    text = os.fsencode(str(path)).decode("utf-8", "backslashreplace")
-    return re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]", lambda match: repr(match[0])[1:-1], text)
+    return re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]", lambda match: repr(match[0])[1:-1], escaped(str(path)))
 
 
 @dataclass(frozen=True)
@@ -101,10 +100,11 @@ START = Cursor(0, 0)
 def find(sources: Sequence[str], *, key: str) -> Found:
     """The files of sources, in order: sources as given, files within a source by path.
 
-    A folder is searched to the bottom, links followed; each real file counts once. Hidden files and folders are left
-    out, and so are folders of token shards. Where a folder has files of JSON or tables, only these and .txt files are
-    documents; files about a corpus (README, LICENSE, dataset_info.json and the like) are not, unless a folder has
-    nothing else of their ending. Of a folder that `datasets` saved (`save_to_disk`) the tables are read that it names.
+    A folder is searched to the bottom, links followed; each real file counts once, in all sources together. Hidden
+    files and folders are left out, and so are folders of token shards. Where a folder has files of JSON or tables, only
+    these and .txt files are documents; files about a corpus (README, LICENSE, dataset_info.json and the like) are not,
+    unless a folder has nothing else of their ending. Of a folder that `datasets` saved (`save_to_disk`) the tables are
+    read that it names.
 
     Args:
         sources: Each `builtin`, a file, a folder, a glob, or `hf:` and the name of a Hugging Face dataset, with its
@@ -119,7 +119,7 @@ def find(sources: Sequence[str], *, key: str) -> Found:
         files, left_out = _find(source, key)
         found.files.extend(files)
         found.left_out.extend(left_out)
-    return found
+    return Found(_once(found.files, found.left_out), found.left_out)
 
 
 def find_files(sources: Sequence[str], *, key: str) -> list[Source]:
@@ -128,6 +128,11 @@ def find_files(sources: Sequence[str], *, key: str) -> list[Source]:
 
 
 def _find(source: str, key: str) -> Found:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source) and not os.path.exists(source):
+        raise UsageError(
+            f"{key}: {source}: text is read from this machine; copy it here, or name a dataset as {HUB}NAME (token "
+            "shards alone are read from s3:// and gs://)"
+        )
     if source.startswith(HUB):
         return Found([HubDataset.from_name(source, key=key)], [])
     if not source.strip():  # as a path it would be the current folder
@@ -152,7 +157,7 @@ def _find(source: str, key: str) -> Found:
                 f"{key}: {printable(source)}: no such file or folder; name files or folders of text, or {BUILTIN!r}"
             )
         paths.sort(key=lambda path: path.as_posix())
-        paths = _once(_documents(paths, left_out), left_out)
+        paths = _documents(paths, left_out)
     if not paths:
         raise UsageError(f"{key}: {printable(source)}: no files there; put text, JSON or tables there")
     return Found([SourceFile(path, printable(path)) for path in paths], left_out)
@@ -229,14 +234,18 @@ def _documents(paths: list[Path], left_out: list[LeftOut]) -> list[Path]:
     return documents
 
 
-def _once(paths: list[Path], left_out: list[LeftOut]) -> list[Path]:
-    """Each real file once: the first of its names that is not a link, else the first."""
-    first: dict[str, Path] = {}
-    for path in sorted(paths, key=lambda path: os.path.realpath(path) != os.path.abspath(path)):
-        first.setdefault(os.path.realpath(path), path)
+def _once(files: list[Source], left_out: list[LeftOut]) -> list[Source]:
+    """Each real file once: by the first of its names that is not a link, else by the first."""
+    real = [os.path.realpath(file.path) if isinstance(file, SourceFile) else file.name for file in files]
+    first: dict[str, int] = {}
+    for place in sorted(range(len(files)), key=lambda place: real[place] != os.path.abspath(files[place].path)):
+        first.setdefault(real[place], place)
     kept = set(first.values())
-    left_out += [LeftOut(printable(path), "a second name of a file that is read") for path in paths if path not in kept]
-    return [path for path in paths if path in kept]
+    left_out += [
+        LeftOut(file.name, "a second name of a file that is read")
+        for place, file in enumerate(files) if place not in kept
+    ]  # fmt: skip
+    return [file for place, file in enumerate(files) if place in kept]
 
 
 def identify(files: Sequence[Source], *, cache_dir: Path | None = None) -> list[Any]:

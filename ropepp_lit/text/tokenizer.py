@@ -19,6 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ropepp_lit.errors import UsageError
+from ropepp_lit.files import escaped
 from ropepp_lit.text import tokenizer_files
 from ropepp_lit.text.identity import opening_of
 from ropepp_lit.text.tokenizer_files import (
@@ -262,7 +263,7 @@ def load_tokenizer(name: str, *, bos_token: str | None = None, eos_token: str | 
 
 
 def _id_of(tokenizer: Tokenizer, token: str, *, key: str, name: str) -> int:
-    found = tokenizer.token_to_id(token)
+    found = None if escaped(token) != token else tokenizer.token_to_id(token)
     if found is None:
         raise UsageError(f"{key}: {token!r} is not in the vocabulary of {name}")
     return found

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +18,8 @@ from ropepp_lit.errors import UsageError
 
 TOKENIZER, SETTINGS, SPECIAL_TOKENS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 CONFIG, GENERATION, TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+"""Folder of the chat templates that are not the default one, as NAME.jinja."""
 
 VOCABULARIES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 """Files from which transformers makes a tokenizer where there is no tokenizer.json."""
@@ -32,7 +37,7 @@ class Loaded(NamedTuple):
     bos_token_id: int | None
     eos_token_id: int | None
     settings: dict[str, Any] | None
-    """tokenizer_config.json, with special_tokens_map.json and chat_template.jinja merged into it."""
+    """tokenizer_config.json, with special_tokens_map.json and the files of chat templates merged into it."""
     generation_config: str | None
     """generation_config.json."""
 
@@ -78,7 +83,7 @@ def fetch(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES)))
+        return Path(snapshot_download(name, allow_patterns=[*FILES, f"{MORE_TEMPLATES}/*.jinja"]))
     except Exception as error:  # httpx's, and the Hub's own
         raise UsageError(
             f"tokenizer: {name}: neither here nor to be had from the Hugging Face Hub ({type(error).__name__}); "
@@ -104,6 +109,8 @@ def encoding_errors() -> Iterator[None]:
     """
     try:
         yield
+    except TypeError as error:  # half of a surrogate pair: a byte of a command line, or an escape in JSON
+        raise UsageError("a text is not UTF-8; correct it") from error
     except Exception as error:  # tokenizers raises bare Exception
         raise UsageError(f"tokenizer: it cannot encode a text ({_line(error)}); name another tokenizer") from error
 
@@ -149,7 +156,8 @@ def _read(folder: Path, file: Path, settings: dict[str, Any] | None) -> tuple[To
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        with _no_warnings_of_config():
+            loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         tokenizer = exact(Tokenizer.from_str(loaded.backend_tokenizer.to_str()))
     except Exception as error:  # whatever the tokenizer's class raises
         if file.is_file():
@@ -165,6 +173,19 @@ def _read(folder: Path, file: Path, settings: dict[str, Any] | None) -> tuple[To
     return tokenizer, (loaded.bos_token, loaded.eos_token)
 
 
+@contextmanager
+def _no_warnings_of_config() -> Iterator[None]:
+    """Keep transformers from warnings of config.json, of which a tokenizer needs the model's type alone."""
+    logger = logging.getLogger("transformers.configuration_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def _read_file(path: Path) -> Tokenizer:
     try:
         return exact(Tokenizer.from_file(str(path)))
@@ -172,18 +193,64 @@ def _read_file(path: Path) -> Tokenizer:
         raise UsageError(f"tokenizer: {path}: not a tokenizer ({_line(error)})") from error
 
 
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write tokenizer_config.json, and its chat templates as files of their own, as transformers does.
+
+    A template keeps its bytes, line ends included. Templates with names that no file can have stay in the JSON, where
+    transformers reads them too.
+
+    Args:
+        folder: Of the tokenizer.
+        settings: See :class:`Loaded`.
+    """
+    templates = _by_name(settings.get("chat_template"))
+    if templates and all(re.fullmatch(r"\w[\w.-]*", name) for name in templates):
+        settings = {key: value for key, value in settings.items() if key != "chat_template"}
+        for name, text in templates.items():
+            path = folder / TEMPLATE if name == "default" else folder / MORE_TEMPLATES / f"{name}.jinja"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(text.encode())
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _by_name(found: Any) -> dict[str, str]:
+    """Chat templates of tokenizer_config.json by name; empty where there is none that can be read."""
+    if isinstance(found, str):
+        return {"default": found}
+    try:
+        return {str(item["name"]): str(item["template"]) for item in found or []}
+    except (TypeError, KeyError):
+        return {}
+
+
 def _read_settings(folder: Path) -> dict[str, Any] | None:
-    """tokenizer_config.json; what it does not name, special_tokens_map.json and chat_template.jinja do."""
+    """tokenizer_config.json; what it does not name, special_tokens_map.json does. Files of chat templates win."""
     found = [_read_json(folder / name) for name in (SPECIAL_TOKENS, SETTINGS)]
-    if found == [None, None]:
+    files = {"default": folder / TEMPLATE} if (folder / TEMPLATE).is_file() else {}
+    files |= {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    templates = {name: _read_exactly(path) for name, path in files.items()}
+    if found == [None, None] and not templates:
         return None
     special, settings = found
     merged = {**(special or {}), **{key: value for key, value in (settings or {}).items() if value is not None}}
     merged = {**dict.fromkeys(settings or {}), **merged}
-    template = folder / TEMPLATE
-    if template.is_file():
-        merged["chat_template"] = template.read_text(encoding="utf-8")
+    if templates.keys() == {"default"}:
+        merged["chat_template"] = templates["default"]
+    elif templates:
+        merged["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     return merged
+
+
+def _read_exactly(path: Path) -> str:
+    """The text of a file with its line ends as they are.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

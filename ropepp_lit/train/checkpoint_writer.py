@@ -44,6 +44,12 @@ class CheckpointWriter:
         self._write: Future[None] | None = None
         self._path = Path()
         self._has_noticed = False
+        self._begun_at: int | None = None
+        self._saved: set[int] = set()
+
+    def begin(self, step: int) -> None:
+        """The run begins or goes on at this step: checkpoints of later ones that are there already are damaged."""
+        self._begun_at = step
 
     def open(self) -> None:
         """Create the process group and the thread. Every rank must call it."""
@@ -152,7 +158,10 @@ class CheckpointWriter:
             print(f"Notice: {notice}.", file=sys.stderr)
         _flush(path.parent)
         newest = step_of(path) or 0
-        steps = sorted(step for step in saved_steps(path.parent) if step <= newest)  # later ones are damaged
+        self._saved.add(newest)
+        begun_at = newest if self._begun_at is None else self._begun_at
+        # Others are damaged: they are not counted, or whole ones would be deleted in their place.
+        steps = sorted(step for step in saved_steps(path.parent) if step <= begun_at or step in self._saved)
         for old in steps[: -self.keep] if self.keep else []:
             _remove(path.with_name(f"step={old}.ckpt"))
 

@@ -61,6 +61,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The step that the run continues from is saved already."""
         self._saved_step = self._seen_step = trainer.global_step
+        self._writer.begin(trainer.global_step)
         self.stop.install()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:

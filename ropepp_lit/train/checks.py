@@ -218,7 +218,13 @@ class Checks:
         differences = compare(checkpoint[KEY], ours)
         architecture = differences.get(ARCHITECTURE, "")
         shapes = trained_shapes(self._decoder, self._model.lora if is_adapter(checkpoint) else None)
-        if shapes != {name: value.shape for name, value in decoder_weights(checkpoint).items()}:
+        was_tied, is_tied = (
+            architecture["decoder"]["tie_word_embeddings"]
+            for architecture in (checkpoint[KEY]["architecture"], self._architecture)
+        )
+        # A tied checkpoint has both matrices too; tied, a model would keep one of two, and its optimizer knows one.
+        is_other = was_tied != is_tied and (is_tied or self._way == "fit")
+        if is_other or shapes != {name: value.shape for name, value in decoder_weights(checkpoint).items()}:
             raise UsageError(f"{path}: its weights do not fit the recipe's model ({architecture}); change the recipe")
         for kind in REFUSED[self._way]:
             if kind in differences:

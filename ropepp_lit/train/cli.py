@@ -35,7 +35,7 @@ from ropepp_lit.train.finite import DivergedError
 from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.garbage import GarbageCollection
 from ropepp_lit.train.recipe import write_recipe
-from ropepp_lit.train.refusals import in_one_line, quiet_full_disk_in_threads
+from ropepp_lit.train.refusals import in_one_line
 from ropepp_lit.train.summary import rank_zero_print, stop_summary, training_summary, validation_summary
 from ropepp_lit.train.trainer_options import check_folders, check_options, dry_run, has_progress_bar
 from ropepp_lit.train.validations import is_due, validated_step
@@ -307,7 +307,6 @@ def main(arguments: list[str]) -> None:
         arguments: The subcommand and its options.
     """
     quiet()
-    quiet_full_disk_in_threads()
     # Before anything is computed, as threads inherit it. CPUs are slow on weights near 1e-40, which ALiBi's softmax
     # gives to many far keys.
     torch.set_flush_denormal(True)

@@ -17,6 +17,8 @@ def matrix_parameters(config: DecoderConfig, layout: HeadLayout) -> int:
     """Parameters that every token is multiplied with: all matrices but the embedding."""
     width, head = config.hidden_size, config.head_dim
     attention = width * head * (layout.num_query_heads + 2 * layout.num_key_value_heads + layout.num_attention_heads)
+    if config.attention_gate is not None:
+        attention += width * layout.num_attention_heads * (head if config.attention_gate == "element" else 1)
     return config.num_hidden_layers * (attention + 3 * width * config.intermediate_size) + width * config.vocab_size
 
 

@@ -206,8 +206,13 @@ class StepMemory:
             Line(part, "sums of exponentials", tokens * heads, torch.float32),
         ]
         exchanges = setup.context_parallel_size > 1 and setup.context_parallel_mode == "heads"
-        if exchanges or layout.extra_dims:
+        if exchanges or layout.extra_dims or config.attention_gate is not None:
             lines.append(Line(part, "input of the output projection", tokens * head * heads, self.compute))
+        if config.attention_gate is not None:
+            size = head if config.attention_gate == "element" else 1
+            lines.append(Line(part, "gates of attention", tokens * size * heads, self.compute))
+        if config.score_scaling is not None:
+            lines.append(Line(part, "queries before their scores are scaled", tokens * grown * heads, self.compute))
         if config.qk_norm:
             normalized = tokens * head * (queries + caches)
             lines.append(Line(part, "queries and keys before their norms", normalized, self.residual))

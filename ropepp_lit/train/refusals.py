@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,18 +70,6 @@ def in_one_line(key: str) -> Iterator[None]:
         if modules and modules[-1].startswith(_REFUSE):
             raise UsageError(f"{key}: {_in_words(error)}") from error
         raise
-
-
-def quiet_full_disk_in_threads() -> None:
-    """Leave out the traceback of a thread that cannot write, such as TensorBoard's: its next call raises the error."""
-    previous = threading.excepthook
-
-    def hook(arguments: threading.ExceptHookArgs) -> None:
-        error = arguments.exc_value
-        if not (isinstance(error, OSError) and error.errno in _NO_ROOM):
-            previous(arguments)
-
-    threading.excepthook = hook
 
 
 def _root(error: BaseException) -> BaseException:

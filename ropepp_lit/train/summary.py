@@ -39,11 +39,12 @@ Held-out pairs of {name} at step {values["step"]:,.0f}, {values["pairs"]:,.0f} o
         bits = (
             f"\n  bits per byte: {values['bits_per_byte']:.3f} (this model){gzip}" if "bits_per_byte" in values else ""
         )
+        predicted = held_out.predicted(documents_apart=data.intra_document_masking)
         kind = "trained tokens" if held_out.trained_tokens else "tokens"
         parts.append(
             f"""
 Held-out text of {name} ({held_out.documents:,} documents, {held_out.bytes:,} bytes) at step {values["step"]:,.0f}, \
-{values["tokens"]:,.0f} of {data.predicted_tokens(held_out):,} {kind}:
+{values["tokens"]:,.0f} of {predicted:,} {kind}:
   loss {values["loss"]:.4f} nats per token, perplexity {values["perplexity"]:.2f}{bits}"""
         )
     return "\n".join(parts)

@@ -219,6 +219,10 @@ def test_sets_that_do_not_go_together(pairs, tmp_path):
         ({"source": {str(pairs): 1, str(chats): 1}}, "data: pairs holds pairs of answers and chats does not"),
         ({"source": {str(chats): 1, str(pairs): 1}}, "data: pairs holds pairs of answers and chats does not"),
         ({"validation": {"other": str(chats)}}, "data: pairs holds pairs of answers and other does not"),
+        (
+            {"context_length": 8},
+            "all pairs of answers of train in .* are longer than 8 tokens; set it to [0-9]+ or more$",
+        ),
         ({"too_long": "cut"}, "data.too_long: pairs holds pairs of answers, which cannot be compared"),
         ({"intra_document_masking": False}, "data.intra_document_masking: false lets the conversations"),
     ):

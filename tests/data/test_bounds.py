@@ -105,7 +105,7 @@ def test_every_token_behind_the_first_of_a_document_is_predicted_once(shards, to
             found += zip(batch.input_ids[counts].tolist(), batch.labels[counts].tolist(), strict=True)
     assert sorted(found) == expected
     (tokens,) = data.validation_sets.values()
-    assert data.predicted_tokens(tokens) == len(expected)
+    assert tokens.predicted(documents_apart=data.intra_document_masking) == len(expected)
     assert data.bytes_per_token(next(iter(data.validation_sets))) == tokens.bytes / len(expected)
     if rank is not None:  # each of two ranks has half of the places, and the same documents
         shard = ContextShard(2, rank, "gather")
@@ -151,7 +151,9 @@ def test_a_mixture_of_other_special_tokens_has_its_bounds_and_says_so(prepared):
         manifest = Manifest.read(folder)
         assert sum(1 for _ in blocks.documents()) == manifest.splits["validation"].documents
     predicted = [sum(int((batch.labels >= 0).sum()) for batch in loader) for loader in data.val_dataloader()]
-    assert predicted == [data.predicted_tokens(tokens) for tokens in data.validation_sets.values()]
+    assert predicted == [
+        tokens.predicted(documents_apart=data.intra_document_masking) for tokens in data.validation_sets.values()
+    ]
 
 
 def test_bytes_per_token_of_a_mixture_are_those_of_what_is_read(prepared, tmp_path):

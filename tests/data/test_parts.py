@@ -277,7 +277,7 @@ def test_a_manifest_of_a_trillion_tokens_is_cheap(tmp_path):
     ]
     run(store(tmp_path, "jsonl"), tmp_path / "out")
     manifest = Manifest.read(tmp_path / "out")
-    manifest.splits["train"] = TokenSet(documents=1, tokens=10**12, chunks=chunks)
+    manifest.splits["train"] = TokenSet(documents=1_250_000_000, tokens=10**12, chunks=chunks)
     begin = time.process_time()
     manifest.write(tmp_path)
     assert Manifest.read(tmp_path).splits["train"].chunks == chunks

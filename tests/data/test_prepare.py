@@ -140,7 +140,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     source = store(tmp_path / "texts", "jsonl")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.bin").write_text("weights")
-    with pytest.raises(UsageError, match=r"out: .* holds something else"):
+    with pytest.raises(UsageError, match=r"out: .* is not empty; name an empty or a new folder"):
         run(source, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.bin"]
     (tmp_path / "empty").mkdir()
@@ -233,7 +233,7 @@ def test_damaged_shards_are_named(tmp_path):
     assert f"{folder}/train/index.json: missing, garbled" in verify(folder)[0]
     for text in ("{", json.dumps({"format_version": 99})):
         (folder / "manifest.json").write_text(text)
-        with pytest.raises(UsageError, match=r"manifest\.json: not a manifest"):
+        with pytest.raises(UsageError, match=r"manifest\.json: (not a manifest|format_version 99)"):
             Manifest.read(folder)
     os.remove(folder / "manifest.json")
     with pytest.raises(UsageError, match=r"manifest\.json: No such file"):

@@ -194,6 +194,22 @@ def test_missing_buckets_and_folders(server, tmp_path):
         assert time.monotonic() - started < 30
 
 
+@pytest.mark.parametrize(
+    ("url", "endpoint", "message"),
+    [
+        ("s3://", None, "s3://: no bucket; write s3://BUCKET/FOLDER"),
+        ("s3:///shards", None, "no bucket"),
+        ("s3://two words/shards", None, r"Invalid bucket name .two words.*; check the URL"),
+        ("s3://tokens/shards", "no URL", r"Invalid endpoint: no URL; check the URL, the endpoint"),
+    ],
+)
+def test_urls_and_endpoints_that_are_none(tmp_path, monkeypatch, url, endpoint, message):
+    if endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(UsageError, match=message):
+        make(url, tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["refused", "silent"])
 def test_dead_endpoints_fail_in_time(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("ropepp_lit.data.remote.SECONDS_TO_FAIL", 4)

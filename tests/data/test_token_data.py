@@ -261,7 +261,9 @@ def test_validation_sets_of_a_mixture(make, mixture):
     data = make(source=mixture, tokenizer=None)
     assert list(data.validation_sets) == ["long", "short"]
     for tokens, loader in zip(data.validation_sets.values(), data.val_dataloader(), strict=True):
-        assert sum((batch.labels >= 0).sum() for batch in loader) == data.predicted_tokens(tokens)
+        assert sum((batch.labels >= 0).sum() for batch in loader) == tokens.predicted(
+            documents_apart=data.intra_document_masking
+        )
 
 
 def test_validation_sets_of_their_own(make, source, tmp_path):
@@ -275,7 +277,9 @@ def test_validation_sets_of_their_own(make, source, tmp_path):
     assert documents == {"everything": 60, "held out": data.validation_sets["held out"].documents}
     assert 0 < documents["held out"] < 40
     for tokens, loader in zip(data.validation_sets.values(), data.val_dataloader(), strict=True):
-        assert sum((batch.labels >= 0).sum() for batch in loader) == data.predicted_tokens(tokens)
+        assert sum((batch.labels >= 0).sum() for batch in loader) == tokens.predicted(
+            documents_apart=data.intra_document_masking
+        )
     with pytest.raises(UsageError, match=r"data\.validation: .*nowhere holds no token shards; make them by"):
         make(validation={"text": str(tmp_path / "nowhere")})
     with pytest.raises(UsageError, match=r"data\.validation: a source holds out documents as some"):

@@ -91,7 +91,8 @@ def test_the_last_answer_of_a_conversation_is_expected(chat_folder, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "no pair"}], r"no key 'messages'"),
+        ([{"text": "no pair"}], r"'chat_template_kwargs'; write prompt and completion, or messages"),
+        ([], "pairs.jsonl: no rows; name files of prompts and answers"),
         ([{"messages": [{"role": "user", "content": "Well?"}]}], "no prompt before an answer"),
         ([{"prompt": "x", "completion": ""}], "an empty completion"),
         ([{"messages": []}], "messages has no messages"),

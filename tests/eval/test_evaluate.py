@@ -223,7 +223,10 @@ def test_a_run_counts_once_and_one_model_is_in_memory_at_a_time(small_checkpoint
         (["--text", "nowhere"], "text: nowhere: no such file or folder"),
         (["--text", "empty.txt"], "text: empty.txt holds no document"),
         (["--text", "empty.txt,"], "text: an empty name among the sources"),
-        (["--text", "latin.txt"], "text: latin.txt: not UTF-8"),
+        (
+            ["--text", "latin.txt"],
+            "text: latin.txt: not UTF-8; convert it by `iconv -f ENCODING -t UTF-8`, or leave the file out",
+        ),
         (["--min_tokens", "100000"], "holds no document of 100,000 tokens or more"),
         (["--out", "taken"], "out: taken holds something else than an evaluation"),
     ],
@@ -240,10 +243,12 @@ def test_mistakes(mistake, small_checkpoints, text, tmp_path, monkeypatch, optio
     assert said in mistake(str(small_checkpoints["ec"]), *words, subcommand="evaluate")
 
 
-def test_checkpoints_that_cannot_be_measured(mistake, small_checkpoints, tmp_path, monkeypatch):
+def test_checkpoints_that_cannot_be_measured(mistake, small_checkpoints, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "checkpoints: name at least one" in mistake("--out", "out", subcommand="evaluate")
-    assert "none.ckpt: no such checkpoint" in mistake("none.ckpt", "--out", "out", subcommand="evaluate")
+    for before in ([], [str(small_checkpoints["ec"])]):  # which is not measured first
+        said = mistake(*before, "none.ckpt", "--text", str(text), "--out", "out", subcommand="evaluate")
+        assert "none.ckpt: no such checkpoint" in said
     (tmp_path / "cut.ckpt").write_bytes(small_checkpoints["ec"].read_bytes()[:1000])
     assert "cut.ckpt: not a readable checkpoint" in mistake("cut.ckpt", "--out", "out", subcommand="evaluate")
     import torch

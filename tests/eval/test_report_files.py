@@ -85,6 +85,15 @@ def test_a_file_that_cannot_be_written_wholly_leaves_the_earlier_one(make, tmp_p
     assert (tmp_path / "results.json").read_text() == "earlier"
 
 
+def test_file_names_that_are_not_utf8_are_escaped(make, tmp_path):
+    results = make(names=["a\udcff"], tasks=["harness"], runs=1)
+    write_report({**results, "command": "evaluate \ud800"}, tmp_path)
+    written = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert (written["models"][0]["name"], written["command"]) == (r"a\xff", r"evaluate \ud800")
+    for name in ("scores.csv", "index.html"):
+        assert r"a\xff" in (tmp_path / name).read_text(encoding="utf-8")
+
+
 def test_a_model_has_one_colour_in_all_plots(make):
     results = make(names=[f"model {number}" for number in range(8)], runs=1)
     colours = {}

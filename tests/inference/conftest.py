@@ -1,3 +1,9 @@
+import os
+import signal
+import subprocess
+from types import SimpleNamespace
+
+import psutil
 import pytest
 from others import make_folder
 
@@ -12,3 +18,29 @@ def talker(tmp_path_factory):
 def base(tmp_path_factory):
     """A model without a chat template, whose tokenizer writes bytes as tokens."""
     return make_folder("llama2", tmp_path_factory.mktemp("models") / "llama2", max_position_embeddings=96)
+
+
+@pytest.fixture(scope="module")
+def start_server(command_path, free_port, tmp_path_factory):
+    """Starts a server; returns its process, port, and what it prints. It leaves no process behind."""
+    started = []
+
+    def start_server(*words, env=None):
+        port, folder = free_port(), tmp_path_factory.mktemp("serve")
+        with (folder / "errors").open("w") as errors:
+            process = psutil.Popen(
+                [command_path, "serve", *map(str, words), "--port", str(port)], cwd=folder, text=True,
+                stdout=subprocess.PIPE, stderr=errors, env={**os.environ, **(env or {})},
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            )  # fmt: skip
+        lines = [process.stdout.readline(), process.stdout.readline()]
+        family = [process, *process.children(recursive=True)]
+        started.append(family)
+        return SimpleNamespace(port=port, process=process, lines=lines, family=family, folder=folder)
+
+    yield start_server
+    for family in started:
+        for process in family:
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                process.kill()
+        family[0].wait()

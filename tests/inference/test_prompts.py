@@ -49,19 +49,21 @@ def test_rows_keep_their_order_and_their_keys(base, tmp_path, capsys):
 
 def test_conversations_by_the_chat_template(talker, tmp_path):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A fox?"}]
+    parts = [{"type": "text", "text": "A "}, {"type": "text", "text": "fox?"}]
     rows = [{"messages": messages}, {"prompt": "A fox?"}, {"conversations": [{"from": "human", "value": "A fox?"}]}]
+    rows.append({"messages": [{"role": "user", "content": parts}]})
     write(tmp_path / "in.jsonl", rows)
     command = ["generate", str(talker), "--prompts", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]
     main([*command, "--chat", "true", "--temperature", "0", "--max_new_tokens", "12"])
     model = load_model(str(talker))
     template = ChatTemplate.from_tokenizer(model.tokenizer)
     found = read(tmp_path / "out.jsonl")
-    for given, row in zip((messages, messages[1:], messages[1:]), found, strict=True):
+    for given, row in zip((messages, *[messages[1:]] * 3), found, strict=True):
         text = template.render(given, add_generation_prompt=True)
         assert text.endswith("<|im_start|>assistant\n")
         ids = template.tokens.encode([text], [[]])[0][0].tolist()
         assert row["text"] == "".join(Stream(model, Row(model.decoder), ids, Writing(max_new_tokens=12)))
-    assert found[0]["text"] != found[1]["text"] == found[2]["text"]
+    assert found[0]["text"] != found[1]["text"] == found[2]["text"] == found[3]["text"]
 
 
 @pytest.mark.end_to_end
@@ -174,6 +176,7 @@ BAD_CHATS = {
         "the last message is the assistant's",
     ),
     "neither": ('{"id": 1}', "neither messages, nor"),
+    "a role": ('{"messages": [{"role": "robot", "content": "a"}]}', "a role 'robot', which the chat template does not"),
 }
 
 

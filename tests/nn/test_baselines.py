@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from plain_schemes import POSITIONS, make, turned
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ropepp_lit.checkpoint import describe_architecture, load_decoder, make_checkpoint
@@ -12,8 +13,6 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.config import Architecture, write_config
 from ropepp_lit.nn import (
     ALiBi,
-    Decoder,
-    DecoderConfig,
     Documents,
     FoPE,
     Frequencies,
@@ -30,32 +29,11 @@ from ropepp_lit.nn.generation import generate
 from ropepp_lit.train.optimizer import AdamW
 
 SCHEMES = {"alibi": ALiBi(), "partial": PartialRoPE(), "fope": FoPE(context_length=4096), "nope": NoPE()}
-POSITIONS = torch.tensor([0, 1, 2, 3, 255, 256, 500, 4095, 4096, 5000, 5001, 32_767, 65_536, 99_999, 100_000])
-
-
-def make(scheme, frequencies=None, **changes):
-    geometry = {
-        "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    return Decoder(DecoderConfig(**{**geometry, **changes}), scheme, frequencies or Frequencies())
 
 
 @pytest.fixture(params=SCHEMES)
 def decoder(request):
     return make(SCHEMES[request.param])
-
-
-def turned(x, pairs):
-    """A head [T, d] with pair n of token t, as x_n + i x_{n+d/2}, multiplied by the complex number pairs[t][n]."""
-    half = x.shape[1] // 2
-    result = x.clone()
-    for t in range(len(x)):
-        for n, factor in enumerate(pairs[t]):
-            z = complex(x[t, n], x[t, n + half]) * factor
-            result[t, n], result[t, n + half] = z.real, z.imag
-    return result
 
 
 def alibi_scores(q, k, slope):

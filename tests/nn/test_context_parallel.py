@@ -9,23 +9,19 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from plain_schemes import ALL_SCHEMES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import (
-    ALiBi,
     Decoder,
     DecoderConfig,
     Documents,
-    FoPE,
     Frequencies,
-    NoPE,
-    PartialRoPE,
     Probe,
     RoPE,
-    RoPEPP,
 )
 from ropepp_lit.nn.attention import Attention
 from ropepp_lit.nn.context_parallel import (
@@ -39,10 +35,6 @@ from ropepp_lit.nn.context_parallel import (
 from ropepp_lit.nn.kernels import Segments, attend, attend_packed
 
 ROWS, TOKENS = 2, 48
-SCHEMES = {
-    "rope": RoPE(), "eh": RoPEPP(variant="eh"), "ec": RoPEPP(variant="ec"), "partial": PartialRoPE(),
-    "fope": FoPE(context_length=64), "alibi": ALiBi(), "nope": NoPE(),
-}  # fmt: skip
 GEOMETRY = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8,
     "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2,
@@ -76,8 +68,9 @@ def run(decoder, input_ids, labels, **arguments):
 
 
 CASES = [
-    *((name, {}, mode, packed) for name, mode, packed in product(SCHEMES, MODES, (False, True))),
+    *((name, {}, mode, packed) for name, mode, packed in product(ALL_SCHEMES, MODES, (False, True))),
     ("ec", {"qk_norm": True, "attention_bias": True}, "gather", True),
+    *(("ec", {"attention_gate": "element", "score_scaling": "log"}, mode, True) for mode in MODES),
     ("rope", {"num_attention_heads": 3, "num_key_value_heads": 1}, "gather", True),  # heads that no rank can have alone
     ("rope", {"num_attention_heads": 3, "num_key_value_heads": 1}, "gather", False),
 ]
@@ -89,7 +82,7 @@ def compare(rank, ranks, port):
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store, timeout=timedelta(seconds=60))
     for name, changes, mode, packed in CASES:
-        decoder, (input_ids, labels, documents) = make(SCHEMES[name], **changes), batch(packed=packed)
+        decoder, (input_ids, labels, documents) = make(ALL_SCHEMES[name], **changes), batch(packed=packed)
         expected_logits, expected_loss, expected_gradients = run(decoder, input_ids, labels, documents=documents)
         group = ContextGroup(dist.group.WORLD, mode)
         decoder.set_context_group(group)
@@ -213,7 +206,7 @@ def test_more_keys_than_queries_need_no_mask_in_memory():
     ],
 )  # fmt: skip
 def test_the_mode_that_moves_less_is_chosen(scheme, ranks, mode):
-    layout = SCHEMES[scheme].head_layout(num_attention_heads=32, num_key_value_heads=8)
+    layout = ALL_SCHEMES[scheme].head_layout(num_attention_heads=32, num_key_value_heads=8)
     assert choose_mode(layout, 128, ranks) == mode
     assert choose_mode(layout, 128, ranks, "gather") == "gather"
 
@@ -299,8 +292,8 @@ def test_bytes_moved_are_those_of_the_formula_and_of_the_table(ranks, cluster):
     cluster(ranks)
     cells = [f"{ranks}"]
     for name in ("rope", "eh", "ec"):
-        layout = SCHEMES[name].head_layout(num_attention_heads=32, num_key_value_heads=8)
-        counted = {mode: elements_sent(SCHEMES[name], ranks, mode) for mode in MODES}
+        layout = ALL_SCHEMES[name].head_layout(num_attention_heads=32, num_key_value_heads=8)
+        counted = {mode: elements_sent(ALL_SCHEMES[name], ranks, mode) for mode in MODES}
         assert counted == {mode: elements_moved(layout, 128, ranks, mode) for mode in MODES}
         assert choose_mode(layout, 128, ranks) == min(MODES, key=lambda mode: (counted[mode], mode))
         cells += [f"{2 * counted[mode] / 1024:.1f}" for mode in MODES]
@@ -310,6 +303,6 @@ def test_bytes_moved_are_those_of_the_formula_and_of_the_table(ranks, cluster):
 @pytest.mark.parametrize("name", ["alibi", "fope"])
 def test_bytes_moved_of_other_schemes(name, cluster):
     cluster(4)
-    layout = SCHEMES[name].head_layout(num_attention_heads=32, num_key_value_heads=8)
+    layout = ALL_SCHEMES[name].head_layout(num_attention_heads=32, num_key_value_heads=8)
     for mode in MODES:
-        assert elements_sent(SCHEMES[name], 4, mode) == elements_moved(layout, 128, 4, mode)
+        assert elements_sent(ALL_SCHEMES[name], 4, mode) == elements_moved(layout, 128, 4, mode)

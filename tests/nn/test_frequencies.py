@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn import Frequencies, Linear, Llama3, Yarn, YarnByRotations
+from ropepp_lit.nn import Clipped, Frequencies, Linear, Llama3, Yarn, YarnByRotations
 
 HEAD_DIM = 128
 
@@ -77,6 +79,27 @@ def test_the_two_yarns_differ():
         torch.testing.assert_close(found[-1], plain[-1] / 32)
 
 
+@pytest.mark.parametrize("taper", [True, False])
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [({"context_length": 4096}, 46), ({"kept": 0.75}, 48), ({"kept": 0.0}, 0), ({"kept": 1.0}, 64)],
+)
+def test_clipped_frequencies(settings, first, taper):
+    theta = [10_000 ** (-2 * n / 128) for n in range(64)]
+    if "context_length" in settings:
+        assert sum(4096 * x / (2 * math.pi) >= 1 for x in theta) == first
+    expected = []
+    for n, x in enumerate(theta):
+        factor = 1.0
+        if n >= first:
+            factor = (1 + math.cos(math.pi * (n - first) / (63 - first))) / 2 if taper else 0.0
+        expected.append(x * factor)
+    found = Clipped(**settings, taper=taper).inverse_frequencies(HEAD_DIM, dtype=torch.float64)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-18, rtol=1e-12)
+    if first < 64:
+        assert found[-1] < 1e-18
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [
@@ -84,9 +107,17 @@ def test_the_two_yarns_differ():
         (lambda: Linear(factor=0.5), "factor"),
         (lambda: Yarn(factor=4, original_max_position_embeddings=0), "original_max_position_embeddings"),
         (lambda: YarnByRotations(factor=4, beta_fast=1, beta_slow=2), "beta_fast"),
+        (lambda: Clipped(context_length=0), "context_length"),
+        (lambda: Clipped(kept=1.5), "kept"),
         (lambda: Llama3(low_freq_factor=4, high_freq_factor=1), "high_freq_factor"),
     ],
 )
 def test_settings_that_cannot_be(make, name):
     with pytest.raises(UsageError, match=rf"model\.frequencies\.{name}"):
         make()
+
+
+def test_one_of_two_settings():
+    for settings in ({}, {"context_length": 512, "kept": 0.5}):
+        with pytest.raises(UsageError, match=r"model\.frequencies: Clipped needs context_length or kept, one of them"):
+            Clipped(**settings)

@@ -2,17 +2,14 @@
 
 import pytest
 import torch
+from plain_schemes import ALL_SCHEMES
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import (
-    ALiBi,
     Decoder,
     DecoderConfig,
     Documents,
-    FoPE,
     Frequencies,
-    NoPE,
-    PartialRoPE,
     RNoPE,
     RoPE,
     RoPEPP,
@@ -22,11 +19,7 @@ GEOMETRY = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 16,
     "num_key_value_heads": 8, "head_dim": 8, "initializer_range": 0.2,
 }  # fmt: skip
-SCHEMES = {
-    "rope": RoPE(), "eh": RoPEPP(variant="eh"), "ec": RoPEPP(variant="ec"), "partial": PartialRoPE(),
-    "fope": FoPE(context_length=64), "alibi": ALiBi(), "nope": NoPE(),
-    "rnope": RNoPE(nope_layers=[1]),
-}  # fmt: skip
+SCHEMES = {**ALL_SCHEMES, "rnope": RNoPE(nope_layers=[1])}
 BIASES = {"qk_norm": True, "attention_bias": True, "attention_output_bias": True}
 
 

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from plain_schemes import ALL_SCHEMES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,14 +21,11 @@ from torch.utils._pytree import tree_map
 
 from ropepp_lit.data.batch import Batch
 from ropepp_lit.nn import (
-    ALiBi,
     Decoder,
     DecoderConfig,
     Documents,
-    FoPE,
     Frequencies,
     NoPE,
-    PartialRoPE,
     RoPE,
     RoPEPP,
     kernels,
@@ -40,10 +38,6 @@ from ropepp_lit.train.metrics import PairLoss
 from ropepp_lit.train.pair_training import PairTraining
 from ropepp_lit.train.preference import DPO
 
-SCHEMES = {
-    "rope": RoPE(), "eh": RoPEPP(variant="eh"), "ec": RoPEPP(variant="ec"), "partial": PartialRoPE(),
-    "fope": FoPE(context_length=64), "alibi": ALiBi(), "nope": NoPE(),
-}  # fmt: skip
 TOKENS, LAYERS = 80, 2
 CONFIG = {
     "vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS,
@@ -117,7 +111,7 @@ def watch(
     packed,
     weights=torch.float32,
     autocast=True,
-    qk_norm=False,
+    switches=None,
     places=False,
     implementation=None,
     group=None,
@@ -134,7 +128,7 @@ def watch(
     torch.set_default_dtype(weights)
     try:
         with torch.device("meta"):
-            decoder = Decoder(DecoderConfig(**CONFIG, qk_norm=qk_norm), scheme, Frequencies())
+            decoder = Decoder(DecoderConfig(**CONFIG, **(switches or {})), scheme, Frequencies())
             if lora is not None:
                 inject(decoder, lora)
         with fake_cuda(autocast=autocast) as mode:
@@ -156,12 +150,12 @@ def watch(
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("switches", [{}, {"qk_norm": True, "attention_gate": "element", "score_scaling": "log"}])
 @pytest.mark.parametrize(("weights", "autocast"), [(torch.float32, True), (torch.bfloat16, False)])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_attention_is_a_flash_kernel_in_bfloat16(scheme, weights, autocast, qk_norm, packed):
+@pytest.mark.parametrize("scheme", ALL_SCHEMES)
+def test_attention_is_a_flash_kernel_in_bfloat16(scheme, weights, autocast, switches, packed):
     # float32 weights under autocast: one GPU and DDP; bfloat16 without: FSDP2's policy, and bf16-true.
-    seen = watch(SCHEMES[scheme], packed=packed, weights=weights, autocast=autocast, qk_norm=qk_norm)
+    seen = watch(ALL_SCHEMES[scheme], packed=packed, weights=weights, autocast=autocast, switches=switches)
     assert len(seen.attention) == LAYERS
     for tensors in seen.attention:
         assert [x.dtype for x in tensors[:3]] == [torch.bfloat16] * 3
@@ -201,7 +195,7 @@ def test_float32_adapters_leave_attention_in_bfloat16(base_dtype, autocast, dora
 def test_casts_of_a_layer(weights, autocast, qk_norm, per_layer):
     counts = {}
     for scheme in (NoPE(), RoPE(), RoPEPP(variant="ec")):
-        seen = watch(scheme, packed=True, weights=weights, autocast=autocast, qk_norm=qk_norm)
+        seen = watch(scheme, packed=True, weights=weights, autocast=autocast, switches={"qk_norm": qk_norm})
         counts[str(scheme)] = seen.operations["cast"]
     # The loss: autocast's input and weight of the output layer; the gradients of logits and of the weight.
     outside = 4 if autocast else 2
@@ -310,7 +304,7 @@ def test_flash_attn_gets_what_it_takes(scheme, deterministic, monkeypatch):
     monkeypatch.setattr(kernels, "flash_attn_varlen_func", partial(flash_attn_signature, checked=checked))
     torch.use_deterministic_algorithms(deterministic)
     try:
-        watch(SCHEMES[scheme], packed=True, implementation="flash_attn")
+        watch(ALL_SCHEMES[scheme], packed=True, implementation="flash_attn")
     finally:
         torch.use_deterministic_algorithms(False)
     assert checked == [(17, deterministic)] * LAYERS  # the longest document, not the row
@@ -362,12 +356,12 @@ def test_generation_waits_for_no_value():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ALL_SCHEMES)
 def test_gathered_keys_and_values_reach_a_kernel_of_linear_memory(scheme, packed):
     """Context parallelism in the mode `gather`, as a rank of four."""
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
     try:
-        seen = watch(SCHEMES[scheme], packed=packed, group=ContextGroup(dist.group.WORLD, "gather"))
+        seen = watch(ALL_SCHEMES[scheme], packed=packed, group=ContextGroup(dist.group.WORLD, "gather"))
     finally:
         dist.destroy_process_group()
     calls = LAYERS if packed else 2 * LAYERS  # plain rows: one for each of the rank's chunks

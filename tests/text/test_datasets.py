@@ -35,6 +35,7 @@ def broken_connection(folder, monkeypatch):
 def test_datasets_that_fail_end_in_one_line(tmp_path, monkeypatch):
     for name, message in (
         ("script", r"Dataset scripts are no longer supported.*; prepare its files by themselves, after `hf download`"),
+        ("split", r"at its beginning: .*; check its name, configuration and split and the connection, or prepare its"),
         ("mixed", r"at row 2: .*; run the same command again \(finished parts are kept\)"),
         ("connection", r"at row 2: ClientPayloadError: Response payload is not completed; run the same command again"),
     ):
@@ -42,12 +43,14 @@ def test_datasets_that_fail_end_in_one_line(tmp_path, monkeypatch):
         folder.mkdir()
         if name == "script":
             (folder / "script.py").write_text(SCRIPT)
+        elif name == "split":
+            (folder / "a.jsonl").write_text('{"text": "a"}\n')
         elif name == "mixed":
             mixed(folder)
         else:
             broken_connection(folder, monkeypatch)
         with pytest.raises(UsageError, match=message) as caught:
-            read(f"hf:{folder}")
+            read(f"hf:{folder}" + (":nowhere" if name == "split" else ""))
         assert "\n" not in str(caught.value)
 
 
@@ -66,7 +69,7 @@ def test_a_stream_goes_on_by_its_own_state(tmp_path, monkeypatch):
     assert [record.text for _, record in Reader(files, start=cursor)] == DOCUMENTS[471:]
 
 
-def test_revisions(monkeypatch):
+def test_revisions(tmp_path, monkeypatch):
     (file,) = find_files([f"hf:org/name@{'a' * 40}:config:train"], key="text")
     assert (file.path, file.revision, file.config, file.split) == ("org/name", "a" * 40, "config", "train")
     assert file.commit == "a" * 40
@@ -86,3 +89,5 @@ def test_revisions(monkeypatch):
     assert loaded["revision"] == "b" * 40  # what `main` was when the work began
     with pytest.raises(UsageError, match="write hf:NAME"):
         find_files(["hf:org/name@"], key="text")
+    with pytest.raises(UsageError, match="is a folder here, which has no revisions; leave @main out"):
+        find_files([f"hf:{tmp_path}@main"], key="text")

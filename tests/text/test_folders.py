@@ -73,6 +73,12 @@ def test_links(tmp_path):
             str(tmp_path / n) for n in ("outside/a.txt", "outside/deep/b.txt", "source/z/c.txt")
         )
         assert str(tmp_path / "source/z/c.txt") in [file.name for file in found.files]
+    several = [str(tmp_path / name) for name in ("source/linked", "source/z/c.txt", "source", "outside")]
+    found = find(several, key="text")
+    assert sorted(file.name for file in found.files) == [
+        str(tmp_path / n) for n in ("outside/a.txt", "outside/deep/b.txt", "source/z/c.txt")
+    ]
+    assert (several[1], "a second name of a file that is read") in found.left_out
     reasons = {Path(name).name: reason for name, reason in find([str(tmp_path / "source")], key="text").left_out}
     assert reasons["c2.txt"] == "a second name of a file that is read"
     assert reasons["broken.txt"] == "a broken link, or not a regular file"

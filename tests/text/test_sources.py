@@ -62,8 +62,8 @@ COMPRESSED = {
     "": bytes,
     ".gz": lambda data: gzip.compress(data[:500]) + gzip.compress(data[500:]),
     ".ZST": zst,
-    ".bz2": lambda data: bz2.compress(data[:500]) + bz2.compress(data[500:]),
-    ".xz": lambda data: lzma.compress(data[:500]) + lzma.compress(data[500:]),
+    ".bz2": lambda data: bz2.compress(data[:500]) + bz2.compress(data[500:]) + bytes(512),
+    ".xz": lambda data: lzma.compress(data[:500]) + bytes(8) + lzma.compress(data[500:]) + bytes(70_000),
 }
 
 
@@ -198,10 +198,11 @@ NOT_TEXT = {
     "model.bin": (b"text", r"a \.bin file is not text"),
     "x.tar.gz": (gzip.compress(b"text"), r"a \.tar file is not text; unpack"),
     "image.PNG": (b"\x89PNG\r\n", "an image"),
-    "utf16.txt": ("text".encode("utf-16"), "UTF-16 text; convert it by `iconv"),
+    "utf16.txt": ("text".encode("utf-16"), "UTF-16 text; convert it by `iconv -f UTF-16"),
+    "utf32.txt": ("text".encode("utf-32"), "UTF-32 text; convert it by `iconv -f UTF-32"),
     "end.jsonl": (json_lines(DOCUMENTS) + b"{", ":601: broken JSON"),
     "no key.txt": (b'{"content": "a"}\n', ":1: no key 'text'; name the key"),
-    "latin1.txt": (b"caf\xe9", "not UTF-8; convert"),
+    "latin1.txt": (b"caf\xe9", "not UTF-8; convert it by `iconv -f ENCODING -t UTF-8`"),
     "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer .*`git lfs pull`"),
     "crawl.gz": (gzip.compress(b"WARC/1.0\r\n"), "a web archive"),
     "rows.parquet.gz": (gzip.compress(b"PAR1..."), "a compressed table; unpack"),
@@ -214,6 +215,8 @@ NOT_TEXT = {
     "cut.jsonl.zst": (zst(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a whole copy"),
     "cut.jsonl.bz2": (bz2.compress(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a whole copy"),
     "cut.jsonl.xz": (lzma.compress(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a whole copy"),
+    "second.jsonl.bz2": (bz2.compress(json_lines(DOCUMENTS)) + b"oops", "unreadable: .*; replace it by a whole copy"),
+    "second.jsonl.xz": (lzma.compress(json_lines(DOCUMENTS)) + b"oops", "unreadable: .*; replace it by a whole copy"),
     "cut.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "unreadable: "),
 }
 

@@ -259,6 +259,10 @@ def test_a_text_that_cannot_be_encoded_is_one_line(known, tmp_path):
     made.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UsageError, match=r"tokenizer: it cannot encode a text \(WordLevel error: Missing \[UNK\]"):
         load_tokenizer(str(tmp_path / "tokenizer.json")).encode(["a b"])
+    with pytest.raises(UsageError, match=r"eos_token: .* is not in the vocabulary of bytes"):
+        load_tokenizer("bytes", eos_token="\udcff")
+    with pytest.raises(UsageError, match="a text is not UTF-8; correct it"):
+        byte_tokenizer().encode_prompt("a\udcffb")
 
 
 def test_a_bare_file_and_no_file(tmp_path):

@@ -111,6 +111,10 @@ TABLE = {  # what differs: what happens by way in, and what is printed
     "special ids": ((NOTED, REFUSED, NOTED), "opening [5] → [0], eos_token_id 2 → 1"),
     "base": ((NOTED, NOTED, NOTED), "model.frequencies.rope_theta 10000.0 → 20000.0"),
     "shapes": ((REFUSED, REFUSED, REFUSED), "its weights do not fit the recipe's model"),
+    "ties": (
+        (REFUSED, REFUSED, REFUSED),
+        "its weights do not fit the recipe's model (model.decoder.tie_word_embeddings",
+    ),
 }
 
 
@@ -132,6 +136,8 @@ def test_what_differs_by_way_in(copied, capsys, way, what):
         more = ["--model.frequencies.rope_theta", "20000"]
     if what == "shapes":
         more = ["--model.decoder.intermediate_size", "64"]
+    if what == "ties":
+        more = ["--model.decoder.tie_word_embeddings", "true"]
     names = ["--model.init_from", path] if way == "init_from" else ["--ckpt_path", path]
     if what == "tokenizer of the data":  # so that a plan has data to look at
         main(["prepare", "texts", "--out", "other", "--tokenizer", "bytes", "--validation_fraction", "0.2"])

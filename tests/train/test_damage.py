@@ -9,6 +9,7 @@ import torch
 from ropepp_lit.checkpoint import read_checkpoint
 from ropepp_lit.cli import main
 from ropepp_lit.errors import UsageError
+from ropepp_lit.train.checkpoint_writer import CheckpointWriter, step_of
 
 pytestmark = pytest.mark.end_to_end
 
@@ -36,6 +37,17 @@ def test_a_damaged_newest_checkpoint(fit, capsys):
     with pytest.raises(SystemExit):
         fit("damaged", "--ckpt_path", "auto")
     assert f"{folder} holds damaged checkpoints only (step=2.ckpt, step=4.ckpt" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_not_one_of_those_that_are_kept(tmp_path):
+    writer = CheckpointWriter(in_background=False, keep=2)
+    for step in (4, 8, 10):
+        (tmp_path / f"step={step}.ckpt").touch()
+    writer.begin(8)  # as 10 is damaged
+    for step, kept in ((12, {8, 10, 12}), (16, {10, 12, 16})):
+        (tmp_path / f".step={step}.ckpt.partial").touch()
+        writer._publish(tmp_path / f"step={step}.ckpt")
+        assert {step_of(path) for path in tmp_path.glob("step=*.ckpt")} == kept
 
 
 def test_a_damaged_folder_of_shards(fit, capsys):
@@ -70,6 +82,7 @@ def test_a_weight_that_has_changed_on_the_disk(fit, tiny, capsys):
     commands = {
         "validate": [*tiny, "--ckpt_path", path],
         "export": [path, "exported"],
+        "evaluate": [path, "--out", "evaluated"],
         "upcycle": [path, "upcycled.ckpt", "--variant", "ec"],
     }
     capsys.readouterr()

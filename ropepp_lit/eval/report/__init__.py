@@ -17,7 +17,7 @@ from ropepp_lit.eval.report.page import render_page
 from ropepp_lit.eval.report.panels import model_names, to_png
 from ropepp_lit.eval.report.plots import PLOTS
 from ropepp_lit.eval.results import COLUMNS
-from ropepp_lit.files import write_whole
+from ropepp_lit.files import escaped, write_whole
 
 FORMAT_VERSION = 1
 
@@ -26,8 +26,8 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     """Write results.json, scores.csv, plots as PNG, TensorBoard events, and index.html, which needs no other file.
 
     Each file appears under its name only when it is complete; index.html is the last. Numbers that are not finite
-    become null. Files of an earlier report in the folder are replaced, the folder `tensorboard` as a whole; every
-    attention-*.png that lies there is shown on the page.
+    become null, and bytes of file names that are not UTF-8 are escaped. Files of an earlier report in the folder are
+    replaced, the folder `tensorboard` as a whole; every attention-*.png that lies there is shown on the page.
 
     Args:
         results: `format_version`, `command`, `date` (ISO 8601), `versions` and `settings` (by name), `machine`
@@ -37,7 +37,7 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
             page) and `scores`, the rows of `summarize`.
         folder: Where; made if it is missing.
     """
-    results = _finite(results)
+    results = _writable(results)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_whole(folder / "scores.csv", _csv(results["scores"]))
@@ -54,12 +54,14 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     write_whole(folder / "index.html", render_page(results, plots=plots, maps=maps))
 
 
-def _finite(value: Any) -> Any:
-    """The same with null for what JSON has no number for."""
+def _writable(value: Any) -> Any:
+    """The same with null for what JSON has no number for, and file names that are not UTF-8 escaped."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: _writable(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [_writable(inner) for inner in value]
+    if isinstance(value, str):
+        return escaped(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -78,14 +80,18 @@ def _write_tensorboard(results: dict[str, Any], plots: dict[str, bytes], folder:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     names = model_names(results)
-    for name, run in zip(names, folder_names(names), strict=True):
-        with SummaryWriter(str(partial / run)) as writer:
-            for row in results["scores"]:
-                if row["model"] == name and row["value"] is not None:
-                    writer.add_scalar(*_tag(row))
-    with SummaryWriter(str(partial / "plots")) as writer:
-        for name, png in plots.items():
-            writer.add_image(name, imread(io.BytesIO(png))[..., :3], 0, dataformats="HWC")
+    try:
+        for name, run in zip(names, folder_names(names), strict=True):
+            with SummaryWriter(str(partial / run)) as writer:
+                for row in results["scores"]:
+                    if row["model"] == name and row["value"] is not None:
+                        writer.add_scalar(*_tag(row))
+        with SummaryWriter(str(partial / "plots")) as writer:
+            for name, png in plots.items():
+                writer.add_image(name, imread(io.BytesIO(png))[..., :3], 0, dataformats="HWC")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

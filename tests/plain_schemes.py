@@ -1,0 +1,48 @@
+"""Small decoders of any position scheme, and rotations written plainly."""
+
+import torch
+
+from ropepp_lit.nn import (
+    ALiBi,
+    Decoder,
+    DecoderConfig,
+    FoPE,
+    Frequencies,
+    IndependentQueries,
+    MappedQueries,
+    NoPE,
+    PartialRoPE,
+    RoPE,
+    RoPEPP,
+    TurnedQueries,
+    UnrotatedQueries,
+)
+
+ALL_SCHEMES = {
+    "rope": RoPE(), "eh": RoPEPP(variant="eh"), "ec": RoPEPP(variant="ec"), "partial": PartialRoPE(),
+    "fope": FoPE(context_length=64), "alibi": ALiBi(), "nope": NoPE(), "turned": TurnedQueries(angle=45.0),
+    "mapped": MappedQueries(variant="eh"), "unrotated": UnrotatedQueries(), "independent": IndependentQueries(),
+}  # fmt: skip
+"""For what every scheme must do."""
+
+POSITIONS = torch.tensor([0, 1, 2, 3, 255, 256, 500, 4095, 4096, 5000, 5001, 32_767, 65_536, 99_999, 100_000])
+
+
+def make(scheme, frequencies=None, **changes):
+    geometry = {
+        "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return Decoder(DecoderConfig(**{**geometry, **changes}), scheme, frequencies or Frequencies())
+
+
+def turned(x, pairs):
+    """A head [T, d] with pair n of token t, as x_n + i x_{n+d/2}, multiplied by the complex number pairs[t][n]."""
+    half = x.shape[1] // 2
+    result = x.clone()
+    for t in range(len(x)):
+        for n, factor in enumerate(pairs[t]):
+            z = complex(x[t, n], x[t, n + half]) * factor
+            result[t, n], result[t, n + half] = z.real, z.imag
+    return result
