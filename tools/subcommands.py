@@ -43,16 +43,17 @@ def fit(
     """
     configs = itertools.chain.from_iterable(("--config", str(name)) for name in recipes)
     command = ["fit", *configs, *options, "--trainer.default_root_dir", str(folder), "--ckpt_path", "auto"]
+    shown = [word.replace(str(RECIPES), RECIPES.name) for word in command]  # the same in another clone
     finished = folder / "finished.json"
     if finished.exists():
         found: dict[str, Any] = json.loads(finished.read_text())
-        if found["command"] != command:
+        if found["command"] != shown:
             sys.exit(f"{folder}: holds the run of another command (see {finished}); name another --out")
         return found
     last = folder / "checkpoints" / "last.ckpt"
     is_new, started = not last.exists(), time.monotonic()
     peak = run(command, log=folder.parent / f"{folder.name}.log", threads=threads)
-    found = {"command": command, "step": read_checkpoint(last)["global_step"]}
+    found = {"command": shown, "step": read_checkpoint(last)["global_step"]}
     found |= (
         {"seconds": time.monotonic() - started, "peak_gib": peak} if is_new else {"seconds": None, "peak_gib": None}
     )
