@@ -29,7 +29,8 @@ STACKS = {
 
 FINE_TUNING = {
     "docstrings": ["quickstart", "finetune/docstrings"],
-    "docstrings-lora": ["quickstart", "finetune/docstrings", "finetune/lora"],
+    "docstrings-lora": ["quickstart", "finetune/docstrings", "finetune/docstrings-lora"],
+    "docstrings-dpo": ["quickstart", "finetune/docstrings", "finetune/docstrings-dpo"],
     "chat": ["quickstart", "finetune/chat"],
     "chat-lora": ["quickstart", "finetune/chat", "finetune/lora"],
     "chat-dpo": ["quickstart", "finetune/chat", "finetune/dpo"],

@@ -3,7 +3,8 @@
     python tools/docstrings.py --out runs/docstrings
 
 writes OUT/train.jsonl and OUT/held-out.jsonl, an object with `prompt` and `completion` on each line. All functions of a
-module are in one of the files, so that near copies within a module are not on both sides.
+module are in one of the files, so that near copies within a module are not on both sides. OUT/preferences.jsonl has
+`prompt`, `chosen` and `rejected`: the pairs of OUT/train.jsonl, each with the sentence of another function.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import random
 import re
 import sysconfig
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jsonargparse
@@ -29,14 +31,15 @@ HELD_OUT = 0.1
 """Share of the modules, chosen by a hash of their names."""
 
 
-def docstrings(*, out: Path, max_characters: int = 800) -> None:
+def docstrings(*, out: Path, max_characters: int = 800, seed: int = 0) -> None:
     """Write the pairs.
 
     Args:
         out: The folder that is written.
         max_characters: Of a function's source without its docstring; longer ones are left out.
+        seed: Of the rejected sentences.
     """
-    found: dict[str, list[str]] = {"train": [], "held-out": []}
+    found: dict[str, list[dict[str, str]]] = {"train": [], "held-out": []}
     library = Path(sysconfig.get_path("stdlib"))
     left_out: Counter[str] = Counter()
     seen: set[str] = set()
@@ -56,12 +59,12 @@ def docstrings(*, out: Path, max_characters: int = 800) -> None:
                 left_out["a function that occurred before"] += 1
                 continue
             seen.add(source)
-            pair = {"prompt": source + QUESTION, "completion": f" {sentence}", "module": name}
-            found[split].append(json.dumps(pair) + "\n")
+            found[split].append({"prompt": source + QUESTION, "completion": f" {sentence}", "module": name})
+    found["preferences"] = list(preferences(found["train"], seed=seed))
     out.mkdir(parents=True, exist_ok=True)
-    for split, lines in found.items():
-        write_whole(out / f"{split}.jsonl", "".join(lines))
-        print(f"{out / split}.jsonl: {len(lines):,} pairs")
+    for name, rows in found.items():
+        write_whole(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{out / name}.jsonl: {len(rows):,} rows")
     for reason, count in left_out.items():
         print(f"left out: {count:,} ({reason})")
 
@@ -82,6 +85,22 @@ def pairs(code: str) -> Iterator[tuple[str, str]]:
         kept = lines[node.lineno - 1 : doc.lineno - 1] + lines[doc.end_lineno : node.end_lineno]
         sentence = re.split(r"(?<=[.!?])\s|\n\s*\n", text.strip(), maxsplit=1)[0]
         yield textwrap.dedent("\n".join(kept)), " ".join(sentence.split())
+
+
+def preferences(rows: Sequence[dict[str, str]], *, seed: int) -> Iterator[dict[str, str]]:
+    """For each pair its sentence as the chosen one, and that of another function, drawn at random, as the rejected one.
+
+    Args:
+        rows: Pairs. Where all have the same sentence, there is nothing to prefer, and nothing comes out.
+        seed: Of the draws. A sentence equal to the chosen one is drawn again.
+    """
+    sentences = [row["completion"] for row in rows]
+    draw = random.Random(seed)  # noqa: S311 (no secret)
+    for row in rows if len(set(sentences)) > 1 else ():
+        rejected = row["completion"]
+        while rejected == row["completion"]:
+            rejected = draw.choice(sentences)
+        yield {"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected, "module": row["module"]}
 
 
 def _share(name: str) -> float:

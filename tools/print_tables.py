@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ropepp_lit.eval.report.captions import METRICS
 from ropepp_lit.eval.report.panels import model_names
 from ropepp_lit.eval.report.tables import make_cell
 from ropepp_lit.eval.results import CLEAN, select
@@ -31,6 +32,20 @@ def _cell(row: dict[str, Any]) -> str:
         star = r"\*" if cell["mark"] else ""
         text += f"; {cell['difference']}{star} {cell['spread']}"
     return text
+
+
+def answers(results: dict[str, Any]) -> str:
+    """A line for each model, a column for each metric of answers."""
+    rows = select(results["scores"], task="answers")
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    lines = [
+        f"| {' | '.join(['', *(METRICS.get(metric, metric) for metric in metrics)])} |",
+        "|---" * (1 + len(metrics)) + "|",
+    ]
+    for name in model_names(results):
+        cells = [_cell(row) for metric in metrics for row in select(rows, model=name, metric=metric)]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines)
 
 
 def tables(results: dict[str, Any]) -> str:

@@ -17,23 +17,18 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import jsonargparse
+from subcommands import RECIPES, fit, run
 from tqdm import tqdm
 
-from ropepp_lit.checkpoint import read_checkpoint
 from ropepp_lit.eval.recall import recall_documents
 from ropepp_lit.files import write_whole
 from ropepp_lit.text.tokenizer import BOS
 
-RECIPES = Path(__file__).parent.parent / "recipes" / "study"
 FAMILIES = ["multikey"] * 7 + ["single"]
 """Of the documents to learn from; `multikey` asks for many answers, so it teaches most."""
 
@@ -84,54 +79,40 @@ def study(
     sources: dict[str, list[str]] = {}
     if not pretrain:
         _prepare(out / "data")
-        files = [str(RECIPES / f"{name}.yaml") for name in ("recall", "pretrain", "continue")]
+        files = [str(RECIPES / "study" / f"{name}.yaml") for name in ("recall", "pretrain", "continue")]
         stages = {name: files[: number + 1] for number, name in enumerate(("recall", "pretrain", "continue"))}
         text, few, some, many = (str(out / "data" / name) for name in ("text", *RECALL))
         mixtures = {"recall": {few: 1}, "pretrain": {text: 0.5, some: 0.5}}
         mixtures["continue"] = {text: 0.5, some: 0.25, many: 0.25}
         sources = {stage: ["--data.source", json.dumps(mixture)] for stage, mixture in mixtures.items()}
-    times = out / "times.json"
-    taken = json.loads(times.read_text()) if times.is_file() else {}
-    runs, writing = list(itertools.product(range(seeds), names)), threading.Lock()
+    runs = list(itertools.product(range(seeds), names))
 
-    def train(seed: int, name: str) -> None:
-        """All stages of a run, each from the weights of the one before."""
+    def train(seed: int, name: str) -> dict[str, float | None]:
+        """All stages of a run, each from the weights of the one before; seconds of each."""
+        taken: dict[str, float | None] = {}
         before: Path | None = None
         for stage, recipes in stages.items():
             folder = out / "runs" / f"{name}-{seed}" / stage
             options = [*SCHEMES[name], "--seed_everything", str(seed), *sources.get(stage, [])]
             if before is not None:
                 options += ["--model.init_from", str(before / "checkpoints" / "last.ckpt")]
-            seconds = _fit(folder, recipes, options, threads=max(1, (os.cpu_count() or 1) // jobs))
+            cost = fit(folder, recipes, options, threads=max(1, (os.cpu_count() or 1) // jobs))
+            taken[f"{name}-{seed}-{stage}"] = cost["seconds"]
             before = folder
-            if seconds:
-                with writing:
-                    taken[f"{name}-{seed}-{stage}"] = seconds
-                    write_whole(times, json.dumps(taken, indent=1))
+        return taken
 
+    taken: dict[str, float | None] = {}
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(runs), unit=" runs", desc="training") as bar:
         for done in as_completed([pool.submit(train, seed, name) for seed, name in runs]):
-            done.result()
+            taken |= done.result()
             bar.update()
+    write_whole(out / "times.json", json.dumps(taken, indent=1))
     options = ["--lengths", lengths, "--limit", str(limit), "--min_tokens", str(min_tokens)]
     options += ["--tasks", "perplexity,retrieval:single+multikey"]
     for stage, page in (("pretrain", "pre-trained"), ("continue", "continued")):
         checkpoints = [f"{n}={out}/runs/{n}-{s}/{stage}/checkpoints/last.ckpt" for n in names for s in range(seeds)]
-        _run(["evaluate", *checkpoints, *options, "--out", str(out / page)])
+        run(["evaluate", *checkpoints, *options, "--out", str(out / page)])
         print(f"Read {out / page / 'index.html'}")
-
-
-def _fit(folder: Path, recipes: Sequence[str], options: Sequence[str], *, threads: int) -> float:
-    """Train, or go on where it was stopped; seconds of this part, 0 where all was done before."""
-    finished = folder / "finished"
-    if finished.exists():
-        return 0.0
-    started = time.monotonic()
-    configs = itertools.chain.from_iterable(("--config", name) for name in recipes)
-    command = ["fit", *configs, *options, "--trainer.default_root_dir", str(folder), "--ckpt_path", "auto"]
-    _run(command, log=folder.parent / f"{folder.name}.log", threads=threads)
-    write_whole(finished, f"step {read_checkpoint(folder / 'checkpoints' / 'last.ckpt')['global_step']}\n")
-    return time.monotonic() - started
 
 
 def _prepare(folder: Path) -> None:
@@ -145,27 +126,13 @@ def _prepare(folder: Path) -> None:
     if not sample.exists():
         with (folder / "few.jsonl").open() as file:
             write_whole(sample, "".join(itertools.islice(file, 10_000)))
-    _run(["prepare", "builtin", str(sample), "--out", str(folder / "tokenizer"), "--train_tokenizer", "2048"])
+    run(["prepare", "builtin", str(sample), "--out", str(folder / "tokenizer"), "--train_tokenizer", "2048"])
     tokenizer = ["--tokenizer", str(folder / "tokenizer" / "tokenizer.json"), "--bos_token", BOS]
     text = ["--out", str(folder / "text"), "--validation_fraction", "0.1"]
-    _run(["prepare", "builtin", *text, *tokenizer])
+    run(["prepare", "builtin", *text, *tokenizer])
     for name in RECALL:
         held_out = ["--validation_fraction", "0.01"]
-        _run(["prepare", str(folder / f"{name}.jsonl"), "--out", str(folder / name), *held_out, *tokenizer])
-
-
-def _run(command: Sequence[str], *, log: Path | None = None, threads: int | None = None) -> None:
-    """A subcommand of ropepp-lit; leaves with its code where it fails."""
-    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    words = [sys.executable, "-m", "ropepp_lit", *command]
-    if log is None:
-        code = subprocess.run(words, env=environment, check=False).returncode  # noqa: S603 (our own command)
-    else:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("a") as file:
-            code = subprocess.run(words, env=environment, stdout=file, stderr=file, check=False).returncode  # noqa: S603
-    if code:
-        sys.exit(f"`ropepp-lit {command[0]}` ended with {code}" + (f"; see {log}" if log else ""))
+        run(["prepare", str(folder / f"{name}.jsonl"), "--out", str(folder / name), *held_out, *tokenizer])
 
 
 if __name__ == "__main__":

@@ -226,25 +226,16 @@ def _write(path: Path, checkpoint: dict[str, Any]) -> None:
     from ropepp_lit.files import write_errors, write_whole
     from ropepp_lit.hf.folder import describe_dtypes
     from ropepp_lit.text.tokenizer import TextTokenizer
-    from ropepp_lit.train.recipe import to_yaml
+    from ropepp_lit.train.recipe import recipe_from, to_yaml
 
     ours = checkpoint[KEY]
     decoder = load_decoder(checkpoint)
     layout = decoder.head_layout
-    names = {
-        key: value["class_path"].rpartition(".")[2] for key, value in ours["architecture"].items() if key != "decoder"
-    }
-    model: dict[str, Any] = {"init_from": str(path), "decoder": ours["architecture"]["decoder"]}
-    for key, name in names.items():
-        model[key] = {"class_path": name, "init_args": ours["architecture"][key]["init_args"]}
-    recipe: dict[str, Any] = {"model": model, "data": {"context_length": ours["context_length"]}}
-    if ours["tokenizer"] is not None:
-        recipe["data"] |= {"tokenizer": str(path), "train_tokenizer": None}
     fragment = path.with_suffix(".yaml")
     write_checkpoint(path, checkpoint)
     try:
         with write_errors(fragment):
-            write_whole(fragment, to_yaml(recipe))
+            write_whole(fragment, to_yaml(recipe_from(path, ours)))
     except BaseException:
         path.unlink()
         raise

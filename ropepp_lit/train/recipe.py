@@ -41,6 +41,25 @@ def to_yaml(recipe: dict[str, Any]) -> str:
     return yaml.dump(recipe, Dumper=_Dumper, sort_keys=False, width=10**6)
 
 
+def recipe_from(path: Path, entry: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a model that begins from a checkpoint; trainer and data are to be layered over it.
+
+    Args:
+        path: Of the checkpoint.
+        entry: What it stores about itself, see :mod:`ropepp_lit.checkpoint`.
+    """
+    architecture = entry["architecture"]
+    model: dict[str, Any] = {"init_from": str(path), "decoder": architecture["decoder"]}
+    for key, value in architecture.items():
+        if key != "decoder":
+            name = value["class_path"].rpartition(".")[2]
+            model[key] = {"class_path": name, "init_args": value["init_args"]}
+    recipe: dict[str, Any] = {"model": model, "data": {"context_length": entry["context_length"]}}
+    if entry["tokenizer"] is not None:
+        recipe["data"] |= {"tokenizer": str(path), "train_tokenizer": None}
+    return recipe
+
+
 def write_recipe(path: Path, recipe: dict[str, Any], read: Callable[[Path], dict[str, Any]]) -> None:
     """Write a recipe, and read it as the command does.
 

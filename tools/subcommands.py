@@ -1,0 +1,95 @@
+"""Subcommands of ropepp-lit in processes of their own; a training is finished once, and what it cost is kept."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ropepp_lit.checkpoint import read_checkpoint
+from ropepp_lit.files import write_whole
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def fit(
+    folder: Path, recipes: Sequence[Path | str], options: Sequence[str] = (), *, threads: int | None = None
+) -> dict[str, Any]:
+    """Train into a folder, or go on where it was stopped; a finished run is left as it is.
+
+    Leaves the program where the training fails, or where the folder holds the run of another command.
+
+    Args:
+        folder: Of the run; its output goes to a file beside it that ends with .log.
+        recipes: Layered, in their order.
+        options: Of `fit`.
+        threads: Of PyTorch; empty means those of the environment.
+
+    Returns:
+        What `finished.json` in the folder says:
+
+        | key        | value                                                            |
+        |------------|------------------------------------------------------------------|
+        | `command`  | words behind `ropepp-lit`                                        |
+        | `step`     | optimizer steps                                                  |
+        | `seconds`  | of the command; None where the run was stopped and continued     |
+        | `peak_gib` | largest resident memory of its process; None likewise            |
+    """
+    configs = itertools.chain.from_iterable(("--config", str(name)) for name in recipes)
+    command = ["fit", *configs, *options, "--trainer.default_root_dir", str(folder), "--ckpt_path", "auto"]
+    shown = [word.replace(str(RECIPES), RECIPES.name) for word in command]  # the same in another clone
+    finished = folder / "finished.json"
+    if finished.exists():
+        found: dict[str, Any] = json.loads(finished.read_text())
+        if found["command"] != shown:
+            sys.exit(f"{folder}: holds the run of another command (see {finished}); name another --out")
+        return found
+    last = folder / "checkpoints" / "last.ckpt"
+    is_new, started = not last.exists(), time.monotonic()
+    peak = run(command, log=folder.parent / f"{folder.name}.log", threads=threads)
+    found = {"command": shown, "step": read_checkpoint(last)["global_step"]}
+    found |= (
+        {"seconds": time.monotonic() - started, "peak_gib": peak} if is_new else {"seconds": None, "peak_gib": None}
+    )
+    write_whole(finished, json.dumps(found, indent=1))
+    return found
+
+
+def run(command: Sequence[str], *, log: Path | None = None, threads: int | None = None) -> float:
+    """Run a subcommand; leaves the program where it fails.
+
+    Args:
+        command: Words behind `ropepp-lit`.
+        log: A file that its output is appended to; empty means that it is shown.
+        threads: Of PyTorch; empty means those of the environment.
+
+    Returns:
+        Largest resident memory of its process, in GiB.
+    """
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    words = [sys.executable, "-m", "ropepp_lit", *command]
+    if log is None:
+        code, peak = _wait(subprocess.Popen(words, env=environment))  # noqa: S603 (our own command)
+    else:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a") as file:
+            code, peak = _wait(subprocess.Popen(words, env=environment, stdout=file, stderr=file))  # noqa: S603
+    if code:
+        last = log.read_text(errors="replace").strip().splitlines()[-1:] if log else []
+        sys.exit(f"`ropepp-lit {command[0]}` ended with {code}" + "".join(f"; see {log}: {line}" for line in last))
+    return peak
+
+
+def _wait(process: subprocess.Popen[bytes]) -> tuple[int, float]:
+    """Exit code and peak memory in GiB of a process, once it has ended."""
+    with process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return process.returncode, usage.ru_maxrss * unit / 2**30
