@@ -78,9 +78,9 @@ class NaN(Callback):
     def on_train_start(self, trainer, module):
         loss = module._summed_loss
 
-        def spoilt(batch):
+        def spoilt(*arguments):
             is_bad = trainer.training and trainer.global_step + 1 == self.step and trainer.global_rank == 1
-            return loss(batch) * (torch.nan if is_bad else 1.0)
+            return loss(*arguments) * (torch.nan if is_bad else 1.0)
 
         module._summed_loss = spoilt
 """
