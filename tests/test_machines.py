@@ -50,7 +50,7 @@ class Shifted(RoPE):
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("start_by", ["command", "module", "PYTHONPATH"])
+@pytest.mark.parametrize("start_by", [pytest.param("command", marks=pytest.mark.slow), "module", "PYTHONPATH"])
 def test_the_current_folder_never_comes_before_a_library(hostile, command_path, tiny, free_port, start_by):
     """Also in the processes that Lightning and the data loader start; the user's own scheme is found."""
     (hostile / "schemes.py").write_text(SCHEME)
@@ -89,7 +89,10 @@ def odd_texts(tmp_path_factory):
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1:strict", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding",
+    ["ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cp1252", "latin-1:strict")), "utf-8"],
+)
 def test_reports_in_any_encoding(command_path, tmp_path, odd_texts, encoding):
     """A report with bars, arrows and the name of a file that is no text."""
     options = ["--tokenizer", "bytes", "--on_error", "skip", "--out", "shards"]

@@ -100,7 +100,7 @@ def test_two_steps(stack, variant, texts, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("stack", "options", "devices"),
     [
-        ("paper-ntk", [], "2 rows × 1 accumulated × 2 devices"),
+        pytest.param("paper-ntk", [], "2 rows × 1 accumulated × 2 devices", marks=pytest.mark.slow),
         ("llama-8b", ["--trainer.strategy.context_parallel_size", "2"], "accumulated × 1 groups of 2 devices"),
     ],
 )

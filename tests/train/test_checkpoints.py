@@ -221,7 +221,9 @@ def batches(folder):
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(
-    "kind", [ONE, TWO_SHARDS, pytest.param(TWO, marks=pytest.mark.slow)], ids=["file", "shards", "file of two"]
+    "kind",
+    [ONE, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (TWO_SHARDS, TWO))],
+    ids=["file", "shards", "file of two"],
 )
 def test_killed_while_a_background_write_and_training_go_on(train, tmp_path, callbacks, kind):
     kind, background = list(kind), ["--checkpoints.async_save", "true"]
@@ -258,7 +260,10 @@ def test_two_processes_stop_within_a_step(train, tmp_path, callbacks):
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(
     ("name", "in_background", "reason"),
-    [("FullDisk", "true", "File too large"), ("Occupied", "false", "Directory not empty")],
+    [
+        ("FullDisk", "true", "File too large"),
+        pytest.param("Occupied", "false", "Directory not empty", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_end_when_one_cannot_write(run, tiny, tmp_path, callbacks, name, in_background, reason):
     options = [*SHARDED, "--trainer.devices", 2, "--trainer.max_steps", 1000, "--checkpoints.async_save", in_background]

@@ -90,7 +90,7 @@ VARIANTS = {
 @pytest.mark.parametrize(
     ("model", "options", "devices", "rows"),
     [
-        ("ec", ["--trainer.strategy", "fsdp2"], 2, 2),
+        pytest.param("ec", ["--trainer.strategy", "fsdp2"], 2, 2, marks=pytest.mark.slow),
         ("eh", GATHER, 2, 4),
         pytest.param("ec", [*STRATEGY, "--trainer.strategy.replicate_size", 2], 2, 2, marks=pytest.mark.slow),
         *(
