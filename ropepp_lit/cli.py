@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from ropepp_lit import __version__
 from ropepp_lit.errors import DISK_FULL, UsageError
-from ropepp_lit.own_modules import find_in_current_folder
+from ropepp_lit.own_modules import find_in_current_folder, leave_current_folder
 from ropepp_lit.terminal import prepare_streams, quiet_full_disk_in_threads
 
 SUBCOMMANDS = {
@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = sys.argv[1:]
         prepare_streams(ends_with_reader=not arguments or arguments[0].startswith("-") or arguments[0] in PRINTING)
         quiet_full_disk_in_threads()
+        leave_current_folder()
         package = os.path.dirname(os.path.abspath(__file__))
         if os.path.dirname(package) != os.getcwd():
             os.environ["PYTHONSAFEPATH"] = "1"  # Python processes that are started do not put their folder first

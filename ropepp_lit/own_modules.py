@@ -41,9 +41,13 @@ class CurrentFolder:
         return False
 
 
-def find_in_current_folder() -> None:
-    """Take the current folder off `sys.path`, and find the user's own modules there all the same."""
+def leave_current_folder() -> None:
+    """Take the current folder off `sys.path`, for a process that is the command's."""
     current = os.getcwd()
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != current]
+
+
+def find_in_current_folder() -> None:
+    """Find the user's own modules in the current folder, also where it is not on `sys.path`."""
     if not any(isinstance(finder, CurrentFolder) for finder in sys.meta_path):
         sys.meta_path.append(CurrentFolder())

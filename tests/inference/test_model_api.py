@@ -90,15 +90,22 @@ def test_turns_of_a_conversation_are_not_read_again(model):
 def test_who_has_gone_while_waiting_is_not_answered(model):
     """Three requests for two places: the third is cancelled before its turn, the first in the middle."""
     cancel = model.spec._cancel
+    parts = [[], [], []]
+
+    async def collect(number):
+        async for part in model.predict(await decode(model, uid=str(number), messages=FOX, max_tokens=300)):
+            parts[number].append(part)
 
     async def together():
-        answers = [asyncio.create_task(answer(model, uid=str(n), messages=FOX, max_tokens=300)) for n in range(3)]
-        await asyncio.sleep(0.05)
+        answers = [asyncio.create_task(collect(number)) for number in range(3)]
+        while len(parts[0]) < 4:
+            await asyncio.sleep(0)
         cancel.send("0")
         cancel.send("2")
-        return await asyncio.gather(*answers)
+        await asyncio.gather(*answers)
 
-    first, second, third = asyncio.run(together())
+    asyncio.run(together())
+    first, second, third = parts
     assert "finish_reason" in second[-1]
     assert [set(part) for part in third] in (
         [{"index", "prompt_tokens"}],
