@@ -6,6 +6,7 @@ from ropepp_lit.nn import (
     ALiBi,
     Decoder,
     DecoderConfig,
+    Documents,
     FoPE,
     Frequencies,
     IndependentQueries,
@@ -46,3 +47,15 @@ def turned(x, pairs):
             z = complex(x[t, n], x[t, n + half]) * factor
             result[t, n], result[t, n + half] = z.real, z.imag
     return result
+
+
+def assert_cached_and_packed(decoder, ids):
+    """Logits in parts with a cache, and those of documents alone, are those of whole rows [2, 40]; returns these."""
+    whole = decoder(ids)
+    cache = decoder.allocate_cache(batch_size=2, max_tokens=40)
+    parts = [decoder(part, cache=cache) for part in ids.split([17, 1, 9, 1, 12], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-11, rtol=0)
+    documents = Documents.from_ids(torch.tensor([[0] * 9 + [1] + [2] * 30, [0] * 40]))
+    alone = torch.cat([decoder(part) for part in ids[:1].split([9, 1, 30], dim=1)], dim=1)
+    torch.testing.assert_close(decoder(ids, documents=documents)[:1], alone, atol=1e-11, rtol=0)
+    return whole

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from plain_schemes import ALL_SCHEMES, POSITIONS, make
+from plain_schemes import ALL_SCHEMES, POSITIONS, assert_cached_and_packed, make
 
 from ropepp_lit.checkpoint import describe_architecture, load_decoder, make_checkpoint
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.config import Architecture, write_config
-from ropepp_lit.nn import Documents, Frequencies, RoPE, RoPEPP
+from ropepp_lit.nn import Frequencies, RoPE, RoPEPP
 from ropepp_lit.train.costs import matrix_parameters
 
 SWITCHES = {
@@ -67,13 +67,7 @@ def test_cached_packed_and_in_groups(scheme, switch):
     changes = {"num_attention_heads": 8, "num_key_value_heads": 4}
     decoder = switched(ALL_SCHEMES[scheme], **changes, **SWITCHES[switch])
     ids = torch.randint(0, 64, (2, 40))
-    whole = decoder(ids)
-    cache = decoder.allocate_cache(batch_size=2, max_tokens=40)
-    parts = [decoder(part, cache=cache) for part in ids.split([17, 1, 9, 1, 12], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-11, rtol=0)
-    documents = Documents.from_ids(torch.tensor([[0] * 9 + [1] + [2] * 30, [0] * 40]))
-    alone = torch.cat([decoder(part) for part in ids[:1].split([9, 1, 30], dim=1)], dim=1)
-    torch.testing.assert_close(decoder(ids, documents=documents)[:1], alone, atol=1e-11, rtol=0)
+    assert_cached_and_packed(decoder, ids)
     decoder.loss(ids, ids).backward()
     expected = [parameter.grad for parameter in decoder.parameters()]
     assert all(gradient is not None for gradient in expected)

@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from plain_schemes import POSITIONS, make, turned
+from plain_schemes import POSITIONS, assert_cached_and_packed, make, turned
 
 from ropepp_lit.checkpoint import describe_architecture, load_decoder, make_checkpoint
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.config import Architecture, write_config
 from ropepp_lit.nn import (
-    Documents,
     Frequencies,
     IndependentQueries,
     MappedQueries,
@@ -119,13 +118,7 @@ def test_maps_are_orthogonal_and_of_each_layer_and_group():
 
 def test_cached_and_packed_and_open(decoder):
     ids = torch.randint(0, 64, (2, 40))
-    whole = decoder(ids)
-    cache = decoder.allocate_cache(batch_size=2, max_tokens=40)
-    parts = [decoder(part, cache=cache) for part in ids.split([17, 1, 9, 1, 12], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-11, rtol=0)
-    documents = Documents.from_ids(torch.tensor([[0] * 9 + [1] + [2] * 30, [0] * 40]))
-    alone = torch.cat([decoder(part) for part in ids[:1].split([9, 1, 30], dim=1)], dim=1)
-    torch.testing.assert_close(decoder(ids, documents=documents)[:1], alone, atol=1e-11, rtol=0)
+    whole = assert_cached_and_packed(decoder, ids)
     with decoder.probed(Probe()):
         torch.testing.assert_close(decoder(ids), whole, atol=1e-11, rtol=0)
 

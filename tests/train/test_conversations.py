@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from marked import END, conversations, write_marked
+from runs import KILLER
 
 from ropepp_lit.checkpoint import KEY, read_checkpoint
 from ropepp_lit.data.batch import Batch
@@ -167,25 +168,10 @@ def test_validation_does_not_depend_on_the_batch_size(train):
         assert figures["tokens"] == found[0]["tokens"] == sum(x.sum() for _, x in conversations(31, seed=1))
 
 
-RECORDER = """
-import os
-from lightning.pytorch import Callback
-
-
-class Kill(Callback):
-    def __init__(self, at: int):
-        self.at = at
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if batch_idx == self.at:
-            os.kill(os.getpid(), 9)
-"""
-
-
 @pytest.mark.end_to_end
 def test_killed_and_continued_and_on_two_devices_it_is_the_same_run(run, chats, tmp_path):
     """By the command, with workers; the conversations' template and ends of turns are in the checkpoint."""
-    (tmp_path / "recorder.py").write_text(RECORDER)
+    (tmp_path / "killer.py").write_text(KILLER)
     recipe = Path(__file__).parent / "tiny.yaml"
 
     def fit(folder, *options, returncode=0, rows=4):
@@ -201,7 +187,7 @@ def test_killed_and_continued_and_on_two_devices_it_is_the_same_run(run, chats, 
     assert "chats: 150 conversations in " in printed
     assert "trained tokens:\n  loss" in printed
     assert "bits per byte" not in printed
-    killer = ["--trainer.callbacks", "recorder.Kill", "--trainer.callbacks.at", 9]
+    killer = ["--trainer.callbacks", "killer.Kill", "--trainer.callbacks.at", 9]
     fit("killed", "--data.num_workers", 2, *killer, returncode=-signal.SIGKILL)
     fit("killed", "--data.num_workers", 1, "--ckpt_path", "auto")
     context = ["--trainer.devices", 2, "--trainer.strategy", "FSDP2Strategy"]

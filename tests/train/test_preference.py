@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback
 from marked import answer_pairs, conversations, write_marked
+from runs import KILLER
 
 from ropepp_lit.checkpoint import KEY, read_checkpoint
 from ropepp_lit.data.token_data import TokenData
@@ -192,21 +193,6 @@ def test_a_reference_is_found_by_the_tokens_of_a_pair():
     for unknown in ([7], [9], [-4]):
         with pytest.raises(UsageError, match="pairs of answers that were not there when the run began"):
             reference.look_up(unknown)
-
-
-KILLER = """
-import os
-from lightning.pytorch import Callback
-
-
-class Kill(Callback):
-    def __init__(self, at: int):
-        self.at = at
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if batch_idx == self.at:
-            os.kill(os.getpid(), 9)
-"""
 
 
 @pytest.mark.end_to_end
