@@ -201,9 +201,8 @@ class CausalLM(LightningModule):
         apply_recipe(self.trainer, self._recipe_groups, self._lr_factor)
         self.pairs.find_reference(self.trainer, self.decoder, self.stop)
         self._throughput = Throughput(self.config, self.decoder.head_layout, self.trainer.world_size, self.lora)
-        if self._loaded_train_loss is not None and self.trainer.is_global_zero:  # the sum over all ranks
-            for name, value in self.train_loss.states.items():
-                value += torch.tensor(self._loaded_train_loss[name])
+        if self.trainer.is_global_zero:  # the sum over all ranks
+            self.train_loss.go_on(self._loaded_train_loss or {})
         self.step_average.restart()
         self._end_step()
         validate_if_due(self.trainer, self)

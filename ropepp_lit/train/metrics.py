@@ -48,6 +48,12 @@ class TokenLoss(Metric):
         """The sums of this rank since the last reset, by name."""
         return {name: getattr(self, name) for name in self._defaults}
 
+    def go_on(self, stored: dict[str, float | list[float]]) -> None:
+        """Add the sums that a checkpoint stores; those of a metric of another kind are left out."""
+        if stored.keys() == self.states.keys():
+            for name, value in self.states.items():
+                value += torch.tensor(stored[name])
+
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> TokenLoss:
         super()._apply(fn, exclude_state)
         for name, value in self.states.items():

@@ -265,6 +265,9 @@ def test_mistakes(run, pairs, tmp_path):
             plan([*recipe, *options])
         assert message in str(error.value)
         assert "Union" not in str(error.value)
+    # A loss without a reference can go on from a run on text, whose sums of the training loss are others.
+    simpo = ["--model.preference", "SimPO", "--ckpt_path", base, "--trainer.default_root_dir", "simpo"]
+    assert "Held-out pairs" in run(*fit, *data, *simpo, "--trainer.max_steps", 2, cwd=tmp_path).stdout
     options = [*data, *tune, "--model.init_from", base]
     run(*fit, *options, "--trainer.max_steps", 2, cwd=tmp_path)
     wrong = [*options, "--ckpt_path", "auto", "--data.source", other]
