@@ -86,7 +86,7 @@ class Diagnostics(Callback):
             layers = torch.stack([torch.stack(values).double() for values in found.values()])
             together = torch.stack([_join(name, values) for name, values in zip(found, layers, strict=True)])
             numbers = torch.cat((together[:, None], layers), dim=1).tolist()  # the host waits for the device once
-        values = {}
+        values: dict[str, float] = {}
         for name, rows in zip(found, numbers, strict=True):
             for layer, row in enumerate(rows):
                 place = "attention" if layer == 0 else f"attention/layer_{layer - 1}"
