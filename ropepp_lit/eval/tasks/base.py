@@ -130,7 +130,7 @@ class Task(ABC):
             Measurements, see :meth:`measured`.
         """
 
-    def check(self, model: Model, request: Request) -> None:  # noqa: B027: most have nothing to check
+    def check(self, model: Model, request: Request) -> None:  # noqa: B027
         """Raise UsageError for what can be known to be wrong before anything is measured.
 
         Args:
