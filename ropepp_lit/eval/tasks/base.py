@@ -118,6 +118,11 @@ class Task(ABC):
         mark = "." if self.task == type(self).__module__ else ":"
         return f"{self.task}{mark if self.part else ''}{self.part}"
 
+    @property
+    def about(self) -> str:
+        """What it asks, for the page: the first line of the class's docstring."""
+        return (type(self).__doc__ or "").strip().partition("\n")[0]
+
     @abstractmethod
     def measure(self, model: Model, request: Request) -> list[Measurement]:
         """Measure it, without gradients.
