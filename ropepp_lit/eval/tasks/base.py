@@ -164,7 +164,7 @@ class Task(ABC):
             request: Of :meth:`measure`.
             fields: Of :class:`~ropepp_lit.eval.results.Measurement`: `metric`, `numerators` and `denominators` (one
                 each for every example: the value is the ratio of their sums), `sample` (see `sample_of`),
-                `aggregation="score"` for percent, and others.
+                `aggregation="score"` or `"percent"` for a share in percent, and others.
         """
         return Measurement(**{"task": self.task, "part": self.part, "length": request.length, **fields})
 
