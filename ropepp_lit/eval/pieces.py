@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ropepp_lit.eval.models import Model
+from ropepp_lit.eval.report import ANSWERS
 from ropepp_lit.eval.results import Measurement
 from ropepp_lit.eval.tasks import Settings, Unit, check, derived, measure
 from ropepp_lit.eval.texts import Texts
@@ -114,7 +115,7 @@ class Work:
 
     def write_answers(self) -> None:
         """Write what the models wrote, a line for each example, into answers.jsonl; nothing where none wrote."""
-        path = self.folder / "answers.jsonl"
+        path = self.folder / ANSWERS
         with whole_file(path) as partial, partial.open("wb") as file:
             for model, pieces in zip(self.models, self.pieces, strict=True):
                 for piece in pieces:
