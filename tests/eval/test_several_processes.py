@@ -1,9 +1,12 @@
 """Processes that share an evaluation's folder: they end as one does, also where one is killed."""
 
 import json
+import os
+import signal
+import threading
 import time
+from pathlib import Path
 
-import psutil
 import pytest
 
 from ropepp_lit.eval import pieces
@@ -34,41 +37,58 @@ def wait_for(condition, what):
         time.sleep(0.05)
 
 
-def test_processes_end_as_one_and_take_up_what_a_killed_one_held(run, command_path, small_checkpoints, tmp_path):
+@pytest.fixture
+def start(command_server, command_path, tmp_path):
+    """Starts the installed command beside others; returns its process id, and what it prints is in a file of that name.
+
+    `start.wait(ID)` gives its exit code.
+    """
+    running = set()
+
+    def ask(**job):
+        print(json.dumps(job), file=command_server.stdin, flush=True)
+        return int(command_server.stdout.readline())
+
+    def start(*command):
+        output = str(tmp_path / f"output{len(running)}")
+        job = {"command": [command_path, *map(str, command)], "cwd": str(tmp_path), "environment": {**os.environ}}
+        process = ask(**job, output=output, errors=output, detached=True)
+        running.add(process)
+        return process, Path(output)
+
+    def wait(process):
+        timer = threading.Timer(120, os.kill, [process, signal.SIGKILL])
+        timer.start()
+        code = ask(wait=process)
+        timer.cancel()
+        running.discard(process)
+        return code
+
+    start.wait = wait
+    yield start
+    for process in list(running):
+        os.kill(process, signal.SIGKILL)
+        wait(process)
+
+
+def test_processes_end_as_one_and_take_up_what_a_killed_one_held(run, start, small_checkpoints, tmp_path):
     (tmp_path / "my_tasks.py").write_text(TASK)
     models = [f"A={small_checkpoints['rope']}", f"B={small_checkpoints['ec']}"]
     command = ["evaluate", *models, "--tasks", "my_tasks.Slow,retrieval:single", "--lengths", "256", "--limit", "2"]
-    started, processes = tmp_path / "started", []
-
-    def start():
-        number = len(processes)
-        with (tmp_path / f"output{number}").open("w") as output:
-            processes.append(
-                psutil.Popen([command_path, *command, "--out", "several"], cwd=tmp_path, stdout=output, stderr=output)
-            )
-
-    def output(number):
-        return (tmp_path / f"output{number}").read_text()
-
-    try:
-        start()
-        wait_for(started.exists, "piece")
-        start()
-        start()
-        waiting = "Waiting for 2 pieces of work that other processes measure"
-        wait_for(lambda: waiting in output(1) + output(2), "waiting process")
-        assert len(started.read_text().split()) == 2  # each model's piece is measured once
-        processes[0].kill()
-        (tmp_path / "go").touch()
-        assert [process.wait(timeout=120) for process in processes[1:]] == [0, 0], output(1) + output(2)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
+    started = tmp_path / "started"
+    killed, _ = start(*command, "--out", "several")
+    wait_for(started.exists, "piece")
+    others = [start(*command, "--out", "several") for _ in range(2)]
+    waiting = "Waiting for 2 pieces of work that other processes measure"
+    wait_for(lambda: any(waiting in output.read_text() for _, output in others), "waiting process")
+    assert len(started.read_text().split()) == 2  # each model's piece is measured once
+    os.kill(killed, signal.SIGKILL)
+    assert start.wait(killed) == -signal.SIGKILL
+    (tmp_path / "go").touch()
+    assert [start.wait(process) for process, _ in others] == [0, 0], [output.read_text() for _, output in others]
     assert len(started.read_text().split()) == 3
-    assert all("Everything is in several" in output(number) for number in (1, 2))
-    assert not list((tmp_path / "several" / "parts").glob("*.lock"))
+    assert all("Everything is in several" in output.read_text() for _, output in others)
+    assert not list((tmp_path / "several" / "parts").glob("[!.]*.lock"))
     run(*command, "--out", "one", cwd=tmp_path)
     one, several = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "several"))
     for results in (one, several):
