@@ -58,17 +58,8 @@ def test_what_is_written_is_kept_line_by_line(run, small_checkpoints, tmp_path):
     answers = [line for line in lines if line["task"] == "answers"]
     assert {(line["prompt"], line["expected"]) for line in answers} == {(f"{n} + {n} =", str(2 * n)) for n in range(3)}
     assert "Examples of answers" in (tmp_path / "out" / "index.html").read_text()
-    run(
-        "evaluate",
-        models[0],
-        "--tasks",
-        "answers:pairs.jsonl",
-        "--lengths",
-        64,
-        "--limit",
-        3,
-        "--out",
-        "out",
-        cwd=tmp_path,
+    again = run("evaluate", models[0], "--tasks", "answers:pairs.jsonl", *options, cwd=tmp_path).stdout
+    assert (
+        "Note: the report in out also had the task retrieval:single, the task noise:retrieval:single, B (gpt2)" in again
     )
     assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 3
