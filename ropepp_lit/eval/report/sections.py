@@ -309,7 +309,7 @@ def _model_and_heads(row: Row) -> str:
 
 
 def _title(metric: str) -> str:
-    name = METRICS.get(metric, metric.replace("_", " "))
+    name = METRICS.get(metric) or metric[:1].upper() + metric[1:].replace("_", " ")
     return f"{name} ({UNITS[metric]})" if metric in UNITS else name
 
 
