@@ -58,6 +58,7 @@ def test_the_example_of_the_document_beside_built_in_tasks(example, run, small_c
     assert all(row["difference"] is not None for key, row in found.items() if key[-1] != "imaginary")
     page = (tmp_path / "out" / "index.html").read_text()
     assert "How many tokens of documents are the model&#39;s first guess." in page
+    assert "First guess (%), by length in tokens" in page
     assert (tmp_path / "out" / "task-my_tasks-first_guess.png").exists()
     run("evaluate", models[0], "--tasks", "my_tasks.Parcels", *options, cwd=tmp_path)  # alone
     results = json.loads((tmp_path / "out" / "results.json").read_text())
