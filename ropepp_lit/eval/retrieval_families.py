@@ -86,7 +86,7 @@ def draft(family: str, *, units: int, seed: str, number: int = 0) -> Draft:
 
 def _single(rng: random.Random, depth: float, units: int) -> Draft:
     key, value = next(_keys(rng)), next(_values(rng))
-    return Draft(_noise(rng), [(depth, _entry(key, value))], f"{key}:", [value], depth)
+    return Draft(noise(rng), [(depth, _entry(key, value))], f"{key}:", [value], depth)
 
 
 def _multikey(rng: random.Random, depth: float, units: int) -> Draft:
@@ -99,13 +99,13 @@ def _multikey(rng: random.Random, depth: float, units: int) -> Draft:
 def _multivalue(rng: random.Random, depth: float, units: int) -> Draft:
     key, values = next(_keys(rng)), list(itertools.islice(_values(rng), 4))
     needles = [(rng.random(), _entry(key, value)) for value in values]
-    return Draft(_noise(rng), needles, f"The {len(values)} values of {key}:", values, None)
+    return Draft(noise(rng), needles, f"The {len(values)} values of {key}:", values, None)
 
 
 def _multiquery(rng: random.Random, depth: float, units: int) -> Draft:
     keys, values = (list(itertools.islice(source(rng), 4)) for source in (_keys, _values))
     needles = [(rng.random(), _entry(key, value)) for key, value in zip(keys, values, strict=True)]
-    return Draft(_noise(rng), needles, f"{', '.join(keys)}:", values, None)
+    return Draft(noise(rng), needles, f"{', '.join(keys)}:", values, None)
 
 
 def _tracking(rng: random.Random, depth: float, units: int) -> Draft:
@@ -119,7 +119,7 @@ def _tracking(rng: random.Random, depth: float, units: int) -> Draft:
         needles += [
             (depth, f"Let {name} = {held}.") for depth, name, held in zip(depths, chain, [start, *chain], strict=False)
         ]
-    return Draft(_noise(rng), needles, f"The {_HOPS + 1} names that equal {value} are", chains[0], None)
+    return Draft(noise(rng), needles, f"The {_HOPS + 1} names that equal {value} are", chains[0], None)
 
 
 def _common_words(rng: random.Random, depth: float, units: int) -> Draft:
@@ -174,7 +174,8 @@ def _entry(key: str, value: str) -> str:
     return f"{key}: {value}."
 
 
-def _noise(rng: random.Random) -> Iterator[str]:
+def noise(rng: random.Random) -> Iterator[str]:
+    """Sentences that say nothing of what is asked, without end."""
     while True:
         yield rng.choice(_SENTENCES)
 
