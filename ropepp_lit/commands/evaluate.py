@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ropepp_lit.eval.tasks import Settings
     from ropepp_lit.eval.texts import Texts
 
-PARTS_VERSION = 2
+PARTS_VERSION = 3
 """Of what is kept; another one is measured again."""
 
 
@@ -174,84 +174,58 @@ def _measure(
 
     Attention maps are named by `label`.
     """
-    import dataclasses
     import hashlib
-    import io
-    import itertools
     import json
     import time
 
     from tqdm import tqdm
 
-    from ropepp_lit.eval import perplexity, probes
     from ropepp_lit.eval.results import Measurement
-    from ropepp_lit.eval.tasks import averages, check, measure, work_of
-    from ropepp_lit.eval.texts import by_set
+    from ropepp_lit.eval.tasks import check, derived, measure
     from ropepp_lit.files import write_whole
-    from ropepp_lit.text.sources import find_files, identify
 
     texts = [text for documents in sets.values() for text in documents]
     texts_digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    num_tokens = [len(model.tokenizer.encode_whole(text)) for text in texts]
+    documents = [model.tokenizer.encode_whole(text) for text in texts]
     units = settings.units(model)
-    check(model, units, settings, num_tokens)
+    check(model, units, settings.request(min(settings.lengths), texts=texts, documents=documents))
     (folder / "parts").mkdir(parents=True, exist_ok=True)
     found: list[Measurement] = []
     seconds = 0.0
-    work = {unit: work_of(unit, settings, num_tokens) for unit in units}
-    with tqdm(total=sum(work.values()), unit=" tokens", unit_scale=True, desc=model.name) as bar:
-        for unit in units:
+    requests = [settings.request(unit.length, texts=texts, documents=documents) for unit in units]
+    work = [unit.task.num_tokens(request) for unit, request in zip(units, requests, strict=True)]
+    with tqdm(total=sum(work), unit=" tokens", unit_scale=True, desc=model.name) as bar:
+        for unit, request, tokens in zip(units, requests, work, strict=True):
             bar.set_postfix_str(str(unit))
             key = {
-                "version": PARTS_VERSION, "model": model.fingerprint, "unit": list(unit), "stride": settings.stride,
-                "seed": settings.seed, "dtype": dtype, "lengths": settings.lengths if unit.task == "harness" else None,
-                "limit": settings.limit if unit.task == "harness" else settings.examples,
-                "harness": settings.options.identity() if unit.task == "harness" else None,
-                "texts": texts_digest if unit.task in ("perplexity", "attention") else None,
+                "version": PARTS_VERSION, "model": model.fingerprint, "unit": unit.key, "stride": settings.stride,
+                "seed": settings.seed, "dtype": dtype, "limit": request.limit,
+                "texts": texts_digest if unit.task.needs_text else None, "identity": unit.task.identity(request),
             }  # fmt: skip
-            if unit.task == "answers":
-                key["file"] = identify(find_files([unit.part], key="tasks"))
             part = folder / "parts" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
             before = bar.n
             if part.is_file():
                 kept = json.loads(part.read_text(encoding="utf-8"))
             else:
                 started = time.monotonic()
-                measured, maps = measure(model, unit, settings, texts, progress=bar.update)
+                measured, _, images = measure(
+                    model, unit, settings, texts=texts, documents=documents, progress=bar.update
+                )
                 kept = {
                     "key": key,
                     "seconds": time.monotonic() - started,
                     "measurements": [item.to_dict() for item in measured],
                 }
-                if maps is not None:
-                    title = f"{model.name}, {unit.length:,} tokens"
-                    figure = probes.draw_maps(maps, probes.groups_of(model), title)
-                    drawn = io.BytesIO()
-                    figure.savefig(drawn, format="png", dpi=110)
-                    write_whole(part.with_suffix(".png"), drawn.getvalue())
+                for image in images:
+                    write_whole(part.with_suffix(".png"), image)
                 write_whole(part, json.dumps(kept))
             if part.with_suffix(".png").is_file():
-                write_whole(folder / f"attention-{label}-{unit.length}.png", part.with_suffix(".png").read_bytes())
-            bar.update(before + work[unit] - bar.n)
+                name = f"attention-{label}-{unit.length}.png"
+                write_whole(folder / name, part.with_suffix(".png").read_bytes())
+            bar.update(before + tokens - bar.n)
             seconds += kept["seconds"]
             found += [Measurement(**values) for values in kept["measurements"]]
-    found += averages(found)
-    if "perplexity" in {unit.task for unit in units}:
-        lengths = sorted(set(settings.lengths))
-        found += [
-            perplexity.more_context(num_tokens, length=length, before=before, stride=settings.stride)
-            for before, length in itertools.pairwise(lengths)
-        ]
-    if len(sets) > 1:
-        found += [
-            dataclasses.replace(
-                item, part=name, numerators=item.numerators[place], denominators=item.denominators[place],
-                sample=f"{item.sample} {name}",
-            )
-            for item in found if item.task == "perplexity" and item.position is None
-            for name, place in by_set({name: len(documents) for name, documents in sets.items()})
-        ]  # fmt: skip
-    return found, seconds
+    return [*found, *derived(found, settings, sets, documents)], seconds
 
 
 def _write(

@@ -8,7 +8,7 @@ predicted: a token that a later window only reads as context is in neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ropepp_lit.errors import UsageError
 from ropepp_lit.eval.models import TOKENS_AT_ONCE, Model
 from ropepp_lit.eval.results import Measurement, sample_of
+from ropepp_lit.eval.tasks.base import Request, Task
 from ropepp_lit.nn.loss import IGNORE_INDEX
 
 RANGES = 16
@@ -52,58 +54,62 @@ def windows(num_tokens: list[int], *, length: int, stride: int) -> Iterator[Wind
                 break
 
 
-def measure(
-    model: Model,
-    texts: Sequence[str],
-    *,
-    length: int,
-    stride: int | None = None,
-    chunk_tokens: int | None = None,
-    progress: Callable[[int], object] = lambda tokens: None,
-) -> list[Measurement]:
-    """Loss, perplexity and bits per byte over documents, and the loss by position.
+class Perplexity(Task):
+    """Loss, perplexity and bits per byte of documents, and the loss by position."""
 
-    Args:
-        model: What predicts.
-        texts: Documents.
-        length: Tokens of a window.
-        stride: See :func:`windows`; empty means the length.
-        chunk_tokens: See :func:`read`.
-        progress: Called with the number of tokens read.
+    task = "perplexity"
+    needs_text = by_document = takes_noise = True
 
-    Returns:
-        Measurements with one entry per document: nats over tokens (bytes for bits per byte).
-    """
-    documents = [model.tokenizer.encode_whole(text) for text in texts]
-    losses = np.zeros((len(documents), RANGES))
-    counts = np.zeros((len(documents), RANGES))
-    for batch in _batches(windows([len(ids) for ids in documents], length=length, stride=stride or length)):
-        found = _losses(model, documents, batch, chunk_tokens).double().cpu().numpy()
-        for window, row in zip(batch, found, strict=True):
-            places = np.arange(window.first - window.start - 1, window.end - window.start)
-            ranges = places * RANGES // length
-            np.add.at(losses[window.document], ranges, row[places])
-            np.add.at(counts[window.document], ranges, 1)
-        progress(sum(window.end - window.start for window in batch))
-    totals, tokens = losses.sum(1).tolist(), counts.sum(1).tolist()
-    sizes = [float(len(text.encode())) for text in texts]
-    # Losses are by token, so models are compared where they read the same tokens; bits per byte, the same texts.
-    measured = partial(Measurement, task="perplexity", length=length, sample=sample_of(documents))
-    return [
-        measured(metric="loss", numerators=totals, denominators=tokens),
-        measured(metric="perplexity", numerators=totals, denominators=tokens),
-        measured(metric="bits_per_byte", numerators=totals, denominators=sizes, sample=sample_of(texts)),
-        *(
-            measured(
-                metric="loss",
-                position=-(-number * length // RANGES),
-                numerators=losses[:, number].tolist(),
-                denominators=counts[:, number].tolist(),
+    def check(self, model: Model, request: Request) -> None:
+        """Raise UsageError where no document has a token to predict."""
+        if request.documents and max(map(len, request.documents)) < 2:
+            raise UsageError(
+                f"text: no document has two tokens, so {model.name} has nothing to predict; name other text"
             )
-            for number in range(RANGES)
-            if counts[:, number].any()
-        ),
-    ]
+
+    def num_tokens(self, request: Request) -> int:
+        """Of all windows."""
+        return sum(window.end - window.start for window in _windows_of(request))
+
+    def measure(self, model: Model, request: Request) -> list[Measurement]:
+        """Measurements with one entry per document: nats over tokens (bytes for bits per byte)."""
+        assert request.length is not None
+        length, documents = request.length, request.documents
+        losses = np.zeros((len(documents), RANGES))
+        counts = np.zeros((len(documents), RANGES))
+        for batch in _batches(_windows_of(request)):
+            found = _losses(model, documents, batch, request.chunk_tokens).double().cpu().numpy()
+            for window, row in zip(batch, found, strict=True):
+                places = np.arange(window.first - window.start - 1, window.end - window.start)
+                ranges = places * RANGES // length
+                np.add.at(losses[window.document], ranges, row[places])
+                np.add.at(counts[window.document], ranges, 1)
+            request.progress(sum(window.end - window.start for window in batch))
+        totals, tokens = losses.sum(1).tolist(), counts.sum(1).tolist()
+        sizes = [float(len(text.encode())) for text in request.texts]
+        # Losses are by token, so models are compared where they read the same tokens; bits per byte, the same texts.
+        measured = partial(self.measured, request, sample=sample_of(map(list, documents)))
+        return [
+            measured(metric="loss", numerators=totals, denominators=tokens),
+            measured(metric="perplexity", numerators=totals, denominators=tokens),
+            measured(metric="bits_per_byte", numerators=totals, denominators=sizes, sample=sample_of(request.texts)),
+            *(
+                measured(
+                    metric="loss",
+                    position=-(-number * length // RANGES),
+                    numerators=losses[:, number].tolist(),
+                    denominators=counts[:, number].tolist(),
+                )
+                for number in range(RANGES)
+                if counts[:, number].any()
+            ),
+        ]
+
+
+def _windows_of(request: Request) -> Iterator[Window]:
+    assert request.length is not None
+    sizes = [len(ids) for ids in request.documents]
+    return windows(sizes, length=request.length, stride=request.stride or request.length)
 
 
 def more_context(num_tokens: Sequence[int], *, length: int, before: int, stride: int | None = None) -> Measurement:
@@ -149,7 +155,7 @@ def _batches(several: Iterator[Window]) -> Iterator[list[Window]]:
 
 
 @torch.no_grad()  # not in inference mode, whose tensors FSDP2 would reuse in training
-def _losses(model: Model, documents: list[list[int]], batch: list[Window], chunk_tokens: int | None) -> Tensor:
+def _losses(model: Model, documents: Sequence[Sequence[int]], batch: list[Window], chunk_tokens: int | None) -> Tensor:
     """[windows, tokens] nats; 0 where a token was predicted before or the window has ended."""
     longest = max(window.end - window.start for window in batch)
     input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
