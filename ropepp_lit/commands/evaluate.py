@@ -145,7 +145,8 @@ def evaluate(
         "min_tokens": min_tokens, "limit": limit, "stride": stride,
         "noise_std": list(deviations), "seed": seed, "dtype": dtype,
     }  # fmt: skip
-    _write(folder, summarize(runs, seeds=seeds), descriptions, said, list(notices))
+    about = [{"task": task.task, "part": task.part, "text": task.about} for task, _ in settings.parsed]
+    _write(folder, summarize(runs, seeds=seeds), descriptions, said, list(notices), about)
     print(f"\nEverything is in {out}; read {folder / 'index.html'}")
 
 
@@ -234,6 +235,7 @@ def _write(
     models: list[dict[str, Any]],
     settings: dict[str, Any],
     notices: list[str],
+    about: list[dict[str, str]],
 ) -> None:
     """Write results.json, scores.csv, plots, TensorBoard's events and the page."""
     import datetime
@@ -259,6 +261,7 @@ def _write(
             "settings": settings,
             "models": models,
             "notices": notices,
+            "about": about,
             "scores": scores,
         },
         folder,

@@ -56,10 +56,15 @@ AGGREGATIONS: dict[str, Callable[[Any], Any]] = {
     "perplexity": np.exp,
     "bits_per_byte": lambda ratio: ratio / math.log(2),
     "score": lambda ratio: 100 * ratio,
+    "percent": lambda ratio: 100 * ratio,
     "attention": lambda ratio: 100 * ratio,
     "more_context": lambda ratio: 100 * ratio,
 }
-"""What makes a value of sum(numerators) / sum(denominators), by the name of an aggregation or metric. All increase."""
+"""What makes a value of sum(numerators) / sum(denominators), by the name of an aggregation or metric. All increase.
+
+`score` is for examples that succeed or fail, each as a whole or by shares of it; `percent` for other shares between 0
+and 1, such as of the tokens of documents.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +114,7 @@ class Measurement:
     @property
     def is_share(self) -> bool:
         """Whether the ratio lies between 0 and 1."""
-        return self.is_proportion or self.metric in SHARES
+        return self.is_proportion or self.metric in SHARES or self.aggregation == "percent"
 
     @property
     def is_proportion(self) -> bool:

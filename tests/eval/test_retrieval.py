@@ -8,6 +8,7 @@ import tracemalloc
 
 import pytest
 import torch
+from copier import Copier
 from others import make_tokenizer
 from tokenizers import Regex, Tokenizer, models
 from tokenizers.normalizers import Replace
@@ -178,26 +179,6 @@ def test_scores():
     assert score(["12", "34"], "it is 34") == 0.5
     assert score(["AB"], "ab") == 1
     assert score(["12"], "") == 0
-
-
-class Copier(torch.nn.Module):
-    """Continues as the text did after the longest match of its end."""
-
-    def __init__(self, tokenizer):
-        super().__init__()
-        self.vocab_size = tokenizer.vocab_size
-
-    def allocate_cache(self, *, batch_size, max_tokens):
-        return []
-
-    def forward(self, input_ids, *, documents, cache, logits_to_keep):
-        cache.append(input_ids)
-        logits = torch.zeros(len(input_ids), 1, self.vocab_size)
-        for row, ids in enumerate(torch.cat(cache, dim=1).tolist()):
-            text = "".join(chr(token) for token in ids)
-            size = next(size for size in range(len(ids) - 1, 0, -1) if text[-size:] in text[:-1])
-            logits[row, 0, ids[text[:-1].index(text[-size:]) + size]] = 1
-        return logits
 
 
 @pytest.fixture

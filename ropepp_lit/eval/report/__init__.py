@@ -15,7 +15,7 @@ from matplotlib.image import imread
 
 from ropepp_lit.eval.report.page import render_page
 from ropepp_lit.eval.report.panels import model_names, to_png
-from ropepp_lit.eval.report.plots import PLOTS
+from ropepp_lit.eval.report.plots import draw
 from ropepp_lit.eval.results import COLUMNS
 from ropepp_lit.files import escaped, write_whole
 
@@ -34,7 +34,8 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
             (`device`, `cpu`, `cores`), `models` (a dict for each run: `name`, `path`, `fingerprint`, `positions`,
             `parameters`, `context_length` and `tokens_seen` in tokens, `kv_cache_bytes_per_token`, `seconds`, None
             where it is not known; several of one name are runs of one model), `notices` (lines for the top of the
-            page) and `scores`, the rows of `summarize`.
+            page), `about` (`task`, `part` and `text` of tasks that say what they are) and `scores`, the rows of
+            `summarize`.
         folder: Where; made if it is missing.
     """
     results = _writable(results)
@@ -42,8 +43,9 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_whole(folder / "scores.csv", _csv(results["scores"]))
     plots = {}
-    for name, plot in PLOTS.items():
-        figure = plot(results)
+    for old in folder.glob("task-*.png"):
+        old.unlink()
+    for name, figure in draw(results):
         if figure is None:
             (folder / f"{name}.png").unlink(missing_ok=True)
         else:

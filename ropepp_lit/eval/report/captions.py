@@ -60,6 +60,9 @@ FAMILIES = {
 }
 """What the families of retrieval tasks ask, after RULER (arXiv 2404.06654)."""
 
+TASKS: dict[str, tuple[str, str]] = {}
+"""Title and explanation of tasks that have a section of the general form; others are called by their name."""
+
 METRICS = {
     "loss": "Loss",
     "perplexity": "Perplexity",

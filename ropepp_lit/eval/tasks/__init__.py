@@ -186,12 +186,15 @@ def _own_task(class_path: str) -> Task:
     module = class_path.rpartition(".")[0]
     if module in SUITES or module in PLAIN or f"{module}:" in " ".join(TASKS):
         raise UsageError(f"tasks: {class_path}: {module} is a task of ropepp-lit; give your module another name")
+    step = "imported"
     try:
-        return import_class(class_path, Task)()
+        found = import_class(class_path, Task)
+        step = "made"
+        return found()
     except UsageError as error:
         raise UsageError(f"tasks: {error}") from error
     except Exception as error:  # whatever the user's code raises
-        raise UsageError(f"tasks: {class_path}: cannot be made: {type(error).__name__}: {error}") from error
+        raise UsageError(f"tasks: {class_path}: cannot be {step}: {type(error).__name__}: {error}") from error
 
 
 def check(model: Model, units: Sequence[Unit], request: Request, *, device: torch.device | None = None) -> None:

@@ -118,6 +118,11 @@ class Task(ABC):
         mark = "." if self.task == type(self).__module__ else ":"
         return f"{self.task}{mark if self.part else ''}{self.part}"
 
+    @property
+    def about(self) -> str:
+        """What it asks, for the page: the first line of the class's docstring."""
+        return (type(self).__doc__ or "").strip().partition("\n")[0]
+
     @abstractmethod
     def measure(self, model: Model, request: Request) -> list[Measurement]:
         """Measure it, without gradients.
@@ -130,7 +135,7 @@ class Task(ABC):
             Measurements, see :meth:`measured`.
         """
 
-    def check(self, model: Model, request: Request) -> None:  # noqa: B027: most have nothing to check
+    def check(self, model: Model, request: Request) -> None:  # noqa: B027
         """Raise UsageError for what can be known to be wrong before anything is measured.
 
         Args:
@@ -159,7 +164,7 @@ class Task(ABC):
             request: Of :meth:`measure`.
             fields: Of :class:`~ropepp_lit.eval.results.Measurement`: `metric`, `numerators` and `denominators` (one
                 each for every example: the value is the ratio of their sums), `sample` (see `sample_of`),
-                `aggregation="score"` for percent, and others.
+                `aggregation="score"` or `"percent"` for a share in percent, and others.
         """
         return Measurement(**{"task": self.task, "part": self.part, "length": request.length, **fields})
 
