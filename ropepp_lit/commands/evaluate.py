@@ -68,6 +68,7 @@ def evaluate(
         max_length: Tokens of prompt and answer that harness tasks read at most; empty means the trained context. What
             is longer loses its beginning, and is reported.
     """
+    import functools
     from pathlib import Path
 
     from ropepp_lit.errors import UsageError
@@ -100,12 +101,13 @@ def evaluate(
         num_fewshot=num_fewshot, include_path=include_path, apply_chat_template=apply_chat_template,
         max_length=max_length,
     )  # fmt: skip
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device, "trust": trust}
     settings = Settings(
         tasks=tuple(word.strip() for word in tasks.split(",") if word.strip()),
         lengths=sizes, limit=limit, stride=stride, noise_std=deviations, seed=seed, options=options_of_harness,
+        checkpoint=checkpoints[0], load=functools.partial(load_model, **options),
     )  # fmt: skip
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device, "trust": trust}
     for old in folder.glob("attention-*.png"):
         old.unlink()  # maps of models that may not be asked for now; theirs are kept in parts
     runs: list[tuple[str, list[Measurement]]] = []

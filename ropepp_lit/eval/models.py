@@ -101,6 +101,14 @@ def check_model(source: str) -> None:
     _entry_of(open_checkpoint(locate(path), shapes_only=True), path)
 
 
+def identify_model(source: str) -> tuple[str, TextTokenizer]:
+    """Fingerprint and tokenizer of what :func:`load_model` would load, without its weights."""
+    _, path = _split(source)
+    location = locate(path)
+    entry = _entry_of(open_checkpoint(location, shapes_only=True), path)
+    return fingerprint(location), TextTokenizer.from_entry(entry)
+
+
 def _split(source: str) -> tuple[str, str]:
     """Name and path; without a name it is empty."""
     name, path = source.split("=", 1) if "=" in source and not Path(source).exists() else ("", source)

@@ -16,12 +16,13 @@ from ropepp_lit.checkpoint import import_class
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval import probes
 from ropepp_lit.eval.harness import Options, check_harness
-from ropepp_lit.eval.models import Model
+from ropepp_lit.eval.models import Model, load_model
 from ropepp_lit.eval.results import Measurement
 from ropepp_lit.eval.tasks.answers import Answers
 from ropepp_lit.eval.tasks.attention import Attention
 from ropepp_lit.eval.tasks.base import Answer, Draft, Family, Request, Task
 from ropepp_lit.eval.tasks.harness import Harness
+from ropepp_lit.eval.tasks.long_perplexity import LongPerplexity
 from ropepp_lit.eval.tasks.perplexity import Perplexity, more_context
 from ropepp_lit.eval.tasks.reading import Induction, recalls
 from ropepp_lit.eval.tasks.retrieval import FAMILIES
@@ -29,7 +30,9 @@ from ropepp_lit.eval.texts import Texts, by_set
 
 __all__ = ["Answer", "Draft", "Family", "Model", "Request", "Task"]
 
-TASKS = ("perplexity", "retrieval", "recall", "induction", "noise", "attention", "answers:FILE", "harness:NAME")
+TASKS = (
+    "perplexity", "longppl", "retrieval", "recall", "induction", "noise", "attention", "answers:FILE", "harness:NAME",
+)  # fmt: skip
 """What messages name; a name with a dot is a class of the user."""
 
 EXAMPLES = 50
@@ -86,6 +89,12 @@ class Settings:
     seed: int = 0
     options: Options = field(default_factory=Options)
     """Of lm-eval."""
+
+    checkpoint: str = ""
+    """The first checkpoint, which finds the key tokens of longppl."""
+
+    load: Callable[[str], Model] = functools.partial(load_model, dtype=torch.float32, device=torch.device("cpu"))
+    """Loads a checkpoint as the command does."""
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -168,6 +177,8 @@ class Settings:
             return [(suite[family], False) for family in families]
         if kind == "recall":
             return [(task, False) for task in recalls(part)]
+        if kind == "longppl":
+            return [(LongPerplexity(part or self.checkpoint, part, load=self.load), False)]
         if kind == "answers" and part:
             return [(Answers(part), False)]
         if kind == "harness" and part:
