@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,8 +16,9 @@ from ropepp_lit.checkpoint import import_class
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval import probes
 from ropepp_lit.eval.harness import Options, check_harness
-from ropepp_lit.eval.models import Model, load_model
+from ropepp_lit.eval.models import Model
 from ropepp_lit.eval.results import Measurement
+from ropepp_lit.eval.tasks import graph_walks, mrcr, retrieval
 from ropepp_lit.eval.tasks.answers import Answers
 from ropepp_lit.eval.tasks.attention import Attention
 from ropepp_lit.eval.tasks.base import Answer, Draft, Family, Request, Task
@@ -25,20 +26,22 @@ from ropepp_lit.eval.tasks.harness import Harness
 from ropepp_lit.eval.tasks.long_perplexity import LongPerplexity
 from ropepp_lit.eval.tasks.perplexity import Perplexity, more_context
 from ropepp_lit.eval.tasks.reading import Induction, recalls
-from ropepp_lit.eval.tasks.retrieval import FAMILIES
 from ropepp_lit.eval.texts import Texts, by_set
 
 __all__ = ["Answer", "Draft", "Family", "Model", "Request", "Task"]
 
 TASKS = (
-    "perplexity", "longppl", "retrieval", "recall", "induction", "noise", "attention", "answers:FILE", "harness:NAME",
+    "perplexity", "longppl", "retrieval", "recall", "induction", "graphwalks", "mrcr", "noise", "attention",
+    "answers:FILE", "harness:NAME",
 )  # fmt: skip
 """What messages name; a name with a dot is a class of the user."""
 
 EXAMPLES = 50
 """Documents, examples of each family, and prompts of each file, where no limit is given."""
 
-SUITES: dict[str, dict[str, Family]] = {"retrieval": FAMILIES}
+SUITES: dict[str, Mapping[str, Family]] = {
+    "retrieval": retrieval.FAMILIES, "graphwalks": graph_walks.FAMILIES, "mrcr": mrcr.FAMILIES,
+}  # fmt: skip
 """Tasks that consist of families, by their parts; the mean over several is given too."""
 
 PLAIN: dict[str, Callable[[], Task]] = {
@@ -93,8 +96,8 @@ class Settings:
     checkpoint: str = ""
     """The first checkpoint, which finds the key tokens of longppl."""
 
-    load: Callable[[str], Model] = functools.partial(load_model, dtype=torch.float32, device=torch.device("cpu"))
-    """Loads a checkpoint as the command does."""
+    load: Callable[[str], Model] | None = None
+    """Loads a checkpoint, as the command does; needed by longppl alone."""
 
     def __post_init__(self) -> None:
         if not self.tasks:

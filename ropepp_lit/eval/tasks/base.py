@@ -194,6 +194,9 @@ class Draft:
     head: str = ""
     """What the prompt begins with, before the context that is cut to the length."""
 
+    separator: str = " "
+    """Between fillers, needles and the question."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "fillers", iter(self.fillers))
         if not self.ideal:
@@ -208,7 +211,7 @@ class Draft:
         units: list[list[str]] = [[filler] for filler in reversed(fillers)]
         for depth, needle in sorted(self.needles, key=lambda pair: pair[0]):
             units[place(depth, len(units))].append(needle)
-        return " ".join([*itertools.chain.from_iterable(units), self.question])
+        return self.separator.join([*itertools.chain.from_iterable(units), self.question])
 
 
 def place(depth: float, units: int) -> int:

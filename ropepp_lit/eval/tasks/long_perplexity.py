@@ -48,7 +48,7 @@ class LongPerplexity(Task):
     task = "longppl"
     needs_text = by_document = True
 
-    def __init__(self, source: str, part: str, *, load: Callable[[str], Model]) -> None:
+    def __init__(self, source: str, part: str, *, load: Callable[[str], Model] | None = None) -> None:
         self.source, self.part, self._load = source, part, load
         self._keys: dict[int, list[np.ndarray]] = {}  # by length
         self._short: tuple[str, list[np.ndarray]] = ("", [])  # of the model that was read last
@@ -149,6 +149,7 @@ class LongPerplexity(Task):
         if model.fingerprint == self._identity[0]:
             self._find(request, gains, losses)
         else:  # for all lengths, as the model is loaded
+            assert self._load is not None
             short, key_model = self._short, self._load(self.source)
             for length in sorted(set(request.lengths) - {min(request.lengths)} - set(self._keys)):
                 each = _at(request, length)
