@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ropepp_lit.arguments import call
+from ropepp_lit.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -12,11 +13,7 @@ if TYPE_CHECKING:
 
     from ropepp_lit.eval.models import Model
     from ropepp_lit.eval.results import Measurement
-    from ropepp_lit.eval.tasks import Settings
     from ropepp_lit.eval.texts import Texts
-
-PARTS_VERSION = 3
-"""Of what is kept; another one is measured again."""
 
 
 def evaluate(
@@ -71,7 +68,6 @@ def evaluate(
     import functools
     from pathlib import Path
 
-    from ropepp_lit.errors import UsageError
     from ropepp_lit.sizes import parse_tokens
 
     if not checkpoints:
@@ -90,11 +86,13 @@ def evaluate(
     import torch  # heavy imports wait until the arguments are known to be right
 
     from ropepp_lit.eval.harness import Options
-    from ropepp_lit.eval.models import check_model, load_model
+    from ropepp_lit.eval.models import load_model
+    from ropepp_lit.eval.pieces import Work
     from ropepp_lit.eval.report import folder_names
     from ropepp_lit.eval.results import summarize
     from ropepp_lit.eval.tasks import Settings
     from ropepp_lit.eval.texts import notices_of, read_texts, seed_of
+    from ropepp_lit.files import write_whole
 
     torch.set_flush_denormal(True)  # far keys may get weights near 1e-40, on which CPUs are slow
     options_of_harness = Options(
@@ -108,35 +106,32 @@ def evaluate(
         lengths=sizes, limit=limit, stride=stride, noise_std=deviations, seed=seed, options=options_of_harness,
         checkpoint=checkpoints[0], load=functools.partial(load_model, **options),
     )  # fmt: skip
-    for old in folder.glob("attention-*.png"):
-        old.unlink()  # maps of models that may not be asked for now; theirs are kept in parts
+    models = [load_model(checkpoint, **options, weights=False) for checkpoint in checkpoints]
+    _refuse_twice(models)
+    texts: Texts = {}
+    if settings.needs_text:
+        reading = {"text_key": text_key, "split": split}
+        texts, lines = read_texts(models[0], text, reading, min_tokens=min_tokens, limit=settings.examples)
+        print("\n".join(lines), end="\n" if lines else "")
+
+    def load(number: int) -> Model:
+        model = load_model(checkpoints[number], **options)
+        if model.fingerprint != models[number].fingerprint:
+            raise UsageError(f"{model.path}: was changed after the evaluation began; run the command again")
+        return model
+
+    work = Work(models, load=load, settings=settings, sets=texts, folder=folder, dtype=dtype, device=device)
+    work.measure()
     runs: list[tuple[str, list[Measurement]]] = []
-    entries: list[dict[str, Any]] = []
     descriptions: list[dict[str, Any]] = []
     notices: dict[str, None] = {}
-    texts: Texts = {}
-    for checkpoint in checkpoints[1:]:  # before the first one is measured, which may take hours
-        check_model(checkpoint)
-    for checkpoint in checkpoints:
-        model = load_model(checkpoint, **options)
-        for known in descriptions:
-            if (known["name"], known["fingerprint"]) == (model.name, f"sha256:{model.fingerprint}"):
-                pair = f"{known['path']} and {model.path}"
-                raise UsageError(f"checkpoints: {pair} are the same run of {model.name}; name it once")
-        if not runs and settings.needs_text:
-            reading = {"text_key": text_key, "split": split}
-            texts, lines = read_texts(model, text, reading, min_tokens=min_tokens, limit=settings.examples)
-            print("\n".join(lines), end="\n" if lines else "")
-        entries.append(model.entry)
+    for number, model in enumerate(models):
         if texts:
-            notices |= dict.fromkeys(notices_of(model.name, model.entry, entries[0], text))
-        names = list(dict.fromkeys([*(name for name, _ in runs), model.name]))
-        label = folder_names(names)[names.index(model.name)]
-        measurements, seconds = _measure(model, settings, texts, folder, dtype, label)
+            notices |= dict.fromkeys(notices_of(model.name, model.entry, models[0].entry, text))
+        measurements, seconds = work.found(number)
         runs.append((model.name, measurements))
         descriptions.append({**model.describe(), "seconds": round(seconds, 1)})
-        del model  # one at a time is in memory
-    seeds = [seed_of(entry) for entry in entries]
+    seeds = [seed_of(model.entry) for model in models]
     notices |= dict.fromkeys(_different_runs(descriptions))
     notices |= dict.fromkeys(_same_seeds([name for name, _ in runs], seeds))
     print("".join(f"\nNote: {line}" for line in notices))
@@ -148,8 +143,45 @@ def evaluate(
         "noise_std": list(deviations), "seed": seed, "dtype": dtype,
     }  # fmt: skip
     about = [{"task": task.task, "part": task.part, "text": task.about} for task, _ in settings.parsed]
-    _write(folder, summarize(runs, seeds=seeds), descriptions, said, list(notices), about)
+    scores = summarize(runs, seeds=seeds)
+    with work.reporting():
+        for old in folder.glob("attention-*.png"):
+            old.unlink()  # maps of models that may not be asked for now
+        names = list(dict.fromkeys(name for name, _ in runs))
+        labels = dict(zip(names, folder_names(names), strict=True))
+        for number, model in enumerate(models):
+            for unit, image in work.images(number):
+                write_whole(folder / f"attention-{labels[model.name]}-{unit.length}.png", image)
+        work.write_answers()
+        print("".join(_replaced(folder, said, descriptions)), end="")
+        _write(folder, scores, descriptions, said, list(notices), about)
     print(f"\nEverything is in {out}; read {folder / 'index.html'}")
+
+
+def _replaced(folder: Path, settings: dict[str, Any], models: list[dict[str, Any]]) -> Iterator[str]:
+    """A line where the folder has a report with more than the new one: its pieces are kept, and not shown."""
+    import json
+
+    if not (folder / "results.json").is_file():
+        return
+    old = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    gone = [f"the task {task}" for task in old["settings"]["tasks"] if task not in settings["tasks"]]
+    gone += [f"{length:,} tokens" for length in old["settings"]["lengths"] if length not in settings["lengths"]]
+    named = {(model["name"], model["fingerprint"]) for model in models}
+    gone += [f"{model['name']} ({model['path']})" for model in old["models"]
+             if (model["name"], model["fingerprint"]) not in named]  # fmt: skip
+    if gone:
+        yield f"\nNote: the report in {folder} also had {', '.join(gone)}, which this command does not name; it is "
+        yield "replaced. All pieces are kept, so a command that names everything shows everything at once."
+
+
+def _refuse_twice(models: list[Model]) -> None:
+    known: dict[tuple[str, str], Model] = {}
+    for model in models:
+        first = known.setdefault((model.name, model.fingerprint), model)
+        if first is not model:
+            pair = f"{first.path} and {model.path}"
+            raise UsageError(f"checkpoints: {pair} are the same run of {model.name}; name it once")
 
 
 def _same_seeds(names: list[str], seeds: list[Any]) -> Iterator[str]:
@@ -168,67 +200,6 @@ def _different_runs(descriptions: list[dict[str, Any]]) -> Iterator[str]:
         if len({tuple(described[field] for field in fields) for described in same}) > 1:
             paths = " and ".join(described["path"] for described in same)
             yield f"{paths} are runs of {name} by their name, but differ in architecture; tell them apart by NAME=PATH."
-
-
-def _measure(
-    model: Model, settings: Settings, sets: Texts, folder: Path, dtype: str, label: str
-) -> tuple[list[Measurement], float]:
-    """All measurements of a model, taking up what an earlier run of the command has kept; and seconds of the others.
-
-    Attention maps are named by `label`.
-    """
-    import hashlib
-    import json
-    import time
-
-    from tqdm import tqdm
-
-    from ropepp_lit.eval.results import Measurement
-    from ropepp_lit.eval.tasks import check, derived, measure
-    from ropepp_lit.files import write_whole
-
-    texts = [text for documents in sets.values() for text in documents]
-    texts_digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    documents = [model.tokenizer.encode_whole(text) for text in texts]
-    units = settings.units(model)
-    check(model, units, settings.request(min(settings.lengths), texts=texts, documents=documents))
-    (folder / "parts").mkdir(parents=True, exist_ok=True)
-    found: list[Measurement] = []
-    seconds = 0.0
-    requests = [settings.request(unit.length, texts=texts, documents=documents) for unit in units]
-    work = [unit.task.num_tokens(request) for unit, request in zip(units, requests, strict=True)]
-    with tqdm(total=sum(work), unit=" tokens", unit_scale=True, desc=model.name) as bar:
-        for unit, request, tokens in zip(units, requests, work, strict=True):
-            bar.set_postfix_str(str(unit))
-            key = {
-                "version": PARTS_VERSION, "model": model.fingerprint, "unit": unit.key, "stride": settings.stride,
-                "seed": settings.seed, "dtype": dtype, "limit": request.limit,
-                "texts": texts_digest if unit.task.needs_text else None, "identity": unit.task.identity(request),
-            }  # fmt: skip
-            part = folder / "parts" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-            before = bar.n
-            if part.is_file():
-                kept = json.loads(part.read_text(encoding="utf-8"))
-            else:
-                started = time.monotonic()
-                measured, _, images = measure(
-                    model, unit, settings, texts=texts, documents=documents, progress=bar.update
-                )
-                kept = {
-                    "key": key,
-                    "seconds": time.monotonic() - started,
-                    "measurements": [item.to_dict() for item in measured],
-                }
-                for image in images:
-                    write_whole(part.with_suffix(".png"), image)
-                write_whole(part, json.dumps(kept))
-            if part.with_suffix(".png").is_file():
-                name = f"attention-{label}-{unit.length}.png"
-                write_whole(folder / name, part.with_suffix(".png").read_bytes())
-            bar.update(before + tokens - bar.n)
-            seconds += kept["seconds"]
-            found += [Measurement(**values) for values in kept["measurements"]]
-    return [*found, *derived(found, settings, sets, documents)], seconds
 
 
 def _write(

@@ -189,7 +189,8 @@ def test_a_run_counts_once_and_one_model_is_in_memory_at_a_time(small_checkpoint
         gc.collect()
         assert not [reference for reference in alive if reference() is not None]
         model = load(*arguments, **options)
-        alive.append(weakref.ref(model.decoder))
+        if options.get("weights", True):
+            alive.append(weakref.ref(model.decoder))
         return model
 
     monkeypatch.setattr(models, "load_model", watched)
@@ -197,6 +198,8 @@ def test_a_run_counts_once_and_one_model_is_in_memory_at_a_time(small_checkpoint
     options = {"tasks": "perplexity", "lengths": "64", "text": str(text), "limit": 2}
     evaluate(*paths, out=str(tmp_path / "out"), **options)
     assert len(alive) == 3
+    evaluate(*paths, out=str(tmp_path / "out"), **options)
+    assert len(alive) == 3  # all is kept, so no weights are read
     with pytest.raises(UsageError, match=r"checkpoints: .*rope.ckpt and .*rope.ckpt are the same run of A; name it"):
         evaluate(f"A={paths[0]}", f"A={paths[0]}", out=str(tmp_path / "twice"), **options)
 

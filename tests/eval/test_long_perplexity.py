@@ -32,7 +32,7 @@ def _request(model, length=LONG, lengths=(SHORT, 32, LONG), **fields):
 
 @pytest.fixture
 def task(small_checkpoints, models):
-    return LongPerplexity(str(small_checkpoints["rope"]), "", load=lambda source: models["rope"])
+    return LongPerplexity(str(small_checkpoints["rope"]), "", load=lambda source, weights=True: models["rope"])
 
 
 @torch.no_grad()
@@ -77,9 +77,16 @@ def test_key_tokens_are_those_of_a_plain_loop(models, task, monkeypatch):
     assert sum(sum(item.numerators) for item in by_position) == pytest.approx(sum(gains))
     # Whichever model is measured first, the key tokens are the same.
     again = dataclasses.replace(request, documents=_request(key_model).documents)
-    fresh = LongPerplexity(task.source, "", load=lambda source: pytest.fail("it is the model that is measured"))
+    loaded = []
+
+    def load_once(source, weights=True):
+        assert not weights, "it is the model that is measured"
+        return loaded.append(source) or key_model
+
+    fresh = LongPerplexity(task.source, "", load=load_once)
     assert fresh.measure(key_model, again)[2].numerators == share.numerators
     assert fresh.measure(other, request)[1].numerators == pytest.approx(sums)
+    assert loaded == [task.source]
 
 
 def test_windows_are_those_of_perplexity(models):

@@ -8,19 +8,21 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from ropepp_lit.eval.report.examples import Examples
 from ropepp_lit.eval.report.panels import MOST_BANDS, Row, model_names, trained_contexts
 from ropepp_lit.eval.report.sections import listed, make_sections, plain
 from ropepp_lit.eval.report.tables import common_context, make_cell, show_value
 from ropepp_lit.eval.results import CLEAN, select
 
 
-def render_page(results: dict[str, Any], *, plots: dict[str, bytes], maps: dict[str, bytes]) -> str:
+def render_page(results: dict[str, Any], *, plots: dict[str, bytes], maps: dict[str, bytes], examples: Examples) -> str:
     """One HTML file that needs nothing beside it.
 
     Args:
         results: As in results.json.
         plots: PNGs by the names of `plots.draw`.
         maps: PNGs of attention maps by the names of their files, without `.png`.
+        examples: Of :func:`~ropepp_lit.eval.report.examples.choose_examples`.
     """
     # No loader: page.html is one template, and every value is escaped.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -33,7 +35,7 @@ def render_page(results: dict[str, Any], *, plots: dict[str, bytes], maps: dict[
         names=names,
         models=_models(results),
         findings=_findings(results),
-        sections=make_sections(results, plots=plots, maps=maps),
+        sections=make_sections(results, plots=plots, maps=maps, examples=examples),
         runs=sorted({row["runs"] for row in results["scores"]} or {1}),
         paired={row["paired"] for row in results["scores"]},
         contexts=trained_contexts(results),

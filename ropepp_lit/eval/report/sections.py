@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ropepp_lit.eval.report.captions import BESIDE, CAPTIONS, FAMILIES, METRICS, TASKS, UNITS
+from ropepp_lit.eval.report.examples import Examples
 from ropepp_lit.eval.report.panels import Row, model_names, other_tasks
 from ropepp_lit.eval.report.tables import by_length, make_table
 from ropepp_lit.eval.results import CLEAN, select
@@ -25,15 +26,20 @@ class Section:
     plots: list[dict[str, str]] = field(default_factory=list)
     maps: list[dict[str, str]] = field(default_factory=list)
     families: dict[str, str] = field(default_factory=dict)
+    examples: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] | None = None
     """A plain table of how it was measured: `caption`, `columns`, `lines`."""
 
 
-def make_sections(results: dict[str, Any], *, plots: dict[str, bytes], maps: dict[str, bytes]) -> list[Section]:
+def make_sections(
+    results: dict[str, Any], *, plots: dict[str, bytes], maps: dict[str, bytes], examples: Examples
+) -> list[Section]:
     """Those that have something to show; see :func:`~ropepp_lit.eval.report.page.render_page`."""
     sections = [_perplexity(results, plots), _retrieval(results, plots)]
     sections += [_other(results, plots, task) for task in other_tasks(results)]
     sections += [_noise(results, plots), _attention(results, plots, maps), _answers(results), _harness(results)]
+    for section in sections:
+        section.examples = [found for (task, _), found in examples.items() if section.id in (task, f"task-{task}")]
     return [section for section in sections if section.tables or section.plots or section.maps]
 
 

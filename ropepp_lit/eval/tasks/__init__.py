@@ -16,7 +16,7 @@ from ropepp_lit.checkpoint import import_class
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval import probes
 from ropepp_lit.eval.harness import Options, check_harness
-from ropepp_lit.eval.models import Model
+from ropepp_lit.eval.models import Model, load_model
 from ropepp_lit.eval.results import Measurement
 from ropepp_lit.eval.tasks import graph_walks, mrcr, retrieval
 from ropepp_lit.eval.tasks.answers import Answers
@@ -96,8 +96,8 @@ class Settings:
     checkpoint: str = ""
     """The first checkpoint, which finds the key tokens of longppl."""
 
-    load: Callable[[str], Model] | None = None
-    """Loads a checkpoint, as the command does; needed by longppl alone."""
+    load: Callable[..., Model] = load_model
+    """Loads a checkpoint with the command's dtype and device."""
 
     def __post_init__(self) -> None:
         if not self.tasks:

@@ -206,12 +206,16 @@ class Draft:
         """The next fillers."""
         return list(itertools.islice(self.fillers, count))
 
-    def text(self, fillers: list[str]) -> str:
-        """The example with these fillers, first the last of the context; the first unit of the text is a filler."""
+    def units(self, fillers: list[str]) -> list[str]:
+        """The context with these fillers, first the last of it; its first unit is a filler."""
         units: list[list[str]] = [[filler] for filler in reversed(fillers)]
         for depth, needle in sorted(self.needles, key=lambda pair: pair[0]):
             units[place(depth, len(units))].append(needle)
-        return self.separator.join([*itertools.chain.from_iterable(units), self.question])
+        return list(itertools.chain.from_iterable(units))
+
+    def text(self, fillers: list[str]) -> str:
+        """The example behind its head, with these fillers."""
+        return self.separator.join([*self.units(fillers), self.question])
 
 
 def place(depth: float, units: int) -> int:

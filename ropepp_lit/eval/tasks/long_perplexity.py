@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.eval.models import Model, identify_model
+from ropepp_lit.eval.models import Model
 from ropepp_lit.eval.results import Measurement, sample_of
 from ropepp_lit.eval.tasks.base import Request, Task
 from ropepp_lit.eval.tasks.perplexity import RANGES, token_losses, tokens_before, tokens_read
@@ -42,24 +42,25 @@ class LongPerplexity(Task):
     Args:
         source: The checkpoint that finds the key tokens.
         part: As the task names it; empty where it names none.
-        load: Loads it, where another model is measured.
+        load: Loads it, or with `weights=False` all but its weights.
     """
 
     task = "longppl"
     needs_text = by_document = True
 
-    def __init__(self, source: str, part: str, *, load: Callable[[str], Model] | None = None) -> None:
+    def __init__(self, source: str, part: str, *, load: Callable[..., Model]) -> None:
         self.source, self.part, self._load = source, part, load
         self._keys: dict[int, list[np.ndarray]] = {}  # by length
         self._short: tuple[str, list[np.ndarray]] = ("", [])  # of the model that was read last
 
     @cached_property
-    def _identity(self) -> tuple[str, Any]:
-        return identify_model(self.source)
+    def _key_model(self) -> Model:
+        """Without weights."""
+        return self._load(self.source, weights=False)
 
     def identity(self, request: Request) -> dict[str, Any]:
         """The model that finds the key tokens, and the short context."""
-        return {"key_model": self._identity[0], "short": min(request.lengths)}
+        return {"key_model": self._key_model.fingerprint, "short": min(request.lengths)}
 
     def check(self, model: Model, request: Request) -> None:
         """Raise UsageError where no token has a longer context, or the models do not read the same tokens."""
@@ -73,7 +74,7 @@ class LongPerplexity(Task):
                 f"text: longppl needs documents of more than {lengths[0]:,} tokens, the shortest of lengths, and the "
                 f"longest has {max(map(len, request.documents)):,}"
             )
-        tokenizer = self._identity[1]
+        tokenizer = self._key_model.tokenizer
         if any(
             tokenizer.encode_whole(text) != list(ids)
             for text, ids in zip(request.texts, request.documents, strict=True)
@@ -146,10 +147,9 @@ class LongPerplexity(Task):
         assert request.length is not None
         if request.length in self._keys:
             return self._keys[request.length]
-        if model.fingerprint == self._identity[0]:
+        if model.fingerprint == self._key_model.fingerprint:
             self._find(request, gains, losses)
         else:  # for all lengths, as the model is loaded
-            assert self._load is not None
             short, key_model = self._short, self._load(self.source)
             for length in sorted(set(request.lengths) - {min(request.lengths)} - set(self._keys)):
                 each = _at(request, length)
