@@ -104,7 +104,7 @@ def evaluate(
     settings = Settings(
         tasks=tuple(word.strip() for word in tasks.split(",") if word.strip()),
         lengths=sizes, limit=limit, stride=stride, noise_std=deviations, seed=seed, options=options_of_harness,
-        checkpoint=checkpoints[0], load=functools.partial(load_model, **options),
+        has_essays=text is not None, checkpoint=checkpoints[0], load=functools.partial(load_model, **options),
     )  # fmt: skip
     models = [load_model(checkpoint, **options, weights=False) for checkpoint in checkpoints]
     _refuse_twice(models)
@@ -124,7 +124,7 @@ def evaluate(
     work.measure()
     runs: list[tuple[str, list[Measurement]]] = []
     descriptions: list[dict[str, Any]] = []
-    notices: dict[str, None] = {}
+    notices = dict.fromkeys(settings.notices)
     for number, model in enumerate(models):
         if texts:
             notices |= dict.fromkeys(notices_of(model.name, model.entry, models[0].entry, text))

@@ -18,7 +18,7 @@ from ropepp_lit.eval import probes
 from ropepp_lit.eval.harness import Options, check_harness
 from ropepp_lit.eval.models import Model, load_model
 from ropepp_lit.eval.results import Measurement
-from ropepp_lit.eval.tasks import graph_walks, mrcr, retrieval
+from ropepp_lit.eval.tasks import graph_walks, mrcr, retrieval, ruler
 from ropepp_lit.eval.tasks.answers import Answers
 from ropepp_lit.eval.tasks.attention import Attention
 from ropepp_lit.eval.tasks.base import Answer, Draft, Family, Request, Task
@@ -31,7 +31,7 @@ from ropepp_lit.eval.texts import Texts, by_set
 __all__ = ["Answer", "Draft", "Family", "Model", "Request", "Task"]
 
 TASKS = (
-    "perplexity", "longppl", "retrieval", "recall", "induction", "graphwalks", "mrcr", "noise", "attention",
+    "perplexity", "longppl", "retrieval", "ruler", "recall", "induction", "graphwalks", "mrcr", "noise", "attention",
     "answers:FILE", "harness:NAME",
 )  # fmt: skip
 """What messages name; a name with a dot is a class of the user."""
@@ -40,7 +40,8 @@ EXAMPLES = 50
 """Documents, examples of each family, and prompts of each file, where no limit is given."""
 
 SUITES: dict[str, Mapping[str, Family]] = {
-    "retrieval": retrieval.FAMILIES, "graphwalks": graph_walks.FAMILIES, "mrcr": mrcr.FAMILIES,
+    "retrieval": retrieval.FAMILIES, "ruler": ruler.FAMILIES, "graphwalks": graph_walks.FAMILIES,
+    "mrcr": mrcr.FAMILIES,
 }  # fmt: skip
 """Tasks that consist of families, by their parts; the mean over several is given too."""
 
@@ -93,6 +94,9 @@ class Settings:
     options: Options = field(default_factory=Options)
     """Of lm-eval."""
 
+    has_essays: bool = True
+    """Whether the user names text, in which needles of ruler may lie."""
+
     checkpoint: str = ""
     """The first checkpoint, which finds the key tokens of longppl."""
 
@@ -125,6 +129,18 @@ class Settings:
     def examples(self) -> int:
         """Documents, examples of each family, or prompts of each file."""
         return EXAMPLES if self.limit is None else self.limit
+
+    @property
+    def notices(self) -> list[str]:
+        """Lines that say which tasks are left out."""
+        if "ruler" not in self.tasks or not self._without_essays:
+            return []
+        return [f"ruler: {', '.join(self._without_essays)} need essays and are left out; name files of them by --text."]
+
+    @property
+    def _without_essays(self) -> list[str]:
+        """Tasks of ruler for which there is no text."""
+        return [] if self.has_essays else [part for part, task in ruler.FAMILIES.items() if task.needs_text]
 
     @property
     def kinds(self) -> set[str]:
@@ -177,7 +193,9 @@ class Settings:
             for family in families:
                 if family not in suite:
                     raise UsageError(f"tasks: {kind} has no family {family!r}; choose of {', '.join(suite)}")
-            return [(suite[family], False) for family in families]
+                if part and kind == "ruler" and family in self._without_essays:
+                    raise UsageError(f"tasks: ruler:{family} hides its needles in essays; name files of them by text")
+            return [(suite[family], False) for family in families if family not in self._without_essays]
         if kind == "recall":
             return [(task, False) for task in recalls(part)]
         if kind == "longppl":

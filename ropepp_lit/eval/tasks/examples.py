@@ -113,7 +113,7 @@ def _fit(family: Family, tokenizer: TextTokenizer, length: int, seed: int, numbe
     opening = tokenizer.opening
     room = length - family.max_new_tokens(tokenizer, seed=seed) - len(opening)
     draw = partial(family.draw, seed=str(seed), number=number)
-    fitted = fit(draw, tokenizer, room=room, name=f"{family} at {length:,} tokens")
+    fitted = fit(draw, tokenizer, room=room, name=str(family), length=length)
     if fitted is None:
         return None
     made = fitted.draft
@@ -131,14 +131,15 @@ class Fitted(NamedTuple):
     """Of the head, and the last tokens of the text."""
 
 
-def fit(draw: Callable[..., Draft], tokenizer: TextTokenizer, *, room: int, name: str) -> Fitted | None:
+def fit(draw: Callable[..., Draft], tokenizer: TextTokenizer, *, room: int, name: str, length: int) -> Fitted | None:
     """A draft with as many fillers as make it `room` tokens long, cut behind its head, in the first filler.
 
     Args:
         draw: Makes a draft; `units` says of about how many fillers.
         tokenizer: Of the model.
         room: Tokens, without the opening.
-        name: For messages.
+        name: Of the task, for messages.
+        length: For messages.
 
     Returns:
         The draft; None where it holds more than these tokens.
@@ -160,7 +161,7 @@ def fit(draw: Callable[..., Draft], tokenizer: TextTokenizer, *, room: int, name
             try:
                 found = _cut(tokenizer, made, room - len(head), per_filler)
             except _EndlessError as error:
-                raise UsageError(f"lengths: {name}: {error}; leave it out") from error
+                raise UsageError(f"lengths: {name} at {length:,} tokens: {error}; leave it out") from error
             if found is not None:
                 text, ids = found
                 return Fitted(made, text, head + ids)
@@ -212,6 +213,6 @@ def _cut(tokenizer: TextTokenizer, made: Draft, room: int, per_filler: float) ->
             high, text, ids = middle, shorter, tried
         else:
             low, longest_below = middle, len(tried)
-    if len(ids) - room > len(_encode(tokenizer, pool[high - 1])):
+    if len(ids) - room > len(_encode(tokenizer, made.units(pool[:high])[0])):
         return None  # more would be cut than the first filler
     return text, ids[len(ids) - room :]

@@ -161,7 +161,7 @@ class Reading(Task):
             return draft
 
         room = length + 1 - len(tokenizer.opening)
-        fitted = fit(draw, tokenizer, room=room, name=f"{self} at {length:,} tokens")
+        fitted = fit(draw, tokenizer, room=room, name=str(self), length=length)
         if fitted is None:
             return None
         starts, ends = np.array(tokenizer.offsets(fitted.text)).T
