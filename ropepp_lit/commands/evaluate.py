@@ -43,9 +43,12 @@ def evaluate(
             of one name are runs (seeds) of one model. Differences are to the first.
         tasks: Of perplexity, retrieval (or some families: retrieval:single+multikey), noise (on perplexity and
             retrieval; noise:retrieval:single), attention, answers:FILE (held-out prompts and answers, in the formats of
-            prepare --format chat and completion) and harness:NAME (a task of lm-eval), with commas.
+            prepare --format chat and completion), harness:NAME (a task of lm-eval) and module.Class (a task of your
+            own, in a file in the current folder), with commas.
         lengths: Tokens of the context, with commas; k is 1,024.
-        out: The folder that is written: index.html, results.json, scores.csv, plots, TensorBoard's events.
+        out: The folder that is written: index.html, results.json, scores.csv, answers.jsonl (what models wrote), plots,
+            TensorBoard's events, and `parts`, where each piece of work is kept. Processes that run the same command at
+            once, such as one per GPU, share the work.
         text: Documents for perplexity and attention: files, folders, globs, with commas, as for prepare, each source
             reported by itself; empty means the documents that the first checkpoint's run held out. They are chosen by a
             hash, of a source's first 10,000.
