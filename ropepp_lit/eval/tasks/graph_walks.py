@@ -46,6 +46,11 @@ class GraphWalk(Family):
         self._depth = depth
         self.part = "parents" if depth < 0 else f"depth_{depth}"
 
+    @property
+    def about(self) -> str:
+        """See :attr:`Task.about`."""
+        return "nodes with an edge to a node" if self._depth < 0 else f"nodes {self._depth} edges away from a node"
+
     def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
         """See :meth:`Family.draft`."""
         nodes = stock.letters(rng, LETTERS, string.ascii_lowercase)

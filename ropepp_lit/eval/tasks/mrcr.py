@@ -42,6 +42,11 @@ class SameRequests(Family):
         self.part = f"{requests}"
         self._requests = requests
 
+    @property
+    def about(self) -> str:
+        """See :attr:`Task.about`."""
+        return f"one of {self._requests} answers to the same request"
+
     def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
         """See :meth:`Family.draft`."""
         codes = stock.letters(rng, CODE_LETTERS, string.ascii_uppercase)

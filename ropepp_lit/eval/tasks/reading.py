@@ -240,6 +240,11 @@ class Recall(Reading):
         self.pairs = pairs
         self.part = f"{pairs}"
 
+    @property
+    def about(self) -> str:
+        """See :attr:`Task.about`."""
+        return f"{self.pairs} pairs of key and value, each value predicted once"
+
     def draft(self, rng: random.Random, *, units: int) -> tuple[Draft, list[Copy]]:
         """See :func:`recall_draft`."""
         return recall_draft(rng, pairs=self.pairs, units=units)

@@ -154,6 +154,13 @@ class Niah(RulerTask):
         self._num_keys, self._num_values, self._num_queries = num_keys, num_values, num_queries
         self.needs_text = haystack == "essay"  # type: ignore[misc]
 
+    @property
+    def about(self) -> str:
+        """See :attr:`Task.about`."""
+        asked, told = self._num_queries * self._num_values, self._num_keys * self._num_values
+        hay = {"noise": "a repeated line", "needle": "nothing but others like them", "essay": "essays"}[self._haystack]
+        return f"{asked} of {told} {self._value} whose keys are {self._key}, hidden in {hay}"
+
     def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
         """See :meth:`Family.draft`."""
         keys, values = _names(rng, self._key), _names(rng, self._value)
