@@ -41,17 +41,18 @@ def evaluate(
     Args:
         checkpoints: .ckpt files, Hugging Face folders or names on the Hugging Face Hub, each PATH or NAME=PATH; those
             of one name are runs (seeds) of one model. Differences are to the first.
-        tasks: Of perplexity, retrieval (or some families: retrieval:single+multikey), noise (on perplexity and
-            retrieval; noise:retrieval:single), attention, answers:FILE (held-out prompts and answers, in the formats of
-            prepare --format chat and completion), harness:NAME (a task of lm-eval) and module.Class (a task of your
-            own, in a file in the current folder), with commas.
+        tasks: Of perplexity, longppl (key tokens found by the first checkpoint; longppl:PATH), retrieval (or some
+            families: retrieval:single+multikey), ruler, recall (or numbers of pairs: recall:4+64), induction,
+            graphwalks, mrcr, noise (on perplexity and retrieval; noise:retrieval:single), attention, answers:FILE
+            (held-out prompts and answers, in the formats of prepare --format chat and completion), harness:NAME (a
+            task of lm-eval) and module.Class (a task of your own, in a file in the current folder), with commas.
         lengths: Tokens of the context, with commas; k is 1,024.
         out: The folder that is written: index.html, results.json, scores.csv, answers.jsonl (what models wrote), plots,
             TensorBoard's events, and `parts`, where each piece of work is kept. Processes that run the same command at
             once, such as one per GPU, share the work.
-        text: Documents for perplexity and attention: files, folders, globs, with commas, as for prepare, each source
-            reported by itself; empty means the documents that the first checkpoint's run held out. They are chosen by a
-            hash, of a source's first 10,000.
+        text: Documents for perplexity, longppl and attention, and essays for ruler: files, folders, globs, with
+            commas, as for prepare, each source reported by itself; empty means the documents that the first
+            checkpoint's run held out. They are chosen by a hash, of a source's first 10,000.
         text_key: Key or column of the text in JSON and tables.
         split: What separates documents in text files, as for prepare; empty means that each file is one.
         min_tokens: Leave out documents of fewer tokens (of the first model).

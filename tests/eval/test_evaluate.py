@@ -212,7 +212,10 @@ def test_a_run_counts_once_and_one_model_is_in_memory_at_a_time(small_checkpoint
             "tasks: no task 'speed'; choose of perplexity, retrieval, noise, attention, answers:FILE, harness:NAME",
         ),
         (["--tasks", "retrieval:none"], "tasks: retrieval has no family 'none'; choose of single, multikey"),
-        (["--tasks", "noise:attention"], "tasks: noise is for perplexity and retrieval, not attention"),
+        (
+            ["--tasks", "noise:attention"],
+            "tasks: noise is for perplexity and prompts, not attention",
+        ),
         (["--tasks", ","], "tasks: name at least one of"),
         (["--lengths", "long"], "lengths: 'long' is no number of tokens such as 512 or 64k"),
         (["--lengths", "100000000k"], "lengths: 102,400,000,000 tokens need about"),

@@ -93,7 +93,7 @@ TASKS: dict[str, tuple[str, str]] = {
         "One of several same requests",
         "A conversation has the same request several times, each time with another answer, and one of the answers is "
         "asked for again behind a code (after OpenAI's MRCR). The score is the share of matching characters; 0 without "
-        "the code. A wrong answer behind it gets about a third.",
+        "the code. Other words behind it get 28.",
     ),
 }
 """Title and explanation of tasks that have a section of the general form; others are called by their name."""

@@ -185,7 +185,7 @@ class Settings:
             found = [(task, True) for word in inner for task, is_noise in self._parse(word) if not is_noise]
             if any(not task.takes_noise for task, _ in found) or not found:
                 own = "; a task of your own takes it where it says takes_noise = True" if "." in part else ""
-                raise UsageError(f"tasks: noise is for perplexity and retrieval, not {part}{own}")
+                raise UsageError(f"tasks: noise is for perplexity and prompts, not {part}{own}")
             return found
         if kind in SUITES:
             suite = SUITES[kind]

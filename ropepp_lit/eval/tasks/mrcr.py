@@ -6,8 +6,8 @@ The last turn asks to write a code and then the answer to the first, second, …
 without the code at the start, else `difflib.SequenceMatcher(None, written, expected).ratio()` of what stands behind it.
 
 Sized for base models: an answer is eight words, what is written counts up to the end of the line, and a short
-conversation of the same kind stands before. A wrong answer behind the code scores about a third, as its letters
-are alike. The wording is our own, so scores compare models here and not with OpenAI's.
+conversation of the same kind stands before. Other words behind the code score 0.28, as their letters are
+alike. The wording is our own, so scores compare models here and not with OpenAI's.
 """
 
 from __future__ import annotations
