@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -57,6 +58,7 @@ class Work:
         sets: Documents.
         folder: Of the evaluation; pieces are kept in its folder `parts`.
         dtype: In which is computed, for the keys.
+        device: On which is computed.
 
     Raises:
         UsageError: see :func:`~ropepp_lit.eval.tasks.check`.
@@ -71,7 +73,7 @@ class Work:
         sets: Texts,
         folder: Path,
         dtype: str,
-        device: Any,
+        device: torch.device,
     ) -> None:
         self.models, self.settings, self.sets, self.folder = models, settings, sets, folder
         self._load, self._dtype, self._parts = load, dtype, folder / "parts"
@@ -94,11 +96,16 @@ class Work:
     def measure(self) -> None:
         """Measure what is missing and no other process measures, and wait until nothing is missing."""
         waits = False
-        while busy := sum(self._measure_free(number) for number in range(len(self.models))):
-            if not waits:
-                print(f"Waiting for {busy} pieces of work that other processes measure", flush=True)
-            waits = True
-            time.sleep(WAIT_SECONDS)
+        while True:
+            counts = [self._measure_free(number) for number in range(len(self.models))]
+            measured, busy = (sum(column) for column in zip(*counts, strict=True))
+            if not busy:
+                return
+            if not measured:
+                if not waits:
+                    print(f"Waiting for {busy} pieces of work that other processes measure", flush=True)
+                waits = True
+                time.sleep(WAIT_SECONDS)
 
     def found(self, number: int) -> tuple[list[Measurement], float]:
         """A model's measurements, with what follows from them; and how many seconds they took."""
@@ -139,6 +146,7 @@ class Work:
             "version": VERSION, "model": model.fingerprint, "unit": unit.key, "stride": settings.stride,
             "seed": settings.seed, "dtype": self._dtype, "limit": request.limit,
             "texts": self._texts_digest if unit.task.needs_text else None, "identity": unit.task.identity(request),
+            "sources": unit.task.sources(),
         }  # fmt: skip
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         return Piece(unit, key, self._parts / f"{name}.json", unit.task.num_tokens(request))
@@ -150,24 +158,26 @@ class Work:
             self._encoded = identity, [tokenizer.encode_whole(text) for text in self._texts]
         return self._encoded[1]
 
-    def _measure_free(self, number: int) -> int:
-        """Measure the pieces of a model that nobody else measures; returns how many others do."""
+    def _measure_free(self, number: int) -> tuple[int, int]:
+        """Measure the pieces of a model that nobody else measures; returns how many these were, and the others."""
         missing = [piece for piece in self.pieces[number] if not piece.path.is_file()]
-        model, busy = None, 0
+        total = sum(piece.num_tokens for piece in missing)
+        model: Model | None = None
+        measured = busy = 0
         with contextlib.ExitStack() as stack:
             for piece in missing:
                 with self._claimed(piece) as is_ours:
-                    if not is_ours:
-                        busy += 1
-                    elif not piece.path.is_file():  # another process may have kept it since
-                        if model is None:
-                            model = self._load(number)
-                            total = sum(piece.num_tokens for piece in missing)
-                            bar = stack.enter_context(
-                                tqdm(total=total, unit=" tokens", unit_scale=True, desc=model.name)
-                            )
-                        self._measure_piece(model, piece, bar)
-        return busy
+                    if not is_ours or piece.path.is_file():  # another process has it, or has kept it since
+                        busy += not is_ours
+                        total -= piece.num_tokens
+                        continue
+                    if model is None:
+                        model = self._load(number)
+                        bar = stack.enter_context(tqdm(unit=" tokens", unit_scale=True, desc=model.name))
+                    bar.total = total
+                    self._measure_piece(model, piece, bar)
+                    measured += 1
+        return measured, busy
 
     @contextlib.contextmanager
     def _claimed(self, piece: Piece) -> Iterator[bool]:

@@ -193,7 +193,8 @@ def _row(name: str, several: _Runs, first: _Runs | None) -> dict[str, Any]:
     row = {"model": name, **dict(zip(KEYS, example.key, strict=True))}
     row |= dict.fromkeys(("low", "high", "difference", "difference_low", "difference_high", "paired"))
     row |= {"examples": len(example.numerators), "runs": len(several), "run_values": values}
-    row |= {"higher_is_better": example.better_if_higher, "details": example.details}
+    row |= {"higher_is_better": example.better_if_higher}
+    row["details"] = {**example.details, "unit": "%"} if example.aggregation == "percent" else example.details
     own = _ratios(several)
     if own is None:  # runs of different examples
         return {**row, "value": float(np.mean(values))}

@@ -204,6 +204,20 @@ def test_a_run_counts_once_and_one_model_is_in_memory_at_a_time(small_checkpoint
         evaluate(f"A={paths[0]}", f"A={paths[0]}", out=str(tmp_path / "twice"), **options)
 
 
+def test_a_checkpoint_that_is_replaced_after_the_beginning_is_refused(small_checkpoints, text, tmp_path, monkeypatch):
+    """As `last.ckpt` of a run that goes on training: its measurements would be kept as another checkpoint's."""
+    from ropepp_lit.commands.evaluate import evaluate
+    from ropepp_lit.errors import UsageError
+    from ropepp_lit.eval import pieces
+
+    path = shutil.copyfile(small_checkpoints["rope"], tmp_path / "last.ckpt")
+    monkeypatch.setattr(pieces, "check", lambda *_, **__: shutil.copyfile(small_checkpoints["ec"], path))
+    options = {"tasks": "perplexity", "lengths": "64", "text": str(text), "limit": 2}
+    with pytest.raises(UsageError, match=r"last.ckpt: was changed after the evaluation began; run the command again"):
+        evaluate(str(path), out=str(tmp_path / "out"), **options)
+    assert not list((tmp_path / "out" / "parts").glob("*.json"))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -11,6 +11,7 @@ from copier import Copier
 
 from ropepp_lit.eval.models import Model, load_model
 from ropepp_lit.eval.tasks import Request
+from ropepp_lit.eval.tasks.retrieval import FAMILIES
 from ropepp_lit.text.tokenizer import byte_tokenizer
 
 DOCUMENT = (Path(__file__).parents[2] / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -57,6 +58,7 @@ def test_the_example_of_the_document_beside_built_in_tasks(example, run, small_c
     assert all(row["difference"] is not None for key, row in found.items() if key[-1] != "imaginary")
     page = (tmp_path / "out" / "index.html").read_text()
     assert "How many tokens of documents are the model&#39;s first guess." in page
+    assert "First guess (%), by length in tokens" in page
     assert (tmp_path / "out" / "task-my_tasks-first_guess.png").exists()
     run("evaluate", models[0], "--tasks", "my_tasks.Parcels", *options, cwd=tmp_path)  # alone
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -72,6 +74,16 @@ def test_a_copier_finds_every_parcel_and_a_random_model_none(my_tasks, small_che
     copier = Model(name="copier", path="", decoder=Copier(tokenizer), tokenizer=tokenizer, fingerprint="")
     whole, *by_depth = my_tasks.Parcels().measure(copier, request)
     assert (whole.value, whole.task, whole.part, len(by_depth)) == (100, "my_tasks", "Parcels", 5)
+
+
+def test_results_are_kept_until_the_file_changes(my_tasks):
+    before = my_tasks.Parcels().sources()
+    assert list(before) == ["my_tasks"]
+    assert before == my_tasks.FirstGuess().sources()
+    with Path(my_tasks.__file__).open("a") as file:
+        file.write("# another one\n")
+    assert my_tasks.Parcels().sources() != before
+    assert FAMILIES["single"].sources() == {}
 
 
 @torch.no_grad()

@@ -52,6 +52,7 @@ def start(command_server, command_path, tmp_path):
     def start(*command):
         output = str(tmp_path / f"output{len(running)}")
         job = {"command": [command_path, *map(str, command)], "cwd": str(tmp_path), "environment": {**os.environ}}
+        Path(output).touch()
         process = ask(**job, output=output, errors=output, detached=True)
         running.add(process)
         return process, Path(output)

@@ -43,6 +43,7 @@ def choose_examples(path: Path) -> Examples:
     places: dict[tuple[str, str], Place] = {}
     for place in sorted(chosen, key=lambda place: (all(chosen[place].values()), place[2] or 0)):
         places[place[:2]] = place
+    places = {place[:2]: places[place[:2]] for place in chosen}  # in the order of the tasks
     models = dict(list(runs.items())[:MOST_MODELS])
     wanted = {place: [*chosen[place][True], *chosen[place][False]] for place in places.values()}
     found: dict[Place, dict[int, dict[str, Any]]] = {place: {} for place in wanted}

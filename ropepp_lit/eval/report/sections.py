@@ -121,14 +121,17 @@ def _other(results: dict[str, Any], plots: dict[str, bytes], task: str) -> Secti
     )
     for metric in dict.fromkeys(row["metric"] for row in rows):
         of_metric = select(rows, metric=metric)
+        name = _title(metric)
+        if metric not in UNITS and (unit := of_metric[0]["details"].get("unit")):
+            name = f"{name} ({unit})"
         by_part = [row for row in of_metric if row["position"] is None and row["length"] is not None]
         tables = [
-            by_length(_title(metric), by_part, results, group=_part_of),
-            _once(_title(metric), of_metric, results),
+            by_length(name, by_part, results, group=_part_of),
+            _once(name, of_metric, results),
         ]
         section.tables += [table for table in tables if table]
         by_position = make_table(
-            f"{_title(metric)}, by first position or distance of a range",
+            f"{name}, by first position or distance of a range",
             [row for row in of_metric if row["position"] is not None],
             results,
             across=lambda row: row["position"],
@@ -309,7 +312,7 @@ def _model_and_heads(row: Row) -> str:
 
 
 def _title(metric: str) -> str:
-    name = METRICS.get(metric, metric.replace("_", " "))
+    name = METRICS.get(metric) or metric[:1].upper() + metric[1:].replace("_", " ")
     return f"{name} ({UNITS[metric]})" if metric in UNITS else name
 
 

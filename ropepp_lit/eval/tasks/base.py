@@ -84,7 +84,7 @@ class Request:
     """To which the task appends what the model wrote; it is kept, and the page shows some."""
 
     images: list[bytes] = field(default_factory=list)
-    """To which the task may append one PNG, which the page shows."""
+    """To which `attention` appends its map, a PNG."""
 
 
 class Task(ABC):
@@ -150,12 +150,18 @@ class Task(ABC):
     def identity(self, request: Request) -> dict[str, Any]:
         """What decides the result beside the model, the length, limit, seed, stride and documents; plain values.
 
-        Results are kept and used again as long as it stays the same. Of a user's task it has the digest of the files
-        that define its class.
+        Such as a digest of a file that it reads. Results are kept and used again as long as it stays the same, and the
+        files that define a user's class (:meth:`sources`) too.
         """
-        kinds = [kind for kind in type(self).__mro__ if not kind.__module__.startswith(("ropepp_lit.", "abc"))]
-        files = (inspect.getsourcefile(kind) for kind in kinds if kind is not object)
-        return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in dict.fromkeys(files) if file}
+        return {}
+
+    def sources(self) -> dict[str, str]:
+        """Digests of the files that define its class, by module, as far as they are not part of this package."""
+        kinds = {kind.__module__: kind for kind in type(self).__mro__ if kind not in (object, ABC)}
+        files = {
+            name: inspect.getsourcefile(kind) for name, kind in kinds.items() if name.split(".")[0] != "ropepp_lit"
+        }
+        return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items() if file}
 
     def measured(self, request: Request, **fields: Any) -> Measurement:
         """A measurement of this task at the request's length.
