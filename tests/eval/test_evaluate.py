@@ -223,7 +223,7 @@ def test_a_checkpoint_that_is_replaced_after_the_beginning_is_refused(small_chec
     [
         (
             ["--tasks", "speed"],
-            "tasks: no task 'speed'; choose of perplexity, retrieval, noise, attention, answers:FILE, harness:NAME",
+            "tasks: no task 'speed'; choose of perplexity, longppl, retrieval, ruler, recall, induction",
         ),
         (["--tasks", "retrieval:none"], "tasks: retrieval has no family 'none'; choose of single, multikey"),
         (

@@ -151,6 +151,8 @@ class LongPerplexity(Task):
             self._find(request, gains, losses)
         else:  # for all lengths, as the model is loaded
             short, key_model = self._short, self._load(self.source)
+            if key_model.fingerprint != self._key_model.fingerprint:
+                raise UsageError(f"{key_model.path}: was changed after the evaluation began; run the command again")
             for length in sorted(set(request.lengths) - {min(request.lengths)} - set(self._keys)):
                 each = _at(request, length)
                 self._find(each, *self._contrast(key_model, each))
