@@ -41,17 +41,18 @@ def evaluate(
     Args:
         checkpoints: .ckpt files, Hugging Face folders or names on the Hugging Face Hub, each PATH or NAME=PATH; those
             of one name are runs (seeds) of one model. Differences are to the first.
-        tasks: Of perplexity, retrieval (or some families: retrieval:single+multikey), noise (on perplexity and
-            retrieval; noise:retrieval:single), attention, answers:FILE (held-out prompts and answers, in the formats of
-            prepare --format chat and completion), harness:NAME (a task of lm-eval) and module.Class (a task of your
-            own, in a file in the current folder), with commas.
+        tasks: Of perplexity, longppl (key tokens found by the first checkpoint; longppl:PATH), retrieval (or some
+            families: retrieval:single+multikey), ruler, recall (or numbers of pairs: recall:4+64), induction,
+            graphwalks, mrcr, noise (on perplexity and retrieval; noise:retrieval:single), attention, answers:FILE
+            (held-out prompts and answers, in the formats of prepare --format chat and completion), harness:NAME (a
+            task of lm-eval) and module.Class (a task of your own, in a file in the current folder), with commas.
         lengths: Tokens of the context, with commas; k is 1,024.
         out: The folder that is written: index.html, results.json, scores.csv, answers.jsonl (what models wrote), plots,
             TensorBoard's events, and `parts`, where each piece of work is kept. Processes that run the same command at
             once, such as one per GPU, share the work.
-        text: Documents for perplexity and attention: files, folders, globs, with commas, as for prepare, each source
-            reported by itself; empty means the documents that the first checkpoint's run held out. They are chosen by a
-            hash, of a source's first 10,000.
+        text: Documents for perplexity, longppl and attention, and essays for ruler: files, folders, globs, with
+            commas, as for prepare, each source reported by itself; empty means the documents that the first
+            checkpoint's run held out. They are chosen by a hash, of a source's first 10,000.
         text_key: Key or column of the text in JSON and tables.
         split: What separates documents in text files, as for prepare; empty means that each file is one.
         min_tokens: Leave out documents of fewer tokens (of the first model).
@@ -68,6 +69,7 @@ def evaluate(
         max_length: Tokens of prompt and answer that harness tasks read at most; empty means the trained context. What
             is longer loses its beginning, and is reported.
     """
+    import functools
     from pathlib import Path
 
     from ropepp_lit.sizes import parse_tokens
@@ -101,12 +103,13 @@ def evaluate(
         num_fewshot=num_fewshot, include_path=include_path, apply_chat_template=apply_chat_template,
         max_length=max_length,
     )  # fmt: skip
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device, "trust": trust}
     settings = Settings(
         tasks=tuple(word.strip() for word in tasks.split(",") if word.strip()),
         lengths=sizes, limit=limit, stride=stride, noise_std=deviations, seed=seed, options=options_of_harness,
+        has_essays=text is not None, checkpoint=checkpoints[0], load=functools.partial(load_model, **options),
     )  # fmt: skip
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device, "trust": trust}
     models = [load_model(checkpoint, **options, weights=False) for checkpoint in checkpoints]
     _refuse_twice(models)
     texts: Texts = {}
@@ -125,7 +128,7 @@ def evaluate(
     work.measure()
     runs: list[tuple[str, list[Measurement]]] = []
     descriptions: list[dict[str, Any]] = []
-    notices: dict[str, None] = {}
+    notices = dict.fromkeys(settings.notices)
     for number, model in enumerate(models):
         if texts:
             notices |= dict.fromkeys(notices_of(model.name, model.entry, models[0].entry, text))

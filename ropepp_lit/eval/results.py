@@ -18,7 +18,7 @@ A row says of one model (all runs of it that bear the same name):
 | `run_values`                    | the values of its single runs, a list; not among COLUMNS                         |
 | `details`                       | how it was measured, by name; not among COLUMNS                                  |
 
-Scores, `attention` and `more_context` are percent, losses nats per token.
+Scores, `attention`, `more_context` and `key_tokens` are percent, losses nats per token.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KEYS = ("task", "part", "metric", "length", "position", "depth", "heads", "noise
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 """What a metric's name ends with, if the lower value is the better one."""
 
-SHARES = ("attention", "more_context")
+SHARES = ("attention", "more_context", "key_tokens")
 """Metrics between 0 and 100% whose examples are no successes or failures; neither high nor low is better."""
 
 CLEAN = {"position": None, "depth": None, "heads": "", "noise_std": None}
@@ -59,6 +59,7 @@ AGGREGATIONS: dict[str, Callable[[Any], Any]] = {
     "percent": lambda ratio: 100 * ratio,
     "attention": lambda ratio: 100 * ratio,
     "more_context": lambda ratio: 100 * ratio,
+    "key_tokens": lambda ratio: 100 * ratio,
 }
 """What makes a value of sum(numerators) / sum(denominators), by the name of an aggregation or metric. All increase.
 

@@ -223,10 +223,13 @@ def test_a_checkpoint_that_is_replaced_after_the_beginning_is_refused(small_chec
     [
         (
             ["--tasks", "speed"],
-            "tasks: no task 'speed'; choose of perplexity, retrieval, noise, attention, answers:FILE, harness:NAME",
+            "tasks: no task 'speed'; choose of perplexity, longppl, retrieval, ruler, recall, induction",
         ),
         (["--tasks", "retrieval:none"], "tasks: retrieval has no family 'none'; choose of single, multikey"),
-        (["--tasks", "noise:attention"], "tasks: noise is for perplexity and retrieval, not attention"),
+        (
+            ["--tasks", "noise:attention"],
+            "tasks: noise is for perplexity and prompts, not attention",
+        ),
         (["--tasks", ","], "tasks: name at least one of"),
         (["--lengths", "long"], "lengths: 'long' is no number of tokens such as 512 or 64k"),
         (["--lengths", "100000000k"], "lengths: 102,400,000,000 tokens need about"),

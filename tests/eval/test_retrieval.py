@@ -16,7 +16,7 @@ from tokenizers.normalizers import Replace
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval.models import Model, load_model
 from ropepp_lit.eval.recall import recall_documents
-from ropepp_lit.eval.tasks import Request, averages, examples, retrieval
+from ropepp_lit.eval.tasks import Request, averages, examples, stock
 from ropepp_lit.eval.tasks.base import DEPTHS
 from ropepp_lit.eval.tasks.retrieval import FAMILIES
 from ropepp_lit.text.tokenizer import TextTokenizer, byte_tokenizer, load_tokenizer, train_tokenizer
@@ -157,8 +157,8 @@ def test_texts_that_cannot_fill_a_length_are_refused(make, family, message):
 
 def test_a_family_that_has_no_more_to_say_is_refused(monkeypatch):
     """At 90,000 keys `multikey` has used each number of five digits."""
-    values = retrieval._values
-    monkeypatch.setattr(retrieval, "_values", lambda rng: itertools.islice(values(rng), 50))
+    values = stock.numbers
+    monkeypatch.setattr(stock, "numbers", lambda rng: itertools.islice(values(rng), 50))
     with pytest.raises(UsageError, match=r"retrieval:multikey at 4,096 tokens: its text of .* has"):
         make_examples("multikey", byte_tokenizer(), length=4096, numbers=range(3), seed=0)
 

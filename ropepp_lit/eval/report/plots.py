@@ -86,19 +86,23 @@ def retrieval_families(results: dict[str, Any]) -> Figure | None:
     return _by_part(results, rows) if rows else None
 
 
-def _by_part(results: dict[str, Any], rows: list[Row]) -> Figure:
-    """The values of one metric against the length of the context, a panel for each part."""
+def _by_part(results: dict[str, Any], rows: list[Row], *, x: str = "length") -> Figure:
+    """The values of one metric against the length of the context or the position, a panel for each part."""
     families = list(dict.fromkeys(row["part"] for row in rows))
     columns = min(len(families), 4)
     lines = -(-len(families) // columns)
     figure, grid = make_grid(results, rows, height=0.5 + 1.75 * lines, lines=lines, columns=columns)
     for family, axes in fill_panels(grid, families):
-        draw_curves(axes, results, select(rows, part=family), x="length", marker_size=3.5, spread="")
-        length_axis(axes, results, rows, label=False, most=4)
+        draw_curves(axes, results, select(rows, part=family), x=x, marker_size=3.5, spread="")
+        if x == "length":
+            length_axis(axes, results, rows, label=False, most=4)
+        else:
+            log2_axis(axes, [row["position"] for row in rows])
         if rows[0]["metric"] == "score":
             axes.set(ylim=(-4, 104))
         axes.set_title(family.replace("_", " "), fontsize=10, parse_math=False)
-    figure.supxlabel("length of the context (tokens)", fontsize=10)
+    by_position = f"first position or distance of a range (tokens), at {short_length(rows[0]['length'] or 0)}"
+    figure.supxlabel("length of the context (tokens)" if x == "length" else by_position, fontsize=10)
     metric = rows[0]["metric"]
     unit = f" ({UNITS[metric]})" if metric in UNITS else ""
     figure.supylabel(f"{metric.replace('_', ' ')}{unit}", fontsize=10, parse_math=False)
@@ -193,7 +197,18 @@ def draw(results: dict[str, Any]) -> Iterator[tuple[str, Figure | None]]:
         rows = select(results["scores"], task=task, **CLEAN)
         for metric in dict.fromkeys(row["metric"] for row in rows if row["length"] is not None):
             yield f"task-{task}-{metric}", _by_part(results, select(rows, metric=metric))
+        yield from _by_position(results, task)
         yield f"task-{task}-by-depth", retrieval_by_depth(results, task)
+
+
+def _by_position(results: dict[str, Any], task: str) -> Iterator[tuple[str, Figure]]:
+    """Each metric of a task by position or distance, in the longest contexts."""
+    rows = select(results["scores"], task=task, depth=None, heads="", noise_std=None)
+    rows = [row for row in rows if row["position"] is not None]
+    longest = max((row["length"] or 0 for row in rows), default=0)
+    rows = [row for row in rows if (row["length"] or 0) == longest]
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        yield f"task-{task}-{metric}-by-position", _by_part(results, select(rows, metric=metric), x="position")
 
 
 def _with_differences(results: dict[str, Any], rows: list[Row], *, xlabel: str) -> tuple[Figure, Axes]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,28 +16,38 @@ from ropepp_lit.checkpoint import import_class
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval import probes
 from ropepp_lit.eval.harness import Options, check_harness
-from ropepp_lit.eval.models import Model
+from ropepp_lit.eval.models import Model, load_model
 from ropepp_lit.eval.results import Measurement
+from ropepp_lit.eval.tasks import graph_walks, mrcr, retrieval, ruler
 from ropepp_lit.eval.tasks.answers import Answers
 from ropepp_lit.eval.tasks.attention import Attention
 from ropepp_lit.eval.tasks.base import Answer, Draft, Family, Request, Task
 from ropepp_lit.eval.tasks.harness import Harness
+from ropepp_lit.eval.tasks.long_perplexity import LongPerplexity
 from ropepp_lit.eval.tasks.perplexity import Perplexity, more_context
-from ropepp_lit.eval.tasks.retrieval import FAMILIES
+from ropepp_lit.eval.tasks.reading import Induction, recalls
 from ropepp_lit.eval.texts import Texts, by_set
 
 __all__ = ["Answer", "Draft", "Family", "Model", "Request", "Task"]
 
-TASKS = ("perplexity", "retrieval", "noise", "attention", "answers:FILE", "harness:NAME")
+TASKS = (
+    "perplexity", "longppl", "retrieval", "ruler", "recall", "induction", "graphwalks", "mrcr", "noise", "attention",
+    "answers:FILE", "harness:NAME",
+)  # fmt: skip
 """What messages name; a name with a dot is a class of the user."""
 
 EXAMPLES = 50
 """Documents, examples of each family, and prompts of each file, where no limit is given."""
 
-SUITES: dict[str, dict[str, Family]] = {"retrieval": FAMILIES}
+SUITES: dict[str, Mapping[str, Family]] = {
+    "retrieval": retrieval.FAMILIES, "ruler": ruler.FAMILIES, "graphwalks": graph_walks.FAMILIES,
+    "mrcr": mrcr.FAMILIES,
+}  # fmt: skip
 """Tasks that consist of families, by their parts; the mean over several is given too."""
 
-PLAIN: dict[str, Callable[[], Task]] = {"perplexity": Perplexity, "attention": Attention}
+PLAIN: dict[str, Callable[[], Task]] = {
+    "perplexity": Perplexity, "induction": Induction, "attention": Attention,
+}  # fmt: skip
 """Tasks without parts."""
 
 
@@ -84,6 +94,15 @@ class Settings:
     options: Options = field(default_factory=Options)
     """Of lm-eval."""
 
+    has_essays: bool = True
+    """Whether the user names text, in which needles of ruler may lie."""
+
+    checkpoint: str = ""
+    """The first checkpoint, which finds the key tokens of longppl."""
+
+    load: Callable[..., Model] = load_model
+    """Loads a checkpoint with the command's dtype and device."""
+
     def __post_init__(self) -> None:
         if not self.tasks:
             raise UsageError(f"tasks: name at least one of {', '.join(TASKS)}")
@@ -110,6 +129,18 @@ class Settings:
     def examples(self) -> int:
         """Documents, examples of each family, or prompts of each file."""
         return EXAMPLES if self.limit is None else self.limit
+
+    @property
+    def notices(self) -> list[str]:
+        """Lines that say which tasks are left out."""
+        if "ruler" not in self.tasks or not self._without_essays:
+            return []
+        return [f"ruler: {', '.join(self._without_essays)} need essays and are left out; name files of them by --text."]
+
+    @property
+    def _without_essays(self) -> list[str]:
+        """Tasks of ruler for which there is no text."""
+        return [] if self.has_essays else [part for part, task in ruler.FAMILIES.items() if task.needs_text]
 
     @property
     def kinds(self) -> set[str]:
@@ -154,7 +185,7 @@ class Settings:
             found = [(task, True) for word in inner for task, is_noise in self._parse(word) if not is_noise]
             if any(not task.takes_noise for task, _ in found) or not found:
                 own = "; a task of your own takes it where it says takes_noise = True" if "." in part else ""
-                raise UsageError(f"tasks: noise is for perplexity and retrieval, not {part}{own}")
+                raise UsageError(f"tasks: noise is for perplexity and prompts, not {part}{own}")
             return found
         if kind in SUITES:
             suite = SUITES[kind]
@@ -162,7 +193,13 @@ class Settings:
             for family in families:
                 if family not in suite:
                     raise UsageError(f"tasks: {kind} has no family {family!r}; choose of {', '.join(suite)}")
-            return [(suite[family], False) for family in families]
+                if part and kind == "ruler" and family in self._without_essays:
+                    raise UsageError(f"tasks: ruler:{family} hides its needles in essays; name files of them by text")
+            return [(suite[family], False) for family in families if family not in self._without_essays]
+        if kind == "recall":
+            return [(task, False) for task in recalls(part)]
+        if kind == "longppl":
+            return [(LongPerplexity(part or self.checkpoint, part, load=self.load), False)]
         if kind == "answers" and part:
             return [(Answers(part), False)]
         if kind == "harness" and part:

@@ -197,6 +197,12 @@ class Draft:
     ideal: str = ""
     """What a perfect model writes behind the question; empty means the answers with commas and a full stop."""
 
+    head: str = ""
+    """What the prompt begins with, before the context that is cut to the length."""
+
+    separator: str = " "
+    """Between fillers, needles and the question."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "fillers", iter(self.fillers))
         if not self.ideal:
@@ -206,12 +212,16 @@ class Draft:
         """The next fillers."""
         return list(itertools.islice(self.fillers, count))
 
-    def text(self, fillers: list[str]) -> str:
-        """The example with these fillers, first the last of the context; the first unit of the text is a filler."""
+    def units(self, fillers: list[str]) -> list[str]:
+        """The context with these fillers, first the last of it; its first unit is a filler."""
         units: list[list[str]] = [[filler] for filler in reversed(fillers)]
         for depth, needle in sorted(self.needles, key=lambda pair: pair[0]):
             units[place(depth, len(units))].append(needle)
-        return " ".join([*itertools.chain.from_iterable(units), self.question])
+        return list(itertools.chain.from_iterable(units))
+
+    def text(self, fillers: list[str]) -> str:
+        """The example behind its head, with these fillers."""
+        return self.separator.join([*self.units(fillers), self.question])
 
 
 def place(depth: float, units: int) -> int:

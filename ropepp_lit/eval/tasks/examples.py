@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -111,21 +112,59 @@ def _fit(family: Family, tokenizer: TextTokenizer, length: int, seed: int, numbe
     """The example, cut so that its prompt and room for the answer have `length` tokens; None where it cannot."""
     opening = tokenizer.opening
     room = length - family.max_new_tokens(tokenizer, seed=seed) - len(opening)
+    draw = partial(family.draw, seed=str(seed), number=number)
+    fitted = fit(draw, tokenizer, room=room, name=str(family), length=length)
+    if fitted is None:
+        return None
+    made = fitted.draft
+    return Example([*opening, *fitted.input_ids], made.answers, made.ideal, made.depth)
+
+
+class Fitted(NamedTuple):
+    """A draft that has its length."""
+
+    draft: Draft
+    text: str
+    """Behind `draft.head`, before it was cut."""
+
+    input_ids: list[int]
+    """Of the head, and the last tokens of the text."""
+
+
+def fit(draw: Callable[..., Draft], tokenizer: TextTokenizer, *, room: int, name: str, length: int) -> Fitted | None:
+    """A draft with as many fillers as make it `room` tokens long, cut behind its head, in the first filler.
+
+    Args:
+        draw: Makes a draft; `units` says of about how many fillers.
+        tokenizer: Of the model.
+        room: Tokens, without the opening.
+        name: Of the task, for messages.
+        length: For messages.
+
+    Returns:
+        The draft; None where it holds more than these tokens.
+
+    Raises:
+        UsageError: no number of fillers makes it long enough.
+    """
     if room < 1:
         return None
-    probe = family.draw(units=100, seed=str(seed), number=number).take(20)
+    probe = draw(units=100).take(20)
     if not probe:
-        raise UsageError(f"tasks: {family}: its drafts have no fillers, so its examples cannot fill a length")
+        raise UsageError(f"tasks: {name}: its drafts have no fillers, so its examples cannot fill a length")
     per_filler = max(1, len(_encode(tokenizer, " ".join(probe)))) / len(probe)
     units = max(1, int(room / per_filler))
     while True:
-        made = family.draw(units=units, seed=str(seed), number=number)
-        try:
-            ids = _cut(tokenizer, made, room, per_filler)
-        except _EndlessError as error:
-            raise UsageError(f"lengths: {family} at {length:,} tokens: {error}; leave it out") from error
-        if ids is not None:
-            return Example([*opening, *ids], made.answers, made.ideal, made.depth)
+        made = draw(units=units)
+        head = _encode(tokenizer, made.head) if made.head else []
+        if len(head) < room:
+            try:
+                found = _cut(tokenizer, made, room - len(head), per_filler)
+            except _EndlessError as error:
+                raise UsageError(f"lengths: {name} at {length:,} tokens: {error}; leave it out") from error
+            if found is not None:
+                text, ids = found
+                return Fitted(made, text, head + ids)
         if units == 1:
             return None
         units = units * 9 // 10  # what is repeated may be longer than what fills: repeat it less often
@@ -135,8 +174,8 @@ class _EndlessError(Exception):
     """No number of fillers makes an example long enough."""
 
 
-def _cut(tokenizer: TextTokenizer, made: Draft, room: int, per_filler: float) -> list[int] | None:
-    """The last `room` tokens of a draft with as many fillers as that takes; None where they would not hold all else.
+def _cut(tokenizer: TextTokenizer, made: Draft, room: int, per_filler: float) -> tuple[str, list[int]] | None:
+    """The text with as many fillers as `room` tokens take, and its last `room`; None where they do not hold all else.
 
     Each step reads the whole text, so the number of fillers is found in few steps, whatever the length.
 
@@ -145,6 +184,7 @@ def _cut(tokenizer: TextTokenizer, made: Draft, room: int, per_filler: float) ->
     """
     pool: list[str] = []
     ids: list[int] = []
+    text = ""
     while len(ids) < room:
         more = made.take(math.ceil((room - len(ids)) / per_filler))
         pool += more
@@ -167,11 +207,12 @@ def _cut(tokenizer: TextTokenizer, made: Draft, room: int, per_filler: float) ->
         else:
             middle = low + math.ceil((room - longest_below) / per_filler)
         middle = min(max(middle, low + 1), high - 1)
-        tried = _encode(tokenizer, made.text(pool[:middle]))
+        shorter = made.text(pool[:middle])
+        tried = _encode(tokenizer, shorter)
         if len(tried) >= room:
-            high, ids = middle, tried
+            high, text, ids = middle, shorter, tried
         else:
             low, longest_below = middle, len(tried)
-    if len(ids) - room > len(_encode(tokenizer, pool[high - 1])):
+    if len(ids) - room > len(_encode(tokenizer, made.units(pool[:high])[0])):
         return None  # more would be cut than the first filler
-    return ids[len(ids) - room :]
+    return text, ids[len(ids) - room :]

@@ -8,7 +8,7 @@ predicted: a token that a later window only reads as context is in neither.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -69,22 +69,25 @@ class Perplexity(Task):
 
     def num_tokens(self, request: Request) -> int:
         """Of all windows."""
-        return sum(window.end - window.start for window in _windows_of(request))
+        assert request.length is not None
+        sizes = [len(ids) for ids in request.documents]
+        return tokens_read(sizes, length=request.length, stride=request.stride or request.length)
 
     def measure(self, model: Model, request: Request) -> list[Measurement]:
         """Measurements with one entry per document: nats over tokens (bytes for bits per byte)."""
         assert request.length is not None
         length, documents = request.length, request.documents
+        stride = request.stride or length
         losses = np.zeros((len(documents), RANGES))
         counts = np.zeros((len(documents), RANGES))
-        for batch in _batches(_windows_of(request)):
-            found = _losses(model, documents, batch, request.chunk_tokens).double().cpu().numpy()
-            for window, row in zip(batch, found, strict=True):
-                places = np.arange(window.first - window.start - 1, window.end - window.start)
-                ranges = places * RANGES // length
-                np.add.at(losses[window.document], ranges, row[places])
-                np.add.at(counts[window.document], ranges, 1)
-            request.progress(sum(window.end - window.start for window in batch))
+        nats = token_losses(
+            model, documents, length=length, stride=stride, chunk_tokens=request.chunk_tokens, progress=request.progress
+        )
+        before = tokens_before([len(ids) for ids in documents], length=length, stride=stride)
+        for document, (values, places) in enumerate(zip(nats, before, strict=True)):
+            ranges = (places - 1) * RANGES // length
+            np.add.at(losses[document], ranges, values)
+            np.add.at(counts[document], ranges, 1)
         totals, tokens = losses.sum(1).tolist(), counts.sum(1).tolist()
         sizes = [float(len(text.encode())) for text in request.texts]
         # Losses are by token, so models are compared where they read the same tokens; bits per byte, the same texts.
@@ -106,12 +109,6 @@ class Perplexity(Task):
         ]
 
 
-def _windows_of(request: Request) -> Iterator[Window]:
-    assert request.length is not None
-    sizes = [len(ids) for ids in request.documents]
-    return windows(sizes, length=request.length, stride=request.stride or request.length)
-
-
 def more_context(num_tokens: Sequence[int], *, length: int, before: int, stride: int | None = None) -> Measurement:
     """The share of the predicted tokens that have more to read in windows of one length than of another.
 
@@ -121,7 +118,7 @@ def more_context(num_tokens: Sequence[int], *, length: int, before: int, stride:
         before: Tokens of the shorter windows.
         stride: See :func:`windows`; empty means the lengths.
     """
-    longer, shorter = (_read_before(num_tokens, size, stride or size) for size in (length, before))
+    longer, shorter = (tokens_before(num_tokens, length=size, stride=stride or size) for size in (length, before))
     return Measurement(
         task="perplexity",
         metric="more_context",
@@ -132,13 +129,54 @@ def more_context(num_tokens: Sequence[int], *, length: int, before: int, stride:
     )
 
 
-def _read_before(num_tokens: Sequence[int], length: int, stride: int) -> list[np.ndarray]:
-    """For each document, how many tokens each of its predicted tokens has before it in its window."""
+def tokens_before(num_tokens: Sequence[int], *, length: int, stride: int) -> list[np.ndarray]:
+    """For each document, how many tokens each of its predicted tokens has before it in its window.
+
+    Args:
+        num_tokens: Of each document.
+        length: See :func:`windows`.
+        stride: See :func:`windows`.
+    """
     found = [np.zeros(max(0, total - 1), dtype=np.int64) for total in num_tokens]
     for window in windows(list(num_tokens), length=length, stride=stride):
         places = np.arange(window.first, window.end + 1)
         found[window.document][places - 1] = places - window.start
     return found
+
+
+def tokens_read(num_tokens: Sequence[int], *, length: int, stride: int) -> int:
+    """Tokens of all windows of documents; arguments are those of :func:`windows`."""
+    return sum(window.end - window.start for window in windows(list(num_tokens), length=length, stride=stride))
+
+
+def token_losses(
+    model: Model,
+    documents: Sequence[Sequence[int]],
+    *,
+    length: int,
+    stride: int,
+    chunk_tokens: int | None = None,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> list[np.ndarray]:
+    """For each document, the nats of each of its tokens behind the first, read in windows.
+
+    Args:
+        model: What predicts.
+        documents: Token ids.
+        length: See :func:`windows`.
+        stride: See :func:`windows`.
+        chunk_tokens: See :func:`read`.
+        progress: Called with the number of tokens read.
+    """
+    sizes = [len(ids) for ids in documents]
+    nats = [np.zeros(max(0, total - 1)) for total in sizes]
+    for batch in _batches(windows(sizes, length=length, stride=stride)):
+        found = _losses(model, documents, batch, chunk_tokens).double().cpu().numpy()
+        for window, row in zip(batch, found, strict=True):
+            first = window.first - 1
+            nats[window.document][first : window.end] = row[first - window.start : window.end - window.start]
+        progress(sum(window.end - window.start for window in batch))
+    return nats
 
 
 def _batches(several: Iterator[Window]) -> Iterator[list[Window]]:

@@ -20,33 +20,11 @@ import itertools
 import math
 import random
 import string
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
+from ropepp_lit.eval.tasks import stock
 from ropepp_lit.eval.tasks.base import Draft, Family
 
-_SENTENCES = (
-    "Rain fell on the roof until noon.",
-    "A cart went slowly up the hill.",
-    "The baker swept the step of his shop.",
-    "Two boats lay still beside the bridge.",
-    "Smoke rose from the houses by the wood.",
-    "The clock in the hall had stopped again.",
-    "Someone had left a lamp in the window.",
-    "Children ran along the wall to school.",
-)
-_FIRST = (
-    "amber bitter brave bright broad calm clear cold copper crisp dark deep dry early empty faint fair fast firm flat "
-    "fresh gentle golden grand green grey hollow humble iron kind late light lively long mild narrow noble old pale "
-    "plain proud quick quiet rare rough round scarlet silver slow small soft steady still stony sweet tall tame thin "
-    "warm white wide wild wise young"
-).split()
-_SECOND = (
-    "anchor apple arrow barn basket beacon bell bird boat bridge brook candle canyon castle cloud coast crane creek "
-    "desert door eagle falcon fern field forest fountain garden gate glacier harbor hill horse island kettle ladder "
-    "lake lantern maple marsh meadow mill mirror moon mountain needle oak ocean orchard otter path pebble pine pond "
-    "raven ridge river rose sail shore spring stone tower valley wheel willow window"
-).split()
 _HOPS = 4
 _COMMON, _FREQUENT = 10, 3
 _ZIPF = 2.0
@@ -63,8 +41,8 @@ class _Single(_Retrieval):
 
     def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
         """See :meth:`Family.draft`."""
-        key, value = next(_keys(rng)), next(_values(rng))
-        return Draft(_noise(rng), [(depth, _entry(key, value))], f"{key}:", [value], depth)
+        key, value = next(stock.pairs(rng)), next(stock.numbers(rng))
+        return Draft(stock.sentences(rng), [(depth, _entry(key, value))], f"{key}:", [value], depth)
 
 
 class _Multikey(_Retrieval):
@@ -74,7 +52,7 @@ class _Multikey(_Retrieval):
 
     def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
         """See :meth:`Family.draft`."""
-        keys, values = _keys(rng), _values(rng)
+        keys, values = stock.pairs(rng), stock.numbers(rng)
         key, value = next(keys), next(values)
         fillers = (_entry(key, value) for key, value in zip(keys, values, strict=False))
         return Draft(fillers, [(depth, _entry(key, value))], f"{key}:", [value], depth)
@@ -87,9 +65,9 @@ class _Multivalue(_Retrieval):
 
     def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
         """See :meth:`Family.draft`."""
-        key, values = next(_keys(rng)), list(itertools.islice(_values(rng), 4))
+        key, values = next(stock.pairs(rng)), list(itertools.islice(stock.numbers(rng), 4))
         needles = [(rng.random(), _entry(key, value)) for value in values]
-        return Draft(_noise(rng), needles, f"The {len(values)} values of {key}:", values, None)
+        return Draft(stock.sentences(rng), needles, f"The {len(values)} values of {key}:", values, None)
 
 
 class _Multiquery(_Retrieval):
@@ -99,9 +77,9 @@ class _Multiquery(_Retrieval):
 
     def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
         """See :meth:`Family.draft`."""
-        keys, values = (list(itertools.islice(source(rng), 4)) for source in (_keys, _values))
+        keys, values = (list(itertools.islice(source(rng), 4)) for source in (stock.pairs, stock.numbers))
         needles = [(rng.random(), _entry(key, value)) for key, value in zip(keys, values, strict=True)]
-        return Draft(_noise(rng), needles, f"{', '.join(keys)}:", values, None)
+        return Draft(stock.sentences(rng), needles, f"{', '.join(keys)}:", values, None)
 
 
 class _Tracking(_Retrieval):
@@ -111,8 +89,8 @@ class _Tracking(_Retrieval):
 
     def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
         """See :meth:`Family.draft`."""
-        value, decoy = itertools.islice(_values(rng), 2)
-        names = [f"{a}{b}" for a, b in zip(_letters(rng, 2, string.ascii_uppercase), range(10, 99), strict=False)]
+        value, decoy = itertools.islice(stock.numbers(rng), 2)
+        names = [f"{a}{b}" for a, b in zip(stock.letters(rng, 2, string.ascii_uppercase), range(10, 99), strict=False)]
         rng.shuffle(names)
         chains = [names[: _HOPS + 1], names[_HOPS + 1 : 2 * _HOPS + 2]]
         needles = []
@@ -122,7 +100,7 @@ class _Tracking(_Retrieval):
                 (depth, f"Let {name} = {held}.")
                 for depth, name, held in zip(depths, chain, [start, *chain], strict=False)
             ]
-        return Draft(_noise(rng), needles, f"The {_HOPS + 1} names that equal {value} are", chains[0], None)
+        return Draft(stock.sentences(rng), needles, f"The {_HOPS + 1} names that equal {value} are", chains[0], None)
 
 
 class _CommonWords(_Retrieval):
@@ -135,7 +113,7 @@ class _CommonWords(_Retrieval):
         often, seldom = next(
             (pair for least, pair in ((600, (30, 3)), (200, (10, 2)), (70, (5, 1))) if units >= least), (3, 1)
         )
-        keys = _keys(rng)
+        keys = stock.pairs(rng)
         common = list(itertools.islice(keys, _COMMON))
         needles = [(rng.random(), f"{word},") for word in common for _ in range(often)]
 
@@ -155,7 +133,7 @@ class _FrequentWords(_Retrieval):
 
     def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
         """See :meth:`Family.draft`."""
-        words = _letters(rng, 6, string.ascii_lowercase)
+        words = stock.letters(rng, 6, string.ascii_lowercase)
         total = math.pi**2 / 6  # ζ(2)
         # At least 4, 3, 2 in short contexts, so that there are three that stand out.
         counts = [max(4 - k, round(units * k**-_ZIPF / total)) for k in range(1, _FREQUENT + 1)]
@@ -182,37 +160,3 @@ FAMILIES: dict[str, Family] = {
 
 def _entry(key: str, value: str) -> str:
     return f"{key}: {value}."
-
-
-def _noise(rng: random.Random) -> Iterator[str]:
-    while True:
-        yield rng.choice(_SENTENCES)
-
-
-def _keys(rng: random.Random) -> Iterator[str]:
-    """Pairs of words, none twice; with a number behind them when all are used up."""
-    pairs = len(_FIRST) * len(_SECOND)
-    for turn in itertools.count(1):
-        for pair in _unseen(lambda: rng.randrange(pairs), pairs):
-            key = f"{_FIRST[pair % len(_FIRST)]}-{_SECOND[pair // len(_FIRST)]}"
-            yield key if turn == 1 else f"{key}-{turn}"
-
-
-def _values(rng: random.Random) -> Iterator[str]:
-    """Numbers of five digits, none twice."""
-    return (str(value) for value in _unseen(lambda: rng.randrange(10_000, 100_000), 90_000))
-
-
-def _letters(rng: random.Random, count: int, alphabet: str) -> Iterator[str]:
-    """Words of random letters, none twice."""
-    return _unseen(lambda: "".join(rng.choice(alphabet) for _ in range(count)), len(alphabet) ** count)
-
-
-def _unseen(draw: Callable[[], Any], count: int) -> Iterator[Any]:
-    """What a function draws, each of its `count` results once."""
-    seen: set[Any] = set()
-    while len(seen) < count:
-        drawn = draw()
-        if drawn not in seen:
-            seen.add(drawn)
-            yield drawn
