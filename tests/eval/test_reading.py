@@ -53,7 +53,7 @@ def test_texts_have_their_length_and_say_what_is_predicted_before(tokenizer, tas
             word = tokenizer.decode(row.input_ids[start:end]).strip(" .")
             assert word in WORDS
             assert tokenizer.decode(row.input_ids[start - distance : end - distance]).strip(" .") == word
-            before = tokenizer.decode(row.input_ids[:start]).split()[-1]
+            before = tokenizer.decode(row.input_ids[:start]).split()[-1].replace("?", "[:?]")
             assert len(re.findall(rf"\b{before} {word}\b", text)) == 2
             assert len(re.findall(rf"\b{before} ", text)) == 2
     if isinstance(task, Recall):
@@ -71,16 +71,20 @@ def test_distances_reach_over_the_whole_text():
 
 
 class _Reader:
-    """Predicts what followed the longest end of the text, of up to 16 tokens, when it stood there last."""
+    """Predicts what followed the longest end of the text, of up to 16 tokens, when it stood there last.
+
+    It reads a question mark as a colon.
+    """
 
     def __init__(self, tokenizer):
+        self.question, self.colon = (tokenizer.encode_text(f"a{mark}")[-1] for mark in "?:")
         self.vocab_size = tokenizer.vocab_size
         self.lm_head = torch.nn.Identity()
         self.lm_head.weight = torch.zeros(self.vocab_size, 1)
 
     def hidden_states(self, input_ids):
         logits = torch.zeros(*input_ids.shape, self.vocab_size)
-        for row, ids in enumerate(input_ids.tolist()):
+        for row, ids in enumerate(input_ids.masked_fill(input_ids == self.question, self.colon).tolist()):
             seen = {}
             for place in range(len(ids)):
                 ends = [tuple(ids[max(0, place + 1 - size) : place + 1]) for size in range(16, 0, -1)]
@@ -95,6 +99,8 @@ def test_a_copier_predicts_everything(tokenizer, task, monkeypatch):
     monkeypatch.setattr(Model, "device", torch.device("cpu"))
     model = Model(name="copier", path="", decoder=_Reader(tokenizer), tokenizer=tokenizer, fingerprint="")
     task.check(model, _request(1200, limit=2))
+    if "<0x00>" in tokenizer.tokenizer.get_vocab() and isinstance(task, Recall):
+        return  # of ": " it makes one token, of "? " two
     score, loss, *by_distance = task.measure(model, _request(1200, limit=2))
     assert (score.metric, loss.metric) == ("score", "loss")
     if "<0x00>" in tokenizer.tokenizer.get_vocab():  # Llama 2's tokens may hold the end of a word and the next space
@@ -145,18 +151,21 @@ def test_short_lengths_and_wrong_numbers_are_refused():
 
 
 def test_documents_are_of_other_random_numbers_than_tests():
-    kinds = ("recall", "induction")
+    kinds = ("recall", "induction", "pairs")
     documents = list(itertools.islice(reading_documents(kinds, words=(8, 200), seed=0), 100))
     assert len(set(documents)) == 100
     assert documents == list(itertools.islice(reading_documents(kinds, words=(8, 200), seed=0), 100))
     assert documents[0] != next(reading_documents(kinds, words=(8, 200), seed=1))
-    recall, induction = documents[::2], documents[1::2]
+    recall, induction, pairs = documents[::3], documents[1::3], documents[2::3]
     told = [re.findall(r"\w+: \w+\.", text) for text in recall]
-    assert all(pairs.count(pair) == 2 for pairs in told for pair in pairs)
+    for text in recall + pairs:
+        asked = [question.replace("?", ":") for question in re.findall(r"\w+\? \w+\.", text)]
+        assert sorted(asked) == sorted(re.findall(r"\w+: \w+\.", text)) != []
+    assert 40 < max(text.count("?") for text in pairs) < 50  # of 200 words
     _, copies = recall_draft(random.Random("0/recall:200/0"), pairs=MAX_PAIRS, units=100)
     assert len({pair for pairs in told for pair in pairs}) > 300
-    assert len({copy.text for copy in copies} & {pair for pairs in told for pair in pairs}) < 10  # of 406 * 405
+    assert len({copy.first for copy in copies} & {pair for pairs in told for pair in pairs}) < 20  # of 68 * 67
     assert {word for text in induction for word in text.split()} <= set(WORDS)
     _, copies = induction_draft(random.Random(0), units=10_000)
     assert len(copies) == reading.MAX_RUNS
-    assert len({word for copy in copies for word in copy.text.split()}) == reading.MAX_RUNS * RUN < len(WORDS)
+    assert len({word for copy in copies for word in copy.first.split()}) == reading.MAX_RUNS * RUN < len(WORDS)

@@ -2,7 +2,7 @@
 
 | task        | the text                                                    | predicted                             |
 |-------------|-------------------------------------------------------------|---------------------------------------|
-| `recall`    | pairs `key: value.` among sentences, each pair twice        | the value, where the pair returns     |
+| `recall`    | pairs `key: value.` among sentences, each asked for once    | the value in `key? value.`            |
 | `induction` | random words, and at a distance some runs of them once more | the words of the run behind the first |
 
 `recall` is multi-query associative recall (MQAR, "Zoology", arXiv 2312.04927) in words, `induction` the repeated random
@@ -37,7 +37,10 @@ from ropepp_lit.text.tokenizer import TextTokenizer
 PAIRS = (4, 16)
 """Of `recall`, where no number is named."""
 
-MAX_PAIRS = len(stock.WORDS) // 2
+KEYS, VALUES = stock.WORDS[::6], stock.WORDS[3::6]
+"""Of `recall`: as in MQAR, no word is both."""
+
+MAX_PAIRS = min(len(KEYS), len(VALUES))
 RUN = 8
 """Words of a run of `induction`; all but the first are predicted."""
 
@@ -48,9 +51,12 @@ MAX_RUNS = 16
 
 
 class Copy(NamedTuple):
-    """What stands twice in a text."""
+    """What stands in a text twice."""
 
-    text: str
+    first: str
+    again: str
+    """The same, of as many characters; in `recall` a question."""
+
     words: list[tuple[int, int]]
     """Characters of the words in it that can be predicted when it comes again."""
 
@@ -73,12 +79,21 @@ def recall_draft(rng: random.Random, *, pairs: int, units: int) -> tuple[Draft, 
         pairs: At most MAX_PAIRS.
         units: About how many sentences fill it.
     """
-    words = rng.sample(stock.WORDS, 2 * pairs)
-    copies = [
-        Copy(f"{key}: {value}.", [(len(key) + 2, len(key) + 2 + len(value))])
-        for key, value in zip(words[:pairs], words[pairs:], strict=True)
-    ]
+    copies = pairs_of(rng, pairs)
     return _place(rng, copies, stock.sentences(rng), units=units + 2 * pairs), copies
+
+
+def pairs_of(rng: random.Random, count: int) -> list[Copy]:
+    """Keys with values, and the questions for them.
+
+    Args:
+        rng: Draws them.
+        count: At most MAX_PAIRS.
+    """
+    return [
+        Copy(f"{key}: {value}.", f"{key}? {value}.", [(len(key) + 2, len(key) + 2 + len(value))])
+        for key, value in zip(rng.sample(KEYS, count), rng.sample(VALUES, count), strict=True)
+    ]
 
 
 def induction_draft(rng: random.Random, *, units: int) -> tuple[Draft, list[Copy]]:
@@ -96,7 +111,7 @@ def induction_draft(rng: random.Random, *, units: int) -> tuple[Draft, list[Copy
         run = copied[start : start + RUN]
         ends = list(itertools.accumulate(len(word) + 1 for word in run))
         places = [(end, end + len(word)) for end, word in zip(ends, run[1:], strict=False)]
-        copies.append(Copy(" ".join(run), places))
+        copies.append(Copy(" ".join(run), " ".join(run), places))
     # Words of runs occur in runs alone, so each word of a copy says which one follows.
     fillers = (rng.choice(others) for _ in itertools.count())
     return _place(rng, copies, fillers, units=units // RUN + 2 * runs), copies
@@ -108,7 +123,7 @@ def _place(rng: random.Random, copies: list[Copy], fillers: Iterator[str], *, un
     for number, copy in enumerate(copies):
         distance = 2 ** rng.uniform(-np.log2(max(2, units)), 0)
         first = 1 - distance if number == 0 else rng.uniform(0, 1 - distance)
-        needles += [(first, copy.text), (first + distance, copy.text)]
+        needles += [(first, copy.first), (first + distance, copy.again)]
     question = needles.pop(1)[1]
     return Draft(fillers, needles, question, answers=[])
 
@@ -173,7 +188,7 @@ class Reading(Task):
 
         words = []
         for copy in copies:
-            first, again = fitted.text.index(copy.text), fitted.text.rindex(copy.text)
+            first, again = fitted.text.index(copy.first), fitted.text.rindex(copy.again)
             for start, end in copy.words:
                 told, (begin, stop) = tokens(first + start, first + end), tokens(again + start, again + end)
                 words.append((begin + shift, stop + shift, begin - told[0]))
