@@ -163,7 +163,7 @@ def test_documents_are_of_other_random_numbers_than_tests():
         assert sorted(asked) == sorted(re.findall(r"\w+: \w+\.", text)) != []
     assert 40 < max(text.count("?") for text in pairs) < 50  # of 200 words
     _, copies = recall_draft(random.Random("0/recall:200/0"), pairs=MAX_PAIRS, units=100)
-    assert len({pair for pairs in told for pair in pairs}) > 300
+    assert len({pair for pairs in told for pair in pairs}) > 150
     assert len({copy.first for copy in copies} & {pair for pairs in told for pair in pairs}) < 20  # of 68 * 67
     assert {word for text in induction for word in text.split()} <= set(WORDS)
     _, copies = induction_draft(random.Random(0), units=10_000)
