@@ -204,16 +204,14 @@ class StepMemory:
             Line(part, "queries, keys and values in attention", attended, self.compute),
             Line(part, "output of attention", tokens * grown * heads, self.compute),
             Line(part, "sums of exponentials", tokens * heads, torch.float32),
+            Line(part, "input of the output projection", tokens * self._projected, self.compute),
+            Line(part, "kept by the position scheme", tokens * layout.kept_elements, self.compute),
         ]
-        if self._projected:
-            lines.append(Line(part, "input of the output projection", tokens * self._projected, self.compute))
         if config.attention_gate is not None:
             size = head if config.attention_gate == "element" else 1
             lines.append(Line(part, "gates of attention", tokens * size * heads, self.compute))
         if config.score_scaling is not None:
             lines.append(Line(part, "queries before their scores are scaled", tokens * grown * heads, self.compute))
-        if layout.kept_elements:
-            lines.append(Line(part, "kept by the position scheme", tokens * layout.kept_elements, self.compute))
         if config.qk_norm:
             normalized = tokens * head * (queries + caches)
             lines.append(Line(part, "queries and keys before their norms", normalized, self.residual))

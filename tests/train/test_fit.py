@@ -12,7 +12,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from ropepp_lit.checkpoint import load_decoder, read_checkpoint
+from ropepp_lit.checkpoint import decoder_weights, load_decoder, read_checkpoint
 from ropepp_lit.nn import RoPEPP
 from ropepp_lit.nn.generation import generate
 from ropepp_lit.text.tokenizer import byte_tokenizer
@@ -182,28 +182,19 @@ def test_auto_starts_where_nothing_is_and_goes_on_where_something_is(run, tiny, 
     assert "raise --trainer.max_steps to go on" in third
 
 
-SCHEME = '''
-from ropepp_lit.nn import RoPE
-
-
-class Shifted(RoPE):
-    """Positions counted from an offset."""
-
-    def __init__(self, *, offset: int = 5) -> None:
-        self.offset = offset
-
-    def tables(self, positions, frequencies, *, head_dim, dtype):
-        return super().tables(positions + self.offset, frequencies, head_dim=head_dim, dtype=dtype)
-'''
+CONTRIBUTING = Path(__file__).parents[2] / ".github" / "CONTRIBUTING.md"
 
 
 def test_a_scheme_in_a_file_of_the_users_own(run, tiny, tmp_path):
-    (tmp_path / "schemes.py").write_text(SCHEME)
+    (example,) = re.findall(r"```python\n(# schemes\.py.*?)```", CONTRIBUTING.read_text(), re.DOTALL)
+    (tmp_path / "schemes.py").write_text(example)
     recipe = {"model": {"positions": {"class_path": "schemes.Shifted", "init_args": {"offset": 7}}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
     options = ["--config", "mine.yaml", "--trainer.max_steps", "2", "--trainer.default_root_dir", "run"]
     assert "Shifted, base 10000" in run("fit", *tiny, *options, cwd=tmp_path).stdout
     path = "run/checkpoints/last.ckpt"
+    trained = decoder_weights(read_checkpoint(tmp_path / path))["model.layers.1.self_attn.query_scale"]
+    assert 0 < (trained - 1).abs().max() < 0.1
     refused = run("generate", path, cwd=tmp_path, returncode=2)
     assert "generate and evaluate take --trust schemes.Shifted" in refused.stderr
     run("generate", path, "--trust", "schemes.Shifted", cwd=tmp_path)
