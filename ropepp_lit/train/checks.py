@@ -119,6 +119,7 @@ class Checks:
             raise UsageError(
                 "trainer.max_steps: give the number of optimizer steps, 1 or more; runs are counted in steps"
             )
+        self._model.schedule.check(self._model.schedule.total_steps or self._options.trainer.max_steps)
 
     def check_recipe(self, *, has_gpu: bool) -> list[str]:
         """What can be checked without data.
