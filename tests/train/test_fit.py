@@ -172,6 +172,19 @@ def test_other_batch_and_accumulation_when_a_run_goes_on(trained, run, tiny, tmp
     assert after["ropepp_lit"]["tokens_seen"] == (8 * 2 + 3 * 4) * 64
 
 
+def test_a_branch_decays_from_a_checkpoint_of_a_run(trained, run, tmp_path):
+    folder, _ = trained
+    options = ["--config", folder / "recipe.yaml", "--config", ROOT / "recipes" / "stages" / "branch.yaml"]
+    options += ["--ckpt_path", folder / "checkpoints" / "step=6.ckpt", "--model.schedule.decay_from", 6]
+    options += ["--model.schedule.warmup_steps", 2, "--trainer.max_steps", 9]
+    printed = run("fit", *options, cwd=tmp_path).stdout
+    assert "at step 6 of 9: 3 steps are left" in printed
+    events = EventAccumulator(str(tmp_path / "runs" / "branch" / "tensorboard"))
+    events.Reload()
+    rates = [event.value for event in events.Scalars("lr")]
+    assert rates == pytest.approx([5e-4 * share for share in (2 / 3, 1 / 3, 0)])
+
+
 def test_auto_starts_where_nothing_is_and_goes_on_where_something_is(run, tiny, tmp_path):
     options = ["--ckpt_path", "auto", "--trainer.default_root_dir", "run"]
     first = run("fit", *tiny, *options, "--trainer.max_steps", "2", cwd=tmp_path).stdout
@@ -182,11 +195,12 @@ def test_auto_starts_where_nothing_is_and_goes_on_where_something_is(run, tiny, 
     assert "raise --trainer.max_steps to go on" in third
 
 
-CONTRIBUTING = Path(__file__).parents[2] / ".github" / "CONTRIBUTING.md"
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_scheme_in_a_file_of_the_users_own(run, tiny, tmp_path):
-    (example,) = re.findall(r"```python\n(# schemes\.py.*?)```", CONTRIBUTING.read_text(), re.DOTALL)
+    page = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+    (example,) = re.findall(r"```python\n(# schemes\.py.*?)```", page, re.DOTALL)
     (tmp_path / "schemes.py").write_text(example)
     recipe = {"model": {"positions": {"class_path": "schemes.Shifted", "init_args": {"offset": 7}}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
