@@ -235,14 +235,16 @@ def test_alibi_is_the_same_at_position_20_000_as_at_0(dtype, tolerance, heads):
     assert (found - expected).abs().max() < tolerance * expected.abs().max()
 
 
+@pytest.mark.parametrize("scheme", [ALiBi(), PoPE(phase_init="uniform")], ids=str)
 @torch.no_grad()
-def test_alibi_in_bfloat16_at_20_000_stays_near_float32():
+def test_bfloat16_at_20_000_stays_near_float32(scheme):
     """Attention alone, as a decoder in bfloat16 has other roundings too."""
-    attention = make(ALiBi(), num_attention_heads=8).model.layers[0].self_attn.bfloat16()
+    attention = make(scheme, num_attention_heads=8).model.layers[0].self_attn.bfloat16()
     positions = torch.cat((torch.arange(0, 20_000, 37), torch.arange(20_000, 20_400)))[None]
     hidden = torch.randn(1, positions.shape[1], 64).bfloat16()
-    found = attention(hidden, (positions,))[:, -400:].float()
-    expected = attention.float()(hidden.float(), (positions,))[:, -400:]
+    tables = scheme.tables(positions, Frequencies(), head_dim=16, dtype=torch.float32)
+    found = attention(hidden, tables)[:, -400:].float()
+    expected = attention.float()(hidden.float(), tables)[:, -400:]
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
