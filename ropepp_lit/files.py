@@ -264,7 +264,7 @@ def locked(path: Path) -> Iterator[None]:
     from filelock import FileLock, SoftFileLock
 
     try:
-        lock = FileLock(path) if _has_locks(path) else SoftFileLock(path.with_name(f"{path.name}.held"))
+        lock = FileLock(path) if has_locks(path) else SoftFileLock(path.with_name(f"{path.name}.held"))
         lock.acquire()
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
@@ -295,24 +295,27 @@ def held(path: Path, *, busy: str) -> Iterator[bool]:
     """
     from filelock import FileLock, Timeout
 
-    lock, has_locks = FileLock(path), True
+    lock, locks = FileLock(path), True
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        has_locks = _has_locks(path)
-        if has_locks:
+        locks = has_locks(path)
+        if locks:
             lock.acquire(timeout=0)
     except Timeout as error:
         raise UsageError(busy) from error
     except OSError:
         pass
     try:
-        yield has_locks
+        yield locks
     finally:
         lock.release()
 
 
-def _has_locks(path: Path) -> bool:
-    """Whether files can be locked there. filelock's own way out of it may delete the mark of another process."""
+def has_locks(path: Path) -> bool:
+    """Whether a file can be locked, which is made where it is missing.
+
+    filelock's own way out of it may delete the mark of another process.
+    """
     try:
         import fcntl
     except ImportError:  # Windows has locks of another kind

@@ -3,6 +3,7 @@
 A run of a tiny model takes a second, importing PyTorch, Lightning and transformers four. A fork is a process of its
 own, with its own exit code, signals and memory; nothing of `ropepp_lit` is imported before it. It executes the file of
 the installed command. Reads jobs from stdin, one line of JSON each, and prints the fork's process id and its exit code.
+A job that is `detached` runs beside the next ones; its exit code is printed for `{"wait": ID}`.
 """
 
 import gc
@@ -39,12 +40,16 @@ def serve():
     """Returns in a fork that is to run a job, and at the end of the jobs."""
     for line in sys.stdin:
         job = json.loads(line)
+        if "wait" in job:
+            print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
+            continue
         pid = os.fork()
         if pid == 0:
             become(job)
             return job
         print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        if not job.get("detached"):
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ropepp_lit.arguments import call
+from ropepp_lit.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -12,11 +13,7 @@ if TYPE_CHECKING:
 
     from ropepp_lit.eval.models import Model
     from ropepp_lit.eval.results import Measurement
-    from ropepp_lit.eval.tasks import Settings
     from ropepp_lit.eval.texts import Texts
-
-PARTS_VERSION = 2
-"""Of what is kept; another one is measured again."""
 
 
 def evaluate(
@@ -44,14 +41,18 @@ def evaluate(
     Args:
         checkpoints: .ckpt files, Hugging Face folders or names on the Hugging Face Hub, each PATH or NAME=PATH; those
             of one name are runs (seeds) of one model. Differences are to the first.
-        tasks: Of perplexity, retrieval (or some families: retrieval:single+multikey), noise (on perplexity and
-            retrieval; noise:retrieval:single), attention, answers:FILE (held-out prompts and answers, in the formats of
-            prepare --format chat and completion) and harness:NAME (a task of lm-eval), with commas.
+        tasks: Of perplexity, longppl (key tokens found by the first checkpoint; longppl:PATH), retrieval (or some
+            families: retrieval:single+multikey), ruler, recall (or numbers of pairs: recall:4+64), induction,
+            graphwalks, mrcr, noise (on perplexity and retrieval; noise:retrieval:single), attention, answers:FILE
+            (held-out prompts and answers, in the formats of prepare --format chat and completion), harness:NAME (a
+            task of lm-eval) and module.Class (a task of your own, in a file in the current folder), with commas.
         lengths: Tokens of the context, with commas; k is 1,024.
-        out: The folder that is written: index.html, results.json, scores.csv, plots, TensorBoard's events.
-        text: Documents for perplexity and attention: files, folders, globs, with commas, as for prepare, each source
-            reported by itself; empty means the documents that the first checkpoint's run held out. They are chosen by a
-            hash, of a source's first 10,000.
+        out: The folder that is written: index.html, results.json, scores.csv, answers.jsonl (what models wrote), plots,
+            TensorBoard's events, and `parts`, where each piece of work is kept. Processes that run the same command at
+            once, such as one per GPU, share the work.
+        text: Documents for perplexity, longppl and attention, and essays for ruler: files, folders, globs, with
+            commas, as for prepare, each source reported by itself; empty means the documents that the first
+            checkpoint's run held out. They are chosen by a hash, of a source's first 10,000.
         text_key: Key or column of the text in JSON and tables.
         split: What separates documents in text files, as for prepare; empty means that each file is one.
         min_tokens: Leave out documents of fewer tokens (of the first model).
@@ -68,9 +69,9 @@ def evaluate(
         max_length: Tokens of prompt and answer that harness tasks read at most; empty means the trained context. What
             is longer loses its beginning, and is reported.
     """
+    import functools
     from pathlib import Path
 
-    from ropepp_lit.errors import UsageError
     from ropepp_lit.sizes import parse_tokens
 
     if not checkpoints:
@@ -89,52 +90,52 @@ def evaluate(
     import torch  # heavy imports wait until the arguments are known to be right
 
     from ropepp_lit.eval.harness import Options
-    from ropepp_lit.eval.models import check_model, load_model
+    from ropepp_lit.eval.models import load_model
+    from ropepp_lit.eval.pieces import Work
     from ropepp_lit.eval.report import folder_names
     from ropepp_lit.eval.results import summarize
     from ropepp_lit.eval.tasks import Settings
     from ropepp_lit.eval.texts import notices_of, read_texts, seed_of
+    from ropepp_lit.files import write_whole
 
     torch.set_flush_denormal(True)  # far keys may get weights near 1e-40, on which CPUs are slow
     options_of_harness = Options(
         num_fewshot=num_fewshot, include_path=include_path, apply_chat_template=apply_chat_template,
         max_length=max_length,
     )  # fmt: skip
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device, "trust": trust}
     settings = Settings(
         tasks=tuple(word.strip() for word in tasks.split(",") if word.strip()),
         lengths=sizes, limit=limit, stride=stride, noise_std=deviations, seed=seed, options=options_of_harness,
+        has_essays=text is not None, checkpoint=checkpoints[0], load=functools.partial(load_model, **options),
     )  # fmt: skip
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device, "trust": trust}
-    for old in folder.glob("attention-*.png"):
-        old.unlink()  # maps of models that may not be asked for now; theirs are kept in parts
-    runs: list[tuple[str, list[Measurement]]] = []
-    entries: list[dict[str, Any]] = []
-    descriptions: list[dict[str, Any]] = []
-    notices: dict[str, None] = {}
+    models = [load_model(checkpoint, **options, weights=False) for checkpoint in checkpoints]
+    _refuse_twice(models)
     texts: Texts = {}
-    for checkpoint in checkpoints[1:]:  # before the first one is measured, which may take hours
-        check_model(checkpoint)
-    for checkpoint in checkpoints:
-        model = load_model(checkpoint, **options)
-        for known in descriptions:
-            if (known["name"], known["fingerprint"]) == (model.name, f"sha256:{model.fingerprint}"):
-                pair = f"{known['path']} and {model.path}"
-                raise UsageError(f"checkpoints: {pair} are the same run of {model.name}; name it once")
-        if not runs and settings.needs_text:
-            reading = {"text_key": text_key, "split": split}
-            texts, lines = read_texts(model, text, reading, min_tokens=min_tokens, limit=settings.examples)
-            print("\n".join(lines), end="\n" if lines else "")
-        entries.append(model.entry)
+    if settings.needs_text:
+        reading = {"text_key": text_key, "split": split}
+        texts, lines = read_texts(models[0], text, reading, min_tokens=min_tokens, limit=settings.examples)
+        print("\n".join(lines), end="\n" if lines else "")
+
+    def load(number: int) -> Model:
+        model = load_model(checkpoints[number], **options)
+        if model.fingerprint != models[number].fingerprint:
+            raise UsageError(f"{model.path}: was changed after the evaluation began; run the command again")
+        return model
+
+    work = Work(models, load=load, settings=settings, sets=texts, folder=folder, dtype=dtype, device=device)
+    work.measure()
+    runs: list[tuple[str, list[Measurement]]] = []
+    descriptions: list[dict[str, Any]] = []
+    notices = dict.fromkeys(settings.notices)
+    for number, model in enumerate(models):
         if texts:
-            notices |= dict.fromkeys(notices_of(model.name, model.entry, entries[0], text))
-        names = list(dict.fromkeys([*(name for name, _ in runs), model.name]))
-        label = folder_names(names)[names.index(model.name)]
-        measurements, seconds = _measure(model, settings, texts, folder, dtype, label)
+            notices |= dict.fromkeys(notices_of(model.name, model.entry, models[0].entry, text))
+        measurements, seconds = work.found(number)
         runs.append((model.name, measurements))
         descriptions.append({**model.describe(), "seconds": round(seconds, 1)})
-        del model  # one at a time is in memory
-    seeds = [seed_of(entry) for entry in entries]
+    seeds = [seed_of(model.entry) for model in models]
     notices |= dict.fromkeys(_different_runs(descriptions))
     notices |= dict.fromkeys(_same_seeds([name for name, _ in runs], seeds))
     print("".join(f"\nNote: {line}" for line in notices))
@@ -145,8 +146,46 @@ def evaluate(
         "min_tokens": min_tokens, "limit": limit, "stride": stride,
         "noise_std": list(deviations), "seed": seed, "dtype": dtype,
     }  # fmt: skip
-    _write(folder, summarize(runs, seeds=seeds), descriptions, said, list(notices))
+    about = [{"task": task.task, "part": task.part, "text": task.about} for task, _ in settings.parsed]
+    scores = summarize(runs, seeds=seeds)
+    with work.reporting():
+        for old in folder.glob("attention-*.png"):
+            old.unlink()  # maps of models that may not be asked for now
+        names = list(dict.fromkeys(name for name, _ in runs))
+        labels = dict(zip(names, folder_names(names), strict=True))
+        for number, model in enumerate(models):
+            for unit, image in work.images(number):
+                write_whole(folder / f"attention-{labels[model.name]}-{unit.length}.png", image)
+        work.write_answers()
+        print("".join(_replaced(folder, said, descriptions)), end="")
+        _write(folder, scores, descriptions, said, list(notices), about)
     print(f"\nEverything is in {out}; read {folder / 'index.html'}")
+
+
+def _replaced(folder: Path, settings: dict[str, Any], models: list[dict[str, Any]]) -> Iterator[str]:
+    """A line where the folder has a report with more than the new one: its pieces are kept, and not shown."""
+    import json
+
+    if not (folder / "results.json").is_file():
+        return
+    old = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    gone = [f"the task {task}" for task in old["settings"]["tasks"] if task not in settings["tasks"]]
+    gone += [f"{length:,} tokens" for length in old["settings"]["lengths"] if length not in settings["lengths"]]
+    named = {(model["name"], model["fingerprint"]) for model in models}
+    gone += [f"{model['name']} ({model['path']})" for model in old["models"]
+             if (model["name"], model["fingerprint"]) not in named]  # fmt: skip
+    if gone:
+        yield f"\nNote: the report in {folder} also had {', '.join(gone)}, which this command does not name; it is "
+        yield "replaced. All pieces are kept, so a command that names everything shows everything at once."
+
+
+def _refuse_twice(models: list[Model]) -> None:
+    known: dict[tuple[str, str], Model] = {}
+    for model in models:
+        first = known.setdefault((model.name, model.fingerprint), model)
+        if first is not model:
+            pair = f"{first.path} and {model.path}"
+            raise UsageError(f"checkpoints: {pair} are the same run of {model.name}; name it once")
 
 
 def _same_seeds(names: list[str], seeds: list[Any]) -> Iterator[str]:
@@ -167,99 +206,13 @@ def _different_runs(descriptions: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{paths} are runs of {name} by their name, but differ in architecture; tell them apart by NAME=PATH."
 
 
-def _measure(
-    model: Model, settings: Settings, sets: Texts, folder: Path, dtype: str, label: str
-) -> tuple[list[Measurement], float]:
-    """All measurements of a model, taking up what an earlier run of the command has kept; and seconds of the others.
-
-    Attention maps are named by `label`.
-    """
-    import dataclasses
-    import hashlib
-    import io
-    import itertools
-    import json
-    import time
-
-    from tqdm import tqdm
-
-    from ropepp_lit.eval import perplexity, probes
-    from ropepp_lit.eval.results import Measurement
-    from ropepp_lit.eval.tasks import averages, check, measure, work_of
-    from ropepp_lit.eval.texts import by_set
-    from ropepp_lit.files import write_whole
-    from ropepp_lit.text.sources import find_files, identify
-
-    texts = [text for documents in sets.values() for text in documents]
-    texts_digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    num_tokens = [len(model.tokenizer.encode_whole(text)) for text in texts]
-    units = settings.units(model)
-    check(model, units, settings, num_tokens)
-    (folder / "parts").mkdir(parents=True, exist_ok=True)
-    found: list[Measurement] = []
-    seconds = 0.0
-    work = {unit: work_of(unit, settings, num_tokens) for unit in units}
-    with tqdm(total=sum(work.values()), unit=" tokens", unit_scale=True, desc=model.name) as bar:
-        for unit in units:
-            bar.set_postfix_str(str(unit))
-            key = {
-                "version": PARTS_VERSION, "model": model.fingerprint, "unit": list(unit), "stride": settings.stride,
-                "seed": settings.seed, "dtype": dtype, "lengths": settings.lengths if unit.task == "harness" else None,
-                "limit": settings.limit if unit.task == "harness" else settings.examples,
-                "harness": settings.options.identity() if unit.task == "harness" else None,
-                "texts": texts_digest if unit.task in ("perplexity", "attention") else None,
-            }  # fmt: skip
-            if unit.task == "answers":
-                key["file"] = identify(find_files([unit.part], key="tasks"))
-            part = folder / "parts" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json"
-            before = bar.n
-            if part.is_file():
-                kept = json.loads(part.read_text(encoding="utf-8"))
-            else:
-                started = time.monotonic()
-                measured, maps = measure(model, unit, settings, texts, progress=bar.update)
-                kept = {
-                    "key": key,
-                    "seconds": time.monotonic() - started,
-                    "measurements": [item.to_dict() for item in measured],
-                }
-                if maps is not None:
-                    title = f"{model.name}, {unit.length:,} tokens"
-                    figure = probes.draw_maps(maps, probes.groups_of(model), title)
-                    drawn = io.BytesIO()
-                    figure.savefig(drawn, format="png", dpi=110)
-                    write_whole(part.with_suffix(".png"), drawn.getvalue())
-                write_whole(part, json.dumps(kept))
-            if part.with_suffix(".png").is_file():
-                write_whole(folder / f"attention-{label}-{unit.length}.png", part.with_suffix(".png").read_bytes())
-            bar.update(before + work[unit] - bar.n)
-            seconds += kept["seconds"]
-            found += [Measurement(**values) for values in kept["measurements"]]
-    found += averages(found)
-    if "perplexity" in {unit.task for unit in units}:
-        lengths = sorted(set(settings.lengths))
-        found += [
-            perplexity.more_context(num_tokens, length=length, before=before, stride=settings.stride)
-            for before, length in itertools.pairwise(lengths)
-        ]
-    if len(sets) > 1:
-        found += [
-            dataclasses.replace(
-                item, part=name, numerators=item.numerators[place], denominators=item.denominators[place],
-                sample=f"{item.sample} {name}",
-            )
-            for item in found if item.task == "perplexity" and item.position is None
-            for name, place in by_set({name: len(documents) for name, documents in sets.items()})
-        ]  # fmt: skip
-    return found, seconds
-
-
 def _write(
     folder: Path,
     scores: list[dict[str, Any]],
     models: list[dict[str, Any]],
     settings: dict[str, Any],
     notices: list[str],
+    about: list[dict[str, str]],
 ) -> None:
     """Write results.json, scores.csv, plots, TensorBoard's events and the page."""
     import datetime
@@ -285,6 +238,7 @@ def _write(
             "settings": settings,
             "models": models,
             "notices": notices,
+            "about": about,
             "scores": scores,
         },
         folder,

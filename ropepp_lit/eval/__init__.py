@@ -1,1 +1,1 @@
-"""Evaluation: perplexity, retrieval, noise, attention; results with intervals, and the page that shows them."""
+"""Evaluation: perplexity, retrieval, recall, noise, attention; results with intervals, and the page that shows them."""

@@ -69,7 +69,9 @@ class Model:
         }
 
 
-def load_model(source: str, *, trust: str | None = None, dtype: torch.dtype, device: torch.device) -> Model:
+def load_model(
+    source: str, *, trust: str | None = None, dtype: torch.dtype, device: torch.device, weights: bool = True
+) -> Model:
     """A checkpoint, Hugging Face folder or name on the Hugging Face Hub as a model.
 
     Args:
@@ -77,14 +79,20 @@ def load_model(source: str, *, trust: str | None = None, dtype: torch.dtype, dev
         trust: `module.Class` of a position scheme that is not ours and may be imported.
         dtype: In which it computes.
         device: On which it computes.
+        weights: Read them; else the file is checked, and the parameters are on the meta device.
 
     Raises:
         UsageError: no such checkpoint, a damaged one, or one without a tokenizer.
     """
     name, path = _split(source)
     location = locate(path)
-    contents = open_checkpoint(location, checksums=True)
-    entry = _entry_of(contents, path)
+    contents = open_checkpoint(location, shapes_only=not weights, checksums=True)
+    entry: dict[str, Any] = contents[KEY]
+    if entry["tokenizer"] is None:
+        raise UsageError(f"{path}: the checkpoint stores no tokenizer, so it cannot read text")
+    if not weights:
+        device = torch.device("meta")
+        contents["state_dict"] = {name: value.to(device) for name, value in contents["state_dict"].items()}
     return Model(
         name=escaped(name or _name_of(Path(path))),
         path=path,
@@ -95,23 +103,10 @@ def load_model(source: str, *, trust: str | None = None, dtype: torch.dtype, dev
     )
 
 
-def check_model(source: str) -> None:
-    """Raise what :func:`load_model` would, as far as it can be known without the weights."""
-    _, path = _split(source)
-    _entry_of(open_checkpoint(locate(path), shapes_only=True), path)
-
-
 def _split(source: str) -> tuple[str, str]:
     """Name and path; without a name it is empty."""
     name, path = source.split("=", 1) if "=" in source and not Path(source).exists() else ("", source)
     return name, path
-
-
-def _entry_of(contents: dict[str, Any], path: str) -> dict[str, Any]:
-    entry: dict[str, Any] = contents[KEY]
-    if entry["tokenizer"] is None:
-        raise UsageError(f"{path}: the checkpoint stores no tokenizer, so it cannot read text")
-    return entry
 
 
 def _name_of(path: Path) -> str:

@@ -1,17 +1,19 @@
 """Documents from which a small model can learn to retrieve, to be mixed into its training text.
 
-They have the form of :mod:`ropepp_lit.eval.retrieval`, with the answers, and come from other random numbers than any
-test. Words and numbers are of one stock, so each is met in training; which value a key has is drawn anew in every
+They have the form of :mod:`ropepp_lit.eval.tasks.retrieval`, with the answers, and come from other random numbers than
+any test. Words and numbers are of one stock, so each is met in training; which value a key has is drawn anew in every
 document, so nothing learned by heart helps in a test.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Iterator, Sequence
 
-from ropepp_lit.eval.retrieval_families import draft, place
+from ropepp_lit.eval.tasks.base import place
+from ropepp_lit.eval.tasks.retrieval import FAMILIES
 
 MAX_QUESTIONS = 12
 SHARE_IN_ORDER = 0.5
@@ -24,7 +26,7 @@ def recall_documents(families: Sequence[str], *, units: tuple[int, int], seed: i
     Of `multikey` several keys are asked, so that a document has more to learn from than one answer.
 
     Args:
-        families: Of :data:`~ropepp_lit.eval.retrieval_families.FAMILIES`.
+        families: Of :data:`~ropepp_lit.eval.tasks.retrieval.FAMILIES`.
         units: Fewest and most sentences (or words) that lengthen a document; as many as any are drawn.
         seed: Of the stream.
     """
@@ -32,12 +34,12 @@ def recall_documents(families: Sequence[str], *, units: tuple[int, int], seed: i
     for number in itertools.count():
         family = families[number % len(families)]
         count = rng.randint(*units)
-        made = draft(family, units=count, seed=f"training/{seed}", number=number)
-        fillers = list(itertools.islice(made.fillers, count))
+        made = FAMILIES[family].draw(units=count, seed=f"training/{seed}", number=number)
+        fillers = made.take(count)
         # A test goes through few depths: here answers may lie anywhere, in their order.
         depths = sorted(rng.random() for _ in made.needles)
         needles = [needle for _, needle in sorted(made.needles, key=lambda pair: pair[0])]
-        made = made._replace(needles=list(zip(depths, needles, strict=True)))
+        made = dataclasses.replace(made, needles=list(zip(depths, needles, strict=True)))
         text = made.text(fillers) + made.ideal
         if family == "multikey":
             behind = place(depths[0], len(fillers)) + 1

@@ -18,7 +18,7 @@ A row says of one model (all runs of it that bear the same name):
 | `run_values`                    | the values of its single runs, a list; not among COLUMNS                         |
 | `details`                       | how it was measured, by name; not among COLUMNS                                  |
 
-Scores, `attention` and `more_context` are percent, losses nats per token.
+Scores, `attention`, `more_context` and `key_tokens` are percent, losses nats per token.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KEYS = ("task", "part", "metric", "length", "position", "depth", "heads", "noise
 LOWER_IS_BETTER = ("loss", "perplexity", "bits_per_byte")
 """What a metric's name ends with, if the lower value is the better one."""
 
-SHARES = ("attention", "more_context")
+SHARES = ("attention", "more_context", "key_tokens")
 """Metrics between 0 and 100% whose examples are no successes or failures; neither high nor low is better."""
 
 CLEAN = {"position": None, "depth": None, "heads": "", "noise_std": None}
@@ -56,10 +56,16 @@ AGGREGATIONS: dict[str, Callable[[Any], Any]] = {
     "perplexity": np.exp,
     "bits_per_byte": lambda ratio: ratio / math.log(2),
     "score": lambda ratio: 100 * ratio,
+    "percent": lambda ratio: 100 * ratio,
     "attention": lambda ratio: 100 * ratio,
     "more_context": lambda ratio: 100 * ratio,
+    "key_tokens": lambda ratio: 100 * ratio,
 }
-"""What makes a value of sum(numerators) / sum(denominators), by the name of an aggregation or metric. All increase."""
+"""What makes a value of sum(numerators) / sum(denominators), by the name of an aggregation or metric. All increase.
+
+`score` is for examples that succeed or fail, each as a whole or by shares of it; `percent` for other shares between 0
+and 1, such as of the tokens of documents.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +115,7 @@ class Measurement:
     @property
     def is_share(self) -> bool:
         """Whether the ratio lies between 0 and 1."""
-        return self.is_proportion or self.metric in SHARES
+        return self.is_proportion or self.metric in SHARES or self.aggregation == "percent"
 
     @property
     def is_proportion(self) -> bool:
@@ -187,7 +193,8 @@ def _row(name: str, several: _Runs, first: _Runs | None) -> dict[str, Any]:
     row = {"model": name, **dict(zip(KEYS, example.key, strict=True))}
     row |= dict.fromkeys(("low", "high", "difference", "difference_low", "difference_high", "paired"))
     row |= {"examples": len(example.numerators), "runs": len(several), "run_values": values}
-    row |= {"higher_is_better": example.better_if_higher, "details": example.details}
+    row |= {"higher_is_better": example.better_if_higher}
+    row["details"] = {**example.details, "unit": "%"} if example.aggregation == "percent" else example.details
     own = _ratios(several)
     if own is None:  # runs of different examples
         return {**row, "value": float(np.mean(values))}

@@ -119,7 +119,7 @@ def merge(
     for layer, parts in layers.items() if not shapes_only else ():
         weight = weights[f"{layer}.weight"]
         try:
-            weights[f"{layer}.weight"] = _merge_layer(lora, weight, parts, head_dim=_head_dim(ours))
+            weights[f"{layer}.weight"] = merge_layer(lora, weight, parts, head_dim=_head_dim(ours))
         except (RuntimeError, KeyError, ValueError) as error:  # shapes that do not fit; peft's of NaN
             raise UsageError(f"{path}: its adapters of {layer} cannot be merged ({error})") from error
     if ours["architecture"]["decoder"].get("tie_word_embeddings"):
@@ -145,7 +145,19 @@ def _split(name: str) -> tuple[str, str]:
     return (layer, f"lora_{part}") if dot else (name.rpartition(".")[0], name.rpartition(".")[2])
 
 
-def _merge_layer(lora: LoRA, weight: Tensor, parts: dict[str, Tensor], *, head_dim: int) -> Tensor:
+def merge_layer(lora: LoRA, weight: Tensor, parts: dict[str, Tensor], *, head_dim: int) -> Tensor:
+    """The weight of a linear layer with its adapters, computed in float32 and rounded to its own dtype.
+
+    Args:
+        lora: Settings of the adapters.
+        weight: [out, in], of the base.
+        parts: The layer's trained tensors by name, as checkpoints call them: `lora_A.weight`, `imaginary`, …; emptied.
+        head_dim: D, for `imaginary`.
+
+    Raises:
+        ValueError: the tensors are not those of these settings.
+        RuntimeError: shapes that do not fit.
+    """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     merged = parts.pop("weight", weight).to(dtype, copy=True)
     imaginary = parts.pop("imaginary", None)

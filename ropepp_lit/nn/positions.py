@@ -62,6 +62,9 @@ class PositionScheme(ABC):
     uses_frequencies: bool = True
     """Whether base and scaling of the rotary frequencies have an effect."""
 
+    head_kinds: tuple[str, ...] = ("real",)
+    """Kinds of attention heads, which alternate."""
+
     def head_layout(self, *, num_attention_heads: int, num_key_value_heads: int, head_dim: int) -> HeadLayout:
         """Head counts for a decoder whose plain RoPE model has these.
 
@@ -204,6 +207,8 @@ class PairedHeads(RoPE):
         variant: `ec` (equal cache) doubles the attention heads and keeps the KV cache; `eh` (equal heads) keeps the
             attention heads and halves the KV cache.
     """
+
+    head_kinds = ("real", "imaginary")
 
     def __init__(self, *, variant: Variant = "ec") -> None:
         self.variant = check_variant(variant)

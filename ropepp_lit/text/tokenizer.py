@@ -128,6 +128,11 @@ class TextTokenizer:
         with encoding_errors():
             return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Characters of the text (start:end) that each token of :meth:`encode_text` stands for."""
+        with encoding_errors():
+            return self.tokenizer.encode(text, add_special_tokens=False).offsets
+
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text that a model continues, with what stands before every text.
 

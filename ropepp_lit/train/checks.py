@@ -24,6 +24,7 @@ from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import damaged_since, folder_of, newest
+from ropepp_lit.train.diagnostics import Diagnostics
 from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.lora import check_options, continue_adapters, trained_shapes
@@ -196,8 +197,9 @@ class Checks:
             lines.append(
                 f"Note: the tokenizer has {tokens:,} tokens and the model {rows:,}; the data do not contain the others"
             )
-        for callback in (self._options.evaluation, *(self._options.trainer.callbacks or ())):
-            if isinstance(callback, Evaluation):
+        own = (self._options.evaluation, self._options.diagnostics)
+        for callback in (*own, *(self._options.trainer.callbacks or ())):
+            if isinstance(callback, Evaluation | Diagnostics):
                 callback.check(self._decoder, self._data)
         return lines
 

@@ -30,6 +30,7 @@ from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of, n
 from ropepp_lit.train.checks import Checks, checkpoint_to_continue
 from ropepp_lit.train.classes import CLASSES, check_classes, check_nulls
 from ropepp_lit.train.curves import go_on_from
+from ropepp_lit.train.diagnostics import Diagnostics
 from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.finite import DivergedError
 from ropepp_lit.train.fsdp import FSDP2Strategy
@@ -79,6 +80,7 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(TextSample, "sample")
         parser.add_lightning_class_args(Evaluation, "evaluation")
+        parser.add_lightning_class_args(Diagnostics, "diagnostics")
         parser.set_defaults({key: {"class_path": default.__name__} for key, (_, default) in CLASSES.items() if default})
 
     def _parse_ckpt_path(self) -> None:

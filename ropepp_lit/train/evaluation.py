@@ -80,7 +80,7 @@ class Evaluation(Callback):
             return
         try:
             model = self._model(decoder, data)
-            check(model, self.settings.units(model), self.settings)
+            check(model, self.settings.units(model), self.settings.request(min(self.settings.lengths)))
         except UsageError as error:
             raise UsageError(f"evaluation.{error}") from error
 
@@ -98,10 +98,11 @@ class Evaluation(Callback):
         with pl_module.untimed(), evaluating(trainer, pl_module.decoder):
             sets = data.held_out_texts(self.settings.limit) if self.settings.needs_text else {}
             texts = [text for documents in sets.values() for text in documents]
+            documents = [model.tokenizer.encode_whole(text) for text in texts]
             found = [
                 item
                 for unit in self.settings.units(model)
-                for item in measure(model, unit, self.settings, texts)[0]
+                for item in measure(model, unit, self.settings, texts=texts, documents=documents).measurements
                 if item.position is None and item.depth is None
             ]
         values = {}

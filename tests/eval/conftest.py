@@ -1,4 +1,6 @@
 import hashlib
+import itertools
+import json
 
 import numpy as np
 import pytest
@@ -162,6 +164,20 @@ def make_results(*, names=MODELS, tasks=TASKS, runs=2):
     }  # fmt: skip
 
 
+def answers():
+    """Lines of answers.jsonl: of two runs of each model; examples 3 to 5 of `single` are wrong at 1,024 tokens."""
+    for place, name in enumerate(MODELS):
+        for run, length in itertools.product(range(2), (256, 1024, 2048)):
+            for number in range(8):
+                is_right = length == 256 or (length == 1024 and number not in (3, 4, 5) and run == 0)
+                yield {
+                    "model": name, "path": f"runs/{place}-{run}/checkpoints/last.ckpt", "task": "retrieval",
+                    "part": "single", "length": length, "heads": "", "noise_std": None, "depth": 0.5, "number": number,
+                    "prompt": f"{'far ' * 100}<b>key {number}</b>\n &amp; its value:", "expected": f"{number}0.",
+                    "written": f" {number}0." if is_right else "<script>alert(1)</script>", "score": float(is_right),
+                }  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def make():
     return make_results
@@ -179,5 +195,6 @@ def folder(results, tmp_path_factory):
     figure = Figure(figsize=(3, 3))
     figure.subplots().imshow(np.tril(np.ones((16, 16))))
     figure.savefig(folder / "attention-RoPE-layer-0.png")
+    (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers()))
     write_report(results, folder)
     return folder

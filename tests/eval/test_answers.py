@@ -6,8 +6,8 @@ import pytest
 import torch
 from others import make_folder
 
-from ropepp_lit.eval import answers
 from ropepp_lit.eval.models import load_model
+from ropepp_lit.eval.tasks import Request, answers
 
 PAIRS = [{"prompt": f"{n} + {n} =", "completion": f" {2 * n}", "id": n} for n in range(1, 8)]
 CHATS = [
@@ -58,7 +58,7 @@ def test_scores(written, expected, exact, rouge):
 def test_the_loss_is_that_of_the_answers_alone(small_checkpoints, tmp_path, variant):
     model = load(small_checkpoints[variant])
     source = write(tmp_path / "pairs.jsonl", PAIRS)
-    loss, exact, rouge = answers.measure(model, str(source), limit=50)
+    loss, exact, rouge = answers.Answers(str(source)).measure(model, Request(length=None, lengths=(512,), limit=50))
     nats, tokens = [], []
     for row in PAIRS:
         prompt = model.tokenizer.encode_prompt(row["prompt"])

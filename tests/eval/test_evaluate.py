@@ -189,7 +189,8 @@ def test_a_run_counts_once_and_one_model_is_in_memory_at_a_time(small_checkpoint
         gc.collect()
         assert not [reference for reference in alive if reference() is not None]
         model = load(*arguments, **options)
-        alive.append(weakref.ref(model.decoder))
+        if options.get("weights", True):
+            alive.append(weakref.ref(model.decoder))
         return model
 
     monkeypatch.setattr(models, "load_model", watched)
@@ -197,8 +198,24 @@ def test_a_run_counts_once_and_one_model_is_in_memory_at_a_time(small_checkpoint
     options = {"tasks": "perplexity", "lengths": "64", "text": str(text), "limit": 2}
     evaluate(*paths, out=str(tmp_path / "out"), **options)
     assert len(alive) == 3
+    evaluate(*paths, out=str(tmp_path / "out"), **options)
+    assert len(alive) == 3  # all is kept, so no weights are read
     with pytest.raises(UsageError, match=r"checkpoints: .*rope.ckpt and .*rope.ckpt are the same run of A; name it"):
         evaluate(f"A={paths[0]}", f"A={paths[0]}", out=str(tmp_path / "twice"), **options)
+
+
+def test_a_checkpoint_that_is_replaced_after_the_beginning_is_refused(small_checkpoints, text, tmp_path, monkeypatch):
+    """As `last.ckpt` of a run that goes on training: its measurements would be kept as another checkpoint's."""
+    from ropepp_lit.commands.evaluate import evaluate
+    from ropepp_lit.errors import UsageError
+    from ropepp_lit.eval import pieces
+
+    path = shutil.copyfile(small_checkpoints["rope"], tmp_path / "last.ckpt")
+    monkeypatch.setattr(pieces, "check", lambda *_, **__: shutil.copyfile(small_checkpoints["ec"], path))
+    options = {"tasks": "perplexity", "lengths": "64", "text": str(text), "limit": 2}
+    with pytest.raises(UsageError, match=r"last.ckpt: was changed after the evaluation began; run the command again"):
+        evaluate(str(path), out=str(tmp_path / "out"), **options)
+    assert not list((tmp_path / "out" / "parts").glob("*.json"))
 
 
 @pytest.mark.parametrize(
@@ -206,10 +223,13 @@ def test_a_run_counts_once_and_one_model_is_in_memory_at_a_time(small_checkpoint
     [
         (
             ["--tasks", "speed"],
-            "tasks: no task 'speed'; choose of perplexity, retrieval, noise, attention, answers:FILE, harness:NAME",
+            "tasks: no task 'speed'; choose of perplexity, longppl, retrieval, ruler, recall, induction",
         ),
         (["--tasks", "retrieval:none"], "tasks: retrieval has no family 'none'; choose of single, multikey"),
-        (["--tasks", "noise:attention"], "tasks: noise is for perplexity and retrieval, not attention"),
+        (
+            ["--tasks", "noise:attention"],
+            "tasks: noise is for perplexity and prompts, not attention",
+        ),
         (["--tasks", ","], "tasks: name at least one of"),
         (["--lengths", "long"], "lengths: 'long' is no number of tokens such as 512 or 64k"),
         (["--lengths", "100000000k"], "lengths: 102,400,000,000 tokens need about"),

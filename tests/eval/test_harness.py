@@ -8,9 +8,11 @@ from harness_tasks import write_tasks
 from others import KINDS, LONG, make_folder
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.eval import harness, retrieval
+from ropepp_lit.eval import harness
 from ropepp_lit.eval.harness import Options
 from ropepp_lit.eval.models import load_model
+from ropepp_lit.eval.tasks.examples import write_answers
+from ropepp_lit.eval.tasks.retrieval import FAMILIES
 from ropepp_lit.hf.export import export
 from ropepp_lit.hf.folder import open_checkpoint
 
@@ -298,11 +300,11 @@ def test_retrieval_scores_as_ruler_does(small_checkpoints, task, length):
     scores = []
     for document in documents:
         prompt = f"{document['input']} {document['gen_prefix']}"
-        (written,) = retrieval.write_answers(model, [[*model.opening, *model.encode(prompt)]], max_new_tokens=128)
+        (written,) = write_answers(model, [[*model.opening, *model.encode(prompt)]], max_new_tokens=128)
         answers = [str(answer) for answer in document["outputs"]]
-        scores.append(retrieval.score(answers, written))
+        scores.append(FAMILIES["single"].score(answers, written))
         for text in (written, "", answers[0], f"They are {', '.join(answers)}.", answers[-1].upper()):
-            assert retrieval.score(answers, text) == process_results(document, [text])[str(length)]
+            assert FAMILIES["single"].score(answers, text) == process_results(document, [text])[str(length)]
     (measured,) = harness.measure(model, task, lengths=[length], limit=2, options=Options())
     assert (measured.part, measured.metric, measured.length) == (task, "score", length)
     assert measured.numerators == scores

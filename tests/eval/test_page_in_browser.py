@@ -96,7 +96,10 @@ def test_more_tables_open_on_a_click(opened):
 def test_text_stands_out_from_its_ground(opened):
     """Contrast of at least 4.5 to 1, WCAG's for text, of what stands in tables, light and dark."""
     browser, _ = opened
-    selectors = [".value", ".interval", ".difference", ".better", ".worse", "thead th", "summary", "figcaption p"]
+    selectors = [
+        ".value", ".interval", ".difference", ".better", ".worse", "thead th", "summary", "figcaption p",
+        ".example q", ".example .faint", ".example .better", ".example .worse",
+    ]  # fmt: skip
     script = """
       return arguments[0].map(selector => {
         let element = document.querySelector(selector), ground = element;

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from ropepp_lit.eval.models import load_model
-from ropepp_lit.eval.perplexity import measure, more_context, windows
+from ropepp_lit.eval.tasks import Request
+from ropepp_lit.eval.tasks.perplexity import Perplexity, more_context, windows
 from ropepp_lit.hf.export import export
 from ropepp_lit.hf.folder import open_checkpoint
 
@@ -16,6 +17,13 @@ from ropepp_lit.hf.folder import open_checkpoint
 @pytest.fixture
 def load():
     return lambda path, dtype=torch.float64: load_model(str(path), dtype=dtype, device=torch.device("cpu"))
+
+
+def measure(model, texts, *, length, **options):
+    documents = [model.tokenizer.encode_whole(text) for text in texts]
+    request = Request(length=length, lengths=(length,), limit=50, texts=texts, documents=documents, **options)
+    with torch.no_grad():
+        return Perplexity().measure(model, request)
 
 
 def plain_loop(model, text, length, stride):

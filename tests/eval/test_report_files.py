@@ -39,7 +39,7 @@ def test_plots_are_small_and_wide_enough(folder):
 def test_nothing_is_left_half_written(folder):
     assert not list(folder.glob(".*"))
     assert {path.name for path in folder.iterdir()} == {
-        "results.json", "scores.csv", "index.html", "tensorboard", "attention-RoPE-layer-0.png",
+        "results.json", "scores.csv", "answers.jsonl", "index.html", "tensorboard", "attention-RoPE-layer-0.png",
         *(f"{name}.png" for name in PLOTS),
     }  # fmt: skip
 

@@ -8,20 +8,36 @@ import tracemalloc
 
 import pytest
 import torch
+from copier import Copier
 from others import make_tokenizer
 from tokenizers import Regex, Tokenizer, models
 from tokenizers.normalizers import Replace
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.eval import retrieval, retrieval_families
 from ropepp_lit.eval.models import Model, load_model
 from ropepp_lit.eval.recall import recall_documents
-from ropepp_lit.eval.retrieval import answer_tokens, average, make_examples, measure, score
-from ropepp_lit.eval.retrieval_families import DEPTHS, FAMILIES
+from ropepp_lit.eval.tasks import Request, averages, examples, stock
+from ropepp_lit.eval.tasks.base import DEPTHS
+from ropepp_lit.eval.tasks.retrieval import FAMILIES
 from ropepp_lit.text.tokenizer import TextTokenizer, byte_tokenizer, load_tokenizer, train_tokenizer
 
 ONCE = ("single", "multikey", "multivalue", "multiquery")
 """Families whose answers each stand in the context once."""
+
+
+def make_examples(family, tokenizer, **options):
+    return examples.make_examples(FAMILIES[family], tokenizer, **options)
+
+
+def answer_tokens(family, tokenizer, *, seed):
+    return FAMILIES[family].max_new_tokens(tokenizer, seed=seed)
+
+
+def measure(model, family, *, length, **options):
+    return FAMILIES[family].measure(model, Request(length=length, lengths=(length,), **options))
+
+
+score = FAMILIES["single"].score
 
 
 @pytest.fixture(scope="module", params=["bytes", "bpe"])
@@ -141,16 +157,16 @@ def test_texts_that_cannot_fill_a_length_are_refused(make, family, message):
 
 def test_a_family_that_has_no_more_to_say_is_refused(monkeypatch):
     """At 90,000 keys `multikey` has used each number of five digits."""
-    values = retrieval_families._values
-    monkeypatch.setattr(retrieval_families, "_values", lambda rng: itertools.islice(values(rng), 50))
+    values = stock.numbers
+    monkeypatch.setattr(stock, "numbers", lambda rng: itertools.islice(values(rng), 50))
     with pytest.raises(UsageError, match=r"retrieval:multikey at 4,096 tokens: its text of .* has"):
         make_examples("multikey", byte_tokenizer(), length=4096, numbers=range(3), seed=0)
 
 
 def test_long_examples_are_made_in_few_steps(monkeypatch):
     read = []
-    encode = retrieval._encode
-    monkeypatch.setattr(retrieval, "_encode", lambda tokenizer, text: read.append(len(text)) or encode(tokenizer, text))
+    encode = examples._encode
+    monkeypatch.setattr(examples, "_encode", lambda tokenizer, text: read.append(len(text)) or encode(tokenizer, text))
     for family in ("single", "multikey"):
         read.clear()
         (example,) = make_examples(family, byte_tokenizer(), length=32_768, numbers=[0], seed=0)
@@ -163,26 +179,6 @@ def test_scores():
     assert score(["12", "34"], "it is 34") == 0.5
     assert score(["AB"], "ab") == 1
     assert score(["12"], "") == 0
-
-
-class Copier(torch.nn.Module):
-    """Continues as the text did after the longest match of its end."""
-
-    def __init__(self, tokenizer):
-        super().__init__()
-        self.vocab_size = tokenizer.vocab_size
-
-    def allocate_cache(self, *, batch_size, max_tokens):
-        return []
-
-    def forward(self, input_ids, *, documents, cache, logits_to_keep):
-        cache.append(input_ids)
-        logits = torch.zeros(len(input_ids), 1, self.vocab_size)
-        for row, ids in enumerate(torch.cat(cache, dim=1).tolist()):
-            text = "".join(chr(token) for token in ids)
-            size = next(size for size in range(len(ids) - 1, 0, -1) if text[-size:] in text[:-1])
-            logits[row, 0, ids[text[:-1].index(text[-size:]) + size]] = 1
-        return logits
 
 
 @pytest.fixture
@@ -203,7 +199,7 @@ def test_a_perfect_answer_scores_100_and_a_random_model_nothing(small_checkpoint
     model = load_model(str(small_checkpoints["ec"]), dtype=torch.float32, device=torch.device("cpu"))
     assert measure(model, family, length=1000, limit=5, seed=0)[0].value == 0
     ideals = iter([e.ideal for e in make_examples(family, model.tokenizer, length=1000, numbers=range(5), seed=0)])
-    monkeypatch.setattr(retrieval, "write_answers", lambda model, prompts, **_: [next(ideals) for _ in prompts])
+    monkeypatch.setattr(examples, "write_answers", lambda model, prompts, **_: [next(ideals) for _ in prompts])
     assert measure(model, family, length=1000, limit=5, seed=0)[0].value == 100
 
 
@@ -229,14 +225,14 @@ def test_answers_are_those_of_greedy_decoding_without_a_cache(small_checkpoints)
         written = written[: written.index(eos)] if eos in written else written
         expected.append(model.tokenizer.tokenizer.decode(written))
     for chunk_tokens in (None, 11):
-        found = retrieval.write_answers(model, prompts.tolist(), max_new_tokens=12, chunk_tokens=chunk_tokens)
+        found = examples.write_answers(model, prompts.tolist(), max_new_tokens=12, chunk_tokens=chunk_tokens)
         assert found == expected
 
 
 def test_the_average_is_over_examples(small_checkpoints):
     model = load_model(str(small_checkpoints["rope"]), dtype=torch.float32, device=torch.device("cpu"))
     parts = [measure(model, family, length=700, limit=3, seed=0) for family in ("single", "multikey")]
-    whole = average([item for part in parts for item in part])
+    (whole,) = averages([item for part in parts for item in part])
     assert (whole.part, len(whole.numerators), whole.length) == ("all", 6, 700)
 
 

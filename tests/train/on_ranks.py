@@ -26,7 +26,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from ropepp_lit import sharded as shard_folders
 from ropepp_lit.data.batch import Batch
 from ropepp_lit.eval.models import Model
-from ropepp_lit.eval.retrieval import write_answers
+from ropepp_lit.eval.tasks.examples import write_answers
 from ropepp_lit.nn import Decoder, DecoderConfig, Documents, FoPE, Frequencies, RoPEPP
 from ropepp_lit.nn.attention import Attention
 from ropepp_lit.nn.context_parallel import ContextGroup

@@ -1,17 +1,23 @@
 """Evaluation and samples while a model trains."""
 
+import contextlib
 import json
+import math
 
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch._dynamo.utils import counters
 
-from ropepp_lit.checkpoint import decoder_weights, read_checkpoint
+from ropepp_lit.checkpoint import decoder_weights, load_decoder, read_checkpoint
 from ropepp_lit.cli import main
+from ropepp_lit.data.token_data import TokenData
+from ropepp_lit.nn import Probe
 
 TASKS = ["--evaluation.every_n_steps", "3", "--evaluation.tasks", "perplexity,retrieval:single,noise:perplexity"]
-OPTIONS = [*TASKS, "--evaluation.lengths", "128,256", "--evaluation.limit", "4"]
+DIAGNOSTICS = ["--diagnostics.every_n_steps", "3", "--diagnostics.far", "16", "--diagnostics.max_tokens", "100"]
+OPTIONS = [*TASKS, "--evaluation.lengths", "128,256", "--evaluation.limit", "4", *DIAGNOSTICS]
 SHARDED = ["--trainer.devices", "2", "--trainer.strategy", "FSDP2Strategy"]
 
 
@@ -36,7 +42,7 @@ def events(folder):
     found.Reload()
     scalars = {tag: [event.value for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
     text = [event.tensor_proto.string_val for event in found.Tensors("sample/text_summary")]
-    return {tag: values for tag, values in scalars.items() if tag.startswith(("eval/", "val/"))}, text
+    return {tag: values for tag, values in scalars.items() if tag.startswith(("eval/", "val/", "attention/"))}, text
 
 
 @pytest.mark.end_to_end
@@ -56,6 +62,47 @@ def test_it_logs_what_evaluate_finds_and_leaves_training_alone(fit, run, tmp_pat
     rows = json.loads((tmp_path / "found" / "results.json").read_text())["scores"]
     assert rows[0]["metric"] == "loss"
     assert rows[0]["value"] == pytest.approx(last, abs=1e-4)
+
+
+def test_diagnostics_are_those_of_plain_formulas(fit):
+    folder = fit(*OPTIONS)
+    scalars, _ = events(folder)
+    config = yaml.safe_load((folder / "recipe.yaml").read_text())["data"]
+    decoder = load_decoder(read_checkpoint(folder / "checkpoints/last.ckpt"), dtype=torch.float64)
+    with contextlib.chdir(folder):
+        data = TokenData(**config)
+        data.setup("fit")
+        batch = data.train_samples.collate(data.train_samples.__getitems__([0]))
+    seen, length = [], batch.input_ids.shape[1]
+
+    class Keep(Probe):
+        def scores(self, layer, scores):
+            seen.append([scores[0], None])
+            return scores
+
+        def weights(self, layer, weights):
+            seen[-1][1] = weights[0]
+
+    with decoder.probed(Keep()), torch.no_grad():
+        decoder(batch.input_ids, documents=batch.documents)
+    ids = batch.documents.ids[0]
+    for kind, name in enumerate(("real", "imaginary")):
+        largest, entropy, beyond, columns = [], [], [], []
+        for layer, (scores, weights) in enumerate(seen):
+            sees = [(q, k) for q in range(length) for k in range(q + 1) if ids[q] == ids[k]]
+            largest.append(max(scores[h, q, k].item() for h in range(kind, len(scores), 2) for q, k in sees))
+            rows = [weights[h, q] for h in range(kind, len(weights), 2) for q in range(length)]
+            entropy.append(sum(-(row[row > 0] * row[row > 0].log()).sum().item() for row in rows) / len(rows))
+            far = [weights[h, q, max(0, q - 16) :].sum() for h in range(kind, len(weights), 2) for q in range(length)]
+            beyond.append(100 * sum(1 - near.item() for near in far) / len(far))
+            weight = decoder.blocks[layer].self_attn.o_proj.weight
+            columns.append(weight.unflatten(1, (-1, 2, 8))[:, :, kind].norm().item())
+            assert scalars[f"attention/layer_{layer}/{name}/entropy"][-1] == pytest.approx(entropy[-1], rel=1e-5)
+        expected = {"largest_score": max(largest), "entropy": sum(entropy) / 2, "share_beyond_16": sum(beyond) / 2}
+        expected["output_norm"] = math.hypot(*columns)
+        found = {figure: scalars[f"attention/{name}/{figure}"][-1] for figure in expected}
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert 0 < scalars[f"attention/{name}/output_gradient_norm"][-1] <= 1  # clipped to 1
 
 
 @pytest.mark.end_to_end
@@ -99,6 +146,12 @@ def test_evaluation_and_samples_compile_nothing(tiny, tmp_path, monkeypatch):
         (
             ["--evaluation.every_n_steps", "1", "--evaluation.lengths", "40"],
             "evaluation.lengths: 40 tokens are too few for retrieval:single",
+        ),
+        (["--diagnostics.every_n_steps", "-1"], "diagnostics.every_n_steps: -1 must be 0 (never) or more"),
+        (["--diagnostics.max_tokens", "1"], "diagnostics.max_tokens: 1 must be 2 or more"),
+        (
+            ["--diagnostics.every_n_steps", "1", "--diagnostics.far", "64"],
+            "diagnostics.far: 64 must be less than the 64 tokens that are read",
         ),
     ],
 )

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ropepp_lit.checkpoint import KEY, read_checkpoint
 from ropepp_lit.train.plan import plan
@@ -88,7 +89,7 @@ def test_two_processes_end_where_one_does(runs):
     options = [
         *LORA, *base_of(root), "--trainer.precision", "64-true", "--model.lora.dora", "true",
         "--model.schedule.total_steps", 8, "--model.lora.train_fully", "[imaginary,norms]",
-        "--trainer.accumulate_grad_batches", 2,
+        "--trainer.accumulate_grad_batches", 2, "--diagnostics.every_n_steps", 1, "--diagnostics.far", 8,
     ]  # fmt: skip
     one = fit("one", *options)
     ranks = ["--trainer.devices", 2, "--trainer.strategy", "FSDP2Strategy"]
@@ -96,6 +97,17 @@ def test_two_processes_end_where_one_does(runs):
     fit("two", *options, *ranks, "--trainer.max_steps", 4)
     checkpoint = assert_same(one, fit("two", *options, *ranks, "--ckpt_path", "auto"), tolerance=1e-9)
     assert checkpoint["state_dict"]["decoder.model.layers.0.self_attn.o_proj.imaginary"].shape == (32, 32)
+    last = [curves(root / name) for name in ("one", "two")]
+    assert last[0] == pytest.approx(last[1], rel=1e-5)
+    assert last[0]["attention/real/output_gradient_norm"] == 0 < last[0]["attention/imaginary/output_gradient_norm"]
+
+
+def curves(folder):
+    """The last value of each figure of attention."""
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    tags = (tag for tag in events.Tags()["scalars"] if tag.startswith("attention/"))
+    return {tag: events.Scalars(tag)[-1].value for tag in tags}
 
 
 @pytest.mark.slow

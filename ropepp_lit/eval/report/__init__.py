@@ -13,13 +13,16 @@ from typing import Any
 
 from matplotlib.image import imread
 
+from ropepp_lit.eval.report.examples import choose_examples
 from ropepp_lit.eval.report.page import render_page
 from ropepp_lit.eval.report.panels import model_names, to_png
-from ropepp_lit.eval.report.plots import PLOTS
+from ropepp_lit.eval.report.plots import draw
 from ropepp_lit.eval.results import COLUMNS
 from ropepp_lit.files import escaped, write_whole
 
 FORMAT_VERSION = 1
+ANSWERS = "answers.jsonl"
+"""The file of what models wrote, which is there before the report."""
 
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
@@ -27,14 +30,16 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
 
     Each file appears under its name only when it is complete; index.html is the last. Numbers that are not finite
     become null, and bytes of file names that are not UTF-8 are escaped. Files of an earlier report in the folder are
-    replaced, the folder `tensorboard` as a whole; every attention-*.png that lies there is shown on the page.
+    replaced, the folder `tensorboard` as a whole. Every attention-*.png that lies there is shown on the page, and
+    examples of answers.jsonl.
 
     Args:
         results: `format_version`, `command`, `date` (ISO 8601), `versions` and `settings` (by name), `machine`
             (`device`, `cpu`, `cores`), `models` (a dict for each run: `name`, `path`, `fingerprint`, `positions`,
             `parameters`, `context_length` and `tokens_seen` in tokens, `kv_cache_bytes_per_token`, `seconds`, None
             where it is not known; several of one name are runs of one model), `notices` (lines for the top of the
-            page) and `scores`, the rows of `summarize`.
+            page), `about` (`task`, `part` and `text` of tasks that say what they are) and `scores`, the rows of
+            `summarize`.
         folder: Where; made if it is missing.
     """
     results = _writable(results)
@@ -42,8 +47,9 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
     write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_whole(folder / "scores.csv", _csv(results["scores"]))
     plots = {}
-    for name, plot in PLOTS.items():
-        figure = plot(results)
+    for old in folder.glob("task-*.png"):
+        old.unlink()
+    for name, figure in draw(results):
         if figure is None:
             (folder / f"{name}.png").unlink(missing_ok=True)
         else:
@@ -51,7 +57,8 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
             write_whole(folder / f"{name}.png", plots[name])
     _write_tensorboard(results, plots, folder / "tensorboard")
     maps = {path.stem: path.read_bytes() for path in folder.glob("attention-*.png")}
-    write_whole(folder / "index.html", render_page(results, plots=plots, maps=maps))
+    examples = choose_examples(folder / ANSWERS)
+    write_whole(folder / "index.html", render_page(results, plots=plots, maps=maps, examples=examples))
 
 
 def _writable(value: Any) -> Any:

@@ -60,6 +60,44 @@ FAMILIES = {
 }
 """What the families of retrieval tasks ask, after RULER (arXiv 2404.06654)."""
 
+TASKS: dict[str, tuple[str, str]] = {
+    "longppl": (
+        "Perplexity over key tokens",
+        "Perplexity and loss over the tokens that a long context makes much likelier and likely (LongPPL, arXiv "
+        "2410.23771): the same tokens for all models, found by the first one or the one that the task names. Gain is "
+        "what the long context takes off the loss of all tokens that have more to read than in the shortest length, by "
+        "their position in the window too: where it rises, context that far back is used.",
+    ),
+    "recall": (
+        "Associative recall",
+        "Pairs of key and value among sentences, each of them twice: whether the value is predicted where the key "
+        "returns (MQAR, arXiv 2312.04927). The score is the share of values whose tokens are all the most likely ones, "
+        "the loss that of these tokens; parts are numbers of pairs. Distances are from where the value stood before.",
+    ),
+    "induction": (
+        "Induction",
+        "Random words, of which runs come again at a distance (arXiv 2209.11895): whether the words of a run are "
+        "predicted behind its first one. Score, loss and distance are those of associative recall.",
+    ),
+    "ruler": (
+        "RULER",
+        "RULER's tasks in its own wording (arXiv 2404.06654), without question answering. The score is its string "
+        "match: the share of what was asked for that occurs in the answer.",
+    ),
+    "graphwalks": (
+        "Walks in a graph",
+        "A graph is listed edge by edge, and nodes near one of them are asked for (after OpenAI's GraphWalks). The "
+        "score is F1 of the sets of nodes.",
+    ),
+    "mrcr": (
+        "One of several same requests",
+        "A conversation has the same request several times, each time with another answer, and one of the answers is "
+        "asked for again behind a code (after OpenAI's MRCR). The score is the share of matching characters; 0 without "
+        "the code. Other words behind it get 28.",
+    ),
+}
+"""Title and explanation of tasks that have a section of the general form; others are called by their name."""
+
 METRICS = {
     "loss": "Loss",
     "perplexity": "Perplexity",
@@ -67,6 +105,8 @@ METRICS = {
     "score": "Score",
     "exact": "Exact answers",
     "rouge_l": "ROUGE-L",
+    "key_tokens": "Key tokens",
+    "gain": "Gain",
 }
 UNITS = {
     "loss": "nats per token",
@@ -74,4 +114,6 @@ UNITS = {
     "attention": "%",
     "exact": "%",
     "rouge_l": "0 to 100",
+    "key_tokens": "%",
+    "gain": "nats per token",
 }

@@ -30,6 +30,9 @@ MOST_BANDS = 4
 """More models than these, and bands of their intervals would hide one another."""
 
 HEADS = ("real", "imaginary")
+OWN_SECTION = ("perplexity", "retrieval", "attention", "answers", "harness")
+"""Tasks that have a section of the page and plots of their own."""
+
 Row = dict[str, Any]
 
 
@@ -42,6 +45,11 @@ class _Style(NamedTuple):
 def model_names(results: dict[str, Any]) -> list[str]:
     """The models' names, each once, in the order of their first run."""
     return list(dict.fromkeys(model["name"] for model in results["models"]))
+
+
+def other_tasks(results: dict[str, Any]) -> list[str]:
+    """The tasks that have no section and plots of their own, in the order of their first row."""
+    return list(dict.fromkeys(row["task"] for row in results["scores"] if row["task"] not in OWN_SECTION))
 
 
 def trained_contexts(results: dict[str, Any]) -> dict[int, list[str]]:

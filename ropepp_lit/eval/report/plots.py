@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from ropepp_lit.eval.report.captions import UNITS
 from ropepp_lit.eval.report.panels import (
     GREY,
     HEADS,
@@ -22,6 +23,7 @@ from ropepp_lit.eval.report.panels import (
     make_grid,
     mark_trained,
     model_names,
+    other_tasks,
     short_length,
     short_name,
 )
@@ -81,25 +83,35 @@ def retrieval_by_length(results: dict[str, Any]) -> Figure | None:
 def retrieval_families(results: dict[str, Any]) -> Figure | None:
     """The score of each family of retrieval tasks against the length of the context."""
     rows = [row for row in select(results["scores"], task="retrieval", metric="score", **CLEAN) if row["part"] != "all"]
+    return _by_part(results, rows) if rows else None
+
+
+def _by_part(results: dict[str, Any], rows: list[Row], *, x: str = "length") -> Figure:
+    """The values of one metric against the length of the context or the position, a panel for each part."""
     families = list(dict.fromkeys(row["part"] for row in rows))
-    if not families:
-        return None
     columns = min(len(families), 4)
     lines = -(-len(families) // columns)
     figure, grid = make_grid(results, rows, height=0.5 + 1.75 * lines, lines=lines, columns=columns)
     for family, axes in fill_panels(grid, families):
-        draw_curves(axes, results, select(rows, part=family), x="length", marker_size=3.5, spread="")
-        length_axis(axes, results, rows, label=False, most=4)
-        axes.set(ylim=(-4, 104))
+        draw_curves(axes, results, select(rows, part=family), x=x, marker_size=3.5, spread="")
+        if x == "length":
+            length_axis(axes, results, rows, label=False, most=4)
+        else:
+            log2_axis(axes, [row["position"] for row in rows])
+        if rows[0]["metric"] == "score":
+            axes.set(ylim=(-4, 104))
         axes.set_title(family.replace("_", " "), fontsize=10, parse_math=False)
-    figure.supxlabel("length of the context (tokens)", fontsize=10)
-    figure.supylabel("score (0 to 100)", fontsize=10)
+    by_position = f"first position or distance of a range (tokens), at {short_length(rows[0]['length'] or 0)}"
+    figure.supxlabel("length of the context (tokens)" if x == "length" else by_position, fontsize=10)
+    metric = rows[0]["metric"]
+    unit = f" ({UNITS[metric]})" if metric in UNITS else ""
+    figure.supylabel(f"{metric.replace('_', ' ')}{unit}", fontsize=10, parse_math=False)
     return figure
 
 
-def retrieval_by_depth(results: dict[str, Any]) -> Figure | None:
+def retrieval_by_depth(results: dict[str, Any], task: str = "retrieval") -> Figure | None:
     """Heat maps: score by length of the context and by where in it the answer lies, one for each family and model."""
-    rows = [row for row in select(results["scores"], task="retrieval", metric="score", heads="", noise_std=None)
+    rows = [row for row in select(results["scores"], task=task, metric="score", heads="", noise_std=None)
             if row["depth"] is not None]  # fmt: skip
     if not rows:
         return None
@@ -175,6 +187,28 @@ PLOTS: dict[str, Callable[[dict[str, Any]], Figure | None]] = {
     "distance-attention": attention_by_distance,
 }
 """By the name of the file; no name begins with `attention-`, as those of attention maps do."""
+
+
+def draw(results: dict[str, Any]) -> Iterator[tuple[str, Figure | None]]:
+    """All plots by the names of their files; those of tasks without plots of their own begin with `task-`."""
+    for name, plot in PLOTS.items():
+        yield name, plot(results)
+    for task in other_tasks(results):
+        rows = select(results["scores"], task=task, **CLEAN)
+        for metric in dict.fromkeys(row["metric"] for row in rows if row["length"] is not None):
+            yield f"task-{task}-{metric}", _by_part(results, select(rows, metric=metric))
+        yield from _by_position(results, task)
+        yield f"task-{task}-by-depth", retrieval_by_depth(results, task)
+
+
+def _by_position(results: dict[str, Any], task: str) -> Iterator[tuple[str, Figure]]:
+    """Each metric of a task by position or distance, in the longest contexts."""
+    rows = select(results["scores"], task=task, depth=None, heads="", noise_std=None)
+    rows = [row for row in rows if row["position"] is not None]
+    longest = max((row["length"] or 0 for row in rows), default=0)
+    rows = [row for row in rows if (row["length"] or 0) == longest]
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        yield f"task-{task}-{metric}-by-position", _by_part(results, select(rows, metric=metric), x="position")
 
 
 def _with_differences(results: dict[str, Any], rows: list[Row], *, xlabel: str) -> tuple[Figure, Axes]:

@@ -16,6 +16,7 @@ DIGITS = {
     "more_context": 0,
     "exact": 1,
     "rouge_l": 1,
+    "percent": 1,
 }
 """Behind the decimal point, by metric; others have four."""
 
@@ -102,7 +103,7 @@ def make_table(
 
 def make_cell(row: Row) -> dict[str, str]:
     """The texts of a cell: value, interval, difference to the first model, its interval, and what that proves."""
-    metric = row["metric"]
+    metric = _shown_as(row)
     difference, low, high = (row[key] for key in ("difference", "difference_low", "difference_high"))
     cell = {"value": show_value(metric, row["value"]), "interval": "", "difference": "", "spread": "", "mark": ""}
     if row["low"] is not None and row["high"] is not None:
@@ -114,6 +115,11 @@ def make_cell(row: Row) -> dict[str, str]:
     return cell
 
 
+def _shown_as(row: Row) -> str:
+    """The metric that decides the digits."""
+    return "percent" if row["details"].get("unit") == "%" else row["metric"]
+
+
 def _verdict(row: Row) -> str:
     """`better` or `worse` than the first model, where its interval excludes 0; `differs` for metrics without better.
 
@@ -121,7 +127,7 @@ def _verdict(row: Row) -> str:
     """
     if row["difference_low"] <= 0 <= row["difference_high"]:
         return ""
-    if not show_value(row["metric"], row["difference"]).strip("−0."):
+    if not show_value(_shown_as(row), row["difference"]).strip("−0."):
         return ""
     if row["higher_is_better"] is None:
         return "differs"

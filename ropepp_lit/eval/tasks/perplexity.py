@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ropepp_lit.errors import UsageError
 from ropepp_lit.eval.models import TOKENS_AT_ONCE, Model
 from ropepp_lit.eval.results import Measurement, sample_of
+from ropepp_lit.eval.tasks.base import Request, Task
 from ropepp_lit.nn.loss import IGNORE_INDEX
 
 RANGES = 16
@@ -52,58 +54,59 @@ def windows(num_tokens: list[int], *, length: int, stride: int) -> Iterator[Wind
                 break
 
 
-def measure(
-    model: Model,
-    texts: Sequence[str],
-    *,
-    length: int,
-    stride: int | None = None,
-    chunk_tokens: int | None = None,
-    progress: Callable[[int], object] = lambda tokens: None,
-) -> list[Measurement]:
-    """Loss, perplexity and bits per byte over documents, and the loss by position.
+class Perplexity(Task):
+    """Loss, perplexity and bits per byte of documents, and the loss by position."""
 
-    Args:
-        model: What predicts.
-        texts: Documents.
-        length: Tokens of a window.
-        stride: See :func:`windows`; empty means the length.
-        chunk_tokens: See :func:`read`.
-        progress: Called with the number of tokens read.
+    task = "perplexity"
+    needs_text = by_document = takes_noise = True
 
-    Returns:
-        Measurements with one entry per document: nats over tokens (bytes for bits per byte).
-    """
-    documents = [model.tokenizer.encode_whole(text) for text in texts]
-    losses = np.zeros((len(documents), RANGES))
-    counts = np.zeros((len(documents), RANGES))
-    for batch in _batches(windows([len(ids) for ids in documents], length=length, stride=stride or length)):
-        found = _losses(model, documents, batch, chunk_tokens).double().cpu().numpy()
-        for window, row in zip(batch, found, strict=True):
-            places = np.arange(window.first - window.start - 1, window.end - window.start)
-            ranges = places * RANGES // length
-            np.add.at(losses[window.document], ranges, row[places])
-            np.add.at(counts[window.document], ranges, 1)
-        progress(sum(window.end - window.start for window in batch))
-    totals, tokens = losses.sum(1).tolist(), counts.sum(1).tolist()
-    sizes = [float(len(text.encode())) for text in texts]
-    # Losses are by token, so models are compared where they read the same tokens; bits per byte, the same texts.
-    measured = partial(Measurement, task="perplexity", length=length, sample=sample_of(documents))
-    return [
-        measured(metric="loss", numerators=totals, denominators=tokens),
-        measured(metric="perplexity", numerators=totals, denominators=tokens),
-        measured(metric="bits_per_byte", numerators=totals, denominators=sizes, sample=sample_of(texts)),
-        *(
-            measured(
-                metric="loss",
-                position=-(-number * length // RANGES),
-                numerators=losses[:, number].tolist(),
-                denominators=counts[:, number].tolist(),
+    def check(self, model: Model, request: Request) -> None:
+        """Raise UsageError where no document has a token to predict."""
+        if request.documents and max(map(len, request.documents)) < 2:
+            raise UsageError(
+                f"text: no document has two tokens, so {model.name} has nothing to predict; name other text"
             )
-            for number in range(RANGES)
-            if counts[:, number].any()
-        ),
-    ]
+
+    def num_tokens(self, request: Request) -> int:
+        """Of all windows."""
+        assert request.length is not None
+        sizes = [len(ids) for ids in request.documents]
+        return tokens_read(sizes, length=request.length, stride=request.stride or request.length)
+
+    def measure(self, model: Model, request: Request) -> list[Measurement]:
+        """Measurements with one entry per document: nats over tokens (bytes for bits per byte)."""
+        assert request.length is not None
+        length, documents = request.length, request.documents
+        stride = request.stride or length
+        losses = np.zeros((len(documents), RANGES))
+        counts = np.zeros((len(documents), RANGES))
+        nats = token_losses(
+            model, documents, length=length, stride=stride, chunk_tokens=request.chunk_tokens, progress=request.progress
+        )
+        before = tokens_before([len(ids) for ids in documents], length=length, stride=stride)
+        for document, (values, places) in enumerate(zip(nats, before, strict=True)):
+            ranges = (places - 1) * RANGES // length
+            np.add.at(losses[document], ranges, values)
+            np.add.at(counts[document], ranges, 1)
+        totals, tokens = losses.sum(1).tolist(), counts.sum(1).tolist()
+        sizes = [float(len(text.encode())) for text in request.texts]
+        # Losses are by token, so models are compared where they read the same tokens; bits per byte, the same texts.
+        measured = partial(self.measured, request, sample=sample_of(map(list, documents)))
+        return [
+            measured(metric="loss", numerators=totals, denominators=tokens),
+            measured(metric="perplexity", numerators=totals, denominators=tokens),
+            measured(metric="bits_per_byte", numerators=totals, denominators=sizes, sample=sample_of(request.texts)),
+            *(
+                measured(
+                    metric="loss",
+                    position=-(-number * length // RANGES),
+                    numerators=losses[:, number].tolist(),
+                    denominators=counts[:, number].tolist(),
+                )
+                for number in range(RANGES)
+                if counts[:, number].any()
+            ),
+        ]
 
 
 def more_context(num_tokens: Sequence[int], *, length: int, before: int, stride: int | None = None) -> Measurement:
@@ -115,7 +118,7 @@ def more_context(num_tokens: Sequence[int], *, length: int, before: int, stride:
         before: Tokens of the shorter windows.
         stride: See :func:`windows`; empty means the lengths.
     """
-    longer, shorter = (_read_before(num_tokens, size, stride or size) for size in (length, before))
+    longer, shorter = (tokens_before(num_tokens, length=size, stride=stride or size) for size in (length, before))
     return Measurement(
         task="perplexity",
         metric="more_context",
@@ -126,13 +129,54 @@ def more_context(num_tokens: Sequence[int], *, length: int, before: int, stride:
     )
 
 
-def _read_before(num_tokens: Sequence[int], length: int, stride: int) -> list[np.ndarray]:
-    """For each document, how many tokens each of its predicted tokens has before it in its window."""
+def tokens_before(num_tokens: Sequence[int], *, length: int, stride: int) -> list[np.ndarray]:
+    """For each document, how many tokens each of its predicted tokens has before it in its window.
+
+    Args:
+        num_tokens: Of each document.
+        length: See :func:`windows`.
+        stride: See :func:`windows`.
+    """
     found = [np.zeros(max(0, total - 1), dtype=np.int64) for total in num_tokens]
     for window in windows(list(num_tokens), length=length, stride=stride):
         places = np.arange(window.first, window.end + 1)
         found[window.document][places - 1] = places - window.start
     return found
+
+
+def tokens_read(num_tokens: Sequence[int], *, length: int, stride: int) -> int:
+    """Tokens of all windows of documents; arguments are those of :func:`windows`."""
+    return sum(window.end - window.start for window in windows(list(num_tokens), length=length, stride=stride))
+
+
+def token_losses(
+    model: Model,
+    documents: Sequence[Sequence[int]],
+    *,
+    length: int,
+    stride: int,
+    chunk_tokens: int | None = None,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> list[np.ndarray]:
+    """For each document, the nats of each of its tokens behind the first, read in windows.
+
+    Args:
+        model: What predicts.
+        documents: Token ids.
+        length: See :func:`windows`.
+        stride: See :func:`windows`.
+        chunk_tokens: See :func:`read`.
+        progress: Called with the number of tokens read.
+    """
+    sizes = [len(ids) for ids in documents]
+    nats = [np.zeros(max(0, total - 1)) for total in sizes]
+    for batch in _batches(windows(sizes, length=length, stride=stride)):
+        found = _losses(model, documents, batch, chunk_tokens).double().cpu().numpy()
+        for window, row in zip(batch, found, strict=True):
+            first = window.first - 1
+            nats[window.document][first : window.end] = row[first - window.start : window.end - window.start]
+        progress(sum(window.end - window.start for window in batch))
+    return nats
 
 
 def _batches(several: Iterator[Window]) -> Iterator[list[Window]]:
@@ -149,7 +193,7 @@ def _batches(several: Iterator[Window]) -> Iterator[list[Window]]:
 
 
 @torch.no_grad()  # not in inference mode, whose tensors FSDP2 would reuse in training
-def _losses(model: Model, documents: list[list[int]], batch: list[Window], chunk_tokens: int | None) -> Tensor:
+def _losses(model: Model, documents: Sequence[Sequence[int]], batch: list[Window], chunk_tokens: int | None) -> Tensor:
     """[windows, tokens] nats; 0 where a token was predicted before or the window has ended."""
     longest = max(window.end - window.start for window in batch)
     input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)

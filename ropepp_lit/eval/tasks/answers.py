@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torchmetrics.functional.text.rouge import rouge_score
@@ -24,13 +25,14 @@ from torchmetrics.functional.text.rouge import rouge_score
 from ropepp_lit.data.encoders import Format, TextEncoder, make_encoder
 from ropepp_lit.data.trained_tokens import is_trained, token_ids
 from ropepp_lit.errors import UsageError
-from ropepp_lit.eval import perplexity
 from ropepp_lit.eval.models import TOKENS_AT_ONCE, Model
 from ropepp_lit.eval.results import Measurement, sample_of
+from ropepp_lit.eval.tasks.base import PROMPT_CHARACTERS, Answer, Request, Task
+from ropepp_lit.eval.tasks.perplexity import read
 from ropepp_lit.nn.generation import Batch
 from ropepp_lit.nn.loss import IGNORE_INDEX
 from ropepp_lit.text.conversations import CHAT_COLUMNS
-from ropepp_lit.text.sources import Reader, find_files
+from ropepp_lit.text.sources import Reader, find_files, identify
 
 SPARE_TOKENS = 8
 """An answer may have this many tokens more than twice those of the expected one."""
@@ -91,41 +93,54 @@ def _encoder(model: Model, kind: Format) -> TextEncoder:
     )  # fmt: skip
 
 
-def measure(model: Model, source: str, *, limit: int) -> list[Measurement]:
-    """Loss of the expected answers, and how near to them the written ones are.
+class Answers(Task):
+    """Loss of the expected answers of a file, and how near to them the written ones are.
 
     Args:
-        model: What answers.
-        source: See :func:`read_pairs`.
-        limit: Pairs at most.
-
-    Raises:
-        UsageError: see :func:`read_pairs`.
+        file: See :func:`read_pairs`.
     """
-    pairs = read_pairs(model, source, limit=limit)
-    nats, exact, rouge = ([0.0] * len(pairs) for _ in range(3))
-    expected = [model.tokenizer.decode(pair.answer).strip() for pair in pairs]
-    for numbers in _batches(pairs):
-        batch = [pairs[number] for number in numbers]
-        for number, loss, text in zip(numbers, _losses(model, batch), write(model, batch), strict=True):
-            nats[number] = loss
-            exact[number], rouge[number] = score(text, expected[number])
-    sample = sample_of(expected)
-    ones = [1.0] * len(pairs)
-    return [
-        Measurement(
-            task="answers", part=source, metric="loss", numerators=nats,
-            denominators=[float(len(pair.answer)) for pair in pairs], sample=sample_of(pairs),
-        ),
-        Measurement(
-            task="answers", part=source, metric="exact", numerators=exact, denominators=ones, sample=sample,
-            aggregation="score",
-        ),
-        Measurement(
-            task="answers", part=source, metric="rouge_l", numerators=rouge, denominators=ones, sample=sample,
-            aggregation="score",
-        ),
-    ]  # fmt: skip
+
+    task = "answers"
+    has_length = False
+
+    def __init__(self, file: str) -> None:
+        self.part = file
+
+    def check(self, model: Model, request: Request) -> None:
+        """Raise UsageError where the rows are not prompts and answers."""
+        read_pairs(model, self.part, limit=request.limit)
+
+    def identity(self, request: Request) -> dict[str, Any]:
+        """The contents of the file."""
+        return {"file": identify(find_files([self.part], key="tasks"))}
+
+    def measure(self, model: Model, request: Request) -> list[Measurement]:
+        """Loss, exact answers and ROUGE-L."""
+        pairs = read_pairs(model, self.part, limit=request.limit)
+        nats, exact, rouge = ([0.0] * len(pairs) for _ in range(3))
+        expected = [model.tokenizer.decode(pair.answer).strip() for pair in pairs]
+        written = [""] * len(pairs)
+        for numbers in _batches(pairs):
+            batch = [pairs[number] for number in numbers]
+            for number, loss, text in zip(numbers, _losses(model, batch), write(model, batch), strict=True):
+                nats[number], written[number] = loss, text
+                exact[number], rouge[number] = score(text, expected[number])
+        request.answers.extend(
+            Answer.cut(
+                number=number, prompt=model.tokenizer.decode(pair.prompt[-PROMPT_CHARACTERS:]),
+                expected=expected[number], written=written[number], score=rouge[number],
+            )
+            for number, pair in enumerate(pairs)
+        )  # fmt: skip
+        tokens = [float(len(pair.answer)) for pair in pairs]
+        scored = partial(
+            self.measured, request, denominators=[1.0] * len(pairs), sample=sample_of(expected), aggregation="score"
+        )
+        return [
+            self.measured(request, metric="loss", numerators=nats, denominators=tokens, sample=sample_of(pairs)),
+            scored(metric="exact", numerators=exact),
+            scored(metric="rouge_l", numerators=rouge),
+        ]
 
 
 def score(written: str, expected: str) -> tuple[float, float]:
@@ -158,7 +173,7 @@ def _losses(model: Model, pairs: list[Pair]) -> list[float]:
         ids = torch.tensor([*pair.prompt, *pair.answer])
         input_ids[row, : len(ids) - 1] = ids[:-1]
         labels[row, len(pair.prompt) - 1 : len(ids) - 1] = ids[len(pair.prompt) :]
-    losses = perplexity.read(model, input_ids.to(model.device), labels.to(model.device))
+    losses = read(model, input_ids.to(model.device), labels.to(model.device))
     return losses.double().sum(1).tolist()
 
 

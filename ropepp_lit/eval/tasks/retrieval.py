@@ -1,0 +1,162 @@
+"""Retrieval: RULER's families (arXiv 2404.06654), generated here for any tokenizer.
+
+| family           | the context holds                             | asked for       | RULER's name      |
+|------------------|-----------------------------------------------|-----------------|-------------------|
+| `single`         | one value among repeated sentences            | it              | `niah_single`     |
+| `multikey`       | nothing but values of other keys              | that of one key | `niah_multikey`   |
+| `multivalue`     | four values of one key                        | all four        | `niah_multivalue` |
+| `multiquery`     | four values of four keys                      | all four        | `niah_multiquery` |
+| `tracking`       | a value handed from name to name, and a decoy | its names       | `vt`              |
+| `common_words`   | ten words often, others seldom                | the ten         | `cwe`             |
+| `frequent_words` | made-up words, numbers by Zipf's law, α = 2   | the first three | `fwe`             |
+
+The score is RULER's: the share of the wanted strings that occur in the answer, whatever their case. The wording is our
+own and short, made to be continued by a base model, so scores compare models here and not with RULER's published ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import string
+from collections.abc import Iterator
+
+from ropepp_lit.eval.tasks import stock
+from ropepp_lit.eval.tasks.base import Draft, Family
+
+_HOPS = 4
+_COMMON, _FREQUENT = 10, 3
+_ZIPF = 2.0
+
+
+class _Retrieval(Family):
+    task = "retrieval"
+
+
+class _Single(_Retrieval):
+    """One value among repeated sentences."""
+
+    part = "single"
+
+    def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
+        """See :meth:`Family.draft`."""
+        key, value = next(stock.pairs(rng)), next(stock.numbers(rng))
+        return Draft(stock.sentences(rng), [(depth, _entry(key, value))], f"{key}:", [value], depth)
+
+
+class _Multikey(_Retrieval):
+    """One value among those of other keys."""
+
+    part = "multikey"
+
+    def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
+        """See :meth:`Family.draft`."""
+        keys, values = stock.pairs(rng), stock.numbers(rng)
+        key, value = next(keys), next(values)
+        fillers = (_entry(key, value) for key, value in zip(keys, values, strict=False))
+        return Draft(fillers, [(depth, _entry(key, value))], f"{key}:", [value], depth)
+
+
+class _Multivalue(_Retrieval):
+    """Four values of one key."""
+
+    part = "multivalue"
+
+    def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
+        """See :meth:`Family.draft`."""
+        key, values = next(stock.pairs(rng)), list(itertools.islice(stock.numbers(rng), 4))
+        needles = [(rng.random(), _entry(key, value)) for value in values]
+        return Draft(stock.sentences(rng), needles, f"The {len(values)} values of {key}:", values, None)
+
+
+class _Multiquery(_Retrieval):
+    """Four values of four keys."""
+
+    part = "multiquery"
+
+    def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
+        """See :meth:`Family.draft`."""
+        keys, values = (list(itertools.islice(source(rng), 4)) for source in (stock.pairs, stock.numbers))
+        needles = [(rng.random(), _entry(key, value)) for key, value in zip(keys, values, strict=True)]
+        return Draft(stock.sentences(rng), needles, f"{', '.join(keys)}:", values, None)
+
+
+class _Tracking(_Retrieval):
+    """The names that a value was handed on to, beside another value and its names."""
+
+    part = "tracking"
+
+    def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
+        """See :meth:`Family.draft`."""
+        value, decoy = itertools.islice(stock.numbers(rng), 2)
+        names = [f"{a}{b}" for a, b in zip(stock.letters(rng, 2, string.ascii_uppercase), range(10, 99), strict=False)]
+        rng.shuffle(names)
+        chains = [names[: _HOPS + 1], names[_HOPS + 1 : 2 * _HOPS + 2]]
+        needles = []
+        for start, chain in zip((value, decoy), chains, strict=True):
+            depths = sorted(rng.random() for _ in chain)
+            needles += [
+                (depth, f"Let {name} = {held}.")
+                for depth, name, held in zip(depths, chain, [start, *chain], strict=False)
+            ]
+        return Draft(stock.sentences(rng), needles, f"The {_HOPS + 1} names that equal {value} are", chains[0], None)
+
+
+class _CommonWords(_Retrieval):
+    """Ten words that occur often among others that occur seldom."""
+
+    part = "common_words"
+
+    def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
+        """See :meth:`Family.draft`."""
+        often, seldom = next(
+            (pair for least, pair in ((600, (30, 3)), (200, (10, 2)), (70, (5, 1))) if units >= least), (3, 1)
+        )
+        keys = stock.pairs(rng)
+        common = list(itertools.islice(keys, _COMMON))
+        needles = [(rng.random(), f"{word},") for word in common for _ in range(often)]
+
+        def fillers() -> Iterator[str]:
+            while True:
+                words = list(itertools.islice(keys, 100)) * seldom
+                rng.shuffle(words)
+                yield from (f"{word}," for word in words)
+
+        return Draft(fillers(), needles, f"The {_COMMON} most common words above are", common, None)
+
+
+class _FrequentWords(_Retrieval):
+    """The three most frequent of made-up words, by Zipf's law."""
+
+    part = "frequent_words"
+
+    def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
+        """See :meth:`Family.draft`."""
+        words = stock.letters(rng, 6, string.ascii_lowercase)
+        total = math.pi**2 / 6  # ζ(2)
+        # At least 4, 3, 2 in short contexts, so that there are three that stand out.
+        counts = [max(4 - k, round(units * k**-_ZIPF / total)) for k in range(1, _FREQUENT + 1)]
+        frequent = list(itertools.islice(words, _FREQUENT))
+        needles = [(rng.random(), f"{w},") for w, count in zip(frequent, counts, strict=True) for _ in range(count)]
+
+        def fillers() -> Iterator[str]:
+            rest = []
+            for k in range(_FREQUENT + 1, 40):
+                count = round(units * k**-_ZIPF / total)
+                rest += [f"{next(words)},"] * max(1, min(count, counts[-1] - 1))
+            rng.shuffle(rest)
+            yield from rest
+            yield from (f"{word}," for word in words)
+
+        return Draft(fillers(), needles, f"The {_FREQUENT} most frequent words above are", frequent, None)
+
+
+FAMILIES: dict[str, Family] = {
+    family.part: family
+    for family in (_Single(), _Multikey(), _Multivalue(), _Multiquery(), _Tracking(), _CommonWords(), _FrequentWords())
+}
+
+
+def _entry(key: str, value: str) -> str:
+    return f"{key}: {value}."
