@@ -13,6 +13,7 @@ from ropepp_lit.nn import (
     MappedQueries,
     NoPE,
     PartialRoPE,
+    PoPE,
     RoPE,
     RoPEPP,
     TurnedQueries,
@@ -23,6 +24,7 @@ ALL_SCHEMES = {
     "rope": RoPE(), "eh": RoPEPP(variant="eh"), "ec": RoPEPP(variant="ec"), "partial": PartialRoPE(),
     "fope": FoPE(context_length=64), "alibi": ALiBi(), "nope": NoPE(), "turned": TurnedQueries(angle=45.0),
     "mapped": MappedQueries(variant="eh"), "unrotated": UnrotatedQueries(), "independent": IndependentQueries(),
+    "pope": PoPE(phase_init="uniform"),
 }  # fmt: skip
 """For what every scheme must do."""
 

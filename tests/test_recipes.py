@@ -19,6 +19,8 @@ STACKS = {
     "paper": ["paper/pretrain"],
     "paper-decay": ["paper/pretrain", "paper/decay"],
     **{f"paper-{name}": [*LONG, f"frequencies/{name}"] for name in FREQUENCIES},
+    "branch": ["quickstart", "stages/branch"],
+    "drope": ["quickstart", "stages/drope"],
     "study": ["study/recall"],
     "study-pretrain": ["study/recall", "study/pretrain"],
     "study-continue": ["study/recall", "study/pretrain", "study/continue"],
@@ -26,6 +28,9 @@ STACKS = {
     "llama-8b-128k": ["upcycle/llama-8b", "upcycle/128k"],
 }
 """Files that are layered, in their order."""
+
+DECAYS = {"paper-decay", "branch"}
+"""Stacks whose decay begins at a step, which a shrunken copy does not have."""
 
 FINE_TUNING = {
     "docstrings": ["quickstart", "finetune/docstrings"],
@@ -44,9 +49,9 @@ FINE_TUNING = {
 ALL = {**STACKS, **FINE_TUNING}
 
 VARIANTS = {
-    "rope": ["--model.positions", "RoPE"],
-    "eh": ["--model.positions.variant", "eh"],
-    "ec": ["--model.positions.variant", "ec"],
+    "rope": (["--model.positions", "RoPE"], "RoPE, base"),
+    "eh": (["--model.positions.variant", "eh"], "RoPE++ EH, base"),
+    "ec": (["--model.positions.variant", "ec"], "RoPE++ EC, base"),
 }
 GEOMETRY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 SHRINK = [
@@ -90,9 +95,11 @@ def test_two_steps(stack, variant, texts, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = ["--data.source", str(texts), "--data.cache_dir", "cache", "--trainer.default_root_dir", "run"]
     one = ["--trainer.devices", "1", "--trainer.strategy", "auto"]
-    main(["fit", *configs(stack), *SHRINK, *data, *VARIANTS[variant], *one])
+    one += ["--model.schedule.decay_from", "1"] if stack in DECAYS else []
+    options, banner = VARIANTS[variant] if stack != "drope" else ([], "positions  NoPE")
+    main(["fit", *configs(stack), *SHRINK, *data, *options, *one])
     printed = capsys.readouterr().out
-    assert {"rope": "RoPE, base", "eh": "RoPE++ EH, base", "ec": "RoPE++ EC, base"}[variant] in printed
+    assert banner in printed
     assert "at step 2" in printed
     assert (tmp_path / "run/checkpoints/last.ckpt").exists()
 
@@ -159,12 +166,5 @@ def test_the_header_says_what_the_recipe_needs(recipe):
     header = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
     assert header
     if not recipe.startswith("frequencies/"):  # which are layered over recipes of any size
-        for word in (
-            "ropepp-lit fit --config ",
-            f"recipes/{recipe}.yaml",
-            "Hardware:",
-            "Tokens:",
-            "Memory",
-            "ime",
-        ):
+        for word in ("ropepp-lit fit --config ", f"recipes/{recipe}.yaml", "Hardware:", "Tokens:", "Memory", "ime"):
             assert word in header

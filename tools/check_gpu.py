@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from ropepp_lit.data.batch import Batch
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn import Decoder, DecoderConfig, Documents, Frequencies, PositionScheme, Probe, RoPE, RoPEPP
+from ropepp_lit.nn import Decoder, DecoderConfig, Documents, Frequencies, PositionScheme, Probe, RoPE, RoPEPP, layout_of
 from ropepp_lit.nn.generation import generate
 from ropepp_lit.nn.kernels import IMPLEMENTATIONS, attend, describe, select_implementation
 from ropepp_lit.train.costs import training_flops
@@ -243,9 +243,7 @@ def measure_step(machine: Machine, **case: Any) -> Row:
     seconds, peak, pairs = train(machine, **case)
     step, tokens = statistics.median(seconds), setup.rows * setup.context_length
     scheme = SCHEMES[case["scheme"]]
-    layout = scheme.head_layout(
-        num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads
-    )
+    layout = layout_of(config, scheme)
     flops = training_flops(config, layout, tokens=tokens, pairs=pairs)
     device = find_device(device_name() or "")
     utilization = NOT_MEASURED if device is None else f"{flops / step / (1e12 * device.tflops):.1%}"

@@ -1,7 +1,7 @@
 """Train RoPE, RoPE++ EH and EC alike, continue them at 8 times the context, measure all and write pages of it.
 
     python tools/study.py --out runs/study                      # three seeds of each
-    python tools/study.py --out runs/study --seeds 2 --schemes RoPE,EH,EC,ALiBi,FoPE,PartialRoPE,NoPE
+    python tools/study.py --out runs/study --seeds 2 --schemes RoPE,EH,EC,ALiBi,FoPE,PartialRoPE,NoPE,PoPE
 
 Equal data, steps and settings for all; a seed decides the weights. Stopped, the same command goes on. Writes
 OUT/pre-trained and OUT/continued, a page in each (index.html), and OUT/times.json.
@@ -43,6 +43,7 @@ SCHEMES = {
     "PartialRoPE": ["--model.positions", "PartialRoPE"],
     "FoPE": ["--model.positions", "FoPE", "--model.positions.context_length", "256"],
     "NoPE": ["--model.positions", "NoPE"],
+    "PoPE": ["--model.positions", "PoPE"],
 }
 
 

@@ -12,7 +12,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.families import FAMILIES, NOT_READ, Family
 from ropepp_lit.hf.rotary import FIELDS as ROTARY
 from ropepp_lit.hf.rotary import IMPORT, Rotary, read_frequencies, write_frequencies
-from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme, RNoPE, RoPE, RoPEPP
+from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme, RNoPE, RoPE, RoPEPP, layout_of
 
 GEOMETRY = (
     "vocab_size",
@@ -208,9 +208,7 @@ def write_config(architecture: Architecture) -> dict[str, Any]:
         fields |= {"no_rope_layers": layers, "layer_types": ["full_attention"] * len(layers)}
         return {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], **fields}
     if isinstance(scheme, RoPEPP) or rotary["rope_type"] == "yarn_by_rotations":
-        layout = scheme.head_layout(
-            num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads
-        )
+        layout = layout_of(config, scheme)
         fields["num_attention_heads"] = layout.num_attention_heads
         fields["num_key_value_heads"] = layout.num_key_value_heads
         extra = {field: values[field] for field in ("attention_output_bias", "qk_norm")}

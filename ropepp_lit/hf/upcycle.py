@@ -11,7 +11,7 @@ from ropepp_lit.checkpoint import KEY, describe_architecture, make_checkpoint
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.export import architecture_of
 from ropepp_lit.hf.folder import weights_of
-from ropepp_lit.nn import DecoderConfig, RoPE, RoPEPP
+from ropepp_lit.nn import DecoderConfig, RoPE, RoPEPP, layout_of
 
 
 def upcycle(
@@ -42,7 +42,7 @@ def upcycle(
         )
     scheme = RoPEPP(variant=variant)
     config = old.decoder
-    scheme.head_layout(num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads)
+    layout_of(config, scheme)
     weights = weights_of(checkpoint)
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}.self_attn."

@@ -6,7 +6,8 @@ from ropepp_lit.nn.controls import IndependentQueries, MappedQueries, TurnedQuer
 from ropepp_lit.nn.decoder import Decoder
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.frequencies import Clipped, Frequencies, Linear, Llama3, Yarn, YarnByRotations
-from ropepp_lit.nn.positions import HeadLayout, PositionScheme, RoPE, RoPEPP
+from ropepp_lit.nn.pope import PoPE
+from ropepp_lit.nn.positions import HeadLayout, PositionScheme, RoPE, RoPEPP, layout_of
 from ropepp_lit.nn.probe import Probe
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "MappedQueries",
     "NoPE",
     "PartialRoPE",
+    "PoPE",
     "PositionScheme",
     "Probe",
     "RNoPE",
@@ -33,4 +35,5 @@ __all__ = [
     "UnrotatedQueries",
     "Yarn",
     "YarnByRotations",
+    "layout_of",
 ]

@@ -26,8 +26,9 @@ from ropepp_lit.nn.context_parallel import (
     tokens_to_heads,
 )
 from ropepp_lit.nn.documents import Documents
+from ropepp_lit.nn.frequencies import Frequencies
 from ropepp_lit.nn.kernels import attend
-from ropepp_lit.nn.positions import PositionScheme
+from ropepp_lit.nn.positions import PositionScheme, layout_of
 from ropepp_lit.nn.precision import activation_dtype
 from ropepp_lit.nn.probe import Probe
 
@@ -50,12 +51,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = config.head_dim
         self.rotate, self.scale = scheme.rotation(layer), 1 / math.sqrt(config.head_dim)
-        layout = scheme.head_layout(
-            num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads
-        )
+        self.layout = layout = layout_of(config, scheme)
         self.extra_dims = layout.extra_dims
-        self.constants: tuple[str, ...] = ()
-        """Names of the buffers with the position scheme's constants."""
+        self.scheme_tensors: tuple[str, ...] = ()
+        """Names of the position scheme's constants, which are buffers, and of its parameters."""
         width, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(width, layout.num_query_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, layout.num_key_value_heads * self.head_dim, bias=bias)
@@ -81,11 +80,16 @@ class Attention(nn.Module):
         """Of :func:`~ropepp_lit.nn.kernels.attend`; None chooses by device and dtype."""
         self.probe: Probe | None = None
 
-    def set_constants(self, constants: dict[str, Tensor]) -> None:
-        """Register what :meth:`PositionScheme.constants` returned as buffers, so that it is saved with the weights."""
+    def set_scheme_tensors(self, scheme: PositionScheme, frequencies: Frequencies) -> None:
+        """Ask the position scheme for its constants and the first values of its parameters, and register both."""
+        device, layout, head_dim = self.q_proj.weight.device, self.layout, self.head_dim
+        constants = scheme.constants(frequencies, layout=layout, head_dim=head_dim)
+        parameters = scheme.parameters(frequencies, layout=layout, head_dim=head_dim)
         for name, value in constants.items():
-            self.register_buffer(name, value.to(self.q_proj.weight.device))
-        self.constants = tuple(constants)
+            self.register_buffer(name, value.to(device))
+        for name, value in parameters.items():
+            self.register_parameter(name, nn.Parameter(value.to(device)))
+        self.scheme_tensors = (*constants, *parameters)
 
     def forward(
         self,
@@ -143,7 +147,7 @@ class Attention(nn.Module):
             queries, keys = self.q_norm(queries).to(values.dtype), self.k_norm(keys).to(values.dtype)
         group = self.context_group if cache is None else None
         exchanges_heads = group is not None and group.mode == "heads"
-        of_heads: list[Tensor] = [self.get_buffer(name) for name in self.constants]
+        of_heads: list[Tensor] = [getattr(self, name) for name in self.scheme_tensors]
         if self.score_scale is not None:
             *tables, log_counts = tables  # type: ignore[assignment]
             of_heads.append(self.score_scale)

@@ -214,7 +214,7 @@ class ALiBi(PositionScheme):
 
     uses_frequencies = False
 
-    def head_layout(self, *, num_attention_heads: int, num_key_value_heads: int) -> HeadLayout:
+    def head_layout(self, *, num_attention_heads: int, num_key_value_heads: int, head_dim: int) -> HeadLayout:
         """Heads of the plain model, each with eight dimensions more."""
         return HeadLayout(num_attention_heads, num_attention_heads, num_key_value_heads, extra_dims=8)
 

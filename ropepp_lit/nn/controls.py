@@ -98,7 +98,7 @@ class IndependentQueries(RoPE):
     def __init__(self, *, variant: Variant = "ec") -> None:
         self.variant = check_variant(variant)
 
-    def head_layout(self, *, num_attention_heads: int, num_key_value_heads: int) -> HeadLayout:
+    def head_layout(self, *, num_attention_heads: int, num_key_value_heads: int, head_dim: int) -> HeadLayout:
         """EC of (H, K) is (2H, 2H, K); EH of (H, K) is (H, H, K/2)."""
         layout = paired_layout(self.variant, num_attention_heads, num_key_value_heads)
         return layout._replace(num_query_heads=layout.num_attention_heads)

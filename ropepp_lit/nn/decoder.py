@@ -24,7 +24,7 @@ from ropepp_lit.nn.context_parallel import ContextGroup, ShardedDocuments, choos
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.frequencies import Frequencies
 from ropepp_lit.nn.loss import IGNORE_INDEX, function_of_cross_entropy, linear_cross_entropy, token_cross_entropy
-from ropepp_lit.nn.positions import PositionScheme
+from ropepp_lit.nn.positions import PositionScheme, layout_of
 from ropepp_lit.nn.precision import at_least_float32
 from ropepp_lit.nn.probe import Probe
 
@@ -94,9 +94,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, scheme: PositionScheme, frequencies: Frequencies) -> None:
         super().__init__()
         self.config, self.scheme, self.frequencies = config, scheme, frequencies
-        self.head_layout = scheme.head_layout(
-            num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads
-        )
+        self.head_layout = layout_of(config, scheme)
         self.layout_at_once = self.head_layout
         """Heads that an attention layer computes at once; see :meth:`save_memory`."""
         self.context_group: ContextGroup | None = None
@@ -179,7 +177,7 @@ class Decoder(nn.Module):
     def init_weights(self) -> None:
         """Normal weights of standard deviation `initializer_range`, zero biases, norms of one (the paper's setting).
 
-        The position scheme's constants and gates of attention are drawn last, so that one seed gives all schemes the
+        The position scheme's tensors and gates of attention are drawn last, so that one seed gives all schemes the
         same weights.
         """
         gates = [block.self_attn.output_gate for block in self.blocks]
@@ -194,8 +192,7 @@ class Decoder(nn.Module):
         for block in self.blocks:
             if block.self_attn.score_scale is not None:
                 block.self_attn.score_scale.fill_(FIRST_SCORE_SCALE)
-            constants = self.scheme.constants(self.frequencies, layout=self.head_layout, head_dim=self.config.head_dim)
-            block.self_attn.set_constants(constants)
+            block.self_attn.set_scheme_tensors(self.scheme, self.frequencies)
 
     def save_memory(
         self,

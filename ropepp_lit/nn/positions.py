@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ropepp_lit.errors import UsageError
+from ropepp_lit.nn.config import DecoderConfig
 from ropepp_lit.nn.frequencies import Frequencies
 
 
@@ -34,6 +35,9 @@ class HeadLayout(NamedTuple):
     extra_dims: int = 0
     """Dimensions that the scheme adds to queries and keys. Values are padded to the same size; the cache keeps all."""
 
+    kept_elements: int = 0
+    """Numbers of each token that the backward pass of `rotate` reads, beside tables: for estimates of memory."""
+
     def split(self, groups: int) -> HeadLayout:
         """Heads of each of several equal groups.
 
@@ -45,7 +49,7 @@ class HeadLayout(NamedTuple):
                 f"model.attention_head_groups: {groups} must divide the {self.num_key_value_heads} key/value heads"
             )
         queries, heads, caches = (number // groups for number in self[:3])
-        return HeadLayout(queries, heads, caches, self.extra_dims)
+        return HeadLayout(queries, heads, caches, self.extra_dims, self.kept_elements // groups)
 
 
 class PositionScheme(ABC):
@@ -61,8 +65,13 @@ class PositionScheme(ABC):
     head_kinds: tuple[str, ...] = ("real",)
     """Kinds of attention heads, which alternate."""
 
-    def head_layout(self, *, num_attention_heads: int, num_key_value_heads: int) -> HeadLayout:
+    def head_layout(self, *, num_attention_heads: int, num_key_value_heads: int, head_dim: int) -> HeadLayout:
         """Head counts for a decoder whose plain RoPE model has these.
+
+        Args:
+            num_attention_heads: H of the plain model.
+            num_key_value_heads: K of the plain model.
+            head_dim: D.
 
         Raises:
             UsageError: the variant cannot be built with these counts.
@@ -88,6 +97,13 @@ class PositionScheme(ABC):
         """
         return {}
 
+    def parameters(self, frequencies: Frequencies, *, layout: HeadLayout, head_dim: int) -> dict[str, Tensor]:
+        """First values of tensors that one attention layer trains for `rotate`, without weight decay.
+
+        Asked for right after :meth:`constants`, of which all else is true: arguments, dimensions, errors.
+        """
+        return {}
+
     @abstractmethod
     def tables(
         self, positions: Tensor, frequencies: Frequencies, *, head_dim: int, dtype: torch.dtype
@@ -109,7 +125,7 @@ class PositionScheme(ABC):
         Args:
             queries: [B, T, num_query_heads, D].
             keys: [B, T, num_key_value_heads, D].
-            tables: What :meth:`tables` returned, and behind it the layer's :meth:`constants`.
+            tables: What :meth:`tables` returned, and behind it the layer's :meth:`constants` and :meth:`parameters`.
 
         Returns:
             Queries [B, T, num_attention_heads, D] and keys [B, T, num_key_value_heads, D], D grown by the layout's
@@ -123,6 +139,19 @@ class PositionScheme(ABC):
 
     def __str__(self) -> str:
         return type(self).__name__
+
+
+def layout_of(config: DecoderConfig, scheme: PositionScheme) -> HeadLayout:
+    """Head counts of a scheme with a geometry.
+
+    Raises:
+        UsageError: see :meth:`PositionScheme.head_layout`.
+    """
+    return scheme.head_layout(
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+    )
 
 
 class RoPE(PositionScheme):
@@ -184,7 +213,7 @@ class PairedHeads(RoPE):
     def __init__(self, *, variant: Variant = "ec") -> None:
         self.variant = check_variant(variant)
 
-    def head_layout(self, *, num_attention_heads: int, num_key_value_heads: int) -> HeadLayout:
+    def head_layout(self, *, num_attention_heads: int, num_key_value_heads: int, head_dim: int) -> HeadLayout:
         """EC of (H, K) is (H, 2H, K); EH of (H, K) is EC of (H/2, K/2)."""
         return paired_layout(self.variant, num_attention_heads, num_key_value_heads)
 

@@ -57,7 +57,8 @@ class CausalLM(LightningModule):
         attention: What computes attention on CUDA in half precision, of :mod:`ropepp_lit.nn.kernels`; empty chooses by
             what the GPU, torch and the installed packages offer.
         init_from: A checkpoint or a Hugging Face folder whose weights training begins with; optimizer, schedule and
-            data begin anew. Its geometry and variant must be the recipe's; base and scaling may be others.
+            data begin anew. Its geometry and variant must be the recipe's; base and scaling may be others. RoPE may go
+            on as NoPE, and `qk_norm` may be added: its norms begin at one.
         init_optimizer: Take the optimizer's state from there too (of a checkpoint in one file).
         lora: Train adapters beside the weights of init_from, which stay as they are; empty trains all weights.
         preference: For pairs of answers, the loss by which the chosen one is preferred: DPO, SimPO or ORPO.

@@ -29,6 +29,7 @@ from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.lora import check_options, continue_adapters, trained_shapes
 from ropepp_lit.train.loss_average import choose_average
+from ropepp_lit.train.parallel import qk_norms
 from ropepp_lit.train.summary import rank_zero_print
 
 Way = Literal["init_from", "fit", "validate"]
@@ -120,6 +121,7 @@ class Checks:
             raise UsageError(
                 "trainer.max_steps: give the number of optimizer steps, 1 or more; runs are counted in steps"
             )
+        self._model.schedule.check(self._model.schedule.total_steps or self._options.trainer.max_steps)
 
     def check_recipe(self, *, has_gpu: bool) -> list[str]:
         """What can be checked without data.
@@ -226,7 +228,10 @@ class Checks:
         )
         # A tied checkpoint has both matrices too; tied, a model would keep one of two, and its optimizer knows one.
         is_other = was_tied != is_tied and (is_tied or self._way == "fit")
-        if is_other or shapes != {name: value.shape for name, value in decoder_weights(checkpoint).items()}:
+        found = {name: value.shape for name, value in decoder_weights(checkpoint).items()}
+        if self._way == "init_from" and self._model.lora is None:  # norms may be added, which begin at one
+            found |= {name: shapes[name] for name in qk_norms(shapes) - found.keys()}
+        if is_other or shapes != found:
             raise UsageError(f"{path}: its weights do not fit the recipe's model ({architecture}); change the recipe")
         for kind in REFUSED[self._way]:
             if kind in differences:

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from ropepp_lit.nn import DecoderConfig, HeadLayout, PositionScheme
+from ropepp_lit.nn import DecoderConfig, HeadLayout
 from ropepp_lit.nn.lora import LoRA
-
-
-def layout_of(config: DecoderConfig, scheme: PositionScheme) -> HeadLayout:
-    """Head counts of a scheme with a geometry."""
-    return scheme.head_layout(
-        num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads
-    )
 
 
 def matrix_parameters(config: DecoderConfig, layout: HeadLayout) -> int:

@@ -204,10 +204,9 @@ class StepMemory:
             Line(part, "queries, keys and values in attention", attended, self.compute),
             Line(part, "output of attention", tokens * grown * heads, self.compute),
             Line(part, "sums of exponentials", tokens * heads, torch.float32),
+            Line(part, "input of the output projection", tokens * self._projected, self.compute),
+            Line(part, "kept by the position scheme", tokens * layout.kept_elements, self.compute),
         ]
-        exchanges = setup.context_parallel_size > 1 and setup.context_parallel_mode == "heads"
-        if exchanges or layout.extra_dims or config.attention_gate is not None:
-            lines.append(Line(part, "input of the output projection", tokens * head * heads, self.compute))
         if config.attention_gate is not None:
             size = head if config.attention_gate == "element" else 1
             lines.append(Line(part, "gates of attention", tokens * size * heads, self.compute))
@@ -217,6 +216,13 @@ class StepMemory:
             normalized = tokens * head * (queries + caches)
             lines.append(Line(part, "queries and keys before their norms", normalized, self.residual))
         return lines
+
+    @property
+    def _projected(self) -> int:
+        """Numbers of each token that enter the output projection, where they are not the output of attention itself."""
+        exchanges = self.setup.context_parallel_size > 1 and self.setup.context_parallel_mode == "heads"
+        is_other = exchanges or self.layout.extra_dims or self.config.attention_gate is not None
+        return self.config.head_dim * self.layout.num_attention_heads if is_other else 0
 
     @property
     def _attended_caches(self) -> int:
@@ -367,6 +373,8 @@ class StepMemory:
         heads = 2 * layout.num_attention_heads + 2 * self._attended_caches
         groups = setup.attention_head_groups
         yield Line("activations", "gradients in attention", setup.tokens / groups * grown * heads, self.compute)
+        freed = setup.tokens / groups * self._projected
+        yield Line("activations", "freed by the output projection", -freed, self.compute)
         if groups > 1:
             yield from self._attention()
             yield Line(

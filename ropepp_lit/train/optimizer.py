@@ -16,6 +16,7 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz  # torch offers no public names of these
 
 from ropepp_lit.errors import UsageError
+from ropepp_lit.nn.attention import Attention
 
 
 class OptimizerConfig(ABC):
@@ -112,19 +113,24 @@ class Muon(OptimizerConfig):
 def split_parameters(
     decoder: nn.Module, *, output_layer_is_matrix: bool
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Weights of linear layers, and everything else: embeddings, norms, biases. What is frozen is in neither.
+    """Weights of linear layers, and everything else: embeddings, norms, biases, parameters of position schemes.
+
+    What is frozen is in neither.
 
     Args:
         decoder: The model.
         output_layer_is_matrix: Whether an untied `lm_head` counts as a linear layer; tied, it is the embedding.
     """
-    embeddings = {id(module.weight) for module in decoder.modules() if isinstance(module, nn.Embedding)}
+    others = {id(module.weight) for module in decoder.modules() if isinstance(module, nn.Embedding)}
+    for module in decoder.modules():
+        if isinstance(module, Attention):
+            others |= {id(parameter) for parameter in module.parameters(recurse=False)}
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in decoder.named_parameters():
         if not parameter.requires_grad:
             continue
-        is_matrix = parameter.ndim == 2 and id(parameter) not in embeddings
+        is_matrix = parameter.ndim == 2 and id(parameter) not in others
         is_matrix = is_matrix and (output_layer_is_matrix or name != "lm_head.weight")
         (matrices if is_matrix else rest).append(parameter)
     return matrices, rest

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from ropepp_lit.nn import Decoder
 from ropepp_lit.nn.context_parallel import ContextGroup, Mode, choose_mode
 from ropepp_lit.nn.kernels import select_implementation
 from ropepp_lit.nn.lora import LoRA, base_names, inject, trained_names
+from ropepp_lit.sharded import tensor_shapes
 
 
 class ParallelDims(NamedTuple):
@@ -235,7 +237,7 @@ def load_weights(decoder: Decoder, path: str) -> None:
     """Load the weights of a checkpoint or a Hugging Face folder into a decoder, sharded or not.
 
     From a sharded checkpoint each rank reads its own shards; anything else is read by rank 0, which distributes it.
-    Adapters stay as they are.
+    Adapters stay as they are. Norms of queries and keys that the checkpoint lacks begin at one.
 
     Raises:
         UsageError: the checkpoint is missing or damaged.
@@ -245,14 +247,24 @@ def load_weights(decoder: Decoder, path: str) -> None:
     if is_sharded(path):
         state = decoder.state_dict()
         weights = {WEIGHTS_PREFIX + name: state[own] for name, own in names.items()}
+        for name in qk_norms(weights) - {name.removeprefix("state_dict.") for name in tensor_shapes(Path(path))}:
+            local_part(weights.pop(name)).fill_(1.0)
         load_shards(path, weights, is_distributed=is_distributed)
         return
     weights = decoder_weights(open_checkpoint(path)) if not is_distributed or dist.get_rank() == 0 else {}
     weights = {names.get(name, name): value for name, value in weights.items()}
+    if weights:  # of rank 0
+        shapes = {name: value.shape for name, value in decoder.state_dict().items()}
+        weights |= {name: torch.ones(shapes[name]) for name in qk_norms(shapes) - set(weights)}
     if is_distributed:
         distribute_weights(decoder, weights, strict=not has_adapters)
     else:
         decoder.load_state_dict(weights, strict=not has_adapters)
+
+
+def qk_norms(names: Iterable[str]) -> set[str]:
+    """Of weights' names those of the norms of queries and keys."""
+    return {name for name in names if name.endswith((".q_norm.weight", ".k_norm.weight"))}
 
 
 @torch.no_grad()

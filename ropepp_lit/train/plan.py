@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn import Decoder, PositionScheme, RoPE, RoPEPP
+from ropepp_lit.nn import Decoder, PositionScheme, RoPE, RoPEPP, layout_of
 from ropepp_lit.nn.context_parallel import MODES, Mode, choose_mode, elements_moved
 from ropepp_lit.sizes import parse_bytes
 from ropepp_lit.train.checks import Checks, checkpoint_to_continue
 from ropepp_lit.train.cli import RecipeCLI, quiet
-from ropepp_lit.train.costs import cache_bytes_per_token, layout_of, training_flops_per_token
+from ropepp_lit.train.costs import cache_bytes_per_token, training_flops_per_token
 from ropepp_lit.train.devices import DEVICES, find_device
 from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.lora import trained_shapes

@@ -32,6 +32,9 @@ class Schedule(ABC):
             return (step + 1) / (self.warmup_steps + 1)
         return self._after_warmup(step, total_steps)
 
+    def check(self, total_steps: int) -> None:  # noqa: B027 most schedules have any length
+        """Raise UsageError where the schedule does not fit its length."""
+
     @abstractmethod
     def _after_warmup(self, step: int, total_steps: int) -> float:
         """Factor of the steps that follow the warm-up."""
@@ -72,9 +75,13 @@ class Cosine(Schedule):
 class WarmupStableDecay(Schedule):
     """Linear warm-up, the peak, and a linear decay over the last steps (arXiv 2404.06395).
 
+    The length of the decay is a share of the schedule, or follows from the step at which it begins: so a run that goes
+    on from a checkpoint of the peak decays from there.
+
     Args:
         warmup_steps: Steps of linear warm-up.
-        decay_share: Share of the schedule that decays, at its end; 1 decays from the warm-up on.
+        decay_share: Share of the schedule that decays, at its end; 1 decays from the warm-up on. Empty with decay_from.
+        decay_from: Instead: the step from which on it decays.
         total_steps: Length of the schedule; empty means the trainer's max_steps.
         final_factor: Share of the peak that is left at the end.
     """
@@ -83,16 +90,34 @@ class WarmupStableDecay(Schedule):
         self,
         *,
         warmup_steps: int = 0,
-        decay_share: float = 0.2,
+        decay_share: float | None = 0.2,
+        decay_from: int | None = None,
         total_steps: int | None = None,
         final_factor: float = 0.0,
     ) -> None:
         super().__init__(warmup_steps=warmup_steps, total_steps=total_steps)
-        self.decay_share = _require_share("decay_share", decay_share)
+        if (decay_share is None) == (decay_from is None):
+            raise UsageError("model.schedule: give decay_share, or decay_from with decay_share null")
+        if decay_from is not None and decay_from < warmup_steps:
+            raise UsageError(f"model.schedule.decay_from: {decay_from} is within the {warmup_steps} steps of warm-up")
+        self.decay_share = None if decay_share is None else _require_share("decay_share", decay_share)
+        self.decay_from = decay_from
         self.final_factor = _require_share("final_factor", final_factor)
 
+    def check(self, total_steps: int) -> None:
+        """Refuse a decay that begins at the end or beyond it."""
+        if self.decay_from is not None and self.decay_from >= total_steps:
+            raise UsageError(
+                f"model.schedule.decay_from: {self.decay_from:,} must be below the {total_steps:,} steps of the run; "
+                "raise trainer.max_steps by the steps of the decay"
+            )
+
     def _after_warmup(self, step: int, total_steps: int) -> float:
-        decay_steps = min(round(self.decay_share * total_steps), total_steps - self.warmup_steps)
+        decay_steps = total_steps - self.warmup_steps
+        if self.decay_from is not None:
+            decay_steps = total_steps - self.decay_from
+        elif self.decay_share is not None:
+            decay_steps = min(round(self.decay_share * total_steps), decay_steps)
         left = max(0, total_steps - step)
         if left >= decay_steps:
             return 1.0

@@ -1,4 +1,4 @@
-"""ALiBi, partial RoPE, FoPE and NoPE against their formulas, written plainly in float64."""
+"""ALiBi, partial RoPE, FoPE, PoPE and NoPE against their formulas, written plainly in float64."""
 
 import math
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from ropepp_lit.nn import (
     Linear,
     NoPE,
     PartialRoPE,
+    PoPE,
     Probe,
     RoPE,
     RoPEPP,
@@ -26,9 +27,10 @@ from ropepp_lit.nn import (
 )
 from ropepp_lit.nn.context_parallel import heads_of_rank
 from ropepp_lit.nn.generation import generate
-from ropepp_lit.train.optimizer import AdamW
+from ropepp_lit.train.optimizer import AdamW, Muon
 
-SCHEMES = {"alibi": ALiBi(), "partial": PartialRoPE(), "fope": FoPE(context_length=4096), "nope": NoPE()}
+SCHEMES = {"alibi": ALiBi(), "partial": PartialRoPE(), "fope": FoPE(context_length=4096), "nope": NoPE(),
+           "pope": PoPE(phase_init="uniform")}  # fmt: skip
 
 
 @pytest.fixture(params=SCHEMES)
@@ -124,6 +126,45 @@ def test_fope(frequencies, context_length, kept):
     assert_attention_is(make(FoPE(context_length=context_length), frequencies), score)
 
 
+@pytest.mark.parametrize("frequencies", [Frequencies(), Frequencies(rope_theta=5e5), Linear(factor=8)], ids=str)
+def test_pope(frequencies):
+    decoder = make(PoPE(phase_init="uniform"), frequencies).double()
+    theta = [frequencies.rope_theta ** (-c / 16) / getattr(frequencies, "factor", 1) for c in range(16)]
+    bias = decoder.model.layers[1].self_attn.phase_bias
+    with torch.no_grad():
+        bias[1, :2] = torch.tensor([0.5, -7.0])  # beyond the ends
+
+    def score(q, k, h, group, layer):
+        scores = torch.zeros(len(POSITIONS), len(POSITIONS), dtype=torch.float64)
+        for c, delta in enumerate(bias[group].tolist()):
+            delta = min(0.0, max(-2 * math.pi, delta))
+            phases = [[math.cos((s - t) * theta[c] + delta) for s in POSITIONS.tolist()] for t in POSITIONS.tolist()]
+            magnitudes = (1 + q[:, c].exp()).log()[:, None] * (1 + k[:, c].exp()).log()
+            scores += magnitudes * torch.tensor(phases, dtype=torch.float64)
+        return scores / math.sqrt(16)
+
+    assert_attention_is(decoder, score)
+
+
+def test_the_phase_biases_of_pope_are_trained_without_weight_decay():
+    input_ids = torch.randint(0, 64, (2, 20))
+    for block in (decoder := make(PoPE())).blocks:
+        assert (block.self_attn.phase_bias == 0).all()
+    decoder.loss(input_ids, input_ids).backward()
+    assert all(block.self_attn.phase_bias.grad.abs().min() > 0 for block in decoder.blocks)
+    decoder = make(PoPE(phase_init="uniform"))
+    biases = {id(block.self_attn.phase_bias): block.self_attn.phase_bias for block in decoder.blocks}
+    drawn = torch.stack(list(biases.values()))
+    assert drawn.shape == (2, 2, 16)
+    assert -2 * math.pi <= drawn.min() < -5
+    assert -1 < drawn.max() <= 0
+    assert decoder.num_parameters == make(RoPE()).num_parameters + drawn.numel()
+    for optimizer in (AdamW(weight_decay=0.1), Muon(weight_decay=0.1)):
+        groups = optimizer.build(decoder).param_groups
+        found = [group for group in groups if biases.keys() & {id(parameter) for parameter in group["params"]}]
+        assert [group["weight_decay"] for group in found] == [0.0]
+
+
 def test_nope():
     assert_attention_is(make(NoPE()), lambda q, k, h, group, layer: q @ k.T / math.sqrt(q.shape[1]))
 
@@ -194,14 +235,16 @@ def test_alibi_is_the_same_at_position_20_000_as_at_0(dtype, tolerance, heads):
     assert (found - expected).abs().max() < tolerance * expected.abs().max()
 
 
+@pytest.mark.parametrize("scheme", [ALiBi(), PoPE(phase_init="uniform")], ids=str)
 @torch.no_grad()
-def test_alibi_in_bfloat16_at_20_000_stays_near_float32():
+def test_bfloat16_at_20_000_stays_near_float32(scheme):
     """Attention alone, as a decoder in bfloat16 has other roundings too."""
-    attention = make(ALiBi(), num_attention_heads=8).model.layers[0].self_attn.bfloat16()
+    attention = make(scheme, num_attention_heads=8).model.layers[0].self_attn.bfloat16()
     positions = torch.cat((torch.arange(0, 20_000, 37), torch.arange(20_000, 20_400)))[None]
     hidden = torch.randn(1, positions.shape[1], 64).bfloat16()
-    found = attention(hidden, (positions,))[:, -400:].float()
-    expected = attention.float()(hidden.float(), (positions,))[:, -400:]
+    tables = scheme.tables(positions, Frequencies(), head_dim=16, dtype=torch.float32)
+    found = attention(hidden, tables)[:, -400:].float()
+    expected = attention.float()(hidden.float(), tables)[:, -400:]
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
@@ -226,7 +269,7 @@ def test_one_seed_gives_all_schemes_the_same_weights():
     expected = dict(make(RoPE()).named_parameters())
     for scheme in SCHEMES.values():
         for name, parameter in make(scheme).named_parameters():
-            assert torch.equal(parameter, expected[name])
+            assert torch.equal(parameter, expected.get(name, parameter)), name
 
 
 def test_fope_of_the_376m_model():
@@ -304,9 +347,10 @@ def test_constants_are_shared_as_heads_are(heads, parts):
         assert heads_of_rank(torch.arange(heads), group).tolist() == expected
 
 
-def test_cache_counts_what_alibi_adds():
+def test_cache_counts_dimensions_that_are_added():
     cache = make(ALiBi()).allocate_cache(batch_size=3, max_tokens=50)
     assert cache.nbytes == 2 * 2 * 3 * 2 * 50 * (16 + 8) * 4
+    assert make(PoPE()).allocate_cache(batch_size=3, max_tokens=50).nbytes == 2 * 2 * 3 * 2 * 50 * 32 * 4
     for scheme in (PartialRoPE(), FoPE(), NoPE()):
         assert make(scheme).allocate_cache(batch_size=3, max_tokens=50).nbytes == 2 * 2 * 3 * 2 * 50 * 16 * 4
 
@@ -319,6 +363,7 @@ def test_cache_counts_what_alibi_adds():
         (lambda: make(PartialRoPE(partial_rotary_factor=0.1)), r"0\.1 of 16 dimensions is 1\.6; it must be an even"),
         (lambda: make(PartialRoPE(partial_rotary_factor=0.0625)), r"0\.0625 of 16 dimensions is 1; it must be an even"),
         (lambda: make(PartialRoPE(), head_dim=12), r"0\.25 of 12 dimensions is 3; it must be an even number"),
+        (lambda: PoPE(phase_init="one"), r"model\.positions\.phase_init: no way 'one'; choose zero or uniform"),
         (lambda: FoPE(context_length=0), r"model\.positions\.context_length: 0 must be above 0"),
         (
             lambda: make(FoPE(context_length=6)),

@@ -206,13 +206,13 @@ def test_more_keys_than_queries_need_no_mask_in_memory():
     ],
 )  # fmt: skip
 def test_the_mode_that_moves_less_is_chosen(scheme, ranks, mode):
-    layout = ALL_SCHEMES[scheme].head_layout(num_attention_heads=32, num_key_value_heads=8)
+    layout = ALL_SCHEMES[scheme].head_layout(num_attention_heads=32, num_key_value_heads=8, head_dim=128)
     assert choose_mode(layout, 128, ranks) == mode
     assert choose_mode(layout, 128, ranks, "gather") == "gather"
 
 
 def test_mistakes_are_one_line():
-    layout = RoPE().head_layout(num_attention_heads=8, num_key_value_heads=2)
+    layout = RoPE().head_layout(num_attention_heads=8, num_key_value_heads=2, head_dim=16)
     with pytest.raises(UsageError, match="context_parallel_mode: no mode 'ring'; choose heads or gather"):
         choose_mode(layout, 16, 2, "ring")
     with pytest.raises(
@@ -262,11 +262,9 @@ class Sent(TorchDispatchMode):
 def elements_sent(scheme, ranks, mode):
     """In the forward and in the backward pass of an attention layer, per rank and token of a rank."""
     config = DecoderConfig(**{**GEOMETRY, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128})
-    layout = scheme.head_layout(num_attention_heads=32, num_key_value_heads=8)
-    constants, tokens = scheme.constants(Frequencies(), layout=layout, head_dim=128), 2 * ranks
+    layer, tokens = Attention(config, scheme, 0), 2 * ranks
+    layer.set_scheme_tensors(scheme, Frequencies())
     with FakeTensorMode(allow_non_fake_inputs=True):
-        layer = Attention(config, scheme, 0)
-        layer.set_constants(constants)
         group = ContextGroup(dist.group.WORLD, mode)
         layer.context_group = group
         hidden = torch.zeros(1, tokens // ranks, config.hidden_size, requires_grad=True)
@@ -292,7 +290,7 @@ def test_bytes_moved_are_those_of_the_formula_and_of_the_table(ranks, cluster):
     cluster(ranks)
     cells = [f"{ranks}"]
     for name in ("rope", "eh", "ec"):
-        layout = ALL_SCHEMES[name].head_layout(num_attention_heads=32, num_key_value_heads=8)
+        layout = ALL_SCHEMES[name].head_layout(num_attention_heads=32, num_key_value_heads=8, head_dim=128)
         counted = {mode: elements_sent(ALL_SCHEMES[name], ranks, mode) for mode in MODES}
         assert counted == {mode: elements_moved(layout, 128, ranks, mode) for mode in MODES}
         assert choose_mode(layout, 128, ranks) == min(MODES, key=lambda mode: (counted[mode], mode))
@@ -300,9 +298,9 @@ def test_bytes_moved_are_those_of_the_formula_and_of_the_table(ranks, cluster):
     assert f"| {' | '.join(cells)} |" in README.read_text()
 
 
-@pytest.mark.parametrize("name", ["alibi", "fope"])
+@pytest.mark.parametrize("name", ["alibi", "fope", "pope"])
 def test_bytes_moved_of_other_schemes(name, cluster):
     cluster(4)
-    layout = ALL_SCHEMES[name].head_layout(num_attention_heads=32, num_key_value_heads=8)
+    layout = ALL_SCHEMES[name].head_layout(num_attention_heads=32, num_key_value_heads=8, head_dim=128)
     for mode in MODES:
         assert elements_sent(ALL_SCHEMES[name], 4, mode) == elements_moved(layout, 128, 4, mode)

@@ -78,7 +78,7 @@ def test_tables_follow_base_and_scaling():
     [(RoPE(), (8, 8, 4)), (RoPEPP(variant="eh"), (4, 8, 2)), (RoPEPP(variant="ec"), (8, 16, 4))],
 )
 def test_head_layouts_of_the_376m_model(scheme, expected):
-    assert scheme.head_layout(num_attention_heads=8, num_key_value_heads=4) == HeadLayout(*expected)
+    assert scheme.head_layout(num_attention_heads=8, num_key_value_heads=4, head_dim=128) == HeadLayout(*expected)
 
 
 @pytest.mark.parametrize(

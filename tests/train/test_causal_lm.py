@@ -113,7 +113,7 @@ def test_utilization_of_a_known_device_counts_the_attention_that_is_computed(tra
 
 
 def test_the_clock_goes_on_when_what_it_waits_for_fails():
-    clock = Throughput(CONFIG, RoPEPP().head_layout(num_attention_heads=4, num_key_value_heads=2), 1)
+    clock = Throughput(CONFIG, RoPEPP().head_layout(num_attention_heads=4, num_key_value_heads=2, head_dim=16), 1)
 
     def fail():
         with clock.paused():

@@ -12,7 +12,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from ropepp_lit.checkpoint import load_decoder, read_checkpoint
+from ropepp_lit.checkpoint import decoder_weights, load_decoder, read_checkpoint
 from ropepp_lit.nn import RoPEPP
 from ropepp_lit.nn.generation import generate
 from ropepp_lit.text.tokenizer import byte_tokenizer
@@ -172,6 +172,19 @@ def test_other_batch_and_accumulation_when_a_run_goes_on(trained, run, tiny, tmp
     assert after["ropepp_lit"]["tokens_seen"] == (8 * 2 + 3 * 4) * 64
 
 
+def test_a_branch_decays_from_a_checkpoint_of_a_run(trained, run, tmp_path):
+    folder, _ = trained
+    options = ["--config", folder / "recipe.yaml", "--config", ROOT / "recipes" / "stages" / "branch.yaml"]
+    options += ["--ckpt_path", folder / "checkpoints" / "step=6.ckpt", "--model.schedule.decay_from", 6]
+    options += ["--model.schedule.warmup_steps", 2, "--trainer.max_steps", 9]
+    printed = run("fit", *options, cwd=tmp_path).stdout
+    assert "at step 6 of 9: 3 steps are left" in printed
+    events = EventAccumulator(str(tmp_path / "runs" / "branch" / "tensorboard"))
+    events.Reload()
+    rates = [event.value for event in events.Scalars("lr")]
+    assert rates == pytest.approx([5e-4 * share for share in (2 / 3, 1 / 3, 0)])
+
+
 def test_auto_starts_where_nothing_is_and_goes_on_where_something_is(run, tiny, tmp_path):
     options = ["--ckpt_path", "auto", "--trainer.default_root_dir", "run"]
     first = run("fit", *tiny, *options, "--trainer.max_steps", "2", cwd=tmp_path).stdout
@@ -182,28 +195,20 @@ def test_auto_starts_where_nothing_is_and_goes_on_where_something_is(run, tiny, 
     assert "raise --trainer.max_steps to go on" in third
 
 
-SCHEME = '''
-from ropepp_lit.nn import RoPE
-
-
-class Shifted(RoPE):
-    """Positions counted from an offset."""
-
-    def __init__(self, *, offset: int = 5) -> None:
-        self.offset = offset
-
-    def tables(self, positions, frequencies, *, head_dim, dtype):
-        return super().tables(positions + self.offset, frequencies, head_dim=head_dim, dtype=dtype)
-'''
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_scheme_in_a_file_of_the_users_own(run, tiny, tmp_path):
-    (tmp_path / "schemes.py").write_text(SCHEME)
+    page = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+    (example,) = re.findall(r"```python\n(# schemes\.py.*?)```", page, re.DOTALL)
+    (tmp_path / "schemes.py").write_text(example)
     recipe = {"model": {"positions": {"class_path": "schemes.Shifted", "init_args": {"offset": 7}}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
     options = ["--config", "mine.yaml", "--trainer.max_steps", "2", "--trainer.default_root_dir", "run"]
     assert "Shifted, base 10000" in run("fit", *tiny, *options, cwd=tmp_path).stdout
     path = "run/checkpoints/last.ckpt"
+    trained = decoder_weights(read_checkpoint(tmp_path / path))["model.layers.1.self_attn.query_scale"]
+    assert 0 < (trained - 1).abs().max() < 0.1
     refused = run("generate", path, cwd=tmp_path, returncode=2)
     assert "generate and evaluate take --trust schemes.Shifted" in refused.stderr
     run("generate", path, "--trust", "schemes.Shifted", cwd=tmp_path)

@@ -84,6 +84,7 @@ VARIANTS = {
     "fope": ["--model.positions", "FoPE", "--model.positions.context_length", 64],
     "nope": ["--model.positions", "NoPE"],
     "partial": ["--model.positions", "PartialRoPE"],
+    "pope": ["--model.positions", "PoPE"],
 }
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from ropepp_lit.checkpoint import KEY, decoder_weights, read_checkpoint
+from ropepp_lit.errors import UsageError
+from ropepp_lit.train.plan import plan
 
 pytestmark = pytest.mark.end_to_end
 
@@ -85,6 +87,31 @@ def test_weights_that_do_not_fit(run, mistake, tiny, rope, tmp_path):
     assert "ckpt_path: ec.ckpt stores weights only; start from them by --model.init_from ec.ckpt" in said
     checked = run("validate", *tiny, "--ckpt_path", "ec.ckpt", cwd=tmp_path).stdout
     assert "bits per byte" in checked
+
+
+@pytest.mark.parametrize("base", ["file", "file, fsdp2", pytest.param("shards", marks=pytest.mark.slow)])
+def test_rotations_are_dropped_and_norms_added(base, run, tiny, rope, tmp_path, monkeypatch):
+    """RoPE goes on as NoPE; norms of queries and keys begin at one, but not beside adapters."""
+    last = path = rope / "rope" / "checkpoints" / "last.ckpt"
+    more = [] if base == "file" else ["--trainer.strategy", "FSDP2Strategy"]
+    if base == "shards":
+        options = ["--model.positions", "RoPE", "--model.init_from", last, "--trainer.max_steps", 1, *more]
+        options += ["--trainer.strategy.save_distributed_checkpoint", "true", "--trainer.default_root_dir", "shards"]
+        run("fit", *tiny, *options, cwd=tmp_path)
+        path = "shards/checkpoints/last.ckpt"
+    options = [*tiny, "--model.positions", "NoPE", "--model.decoder.qk_norm", "true", "--model.init_from", path, *more]
+    said = run("fit", *options, "--trainer.max_steps", 1, "--trainer.default_root_dir", "run", cwd=tmp_path).stdout
+    assert "model.positions RoPE → NoPE" in said
+    assert "model.decoder.qk_norm False → True" in said
+    made = decoder_weights(read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt"))
+    norms = [value for name, value in made.items() if "q_norm" in name or "k_norm" in name]
+    assert len(norms) == 4
+    assert all(0 < (norm - 1).abs().max() < 0.01 for norm in norms)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert (made[name] - decoder_weights(read_checkpoint(last))[name]).abs().max() < 0.01
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="its weights do not fit the recipe's model"):
+        plan([*map(str, options), "--model.lora.rank", "4"])
 
 
 def test_begun_anew_and_continued(run, tiny, rope, tmp_path):

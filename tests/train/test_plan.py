@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ropepp_lit.cli import main
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn import ALiBi, Decoder, DecoderConfig, FoPE, Frequencies, NoPE, PartialRoPE, RoPE, RoPEPP
+from ropepp_lit.nn import ALiBi, Decoder, DecoderConfig, FoPE, Frequencies, NoPE, PartialRoPE, PoPE, RoPE, RoPEPP
 from ropepp_lit.train.costs import cache_bytes_per_token, training_flops_per_token
 from ropepp_lit.train.devices import DEVICES, find_device, peak_flops
 from ropepp_lit.train.memory import StepMemory
@@ -17,7 +17,7 @@ GEOMETRY = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_
 CONFIG = DecoderConfig(**GEOMETRY, num_attention_heads=4, num_key_value_heads=2)
 
 
-SCHEMES = [RoPE(), RoPEPP(variant="eh"), RoPEPP(variant="ec"), PartialRoPE(), ALiBi(), NoPE()]
+SCHEMES = [RoPE(), RoPEPP(variant="eh"), RoPEPP(variant="ec"), PartialRoPE(), ALiBi(), NoPE(), PoPE()]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

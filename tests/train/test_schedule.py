@@ -25,6 +25,15 @@ def test_warmup_stable_decay():
     assert found == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
 
 
+def test_a_decay_from_a_step_on():
+    schedule = WarmupStableDecay(warmup_steps=1, decay_share=None, decay_from=6)
+    schedule.check(10)
+    assert factors(schedule, 11, 10) == factors(WarmupStableDecay(warmup_steps=1, decay_share=0.4), 11, 10)
+    for steps in (5, 6):
+        with pytest.raises(UsageError, match=rf"model\.schedule\.decay_from: 6 must be below the {steps} steps"):
+            schedule.check(steps)
+
+
 def test_all_decay():
     assert factors(WarmupStableDecay(decay_share=1.0), 5, 4) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
 
@@ -46,8 +55,11 @@ def test_beyond_the_end_the_final_factor_stays(schedule):
         (lambda: Cosine(total_steps=0), "total_steps"),
         (lambda: Cosine(final_factor=2), "final_factor"),
         (lambda: WarmupStableDecay(decay_share=-0.1), "decay_share"),
+        (lambda: WarmupStableDecay(decay_share=None, decay_from=3, warmup_steps=5), "decay_from"),
+        (lambda: WarmupStableDecay(decay_from=3), ""),
+        (lambda: WarmupStableDecay(decay_share=None), ""),
     ],
 )
 def test_settings_that_cannot_be(make, name):
-    with pytest.raises(UsageError, match=rf"model\.schedule\.{name}"):
+    with pytest.raises(UsageError, match=rf"model\.schedule\.{name}" if name else "give decay_share, or decay_from"):
         make()

@@ -13,6 +13,7 @@ SCHEMES = {
     "PartialRoPE": (["--model.positions.partial_rotary_factor", "0.5"], "PartialRoPE on 0.5 of each head, base 10000"),
     "FoPE": (["--model.positions.context_length", "64"], "FoPE for 64 tokens, base 10000"),
     "NoPE": ([], "positions  NoPE\n"),
+    "PoPE": ([], "positions  PoPE, base 10000"),
 }
 
 
@@ -25,7 +26,8 @@ def test_from_training_to_text(name, tiny, tmp_path, monkeypatch, capsys):
     main(["fit", *options, "run", "--trainer.max_steps", "2"])
     assert banner in capsys.readouterr().out
     checkpoint = read_checkpoint("run/checkpoints/last.ckpt")
-    assert checkpoint[KEY]["architecture"]["positions"]["class_path"] == f"ropepp_lit.nn.baselines.{name}"
+    class_path = checkpoint[KEY]["architecture"]["positions"]["class_path"]
+    assert class_path == f"ropepp_lit.nn.{'pope' if name == 'PoPE' else 'baselines'}.{name}"
     main(["fit", *options, "run", "--trainer.max_steps", "4", "--ckpt_path", "auto"])
     main(["fit", *options, "whole", "--trainer.max_steps", "4"])
     halves, whole = (decoder_weights(read_checkpoint(f"{run}/checkpoints/last.ckpt")) for run in ("run", "whole"))

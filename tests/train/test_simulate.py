@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from ropepp_lit.nn import ALiBi, Decoder, DecoderConfig, Frequencies, RoPE, RoPEPP
+from ropepp_lit.nn import ALiBi, Decoder, DecoderConfig, Frequencies, PoPE, RoPE, RoPEPP
 from ropepp_lit.nn.context_parallel import elements_moved
 from ropepp_lit.nn.lora import LoRA
 from ropepp_lit.train.costs import training_flops
@@ -111,11 +111,11 @@ def test_gathering_sends_keys_and_values_and_shares_the_operations(scheme, group
     assert counts.flops == whole.flops / 4
 
 
-@pytest.mark.parametrize("scheme", [RoPE(), EC, ALiBi()], ids=str)
+@pytest.mark.parametrize("scheme", [RoPE(), EC, PoPE()], ids=str)
 def test_operations_are_the_formula_and_the_scores_computed_again(scheme):
     """Flash attention computes the scores a second time in the backward pass: 14 where the formula has 12."""
     counts, layout = run_step(Setup(rows=2, context_length=64), scheme=scheme).counts, meta(scheme=scheme).head_layout
-    matrices = meta(scheme=scheme).num_parameters - EMBEDDING - 7 * 64
+    matrices = meta(scheme=RoPE() if isinstance(scheme, PoPE) else scheme).num_parameters - EMBEDDING - 7 * 64
     pairs = 2 * 64 * 65 / 2
     scores = 14 * 3 * layout.num_attention_heads * (8 + layout.extra_dims) * pairs
     assert counts.flops == 6 * matrices * 2 * 64 + scores
@@ -188,7 +188,7 @@ GEOMETRIES = {
 }  # fmt: skip
 GRID = {
     "geometry": list(GEOMETRIES),
-    "scheme": [RoPE(), EC, RoPEPP(variant="eh"), ALiBi()],
+    "scheme": [RoPE(), EC, RoPEPP(variant="eh"), ALiBi(), PoPE()],
     "memory": [
         {}, {"activation_checkpointing": 1}, {"activation_checkpointing": 2}, {"activation_checkpointing": "attention"},
         {"mlp_chunk_tokens": 1024, "attention_head_groups": 2},
