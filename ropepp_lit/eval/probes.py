@@ -14,19 +14,12 @@ from torch import Tensor
 from ropepp_lit.eval.models import Model
 from ropepp_lit.eval.results import Measurement, sample_of
 from ropepp_lit.nn import Probe
-from ropepp_lit.nn.positions import PairedHeads
 
-GROUPS = ("real", "imaginary")
 CHUNK_TOKENS = 512
 """Queries whose scores are held at once."""
 
 MAP_CELLS = 64
 """Rows and columns of an attention map."""
-
-
-def groups_of(model: Model) -> tuple[str, ...]:
-    """The groups of heads that a model has."""
-    return GROUPS if isinstance(model.decoder.scheme, PairedHeads) else GROUPS[:1]
 
 
 class Noise(Probe):
@@ -110,7 +103,7 @@ def measure_attention(
         the first distance of a range) and on the first token (`part` is `first token`), with one entry per text; and
         maps [layers, groups, MAP_CELLS, MAP_CELLS]: of a query in a cell, the mean weight on all keys of another.
     """
-    groups = groups_of(model)
+    groups = model.decoder.scheme.head_kinds
     watches = [_watch(model, text[:length], len(groups), progress) for text in texts]
     found, sample = [], sample_of(list(text[:length]) for text in texts)
     for group, heads in enumerate(groups):

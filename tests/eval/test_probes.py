@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ropepp_lit.eval.models import load_model
-from ropepp_lit.eval.probes import MAP_CELLS, Noise, draw_maps, groups_of, measure_attention
+from ropepp_lit.eval.probes import MAP_CELLS, Noise, draw_maps, measure_attention
 from ropepp_lit.nn import Probe
 
 
@@ -33,7 +33,7 @@ def run(model, probe):
 @pytest.mark.parametrize("heads", ["real", "imaginary"])
 def test_noise_is_on_one_group_alone(load, heads):
     model = load("ec")
-    plain, noisy = Record(), Record(Noise(groups=groups_of(model), heads=heads, std=0.7, seed=1))
+    plain, noisy = Record(), Record(Noise(groups=model.decoder.scheme.head_kinds, heads=heads, std=0.7, seed=1))
     logits = run(model, plain)
     assert not torch.equal(run(model, noisy), logits)
     first, other = (0, 1) if heads == "real" else (1, 0)
@@ -47,20 +47,25 @@ def test_noise_is_on_one_group_alone(load, heads):
 def test_noise_of_nothing_changes_no_bit(load, variant):
     model = load(variant)
     logits = run(model, Probe())
-    for heads in groups_of(model):
-        assert torch.equal(run(model, Noise(groups=groups_of(model), heads=heads, std=0.0, seed=1)), logits)
+    for heads in model.decoder.scheme.head_kinds:
+        assert torch.equal(
+            run(model, Noise(groups=model.decoder.scheme.head_kinds, heads=heads, std=0.0, seed=1)), logits
+        )
 
 
 def test_noise_is_the_same_for_the_same_seed(load):
     model = load("eh")
-    noisy = [run(model, Noise(groups=groups_of(model), heads="real", std=1.0, seed=seed)) for seed in (1, 1, 2)]
+    noisy = [
+        run(model, Noise(groups=model.decoder.scheme.head_kinds, heads="real", std=1.0, seed=seed))
+        for seed in (1, 1, 2)
+    ]
     assert torch.equal(noisy[0], noisy[1])
     assert not torch.equal(noisy[0], noisy[2])
 
 
 def test_only_ropepp_has_imaginary_heads(load):
-    assert groups_of(load("rope")) == ("real",)
-    assert groups_of(load("eh")) == groups_of(load("ec")) == ("real", "imaginary")
+    assert load("rope").decoder.scheme.head_kinds == ("real",)
+    assert load("eh").decoder.scheme.head_kinds == load("ec").decoder.scheme.head_kinds == ("real", "imaginary")
 
 
 @pytest.mark.parametrize("variant", ["rope", "ec"])
@@ -77,7 +82,7 @@ def test_attention_by_distance_is_that_of_the_weights(load, variant, monkeypatch
         model.decoder(torch.tensor([text]))
     monkeypatch.setattr("ropepp_lit.eval.probes.CHUNK_TOKENS", 37)
     found, maps = measure_attention(model, [text, text], length=100)
-    groups = groups_of(model)
+    groups = model.decoder.scheme.head_kinds
     for group, heads in enumerate(groups):
         mean = torch.stack(weights)[:, group :: len(groups)].mean(dim=(0, 1))  # [queries, keys]
         mine = {item.position: item for item in found if item.heads == heads and not item.part}

@@ -158,7 +158,9 @@ class Settings:
         for task, is_noise in self.parsed:
             for length in self.lengths if task.has_length else (None,):
                 disturbed = [
-                    Unit(task, length, heads, std) for heads in probes.groups_of(model) for std in self.noise_std
+                    Unit(task, length, heads, std)
+                    for heads in model.decoder.scheme.head_kinds
+                    for std in self.noise_std
                 ]
                 units |= {unit.key: unit for unit in (disturbed if is_noise else [Unit(task, length)])}
         return list(units.values())
@@ -279,7 +281,7 @@ def measure(
         if not is_noise:
             found = unit.task.measure(model, request)
         else:
-            groups, std = probes.groups_of(model), unit.noise_std or 0.0
+            groups, std = model.decoder.scheme.head_kinds, unit.noise_std or 0.0
             noise = probes.Noise(groups=groups, heads=unit.heads, std=std, seed=settings.seed)
             with model.decoder.probed(noise):
                 found = unit.task.measure(model, request)

@@ -40,6 +40,6 @@ class Attention(Task):
         found, maps = probes.measure_attention(model, long_enough, length=request.length, progress=request.progress)
         drawn = io.BytesIO()
         title = f"{model.name}, {request.length:,} tokens"
-        probes.draw_maps(maps, probes.groups_of(model), title).savefig(drawn, format="png", dpi=110)
+        probes.draw_maps(maps, model.decoder.scheme.head_kinds, title).savefig(drawn, format="png", dpi=110)
         request.images.append(drawn.getvalue())
         return found
