@@ -50,7 +50,9 @@ class Shifted(RoPE):
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("start_by", [pytest.param("command", marks=pytest.mark.slow), "module", "PYTHONPATH"])
+@pytest.mark.parametrize(
+    "start_by", ["module", *(pytest.param(way, marks=pytest.mark.slow) for way in ("command", "PYTHONPATH"))]
+)
 def test_the_current_folder_never_comes_before_a_library(hostile, command_path, tiny, free_port, start_by):
     """Also in the processes that Lightning and the data loader start; the user's own scheme is found."""
     (hostile / "schemes.py").write_text(SCHEME)
@@ -91,7 +93,7 @@ def odd_texts(tmp_path_factory):
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(
     "encoding",
-    ["ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cp1252", "latin-1:strict")), "utf-8"],
+    ["ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cp1252", "latin-1:strict", "utf-8"))],
 )
 def test_reports_in_any_encoding(command_path, tmp_path, odd_texts, encoding):
     """A report with bars, arrows and the name of a file that is no text."""
@@ -156,7 +158,9 @@ def test_training_goes_on_without_a_reader(command_path, tiny, tmp_path):
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "closed", [*(pytest.param(one, marks=pytest.mark.slow) for one in ("<&-", ">&-", "2>&-")), "<&- >&- 2>&-"]
+)
 def test_closed_streams(command_path, texts, tmp_path, closed):
     line = f"'{command_path}' prepare '{texts}' --tokenizer bytes --out shards {closed}"
     finished = start("bash", "-c", line, cwd=tmp_path)

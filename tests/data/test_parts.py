@@ -54,7 +54,7 @@ def in_parts(source, folder, count, settings=SETTINGS):
     return [folder / f"{number}" for number in order]
 
 
-@pytest.mark.parametrize("count", [1, 4, 13])
+@pytest.mark.parametrize("count", [4, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 13))])
 def test_parts_merged_are_one_run(tmp_path, count):
     source = corpus(tmp_path / "texts")
     settings = dataclasses.replace(SETTINGS, min_tokens=60, chunk_bytes=1200)
@@ -174,7 +174,7 @@ print("left", left)
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("share", [0.6, 0.93])
+@pytest.mark.parametrize("share", [pytest.param(0.6, marks=pytest.mark.slow), 0.93])
 def test_parts_are_killed_and_resumed(run_file, tmp_path, share):
     source = corpus(tmp_path / "texts")
     run(source, tmp_path / "one")

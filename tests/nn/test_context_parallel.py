@@ -110,7 +110,7 @@ def compare(rank, ranks, port):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_compute_what_one_does(ranks):
     multiprocessing.set_forkserver_preload(["ropepp_lit.nn", "pytest"])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

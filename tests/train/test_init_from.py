@@ -89,7 +89,9 @@ def test_weights_that_do_not_fit(run, mistake, tiny, rope, tmp_path):
     assert "bits per byte" in checked
 
 
-@pytest.mark.parametrize("base", ["file", "file, fsdp2", pytest.param("shards", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "base", ["file", *(pytest.param(base, marks=pytest.mark.slow) for base in ("file, fsdp2", "shards"))]
+)
 def test_rotations_are_dropped_and_norms_added(base, run, tiny, rope, tmp_path, monkeypatch):
     """RoPE goes on as NoPE; norms of queries and keys begin at one, but not beside adapters."""
     last = path = rope / "rope" / "checkpoints" / "last.ckpt"
