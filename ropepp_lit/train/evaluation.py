@@ -19,6 +19,9 @@ from ropepp_lit.sizes import parse_tokens
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.curves import log_figures
 
+KINDS = ("perplexity", "retrieval", "recall", "induction")
+"""Tasks that can be measured during training."""
+
 
 @contextmanager
 def evaluating(trainer: pl.Trainer, decoder: Decoder) -> Iterator[None]:
@@ -46,7 +49,8 @@ class Evaluation(Callback):
 
     Args:
         every_n_steps: Optimizer steps between evaluations; 0 switches them off.
-        tasks: Separated by commas: perplexity, retrieval (or some families: retrieval:single+multikey), noise.
+        tasks: Separated by commas: perplexity, retrieval (or some families: retrieval:single+multikey), recall,
+            induction, noise.
         lengths: Tokens of the context, separated by commas; k is 1,024.
         limit: Number of held-out documents (of each validation set), and of examples of each family.
         seed: Of the examples.
@@ -70,8 +74,8 @@ class Evaluation(Callback):
             self.settings = Settings(tasks=names, lengths=sizes, limit=limit, seed=seed)
         except UsageError as error:
             raise UsageError(f"evaluation.{error}") from error
-        if self.settings.kinds - {"perplexity", "retrieval"}:
-            raise UsageError("evaluation.tasks: only perplexity, retrieval and noise during training")
+        if self.settings.kinds - set(KINDS):
+            raise UsageError(f"evaluation.tasks: only {', '.join(KINDS)} and noise during training")
         self._evaluated_step = -1
 
     def check(self, decoder: Decoder, data: TokenData) -> None:

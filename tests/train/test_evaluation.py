@@ -15,7 +15,8 @@ from ropepp_lit.cli import main
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.nn import Probe
 
-TASKS = ["--evaluation.every_n_steps", "3", "--evaluation.tasks", "perplexity,retrieval:single,noise:perplexity"]
+NAMES = "perplexity,retrieval:single,recall:1,noise:perplexity"
+TASKS = ["--evaluation.every_n_steps", "3", "--evaluation.tasks", NAMES]
 DIAGNOSTICS = ["--diagnostics.every_n_steps", "3", "--diagnostics.far", "16", "--diagnostics.max_tokens", "100"]
 OPTIONS = [*TASKS, "--evaluation.lengths", "128,256", "--evaluation.limit", "4", *DIAGNOSTICS]
 SHARDED = ["--trainer.devices", "2", "--trainer.strategy", "FSDP2Strategy"]
@@ -51,9 +52,8 @@ def test_it_logs_what_evaluate_finds_and_leaves_training_alone(fit, run, tmp_pat
     one, other = (decoder_weights(read_checkpoint(path / "checkpoints/last.ckpt")) for path in (folder, fit()))
     assert all(torch.equal(one[name], value) for name, value in other.items())
     scalars, _ = events(folder)
-    assert {"eval/perplexity/128/loss", "eval/perplexity/256/perplexity", "eval/retrieval/single/256/score"} <= {
-        *scalars
-    }
+    expected = ("perplexity/128/loss", "perplexity/256/perplexity", "retrieval/single/256/score", "recall/1/128/loss")
+    assert {f"eval/{name}" for name in expected} <= {*scalars}
     assert "eval/perplexity/256/loss/noise_imaginary_0.5" in scalars
     third, last = scalars["eval/perplexity/256/loss"]
     assert third != last
@@ -141,7 +141,10 @@ def test_evaluation_and_samples_compile_nothing(tiny, tmp_path, monkeypatch):
     [
         (["--evaluation.every_n_steps", "-1"], "evaluation.every_n_steps: -1 must be 0 (never) or more"),
         (["--evaluation.tasks", "speed"], "evaluation.tasks: no task 'speed'"),
-        (["--evaluation.tasks", "attention"], "evaluation.tasks: only perplexity, retrieval and noise during training"),
+        (
+            ["--evaluation.tasks", "attention"],
+            "evaluation.tasks: only perplexity, retrieval, recall, induction and noise during training",
+        ),
         (["--evaluation.lengths", "0"], "evaluation.lengths: '0' is no number of tokens"),
         (
             ["--evaluation.every_n_steps", "1", "--evaluation.lengths", "40"],
