@@ -70,9 +70,9 @@ TASKS: dict[str, tuple[str, str]] = {
     ),
     "recall": (
         "Associative recall",
-        "Pairs of key and value among sentences, each of them twice: whether the value is predicted where the key "
-        "returns (MQAR, arXiv 2312.04927). The score is the share of values whose tokens are all the most likely ones, "
-        "the loss that of these tokens; parts are numbers of pairs. Distances are from where the value stood before.",
+        "Pairs of key and value among sentences, and a question for each: whether the value is predicted behind it "
+        "(MQAR, arXiv 2312.04927). The score is the share of values whose tokens are all the most likely ones, the "
+        "loss that of these tokens; parts are numbers of pairs. Distances are from where the value stood before.",
     ),
     "induction": (
         "Induction",

@@ -47,6 +47,11 @@ def model_names(results: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(model["name"] for model in results["models"]))
 
 
+def name_of_part(row: Row) -> str:
+    """The part of a task, as readers see it; a number, such as pairs of `recall`, with its task."""
+    return f"{row['task']}:{row['part']}" if row["part"].isdecimal() else row["part"].replace("_", " ")
+
+
 def other_tasks(results: dict[str, Any]) -> list[str]:
     """The tasks that have no section and plots of their own, in the order of their first row."""
     return list(dict.fromkeys(row["task"] for row in results["scores"] if row["task"] not in OWN_SECTION))

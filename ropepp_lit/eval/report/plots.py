@@ -23,6 +23,7 @@ from ropepp_lit.eval.report.panels import (
     make_grid,
     mark_trained,
     model_names,
+    name_of_part,
     other_tasks,
     short_length,
     short_name,
@@ -100,7 +101,7 @@ def _by_part(results: dict[str, Any], rows: list[Row], *, x: str = "length") -> 
             log2_axis(axes, [row["position"] for row in rows])
         if rows[0]["metric"] == "score":
             axes.set(ylim=(-4, 104))
-        axes.set_title(family.replace("_", " "), fontsize=10, parse_math=False)
+        axes.set_title(name_of_part({**rows[0], "part": family}), fontsize=10, parse_math=False)
     by_position = f"first position or distance of a range (tokens), at {short_length(rows[0]['length'] or 0)}"
     figure.supxlabel("length of the context (tokens)" if x == "length" else by_position, fontsize=10)
     metric = rows[0]["metric"]

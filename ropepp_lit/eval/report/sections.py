@@ -9,7 +9,7 @@ from typing import Any
 
 from ropepp_lit.eval.report.captions import BESIDE, CAPTIONS, FAMILIES, METRICS, TASKS, UNITS
 from ropepp_lit.eval.report.examples import Examples
-from ropepp_lit.eval.report.panels import Row, model_names, other_tasks
+from ropepp_lit.eval.report.panels import Row, model_names, name_of_part, other_tasks
 from ropepp_lit.eval.report.tables import by_length, make_table
 from ropepp_lit.eval.results import CLEAN, select
 
@@ -126,7 +126,7 @@ def _other(results: dict[str, Any], plots: dict[str, bytes], task: str) -> Secti
             name = f"{name} ({unit})"
         by_part = [row for row in of_metric if row["position"] is None and row["length"] is not None]
         tables = [
-            by_length(name, by_part, results, group=_part_of),
+            by_length(name, by_part, results, group=name_of_part),
             _once(name, of_metric, results),
         ]
         section.tables += [table for table in tables if table]
@@ -138,7 +138,7 @@ def _other(results: dict[str, Any], plots: dict[str, bytes], task: str) -> Secti
             heading=lambda row: f"{row['position']:,}",
             line=lambda row: row["model"],
             corner="Model",
-            group=lambda row: ", ".join(filter(None, (_part_of(row), _at_length(row)))),
+            group=lambda row: ", ".join(filter(None, (name_of_part(row), _at_length(row)))),
         )
         section.more += [by_position] if by_position else []
     return section
@@ -153,13 +153,9 @@ def _once(caption: str, rows: list[Row], results: dict[str, Any]) -> dict[str, A
         results,
         across=lambda row: names.index(row["model"]),
         heading=lambda row: row["model"],
-        line=lambda row: _part_of(row) or row["metric"],
+        line=lambda row: name_of_part(row) or row["metric"],
         corner="Part",
     )
-
-
-def _part_of(row: Row) -> str:
-    return row["part"].replace("_", " ")
 
 
 def _noise(results: dict[str, Any], plots: dict[str, bytes]) -> Section:
