@@ -45,6 +45,7 @@ def test_all_are_on_the_page(run, small_checkpoints, tmp_path):
     ("options", "message"),
     [
         (["--tasks", "ruler:niah_single_2"], "tasks: ruler:niah_single_2 hides its needles in essays; name files of"),
+        (["--tasks", "retrieval:"], "tasks: retrieval:: nothing follows the colon; leave it out, or name a part"),
         (["--tasks", "recall:0"], "tasks: recall:0: give numbers of pairs from 1 to 68, such as recall:4+16"),
         (["--tasks", "mrcr:3"], "tasks: mrcr has no family '3'; choose of 2, 4, 8"),
         (["--tasks", "longppl", "--text", "text.txt"], "lengths: longppl compares longer contexts with the shortest"),

@@ -181,7 +181,9 @@ class Settings:
 
     def _parse(self, name: str) -> list[tuple[Task, bool]]:
         """Tasks of a name, and whether with noise."""
-        kind, _, part = name.partition(":")
+        kind, colon, part = name.partition(":")
+        if kind and colon and not part:
+            raise UsageError(f"tasks: {name}: nothing follows the colon; leave it out, or name a part")
         if kind == "noise":
             inner = part.split("+") if part else ["perplexity", "retrieval"]
             found = [(task, True) for word in inner for task, is_noise in self._parse(word) if not is_noise]
