@@ -24,6 +24,7 @@ STACKS = {
     "study": ["study/recall"],
     "study-pretrain": ["study/recall", "study/pretrain"],
     "study-continue": ["study/recall", "study/pretrain", "study/continue"],
+    "comparison": ["quickstart", "upcycle/comparison"],
     "llama-8b": ["upcycle/llama-8b"],
     "llama-8b-128k": ["upcycle/llama-8b", "upcycle/128k"],
 }
@@ -68,7 +69,7 @@ SHRINK = [
         "1",
     ),
     *("--trainer.precision", "32-true", "--trainer.num_nodes", "1", "--trainer.val_check_interval", "2"),
-    *("--model.init_from", "null", "--data.validation", "null"),
+    *("--model.init_from", "null", "--data.validation", "null", "--diagnostics.far", "8"),
 ]
 
 pytestmark = pytest.mark.end_to_end
