@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from ropepp_lit.data.token_data import TokenData
@@ -17,14 +15,14 @@ from ropepp_lit.nn import Decoder, Documents, Probe
 from ropepp_lit.nn.lora import LoRA, clean_name
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.curves import log_figures
-from ropepp_lit.train.evaluation import evaluating
+from ropepp_lit.train.evaluation import BySteps, evaluating
 from ropepp_lit.train.fsdp import whole
 
 LARGEST = "largest_score"
 """Of several layers the largest counts; of other figures their mean, and of norms the root of the sum of squares."""
 
 
-class Diagnostics(Callback):
+class Diagnostics(BySteps):
     """Logs figures of attention as `attention/…`, of all layers together and of each.
 
     | figure                   | of the heads of one kind                                                           |
@@ -44,15 +42,13 @@ class Diagnostics(Callback):
     """
 
     def __init__(self, *, every_n_steps: int = 0, far: int = 64, max_tokens: int = 1024) -> None:
-        if every_n_steps < 0:
-            raise UsageError(f"diagnostics.every_n_steps: {every_n_steps} must be 0 (never) or more")
+        super().__init__("diagnostics", every_n_steps)
         if far < 1:
             raise UsageError(f"diagnostics.far: {far} must be 1 or more")
         if max_tokens < 2:
             raise UsageError(f"diagnostics.max_tokens: {max_tokens} must be 2 or more")
-        self.every_n_steps, self.far, self.max_tokens = every_n_steps, far, max_tokens
+        self.far, self.max_tokens = far, max_tokens
         self._row: tuple[Tensor, Documents | None] | None = None
-        self._step = -1
 
     def check(self, decoder: Decoder, data: TokenData) -> None:
         """Raise UsageError where no key of a row is as far away as `far`; the decoder may be on the meta device."""
@@ -60,23 +56,17 @@ class Diagnostics(Callback):
         if self.every_n_steps and self.far >= length:
             raise UsageError(f"diagnostics.far: {self.far} must be less than the {length} tokens that are read")
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Log on every rank alike, as weights may be sharded over all of them."""
-        step = trainer.global_step
-        is_last = step >= trainer.max_steps
-        if not self.every_n_steps or step in (0, self._step) or (step % self.every_n_steps and not is_last):
-            return
-        self._step = step
-        assert isinstance(pl_module, CausalLM)
-        decoder = pl_module.decoder
+    def act(self, trainer: pl.Trainer, module: CausalLM) -> None:
+        """Compute and log."""
+        decoder = module.decoder
         kinds = decoder.scheme.head_kinds
         if self._row is None:
-            self._row = self._first_row(trainer.datamodule, pl_module.device)  # type: ignore[attr-defined]
+            self._row = self._first_row(trainer.datamodule, module.device)  # type: ignore[attr-defined]
         ids, documents = self._row
         watch = _Watch(num_kinds=len(kinds), far=self.far)
         # Gradients are still those of the step: they are set to None before the next one.
-        with pl_module.untimed(), torch.no_grad():
-            norms = list(_norms(decoder, pl_module.lora, len(kinds)))
+        with torch.no_grad():
+            norms = list(_norms(decoder, module.lora, len(kinds)))
             with evaluating(trainer, decoder), decoder.probed(watch):
                 decoder(ids, documents=documents, logits_to_keep=1)
             found = {LARGEST: watch.largest, "entropy": watch.entropy, f"share_beyond_{self.far}": watch.beyond}
@@ -91,7 +81,7 @@ class Diagnostics(Callback):
             for layer, row in enumerate(rows):
                 place = "attention" if layer == 0 else f"attention/layer_{layer - 1}"
                 values |= {f"{place}/{kind}/{name}": value for kind, value in zip(kinds, row, strict=True)}
-        log_figures(trainer, values, step)
+        log_figures(trainer, values, trainer.global_step)
 
     def _first_row(self, data: TokenData, device: torch.device) -> tuple[Tensor, Documents | None]:
         """Tokens [1, T] of the beginning of the first row, and its documents."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,7 +45,41 @@ def evaluating(trainer: pl.Trainer, decoder: Decoder) -> Iterator[None]:
             decoder.train(was_training)
 
 
-class Evaluation(Callback):
+class BySteps(Callback):
+    """A callback that acts after every so many optimizer steps, and after the last one, on every rank alike.
+
+    Args:
+        key: Of the recipe, for messages.
+        every_n_steps: Optimizer steps; 0 means never.
+    """
+
+    def __init__(self, key: str, every_n_steps: int) -> None:
+        if every_n_steps < 0:
+            raise UsageError(f"{key}.every_n_steps: {every_n_steps} must be 0 (never) or more")
+        self.every_n_steps = every_n_steps
+        self._acted_at = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The step that a run goes on from is no new one, also where its first batch does not end a step."""
+        self._acted_at = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Act where it is due, once for each step."""
+        step = trainer.global_step
+        is_due = bool(self.every_n_steps) and (step % self.every_n_steps == 0 or step >= trainer.max_steps)
+        if not is_due or step == self._acted_at:
+            return
+        self._acted_at = step
+        assert isinstance(pl_module, CausalLM)
+        with pl_module.untimed():
+            self.act(trainer, pl_module)
+
+    @abstractmethod
+    def act(self, trainer: pl.Trainer, module: CausalLM) -> None:
+        """What is done, while the clock of training stands still."""
+
+
+class Evaluation(BySteps):
     """Runs tasks of `ropepp-lit evaluate` during training and at the last step, and logs the results as `eval/…`.
 
     Args:
@@ -65,9 +100,7 @@ class Evaluation(Callback):
         limit: int = 20,
         seed: int = 0,
     ) -> None:
-        if every_n_steps < 0:
-            raise UsageError(f"evaluation.every_n_steps: {every_n_steps} must be 0 (never) or more")
-        self.every_n_steps = every_n_steps
+        super().__init__("evaluation", every_n_steps)
         names = tuple(word.strip() for word in tasks.split(",") if word.strip())
         try:
             sizes = tuple(parse_tokens("lengths", lengths))
@@ -76,7 +109,6 @@ class Evaluation(Callback):
             raise UsageError(f"evaluation.{error}") from error
         if self.settings.kinds - set(KINDS):
             raise UsageError(f"evaluation.tasks: only {', '.join(KINDS)} and noise during training")
-        self._evaluated_step = -1
 
     def check(self, decoder: Decoder, data: TokenData) -> None:
         """Raise UsageError where a length does not fit; the decoder may be on the meta device."""
@@ -88,18 +120,12 @@ class Evaluation(Callback):
         except UsageError as error:
             raise UsageError(f"evaluation.{error}") from error
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Evaluate on every rank, as weights may be sharded over all of them."""
-        step = trainer.global_step
-        is_last = step >= trainer.max_steps
-        if not self.every_n_steps or step in (0, self._evaluated_step) or (step % self.every_n_steps and not is_last):
-            return
-        self._evaluated_step = step
-        assert isinstance(pl_module, CausalLM)
-        pl_module.check_finite()
+    def act(self, trainer: pl.Trainer, module: CausalLM) -> None:
+        """Evaluate and log."""
+        module.check_finite()
         data = trainer.datamodule  # type: ignore[attr-defined]
-        model = self._model(pl_module.decoder, data)
-        with pl_module.untimed(), evaluating(trainer, pl_module.decoder):
+        model = self._model(module.decoder, data)
+        with evaluating(trainer, module.decoder):
             sets = data.held_out_texts(self.settings.limit) if self.settings.needs_text else {}
             texts = [text for documents in sets.values() for text in documents]
             documents = [model.tokenizer.encode_whole(text) for text in texts]
@@ -114,7 +140,7 @@ class Evaluation(Callback):
             noise = "" if item.noise_std is None else f"/noise_{item.heads}_{item.noise_std:g}"
             name = "/".join(filter(None, ("eval", item.task, item.part, str(item.length), item.metric)))
             values[f"{name}{noise}"] = float(item.value)
-        log_figures(trainer, values, step)
+        log_figures(trainer, values, trainer.global_step)
 
     @staticmethod
     def _model(decoder: Decoder, data: TokenData) -> Model:
