@@ -46,9 +46,13 @@ def main(arguments: list[str] | None = None) -> None:
         arguments = sys.argv[1:]
         prepare_streams(ends_with_reader=not arguments or arguments[0].startswith("-") or arguments[0] in PRINTING)
         quiet_full_disk_in_threads()
+        try:
+            folder = os.getcwd()
+        except OSError:
+            _fail("the current folder does not exist any more; change to another one", 2, arguments)
         leave_current_folder()
         package = os.path.dirname(os.path.abspath(__file__))
-        if os.path.dirname(package) != os.getcwd():
+        if os.path.dirname(package) != folder:
             os.environ["PYTHONSAFEPATH"] = "1"  # Python processes that are started do not put their folder first
     try:
         _run(arguments)

@@ -168,6 +168,13 @@ def test_closed_streams(command_path, texts, tmp_path, closed):
     assert (tmp_path / "shards/manifest.json").is_file()
 
 
+def test_a_current_folder_that_was_deleted(command_path, tmp_path):
+    finished = start("bash", "-c", f"mkdir gone && cd gone && rmdir ../gone && '{command_path}' --help", cwd=tmp_path)
+    assert finished.returncode == 2
+    said = finished.stderr.decode().strip().splitlines()[-1]
+    assert said == "ropepp-lit: error: the current folder does not exist any more; change to another one"
+
+
 MISSING = """
 import importlib, os, pkgutil, signal, sys
 for name in ("SIGUSR1", "SIGUSR2", "SIGHUP"):
