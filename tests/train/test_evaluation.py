@@ -165,7 +165,8 @@ def test_mistakes(mistake, options, said):
 def test_a_run_that_goes_on_acts_at_whole_steps_alone(run, tiny, tmp_path):
     """With two batches a step: at steps 2 and 4, and not after the first batch behind step 2."""
     options = [*tiny, "--trainer.accumulate_grad_batches", "2", "--data.batch_size", "1"]
-    options += ["--sample.max_new_tokens", "0", "--diagnostics.every_n_steps", "2", "--diagnostics.far", "8", "--model.schedule.total_steps", "4"]
+    options += ["--sample.max_new_tokens", "0", "--diagnostics.every_n_steps", "2", "--diagnostics.far", "8"]
+    options += ["--model.schedule.total_steps", "4"]
     options += ["--trainer.default_root_dir", "run"]
     run("fit", *options, "--trainer.max_steps", "2", cwd=tmp_path)
     run("fit", *options, "--trainer.max_steps", "4", "--ckpt_path", "auto", cwd=tmp_path)
