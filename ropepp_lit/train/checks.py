@@ -229,7 +229,8 @@ class Checks:
         # A tied checkpoint has both matrices too; tied, a model would keep one of two, and its optimizer knows one.
         is_other = was_tied != is_tied and (is_tied or self._way == "fit")
         found = {name: value.shape for name, value in decoder_weights(checkpoint).items()}
-        if self._way == "init_from" and self._model.lora is None:  # norms may be added, which begin at one
+        has_norms = checkpoint[KEY]["architecture"]["decoder"].get("qk_norm")  # of which a damaged file may lack one
+        if self._way == "init_from" and self._model.lora is None and not has_norms:  # added, they begin at one
             found |= {name: shapes[name] for name in qk_norms(shapes) - found.keys()}
         if is_other or shapes != found:
             raise UsageError(f"{path}: its weights do not fit the recipe's model ({architecture}); change the recipe")

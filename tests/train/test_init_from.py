@@ -114,6 +114,11 @@ def test_rotations_are_dropped_and_norms_added(base, run, tiny, rope, tmp_path, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="its weights do not fit the recipe's model"):
         plan([*map(str, options), "--model.lora.rank", "4"])
+    contents = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    del contents["state_dict"]["decoder.model.layers.0.self_attn.q_norm.weight"]
+    torch.save(contents, "damaged.ckpt")
+    with pytest.raises(UsageError, match=r"damaged\.ckpt: its weights do not fit"):
+        plan([*map(str, options), "--model.init_from", "damaged.ckpt"])
 
 
 def test_begun_anew_and_continued(run, tiny, rope, tmp_path):
