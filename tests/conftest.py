@@ -96,8 +96,8 @@ def free_port():
 
 @pytest.fixture(scope="session")
 def command_server():
-    """The process of `command_server.py`."""
-    command = [sys.executable, Path(__file__).with_name("command_server.py")]
+    """The process of tools/command_server.py."""
+    command = [sys.executable, Path(__file__).parents[1] / "tools" / "command_server.py"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         yield server
 

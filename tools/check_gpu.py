@@ -299,7 +299,7 @@ def environment(machine: Machine) -> Row:
 
     def run(*command: str) -> str:
         try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return "unknown"
 

@@ -95,7 +95,7 @@ def preferences(rows: Sequence[dict[str, str]], *, seed: int) -> Iterator[dict[s
         seed: Of the draws. A sentence equal to the chosen one is drawn again.
     """
     sentences = [row["completion"] for row in rows]
-    draw = random.Random(seed)  # noqa: S311 (no secret)
+    draw = random.Random(seed)
     for row in rows if len(set(sentences)) > 1 else ():
         rejected = row["completion"]
         while rejected == row["completion"]:

@@ -75,11 +75,11 @@ def run(command: Sequence[str], *, log: Path | None = None, threads: int | None 
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     words = [sys.executable, "-m", "ropepp_lit", *command]
     if log is None:
-        code, peak = _wait(subprocess.Popen(words, env=environment))  # noqa: S603 (our own command)
+        code, peak = _wait(subprocess.Popen(words, env=environment))
     else:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a") as file:
-            code, peak = _wait(subprocess.Popen(words, env=environment, stdout=file, stderr=file))  # noqa: S603
+            code, peak = _wait(subprocess.Popen(words, env=environment, stdout=file, stderr=file))
     if code:
         last = log.read_text(errors="replace").strip().splitlines()[-1:] if log else []
         sys.exit(f"`ropepp-lit {command[0]}` ended with {code}" + "".join(f"; see {log}: {line}" for line in last))

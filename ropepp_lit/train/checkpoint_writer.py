@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ropepp_lit.checkpoint import save_file
+from ropepp_lit.checkpoint import KEY, save_file
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import flush, write_failure
-from ropepp_lit.sharded import SHARDED_METADATA
+from ropepp_lit.files import flush, whole_file, write_failure
+from ropepp_lit.sharded import SHARDED_METADATA, read_pickled
 
 LAST = "last.ckpt"
-_SHARD_NAMES = {SHARDED_METADATA, ".metadata"}
+_SHARD_NAMES = {SHARDED_METADATA, f".{SHARDED_METADATA}.partial", ".metadata"}
 
 
 class CheckpointWriter:
@@ -101,9 +101,38 @@ class CheckpointWriter:
                 save_file(checkpoint, _partial(path) / SHARDED_METADATA if is_sharded else _partial(path))
                 self._publish(path)
 
-        if self._executor is not None:
+        if self._executor is None:
+            self._do(task)
+        else:
             self._write = self._executor.submit(task)
-            return
+
+    def add_validation(self, path: Path, figures: dict[str, dict[str, float]]) -> None:
+        """Put the results of a validation into a checkpoint that was saved before it. Every rank must call it.
+
+        Args:
+            path: Its name, `step=N.ckpt`.
+            figures: By validation set.
+
+        Raises:
+            UsageError: the write failed on any rank, or in the background the one before.
+        """
+        self.wait()
+        self._path = path
+
+        def task() -> None:
+            if _is_rank_zero() and path.exists():
+                file = path / SHARDED_METADATA if path.is_dir() else path
+                checkpoint = read_pickled(file)
+                checkpoint[KEY]["validation"] = figures
+                with whole_file(file) as partial:
+                    save_file(checkpoint, partial)
+                _point_last_at(path)  # a hard link or a copy is still without them
+                _flush(path.parent)
+
+        self._do(task)
+
+    def _do(self, task: Callable[[], None]) -> None:
+        """Write while training waits."""
         self._write = Future()
         try:
             task()

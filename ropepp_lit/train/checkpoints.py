@@ -44,7 +44,6 @@ class Checkpoints(Checkpoint):
         self.stop = StopRequest()
         self._writer = CheckpointWriter(in_background=async_save, keep=keep)
         self._saved_step = self._seen_step = 0
-        self._lacks_figures = False
         self.is_dry_run = False
         """Whether nothing is saved; the command sets it."""
 
@@ -75,7 +74,6 @@ class Checkpoints(Checkpoint):
             assert isinstance(pl_module, CausalLM)
             pl_module.log_training()
             self._save(trainer)
-            self._lacks_figures = step >= trainer.max_steps and not _is_sharded(trainer)  # a file can be replaced
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """A signal ends a validation during training; it is made when the run goes on."""
@@ -87,9 +85,18 @@ class Checkpoints(Checkpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last step, whatever the interval, with the results of its validation."""
-        if trainer.global_step != self._saved_step or self._lacks_figures:
+        if trainer.global_step != self._saved_step:
             self._save(trainer)
+        elif trainer.global_step >= trainer.max_steps:
+            self.add_validation(trainer, pl_module)
         self._writer.close()
+
+    def add_validation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the checkpoint of the last step have the results of its validation. Every rank must call it."""
+        assert isinstance(pl_module, CausalLM)
+        if not self.is_dry_run and pl_module.validated_step == pl_module.steps_taken:
+            path = folder_of(trainer.default_root_dir) / f"step={pl_module.steps_taken}.ckpt"
+            self._writer.add_validation(path, pl_module.last_validation)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the signal handlers."""

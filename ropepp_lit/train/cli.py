@@ -261,6 +261,7 @@ class RecipeCLI(LightningCLI):
             return
         if self.model.validated_step != self.model.steps_taken:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            self.config_init.fit.checkpoints.add_validation(self.trainer, self.model)
         rank_zero_print(validation_summary(self.model, self.datamodule))
         prompt, seconds = self.config_init["fit"].sample.prompt, time.monotonic() - self._started
         rank_zero_print(training_summary(self.model, self.trainer, prompt=prompt, seconds=seconds))

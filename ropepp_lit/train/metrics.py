@@ -52,7 +52,7 @@ class TokenLoss(Metric):
         """Add the sums that a checkpoint stores; those of a metric of another kind are left out."""
         if stored.keys() == self.states.keys():
             for name, value in self.states.items():
-                value += torch.tensor(stored[name])
+                value += torch.tensor(stored[name], dtype=value.dtype)
 
     def _apply(self, fn: Callable, exclude_state: Sequence[str] = "") -> TokenLoss:
         super()._apply(fn, exclude_state)

@@ -21,6 +21,7 @@ from ropepp_lit.train import throughput
 from ropepp_lit.train.callbacks import TextSample
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.costs import training_flops
+from ropepp_lit.train.metrics import PairLoss, TokenLoss
 from ropepp_lit.train.optimizer import AdamW, Muon
 from ropepp_lit.train.schedule import Cosine
 from ropepp_lit.train.throughput import Throughput
@@ -215,6 +216,15 @@ class NormAtStep(Callback):
         gradients = [p.grad for p in module.decoder.parameters() if p.grad is not None]
         if gradients:
             self.norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+
+
+@pytest.mark.parametrize("metric", [TokenLoss, PairLoss])
+def test_a_checkpoint_keeps_every_digit_of_the_sums(metric):
+    one, other = metric(), metric()
+    for value in one.states.values():
+        value += 1 / 3 if value.is_floating_point() else 2**40 + 1
+    other.go_on({name: value.tolist() for name, value in one.states.items()})
+    assert all(torch.equal(other.states[name], value) for name, value in one.states.items())
 
 
 def test_gradients_are_clipped_by_norm(train):

@@ -32,6 +32,7 @@ STOPS = {
     "an error": (At("on_train_batch_end", kill, batch=13), KillError),
     "an error before the validation": (At("on_validation_start", kill, step=4), KillError),
     "an error after the validation": (At("on_validation_end", kill, step=4), KillError),
+    "an error before the last validation": (At("on_validation_start", kill, step=8), KillError),
     "an error in a save": (At("on_save_checkpoint", kill, step=6), KillError),
 }
 
