@@ -166,8 +166,9 @@ class _Chunks:
             return
         folder = self._folder / f"{len(self._finished):06}"
         self._cache.done()
-        self._cache.merge(1)
-        index = json.loads((folder / INDEX).read_text())
+        # Not litdata's merged index: where a launcher sets WORLD_SIZE, litdata waits for one of each rank, for ever.
+        (own_index,) = folder.glob(f"*.{INDEX}")
+        index = json.loads(own_index.read_text())
         (chunk,) = index["chunks"]
         self._finished.append((folder / chunk["filename"], chunk, index["config"]))
         self._cache = None

@@ -104,6 +104,18 @@ def test_the_installed_command_is_killed_and_goes_on(command_path, run_file, tmp
 
 
 @pytest.mark.end_to_end
+def test_variables_of_a_launcher_change_nothing(run, tmp_path, monkeypatch):
+    """Under torchrun each rank has them while one prepares the data; litdata would wait for the others, for ever."""
+    source = store(tmp_path / "texts", "jsonl", DOCUMENTS)
+    command = ["prepare", source, "--tokenizer", "bytes", "--out"]
+    run(*command, "alone", cwd=tmp_path, timeout=60)
+    for name, value in {"WORLD_SIZE": 4, "RANK": 1, "GLOBAL_RANK": 1, "LOCAL_RANK": 1, "NNODES": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    run(*command, "launched", cwd=tmp_path, timeout=60)
+    assert contents(tmp_path / "launched") == contents(tmp_path / "alone")
+
+
+@pytest.mark.end_to_end
 def test_no_space_left(tmp_path):
     source = store(tmp_path / "texts", "jsonl", DOCUMENTS * 200)
     code = (
