@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 import warnings
@@ -36,7 +37,7 @@ from ropepp_lit.train.finite import DivergedError
 from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.garbage import GarbageCollection
 from ropepp_lit.train.recipe import write_recipe
-from ropepp_lit.train.refusals import in_one_line
+from ropepp_lit.train.refusals import check_launcher, in_one_line
 from ropepp_lit.train.summary import rank_zero_print, stop_summary, training_summary, validation_summary
 from ropepp_lit.train.trainer_options import check_folders, check_options, dry_run, has_progress_bar
 from ropepp_lit.train.validations import is_due, validated_step
@@ -114,6 +115,7 @@ class RecipeCLI(LightningCLI):
         # Now, not when files have been written; also for one device, as each of a launcher's processes would be a run.
         environment = trainer._accelerator_connector.cluster_environment
         environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
+        check_launcher(os.environ)
         return trainer
 
     def instantiate_classes(self) -> None:

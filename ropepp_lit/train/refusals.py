@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -70,6 +70,26 @@ def in_one_line(key: str) -> Iterator[None]:
         if modules and modules[-1].startswith(_REFUSE):
             raise UsageError(f"{key}: {_in_words(error)}") from error
         raise
+
+
+def check_launcher(variables: Mapping[str, str]) -> None:
+    """Refuse restarts by torchrun in which the new processes would wait for those before them.
+
+    They find the addresses of the ones before in the store that they share with the launcher (pytorch issue 135712).
+
+    Args:
+        variables: The process's environment.
+
+    Raises:
+        UsageError: torchrun may start processes again and keeps their store.
+    """
+    restarts = variables.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    keeps_store = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restarts != "0" and keeps_store and variables.get("WORLD_SIZE", "1") != "1":
+        raise UsageError(
+            f"torchrun --max_restarts {restarts}: restarted processes would wait for those before them, for ever; put "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+        )
 
 
 def _root(error: BaseException) -> BaseException:

@@ -15,8 +15,9 @@ pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
-def test_torchrun_starts_all_ranks_again_when_one_was_killed(tiny, tmp_path, start_training):
+def test_torchrun_starts_all_ranks_again_when_one_was_killed(tiny, tmp_path, start_training, monkeypatch):
     """As `torchrun --max_restarts` does on a cluster; three times, the last rank each time."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     options = ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--trainer.max_steps", "60"]
     fit = ["-m", "ropepp_lit", "fit", *tiny, *options, "--ckpt_path", "auto", "--trainer.default_root_dir"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]

@@ -68,6 +68,7 @@ def test_refused(mistake, options, expected):
 
 SLURM = {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+RESTARTS = {**TORCHRUN, "WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
 @pytest.mark.parametrize(
@@ -98,6 +99,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "
         ([], TORCHRUN, "the cluster's environment variables: WORLD_SIZE is not set"),
         ([], {**TORCHRUN, "WORLD_SIZE": "2"}, "environment variables: You set `devices=1` and `num_nodes=1`"),
         (["--trainer.devices", "2"], {**TORCHRUN, "WORLD_SIZE": "3"}, "environment variables: You set `devices=2`"),
+        (["--trainer.devices", "2"], RESTARTS, "put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"),
     ],
 )
 def test_refused_by_lightning(mistake, monkeypatch, options, environment, expected):
