@@ -8,7 +8,7 @@ import sys
 from typing import NoReturn
 
 from ropepp_lit import __version__
-from ropepp_lit.errors import DISK_FULL, UsageError
+from ropepp_lit.errors import DISK_FULL, LostProcessError, UsageError
 from ropepp_lit.own_modules import find_in_current_folder, leave_current_folder
 from ropepp_lit.terminal import prepare_streams, quiet_full_disk_in_threads
 
@@ -36,8 +36,8 @@ PRINTING = ("generate", "chat", "plan")
 def main(arguments: list[str] | None = None) -> None:
     """Run the command.
 
-    Exits with 2 after a user's mistake, 130 after Ctrl-C, and 141 where a command that only prints loses its reader,
-    as in `ropepp-lit generate … | head`.
+    Exits with 2 after a user's mistake, 1 where another process of a run is lost, 130 after Ctrl-C, and 141 where a
+    command that only prints loses its reader, as in `ropepp-lit generate … | head`.
 
     Args:
         arguments: Words behind `ropepp-lit`; empty means those of the process.
@@ -56,6 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
             os.environ["PYTHONSAFEPATH"] = "1"  # Python processes that are started do not put their folder first
     try:
         _run(arguments)
+    except LostProcessError as error:
+        _fail(str(error), 1, arguments, on_every_rank=True)
     except UsageError as error:
         _fail(str(error), 2, arguments)
     except KeyboardInterrupt:
@@ -80,10 +82,10 @@ def _run(arguments: list[str]) -> None:
     importlib.import_module(SUBCOMMANDS[arguments[0]][1]).main(arguments)
 
 
-def _fail(problem: str, code: int, arguments: list[str]) -> NoReturn:
+def _fail(problem: str, code: int, arguments: list[str], *, on_every_rank: bool = False) -> NoReturn:
     # All ranks of a run find the same mistake. Alone, LOCAL_RANK is left over from another program.
     is_rank = arguments[:1] in (["fit"], ["validate"]) and "WORLD_SIZE" in os.environ
-    if not is_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+    if on_every_rank or not is_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"ropepp-lit: error: {' '.join(problem.split())}", file=sys.stderr)
     sys.exit(code)
 

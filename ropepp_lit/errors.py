@@ -1,4 +1,4 @@
-"""The one error of a user's mistake, and what the system answers when a disk is full."""
+"""Errors that are told in one line, and what the system answers when a disk is full."""
 
 import errno
 
@@ -10,4 +10,11 @@ class UsageError(ValueError):
     """A user's mistake, told in one line that names the key or file and the remedy.
 
     The command prints the line and exits with code 2. Every other exception is a bug and keeps its traceback.
+    """
+
+
+class LostProcessError(UsageError):
+    """Another process of a distributed run cannot be reached any more; every process that notices it prints the line.
+
+    The command exits with code 1, so that a launcher may start all of them again.
     """

@@ -109,16 +109,29 @@ def attempt(
         words = inputs_of(job, inputs) + (["--trainer.devices", str(job.ranks)] if job.ranks > 1 else [])
         variables = {"CHAOS_FOLDER": str(work), **several, **faults.get(rank, {})}
         ids.append(processes.start(words, work, outputs[-1], errors[-1], **variables))
-    actor = threading.Thread(target=act, args=(ids,)) if act else None
-    if actor:
-        actor.start()
+    threads = [threading.Thread(target=act, args=(ids,))] if act else []
+    threads += [threading.Thread(target=_launch, args=(ids,))] if job.ranks > 1 else []
+    for thread in threads:
+        thread.start()
     deadline = started + job.limit_s
     codes = [processes.wait(number, max(deadline - time.monotonic(), 1.0)) for number in ids]
     seconds = time.monotonic() - started
-    if actor:
-        actor.join()
+    for thread in threads:
+        thread.join()
     printed = "" if outputs[0].is_fifo() else outputs[0].read_text(errors="replace")
     return Attempt(codes, printed, [path.read_text(errors="replace") for path in errors], seconds)
+
+
+def _launch(processes: list[int]) -> None:
+    """End what is left of a run when one of its processes has ended, as launchers do; returns when all have."""
+    while all(map(is_alive, processes)):
+        time.sleep(0.1)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + 30
+        while any(map(is_alive, processes)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for process in filter(is_alive, processes):
+            os.kill(process, number)
 
 
 def build_faults(folder: Path) -> Path | None:

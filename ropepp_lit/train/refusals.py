@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import re
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 
+import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ropepp_lit.errors import UsageError
+from ropepp_lit.errors import LostProcessError, UsageError
 
 _ENVIRONMENTS = "lightning.fabric.plugins.environments"
 _REFUSE = (
@@ -60,12 +62,17 @@ def in_one_line(key: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         root = _root(error)
+        if _is_lost_process(root) and not _is_connecting(error):
+            raise LostProcessError(
+                f"another process of the run cannot be reached any more ({_first_sentence(root)}); its own last lines "
+                "say why; continue by --ckpt_path auto"
+            ) from error
         if _is_refusal(root) and root is not error:  # the parser tried a class whose arguments Lightning refuses
             raise UsageError(f"{key}: {_message(root)}") from error
         modules = _modules(error.__traceback__)
         if any(module.startswith(_ENVIRONMENTS) for module in modules):
             raise UsageError(f"the cluster's environment variables: {_in_words(error)}") from error
-        if any(name == "_init_dist_connection" for name in _functions(error.__traceback__)):
+        if _is_connecting(error):
             raise UsageError(f"the processes cannot connect: {_in_words(error)}") from error
         if modules and modules[-1].startswith(_REFUSE):
             raise UsageError(f"{key}: {_in_words(error)}") from error
@@ -97,6 +104,21 @@ def _root(error: BaseException) -> BaseException:
     while (before := error.__cause__ or error.__context__) is not None:
         error = before
     return error
+
+
+def _is_lost_process(error: BaseException) -> bool:
+    """Whether a collective failed because another process has ended, or does not answer in time."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def _is_connecting(error: BaseException) -> bool:
+    """Whether the processes were about to find each other."""
+    return "_init_dist_connection" in _functions(error.__traceback__)
+
+
+def _first_sentence(error: BaseException) -> str:
+    """Of an error of a collective, without the place in the library's source."""
+    return re.sub(r"^\[[^]]*\] *", "", _message(error)).split(". ")[0]
 
 
 def _is_refusal(error: BaseException) -> bool:

@@ -4,7 +4,10 @@ import inspect
 
 import lightning.pytorch as pl
 import pytest
+import torch.distributed as dist
 
+from ropepp_lit.errors import LostProcessError
+from ropepp_lit.train.refusals import in_one_line
 from ropepp_lit.train.trainer_options import REFUSED_OPTIONS, TAKEN_OPTIONS
 
 pytestmark = pytest.mark.end_to_end
@@ -106,3 +109,25 @@ def test_refused_by_lightning(mistake, monkeypatch, options, environment, expect
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert expected in mistake(*options)
+
+
+GLOO = "[/build/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:8861. This is"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError(f"{GLOO} typically caused by a crash."), "(Connection closed by peer [127.0.0.1]:8861)"),
+        (dist.DistBackendError("NCCL error: remote process exited"), "(NCCL error: remote process exited)"),
+        (dist.DistNetworkError("Connection reset by peer"), "(Connection reset by peer)"),
+    ],
+)
+def test_a_process_that_was_killed(error, expected):
+    with pytest.raises(LostProcessError) as lost, in_one_line("trainer"):
+        raise error
+    assert f"another process of the run cannot be reached any more {expected}; its own last lines" in str(lost.value)
+
+
+def test_an_error_of_ours_is_no_lost_process():
+    with pytest.raises(RuntimeError, match="shapes"), in_one_line("trainer"):
+        raise RuntimeError("shapes do not match")
