@@ -12,7 +12,7 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
 
-from ropepp_lit.errors import DISK_FULL, UsageError
+from ropepp_lit.errors import DISK_ERRORS, UsageError
 from ropepp_lit.files import local_path, system_error
 
 _read_yaml = get_loader("yaml")
@@ -101,11 +101,12 @@ def call(function: Callable[..., None], arguments: list[str]) -> None:
         raise
     except Exception as error:
         refusal = system_error(error)
-        if refusal is None or refusal.errno not in DISK_FULL:
+        remedy = None if refusal is None else DISK_ERRORS.get(refusal.errno or 0)
+        if refusal is None or remedy is None:
             raise
         where = refusal.filename or values.get("out") or values.get("gguf") or "the disk"
         raise UsageError(
-            f"{where}: cannot be written: {refusal.strerror}; make room and run the command again"
+            f"{where}: cannot be written: {refusal.strerror}; {remedy} and run the command again"
         ) from error
 
 

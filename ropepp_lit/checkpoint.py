@@ -189,9 +189,9 @@ def save_file(checkpoint: dict[str, Any], path: Path) -> None:
         try:
             torch.save(checkpoint, file)
         except RuntimeError as error:
-            # torch's archive writer fails again when it closes a file that it could not write; the cause comes before.
-            cause = error.__context__
-            raise cause if isinstance(cause, OSError) else error from None
+            # torch's archive writer fails again when it closes a file that it could not write. The cause comes before:
+            # a full disk, or Ctrl-C.
+            raise error.__context__ or error from None
         file.flush()
         sync(file.fileno())
 

@@ -8,7 +8,7 @@ import sys
 from typing import NoReturn
 
 from ropepp_lit import __version__
-from ropepp_lit.errors import DISK_FULL, LostProcessError, UsageError
+from ropepp_lit.errors import DISK_ERRORS, LostProcessError, UsageError
 from ropepp_lit.own_modules import find_in_current_folder, leave_current_folder
 from ropepp_lit.terminal import prepare_streams, quiet_full_disk_in_threads
 
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         _fail("interrupted", 130, arguments)
     except OSError as error:
-        if error.filename is None and error.errno not in DISK_FULL:
+        if error.filename is None and error.errno not in DISK_ERRORS:
             raise
         _fail(f"{error.filename or 'disk'}: {error.strerror}", 2, arguments)
     sys.stdout.flush()  # here, where a reader that has gone is no error

@@ -1,9 +1,15 @@
-"""Errors that are told in one line, and what the system answers when a disk is full."""
+"""Errors that are told in one line, and what the system answers when a disk cannot be written."""
 
 import errno
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Numbers of the errors: no space, no quota left, a file beyond the largest size."""
+DISK_ERRORS = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "make room",  # a file beyond the largest size
+    errno.EROFS: "make the file system writable",
+    errno.EIO: "check the disk",
+}
+"""What the system answers when a disk cannot be written, by number, and what to do."""
 
 
 class UsageError(ValueError):

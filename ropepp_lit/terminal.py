@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import errno
 import io
 import os
 import sys
 import threading
 from typing import Any
 
-from ropepp_lit.errors import DISK_FULL
+from ropepp_lit.errors import DISK_ERRORS
 
 READER_GONE = 141
 """Exit code of a command that only prints, when nobody reads on: that of a program ended by SIGPIPE."""
@@ -60,7 +59,7 @@ def quiet_full_disk_in_threads() -> None:
 
     def hook(arguments: threading.ExceptHookArgs) -> None:
         error = arguments.exc_value
-        if not (isinstance(error, OSError) and error.errno in (*DISK_FULL, errno.EROFS, errno.EIO)):
+        if not (isinstance(error, OSError) and error.errno in DISK_ERRORS):
             previous(arguments)
 
     threading.excepthook = hook

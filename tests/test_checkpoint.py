@@ -1,3 +1,5 @@
+import errno
+import io
 import tracemalloc
 
 import pytest
@@ -76,3 +78,21 @@ def test_a_pointer_of_git_lfs_is_no_checkpoint(tmp_path):
     (tmp_path / "model.ckpt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(UsageError, match=r"model\.ckpt: a git-lfs pointer, not the file; run `git lfs pull` in "):
         checkpoint.read_checkpoint(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_stops_a_write_is_raised_itself(error):
+    """torch's archive writer fails again in between."""
+
+    class File(io.BytesIO):
+        def write(self, content):
+            if self.tell() > 1000:
+                raise error
+            return super().write(content)
+
+    class Path:
+        def open(self, mode):
+            return File()
+
+    with pytest.raises(type(error)):
+        checkpoint.save_file({"weights": torch.zeros(1000)}, Path())

@@ -214,15 +214,15 @@ def _new_checkpoint(out: str) -> Path:
     path = Path(out)
     if path.suffix != ".ckpt":
         raise UsageError(f"out: {out}: name a file that ends with .ckpt")
-    for file in (path, path.with_suffix(".yaml")):
-        if file.exists():
-            raise UsageError(f"out: {file}: there already; name another file")
+    if path.exists():
+        raise UsageError(f"out: {path}: there already; name another file")
     return path
 
 
 def _write(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint and the recipe that goes on from it; say what was written and what to type next."""
     from ropepp_lit.checkpoint import KEY, load_decoder, write_checkpoint
+    from ropepp_lit.errors import UsageError
     from ropepp_lit.files import write_errors, write_whole
     from ropepp_lit.hf.folder import describe_dtypes
     from ropepp_lit.text.tokenizer import TextTokenizer
@@ -232,12 +232,16 @@ def _write(path: Path, checkpoint: dict[str, Any]) -> None:
     decoder = load_decoder(checkpoint)
     layout = decoder.head_layout
     fragment = path.with_suffix(".yaml")
-    write_checkpoint(path, checkpoint)
+    recipe = to_yaml(recipe_from(path, ours))
+    # The recipe first: the same command goes on where it was killed after it.
+    if fragment.exists() and fragment.read_bytes() != recipe.encode():
+        raise UsageError(f"out: {fragment}: there already; name another file")
+    with write_errors(fragment):
+        write_whole(fragment, recipe)
     try:
-        with write_errors(fragment):
-            write_whole(fragment, to_yaml(recipe_from(path, ours)))
+        write_checkpoint(path, checkpoint)
     except BaseException:
-        path.unlink()
+        fragment.unlink()
         raise
     texts = "" if ours["tokenizer"] is None else f"\n{TextTokenizer.from_entry(ours).description}"
     print(

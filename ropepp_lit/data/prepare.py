@@ -13,7 +13,7 @@ from ropepp_lit.data.preparation import Preparation, Settings, stop
 from ropepp_lit.data.report import conversation_lines
 from ropepp_lit.data.shards import FORMAT_VERSION, MANIFEST, Manifest
 from ropepp_lit.data.shares import Share
-from ropepp_lit.errors import DISK_FULL, UsageError
+from ropepp_lit.errors import DISK_ERRORS, UsageError
 from ropepp_lit.files import check_new_folder, locked
 from ropepp_lit.text.sources import Source, SourceFile, find, find_files, identify
 from ropepp_lit.text.tokenizer import load_tokenizer
@@ -120,10 +120,11 @@ def prepare(
             work = sources, found, settings, identity, fingerprint, out, key, share, show_progress, tell
             return Preparation(*work).run()
         except OSError as error:
-            if error.errno not in DISK_FULL:
+            remedy = DISK_ERRORS.get(error.errno or 0)
+            if remedy is None:
                 raise
             raise UsageError(
-                f"out: {out}: {error.strerror}; make room and run the same command again: finished parts are kept"
+                f"out: {out}: {error.strerror}; {remedy} and run the same command again: finished parts are kept"
             ) from error
 
 

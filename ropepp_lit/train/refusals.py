@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import traceback
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,7 @@ from types import TracebackType
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ropepp_lit.errors import LostProcessError, UsageError
+from ropepp_lit.errors import DISK_ERRORS, LostProcessError, UsageError
 
 _ENVIRONMENTS = "lightning.fabric.plugins.environments"
 _REFUSE = (
@@ -37,8 +36,6 @@ _REFUSE = (
 _MAX_LENGTH = 400
 """Characters of a message of several lines that is still given as a whole."""
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-
 
 @contextmanager
 def in_one_line(key: str) -> Iterator[None]:
@@ -54,7 +51,7 @@ def in_one_line(key: str) -> Iterator[None]:
     except MisconfigurationException as error:
         raise UsageError(f"{key}: {_message(error)}") from error
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in DISK_ERRORS:
             raise
         raise UsageError(
             f"{error.filename or 'the files of the run'}: cannot be written: {error.strerror}; when that is fixed, "

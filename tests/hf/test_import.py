@@ -187,12 +187,16 @@ def test_the_command(run, mistake, tmp_path):
     assert "Notice:" in first
     assert "has no tokenizer" in first
     assert read_checkpoint(tmp_path / "model.ckpt")[KEY]["origin"] == "llama"
+    (tmp_path / "model.ckpt").unlink()  # as after a kill between the recipe and the checkpoint
+    run("import", folder, "model.ckpt", cwd=tmp_path)
+    (tmp_path / "mine.yaml").write_text("model: {}\n")
     out = run("export", "model.ckpt", "hf", "--dtype", "bfloat16", cwd=tmp_path).stdout
     assert "hf is written; loaded by transformers, its logits differ by" in out
     assert "stores no tokenizer, so the folder has none" in out
     assert {value.dtype for value in load_file(tmp_path / "hf" / "model.safetensors").values()} == {torch.bfloat16}
     for (subcommand, *arguments), message in (
         (("import", folder, "model.ckpt"), "out: model.ckpt: there already; name another file"),
+        (("import", folder, "mine.ckpt"), "out: mine.yaml: there already; name another file"),
         (("import", folder, "model.pt"), "out: model.pt: name a file that ends with .ckpt"),
         (("import", tmp_path, "other.ckpt"), "no config.json there; name a folder in Hugging Face's format"),
         (("export", "model.ckpt", "hf"), "hf is not empty; name an empty or a new folder"),
