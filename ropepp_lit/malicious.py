@@ -25,6 +25,6 @@ def refuse_malicious() -> None:
         if version in versions:
             fixed = " ".join(f"'{package}>=2.6.4,<2.7'" for package in MALICIOUS)
             raise UsageError(
-                f"{name} {version} is malicious (GHSA-w37p-236h-pfx3) and was not imported: run pip install {fixed}, and "
-                "replace every password, key and token on this machine if anything else has imported it"
+                f"{name} {version} is malicious (GHSA-w37p-236h-pfx3) and was not imported: run pip install {fixed}, "
+                "and replace every password, key and token on this machine if anything else has imported it"
             )
