@@ -113,7 +113,7 @@ def rows_by_batch(folder):
 
 def files_of(folder):
     """Names of a run's files; the shards of a checkpoint count as one."""
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
     found = {name.partition(".ckpt/")[0] + ".ckpt" if ".ckpt/" in name else name for name in found}
     return {"tensorboard" if name.startswith("tensorboard") else name for name in found}
 
