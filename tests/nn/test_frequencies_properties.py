@@ -64,10 +64,12 @@ def test_yarn_by_rotations(base, head_dim, factor, context, betas):
     assert frequencies.reach == round(factor * context)
 
 
-def of_transformers(head_dim, **parameters):
-    config = LlamaConfig(hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim, rope_parameters=parameters)
-    found, attention_factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, device="cpu")
-    return found, attention_factor
+def of_transformers(head_dim, *, rope_theta, **rope_scaling):
+    """By the arguments of transformers 4, which 5 takes too."""
+    config = LlamaConfig(
+        hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim, rope_theta=rope_theta, rope_scaling=rope_scaling
+    )
+    return ROPE_INIT_FUNCTIONS[rope_scaling["rope_type"]](config, device="cpu")
 
 
 @given(base=BASES, head_dim=HEAD_DIMS, factor=FACTORS, context=CONTEXTS, betas=BETAS, truncate=st.booleans())

@@ -150,7 +150,8 @@ def test_nodes_train_as_one_process_does(fit, alone, per_node, strategy):
     assert_same_run(folder, alone, step=STEPS)
     # It goes on with two processes, and ends as the process that was never stopped.
     resumed = ["--ckpt_path", folder / f"checkpoints/step={STEPS}.ckpt"]
-    goes_on = fit(f"{strategy}-{world}-on", *STRATEGIES["ddp"], *resumed, per_node=2, steps=STEPS + 2)
+    other = "ddp" if strategy != "shards" else "fsdp2"  # which alone reads folders of shards
+    goes_on = fit(f"{strategy}-{world}-on", *STRATEGIES[other], *resumed, per_node=2, steps=STEPS + 2)
     whole = alone.with_name("whole")
     if not whole.exists():
         fit("whole", steps=STEPS + 2)
