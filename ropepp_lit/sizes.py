@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from ropepp_lit.errors import UsageError
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+_DIGITS = r"\d{1,18}"
+"""Of a number: more than any file or context needs, and fewer than the thousands that int() refuses."""
 
 
 def parse_bytes(key: str, text: str) -> int:
@@ -19,8 +23,8 @@ def parse_bytes(key: str, text: str) -> int:
     Raises:
         UsageError: it is no size of a byte or more.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, re.ASCII | re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS.get(match[2].lower(), 0)) if match else 0
+    match = re.fullmatch(rf"\s*({_DIGITS}(?:\.{_DIGITS})?)\s*([a-z]+)\s*", text, re.ASCII | re.IGNORECASE)
+    size = int(Fraction(match[1]) * _UNITS.get(match[2].lower(), 0)) if match else 0
     if size < 1:
         raise UsageError(f"{key}: {text!r} is no size such as 64MB or 80GiB")
     return size
@@ -38,7 +42,7 @@ def parse_tokens(key: str, text: str) -> list[int]:
     """
     found = set()
     for word in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(k?)\s*", word, re.ASCII | re.IGNORECASE)
+        match = re.fullmatch(rf"\s*({_DIGITS})(k?)\s*", word, re.ASCII | re.IGNORECASE)
         tokens = int(match[1]) * (1024 if match[2] else 1) if match else 0
         if tokens < 1:
             raise UsageError(f"{key}: {word.strip()!r} is no number of tokens such as 512 or 64k")

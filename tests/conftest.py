@@ -12,10 +12,17 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import hypothesis
 import psutil
 import pytest
 
 from ropepp_lit.cli import main
+
+# Of tests of properties: the same examples each time; as many others as find rare faults by --hypothesis-profile=long.
+SHARED = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("suite", max_examples=200, derandomize=True, **SHARED)
+hypothesis.settings.register_profile("long", max_examples=10_000, print_blob=True, **SHARED)
+hypothesis.settings.load_profile("suite")
 
 # For PyTorch, which nothing has imported yet, here and in the processes that tests start: the models are tiny, and the
 # tests run in parallel.

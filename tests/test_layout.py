@@ -20,7 +20,7 @@ LAYERS = (
     {"sharded"},
     {"nn"},
     {"arguments"},
-    {"files", "sizes", "terminal"},
+    {"files", "malicious", "sizes", "terminal"},
     {"errors"},
 )
 """From the top; a module imports what stands below its own layer. Packages of one layer do not import each other."""

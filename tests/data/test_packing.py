@@ -12,7 +12,7 @@ from marked import conversations, found_pairs, trained_pairs, write_marked
 
 from ropepp_lit.data.comparison import CHAT_TEMPLATE, compare, continued_at
 from ropepp_lit.data.conversations import merge_settings
-from ropepp_lit.data.packing import Lengths, PackedPlan, best_fit_decreasing
+from ropepp_lit.data.packing import Lengths, PackedPlan
 from ropepp_lit.data.prepare import Settings, prepare
 from ropepp_lit.data.shards import Manifest
 from ropepp_lit.data.token_data import TokenData
@@ -39,73 +39,12 @@ def open_data(source, *, max_steps=10, replicas=1, rank=0, **settings):
     return data
 
 
-def random_lengths(seed):
-    rng = np.random.default_rng(seed)
-    places = int(rng.integers(2, 80))
-    kept = [rng.integers(0, places + 1, int(rng.integers(1, 60))) for _ in range(int(rng.integers(1, 30)))]
-    kept[0][0] = places
-    starts = [np.cumsum(lengths) - lengths for lengths in kept]
-    return Lengths(starts, kept, 1, places, 0, 0), places
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_every_conversation_is_in_one_row_of_each_pass(seed):
-    lengths, places = random_lengths(seed)
-    expected = {
-        (chunk, int(start), int(size))
-        for chunk, pair in enumerate(zip(lengths.starts, lengths.kept, strict=True))
-        for start, size in zip(*pair, strict=True)
-        if size
-    }
-    plan, other = (PackedPlan(lengths, places=places, seed=seed) for _ in range(2))
-    in_order = PackedPlan(lengths, places=places, seed=None)
-    count = plan.samples_per_pass
-    assert count == in_order.samples_per_pass
-    passes = [[plan.locate(sample) for sample in range(epoch * count, (epoch + 1) * count)] for epoch in range(3)]
-    for rows in (*passes, [in_order.locate(sample) for sample in range(count)]):
-        spans = [tuple(span) for row in rows for span in row]
-        assert len(spans) == len(set(spans)) == plan.documents
-        assert set(spans) == expected
-        assert all(0 < sum(span.num_tokens for span in row) <= places for row in rows)
-    assert plan.padding == pytest.approx(1 - sum(span[2] for span in expected) / (count * places))
-    samples = np.random.default_rng(seed).integers(0, 3 * count, 20)  # any of them can be asked first
-    assert [other.locate(int(k)) for k in samples] == [passes[k // count][k % count] for k in samples]
-
-
 def test_rows_of_another_pass_hold_other_conversations():
     lengths = Lengths([np.arange(400) * 20], [np.repeat([7, 9, 11, 13], 100)], 7, 13, 0, 0)
     plan = PackedPlan(lengths, places=40, seed=0)
     count = plan.samples_per_pass
     first, second = ({frozenset(plan.locate(k + epoch * count)) for k in range(count)} for epoch in range(2))
     assert len(first & second) < count / 10
-
-
-def first_fit(lengths, places):
-    rooms = []
-    for length in lengths:
-        row = next((row for row, room in enumerate(rooms) if room >= length), None)
-        if row is None:
-            rooms.append(places)
-            row = -1
-        rooms[row] -= length
-    return len(rooms)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_rows_are_those_of_best_fit_decreasing_and_no_more_than_of_first_fit(seed):
-    rng = np.random.default_rng(seed)
-    lengths, places = np.clip(rng.lognormal(3.5, 1, 500).astype(int), 1, 257), 257
-    falling = -np.sort(-lengths)
-    rooms = []  # plainly
-    for length in falling:
-        fitting = [row for row, room in enumerate(rooms) if room >= length]
-        if not fitting:
-            rooms.append(places)
-        rooms[min(fitting, key=lambda row: rooms[row], default=-1)] -= length
-    found = np.bincount(best_fit_decreasing(falling, places), weights=falling)
-    assert sorted(places - found) == sorted(rooms)
-    assert len(found) <= first_fit(lengths, places)
-    assert lengths.sum() / (len(found) * places) > 0.97
 
 
 def test_the_order_never_changes():

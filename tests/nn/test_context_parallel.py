@@ -2,7 +2,7 @@
 
 import multiprocessing
 from datetime import timedelta
-from itertools import chain, pairwise, product
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,6 @@ from ropepp_lit.nn.context_parallel import (
     ContextGroup,
     choose_mode,
     elements_moved,
-    shard_documents,
     tokens_of_rank,
 )
 from ropepp_lit.nn.kernels import Segments, attend, attend_packed
@@ -115,41 +114,6 @@ def test_processes_compute_what_one_does(ranks):
     multiprocessing.set_forkserver_preload(["ropepp_lit.nn", "pytest"])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     mp.start_processes(compare, args=(ranks, store.port), nprocs=ranks, start_method="forkserver")
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-def test_ranks_have_all_tokens_and_gather_balances_scores(ranks):
-    for mode in MODES:
-        parts = [tokens_of_rank(48, ranks, rank, mode) for rank in range(ranks)]
-        tokens = [[token for part in one for token in range(48)[part]] for one in parts]
-        assert sorted(chain(*tokens)) == list(range(48))
-        assert all(one == sorted(one) for one in tokens)
-        scores = {sum(token + 1 for token in one) for one in tokens}
-        assert len(scores) == 1 if mode == "gather" else ranks
-
-
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_segments_are_documents_up_to_a_chunk(ranks):
-    """Each query's keys, taken apart again, are the tokens of its document up to itself."""
-    _, _, documents = batch(packed=True)
-    owners = documents.ids + torch.arange(ROWS)[:, None] * 100
-    for rank in range(ranks):
-        found = shard_documents(documents, ROWS, TOKENS, ranks, rank)
-        parts = tokens_of_rank(TOKENS, ranks, rank, "gather")
-        tokens = torch.cat([torch.arange(TOKENS)[part] for part in parts])
-        queries = (torch.arange(ROWS)[:, None] * TOKENS + tokens).flatten().tolist()
-        query_bounds, key_bounds = found.segments.query_bounds.tolist(), found.segments.key_bounds.tolist()
-        assert query_bounds[-1] == len(queries)
-        assert key_bounds[-1] == len(found.key_places)
-        assert found.segments.longest_query == max(b - a for a, b in pairwise(query_bounds))
-        assert found.segments.longest_key == max(b - a for a, b in pairwise(key_bounds))
-        for i, (first, last) in enumerate(pairwise(query_bounds)):
-            keys = found.key_places[key_bounds[i] : key_bounds[i + 1]].tolist()
-            for j, query in enumerate(queries[first:last]):
-                seen = keys[: len(keys) - (last - first) + j + 1]
-                owner = owners.flatten()[query]
-                assert seen == [t for t in range(query + 1) if owners.flatten()[t] == owner]
-        assert torch.equal(found.positions, documents.positions[:, tokens])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

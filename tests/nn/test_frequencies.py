@@ -11,15 +11,17 @@ from ropepp_lit.nn import Clipped, Frequencies, Linear, Llama3, Yarn, YarnByRota
 HEAD_DIM = 128
 
 
-def of_transformers(**rope_parameters):
+def of_transformers(*, rope_theta, **rope_scaling):
+    """By the arguments of transformers 4, which 5 takes too."""
     config = LlamaConfig(
         hidden_size=8 * HEAD_DIM,
         num_attention_heads=8,
         head_dim=HEAD_DIM,
         max_position_embeddings=131_072,
-        rope_parameters=rope_parameters,
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
     )
-    return ROPE_INIT_FUNCTIONS[rope_parameters["rope_type"]](config, device="cpu")
+    return ROPE_INIT_FUNCTIONS[rope_scaling["rope_type"]](config, device="cpu")
 
 
 @pytest.mark.parametrize(

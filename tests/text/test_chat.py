@@ -1,6 +1,5 @@
 """Chat templates: the text and ids are transformers', and what is trained is exactly what the assistant writes."""
 
-import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,38 +185,6 @@ def test_variables_of_the_template_change_what_opens_a_turn(family):
     conversation = Conversation(messages=messages, options={"enable_thinking": False})
     rendered = template.render_trained(conversation)
     assert [rendered.text[start:end] for start, end in rendered.spans] == ["b<|im_end|>"]
-
-
-PIECES = [
-    "assistant", "yes", " ", "\n", "\t", "\u00a0", "🙂", "漢字", "<|im_end|>", "<|im_start|>assistant\n", "</s>",
-    "### Answer: ", " [/INST] ", "<start_of_turn>model\n", "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "<think>", "</think>", THINKING, "\U000f0000",
-]  # fmt: skip
-
-
-def random_conversation(rng, name):
-    def content():
-        return "".join(rng.choice(PIECES) for _ in range(rng.randint(0, 5)))
-
-    def answer():
-        return next(text for _ in iter(int, 1) if (text := content()).rpartition("</think>")[2].strip())
-
-    messages = [{"role": "system", "content": content()}] if name != "gemma" and rng.random() < 0.4 else []
-    for _ in range(rng.randint(1, 4)):
-        turns = 1 if name == "mistral" else rng.choice((1, 1, 1, 2))
-        messages += [user(content()), *(assistant(answer()) for _ in range(turns))]
-    for message in messages:
-        if name == "reasoning" and message["role"] == "assistant" and rng.random() < 0.3:
-            message["reasoning_content"] = content()
-    return messages[1:] if name != "mistral" and rng.random() < 0.2 else messages
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_spans_are_those_of_generation_marks_in_any_conversation(family, name):
-    for seed in range(20):
-        conversation = Conversation(messages=random_conversation(random.Random(seed), name))
-        found, marked = (family(name, marks).template.render_trained(conversation) for marks in (False, True))
-        assert found == marked, seed
 
 
 BEGIN = "{% for m in messages %}"

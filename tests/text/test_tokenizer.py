@@ -1,5 +1,4 @@
 import json
-import random
 import re
 from pathlib import Path
 
@@ -110,18 +109,6 @@ def test_a_prompt_that_begins_with_what_begins_texts(folder):
     assert loaded.encode_prompt(f"A fox{eos}")[-1] == loaded.eos_token_id  # a special token in a prompt is one
     assert loaded.eos_token_id not in loaded.encode_text(f"A fox{eos}")
     assert loaded.encode_prompt("") == (list(loaded.opening) or [loaded.eos_token_id])
-
-
-def test_streamed_text_is_that_of_one_decode(folder):
-    loaded, rng = load_tokenizer(str(folder)), random.Random(0)
-    for number in range(60):
-        prompt = loaded.encode_prompt("A fox ") if number % 2 else []
-        ids = [rng.randrange(loaded.vocab_size) for _ in range(rng.choice((1, 5, 90)))]
-        if number % 3 == 0:
-            ids = loaded.encode_text(others.LONG[number : number + 120])[: rng.randrange(1, 60)]
-        stream = TextStream(loaded, prompt)
-        streamed = "".join([*map(stream.push, ids), stream.finish()])
-        assert streamed == loaded.decode(prompt + ids)[len(loaded.decode(prompt)) :]
 
 
 def test_streamed_bytes_that_are_no_text_do_not_wait_for_ever():

@@ -44,7 +44,7 @@ def meta(config=TINY, scheme=EC):
         return Decoder(config, scheme, Frequencies())
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [2, 1024])
 def test_ddp_sends_each_gradient_twice(devices):
     """A ring's all-reduce: a reduce-scatter and an all-gather of N / P numbers, P - 1 times each."""
     setup = Setup(rows=1, context_length=64, strategy="ddp", devices=devices, accumulate_grad_batches=3)
@@ -80,11 +80,14 @@ def test_accumulation_counts_every_micro_batch(changes, gathers, scatters):
     assert counts.sent[Collective("reduce-scatter", 8)] == scatters * whole
 
 
-def test_hsdp_reduces_shards_over_replicas():
-    setup = Setup(rows=1, context_length=64, strategy="fsdp2", devices=8, replicate_size=2)
-    sent, parameters = run_step(setup).counts.sent, meta().num_parameters
-    assert sent[Collective("reduce-scatter", 4)] == 3 / 4 * 4 * parameters
-    assert sent[Collective("all-reduce", 2)] == 2 * 1 / 2 * 4 * parameters / 4
+@pytest.mark.parametrize(("devices", "replicas"), [(8, 2), (1024, 128)])
+def test_hsdp_reduces_shards_over_replicas(devices, replicas):
+    setup = Setup(rows=1, context_length=64, strategy="fsdp2", devices=devices, replicate_size=replicas)
+    step, parameters, sharing = run_step(setup), meta().num_parameters, devices // replicas
+    sent = step.counts.sent
+    assert sent[Collective("reduce-scatter", sharing)] == (sharing - 1) / sharing * 4 * parameters
+    assert sent[Collective("all-reduce", replicas)] == 2 * (replicas - 1) / replicas * 4 * parameters / sharing
+    assert step.memory["optimizer"] == pytest.approx(8 * parameters / sharing, rel=0.01)
 
 
 def test_sequence_parallelism_exchanges_heads():

@@ -68,7 +68,7 @@ def trained_contexts(results: dict[str, Any]) -> dict[int, list[str]]:
 
 def short_length(tokens: float) -> str:
     """512, 1k, 2k, …: k stands for 1,024."""
-    return f"{tokens // 1024:g}k" if tokens >= 1024 and tokens % 1024 == 0 else f"{tokens:,g}"
+    return f"{tokens // 1024:.12g}k" if tokens >= 1024 and tokens % 1024 == 0 else f"{tokens:,.12g}"
 
 
 def to_png(figure: Figure) -> bytes:
