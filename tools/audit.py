@@ -19,7 +19,7 @@ REQUIREMENTS = Path(__file__).parent.parent / ".github" / "requirements.txt"
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pip_audit", "--disable-pip", "--require-hashes", "-r", str(REQUIREMENTS)]
     options = ("--progress-spinner", "off", *options)
-    return subprocess.run([*command, *options], capture_output=True, text=True, check=False)  # noqa: S603
+    return subprocess.run([*command, *options], capture_output=True, text=True, check=False)
 
 
 def main() -> int:
