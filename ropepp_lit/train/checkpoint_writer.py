@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -35,10 +36,14 @@ class CheckpointWriter:
     Args:
         in_background: Write from a copy of the state in CPU memory, by a thread, while training goes on.
         keep: Number of newest checkpoints to keep. 0 keeps all.
+        report: Called on rank 0, perhaps by the thread, when a checkpoint has its name: path, bytes, and the seconds
+            since its save began.
     """
 
-    def __init__(self, *, in_background: bool, keep: int) -> None:
-        self.in_background, self.keep = in_background, keep
+    def __init__(
+        self, *, in_background: bool, keep: int, report: Callable[[Path, int, float], None] | None = None
+    ) -> None:
+        self.in_background, self.keep, self._report = in_background, keep, report
         self._group: Any = None
         self._executor: ThreadPoolExecutor | None = None
         self._write: Future[None] | None = None
@@ -83,7 +88,7 @@ class CheckpointWriter:
             UsageError: this write, or in the background the one before, failed on any rank.
         """
         self.wait()
-        self._path = path
+        self._path, began = path, time.monotonic()
         if _is_rank_zero():
             with suppress(OSError):  # what fails here fails again in the write, which reports it on all ranks
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +105,8 @@ class CheckpointWriter:
             if _is_rank_zero():
                 save_file(checkpoint, _partial(path) / SHARDED_METADATA if is_sharded else _partial(path))
                 self._publish(path)
+                if self._report is not None:
+                    self._report(path, size_of(path), time.monotonic() - began)
 
         if self._executor is not None:
             self._write = self._executor.submit(task)
@@ -212,6 +219,11 @@ def step_of(path: Path) -> int | None:
     """The step that is in a checkpoint's name."""
     match = re.fullmatch(r"step=(\d+)\.ckpt", path.name)
     return int(match[1]) if match else None
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a checkpoint, a file or a folder of shards."""
+    return sum(part.stat().st_size for part in (path.rglob("*") if path.is_dir() else [path]) if part.is_file())
 
 
 def saved_steps(folder: Path) -> list[int]:

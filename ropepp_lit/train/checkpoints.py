@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoint_writer import LAST, CheckpointWriter, remove_partial, saved_steps, step_of
 from ropepp_lit.train.curves import flush
+from ropepp_lit.train.run_log import RunLog
 from ropepp_lit.train.signals import StopRequest, replace_lightnings_broadcast
 
 __all__ = ["LAST", "Checkpoints", "check_folder", "folder_of", "newest", "saved_steps"]
@@ -42,7 +44,8 @@ class Checkpoints(Checkpoint):
             raise UsageError(f"checkpoints.keep: {keep} must be 0 (all) or more")
         self.every_n_steps, self.keep, self.async_save = every_n_steps, keep, async_save
         self.stop = StopRequest()
-        self._writer = CheckpointWriter(in_background=async_save, keep=keep)
+        self._writer = CheckpointWriter(in_background=async_save, keep=keep, report=self._report)
+        self._run_log = RunLog()
         self._saved_step = self._seen_step = 0
         self._lacks_figures = False
         self.is_dry_run = False
@@ -52,7 +55,7 @@ class Checkpoints(Checkpoint):
         """Install the signal handlers, and delete what a killed run left unfinished."""
         self.stop.install()
         assert isinstance(pl_module, CausalLM)
-        pl_module.stop = self.stop
+        pl_module.stop, self._run_log = self.stop, pl_module.run_log
         replace_lightnings_broadcast(trainer)
         if trainer.is_global_zero and not self.is_dry_run:
             remove_partial(folder_of(trainer.default_root_dir))
@@ -104,6 +107,8 @@ class Checkpoints(Checkpoint):
         trainer.fit_loop.epoch_loop.min_steps = None  # it would keep the run from stopping
         if self.stop.failed:
             self._writer.wait()  # raises
+        if self.stop.received is not None:
+            self._run_log.write("signal", step=trainer.global_step, signal=signal.Signals(self.stop.received).name)
         trainer.should_stop, trainer.limit_val_batches = True, 0
 
     def _save(self, trainer: pl.Trainer) -> None:
@@ -114,6 +119,10 @@ class Checkpoints(Checkpoint):
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         path = folder_of(trainer.default_root_dir) / f"step={step}.ckpt"
         self._writer.save(checkpoint, path, is_sharded=_is_sharded(trainer), live=_live_tensors(trainer))
+
+    def _report(self, path: Path, size: int, seconds: float) -> None:
+        """Log a checkpoint that has its name; on rank 0, perhaps by the thread that writes."""
+        self._run_log.write("save", step=step_of(path) or 0, path=str(path), bytes=size, seconds=round(seconds, 3))
 
 
 def _is_sharded(trainer: pl.Trainer) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import time
 import warnings
@@ -26,7 +27,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.files import held, local_path
 from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of, newest
+from ropepp_lit.train.checkpoints import Checkpoints, check_folder, damaged_since, folder_of
 from ropepp_lit.train.checks import Checks, checkpoint_to_continue
 from ropepp_lit.train.classes import CLASSES, check_classes, check_nulls
 from ropepp_lit.train.curves import go_on_from
@@ -37,7 +38,14 @@ from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.garbage import GarbageCollection
 from ropepp_lit.train.recipe import write_recipe
 from ropepp_lit.train.refusals import in_one_line
-from ropepp_lit.train.summary import rank_zero_print, stop_summary, training_summary, validation_summary
+from ropepp_lit.train.run_log import describe_start
+from ropepp_lit.train.summary import (
+    divergence_summary,
+    rank_zero_print,
+    stop_summary,
+    training_summary,
+    validation_summary,
+)
 from ropepp_lit.train.trainer_options import check_folders, check_options, dry_run, has_progress_bar
 from ropepp_lit.train.validations import is_due, validated_step
 
@@ -50,6 +58,7 @@ class RecipeCLI(LightningCLI):
     """LightningCLI whose recipe overrides the checkpoint's, and which reports mistakes before anything is written."""
 
     def __init__(self, arguments: list[str]) -> None:
+        self._arguments, self._started = arguments, time.monotonic()
         super().__init__(
             CausalLM,
             TokenData,
@@ -122,9 +131,14 @@ class RecipeCLI(LightningCLI):
             super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """What Lightning refuses, a full disk and a loss that is NaN are one line."""
+        """What Lightning refuses, a full disk and a loss that is NaN are one line; the run's log tells its end."""
+        with ExitStack() as self._until_end:
+            self._until_end.push(self._log_end)
+            self._run_in_one_line(subcommand)
+
+    def _run_in_one_line(self, subcommand: str) -> None:
         try:
-            with in_one_line("trainer"), ExitStack() as self._until_end:
+            with in_one_line("trainer"):
                 super()._run_subcommand(subcommand)
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # a second Ctrl-C, of which Lightning says nothing
@@ -134,12 +148,22 @@ class RecipeCLI(LightningCLI):
             self.config_init.fit.checkpoints.finish()
             if not self.trainer.is_global_zero:
                 sys.exit(0)  # with another code the launcher would kill rank 0 before it has printed the line
-            found = newest(folder_of(self.trainer.default_root_dir))
-            last = f"the last good checkpoint is {found}" if found else "no checkpoint was saved before"
-            raise UsageError(
-                f"{error}; {last}. Lower model.optimizer.lr, or set model.on_nan to skip, and continue by --ckpt_path "
-                "auto"
-            ) from error
+            raise UsageError(f"{error}; {divergence_summary(self.model, self.trainer)}") from error
+
+    def _log_end(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        """Write the last event of the run's log, and close it."""
+        trainer, model, values = self.trainer, self.model, dict[str, Any]()
+        if error is None:
+            reason = "finished" if model.steps_taken >= trainer.max_steps else "stopped"
+        elif isinstance(error, SystemExit) and self.config_init.fit.checkpoints.stop.received is not None:
+            reason = "signal"
+        else:
+            reason = "diverged" if isinstance(error.__cause__, DivergedError) else "error"
+            values = {"error": type(error).__name__, "message": " ".join(str(error).split())}
+        seconds = round(time.monotonic() - self._started, 3)
+        values |= {"tokens": model.tokens_seen, "skipped_steps": model.skipped_steps, "seconds": seconds}
+        model.run_log.write("end", step=model.steps_taken, reason=reason, **values)
+        model.run_log.close()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own method would warn where a process with other arguments calls this one."""
@@ -156,8 +180,7 @@ class RecipeCLI(LightningCLI):
                 local_path(key, str(options[key]))
 
     def before_fit(self) -> None:
-        """Check everything that can be checked; then write the recipe into the run's folder."""
-        self._started = time.monotonic()
+        """Check everything that can be checked; then write the recipe and the beginning of the log into the folder."""
         checks, options = self._checks(), self.config_init["fit"]
         checks.check_steps()
         options.weights_only = True
@@ -169,7 +192,7 @@ class RecipeCLI(LightningCLI):
             self.trainer.fit_loop.epoch_loop.max_steps = options.trainer.max_steps
         self.model.loads_checkpoint = options.ckpt_path is not None
         checks.open_checkpoint(options.ckpt_path)
-        self._check(checks)
+        notes = self._check(checks)
         self.model.recipe = self._as_plain(self.config)
         if self.is_dry_run:
             return
@@ -179,7 +202,23 @@ class RecipeCLI(LightningCLI):
         check_folders(options.trainer.callbacks, folder_of(folder))
         if self.trainer.is_global_zero:
             write_recipe(folder / "recipe.yaml", self.model.recipe, self._read_recipe)
+            self._log_start(folder, notes)
         self._go_on_with_curves(before)
+
+    def _log_start(self, folder: Path, notes: list[str]) -> None:
+        """Write the first events of the run's log.
+
+        Args:
+            folder: Of the run.
+            notes: What the checks found.
+        """
+        log, path = self.model.run_log, self.config_init.fit.ckpt_path
+        log.open(folder)
+        words = shlex.join(["ropepp-lit", *self._arguments])
+        log.write("start", step=self._first_step, **describe_start(self.trainer, words), notes=notes)
+        if path is not None:
+            damaged = [str(found) for found in damaged_since(folder_of(folder), Path(path))]
+            log.write("resume", step=self._first_step, checkpoint=path, damaged=damaged)
 
     def _lock(self, folder: Path) -> None:
         """Refuse a folder that another run writes to, until this one ends."""
@@ -213,13 +252,15 @@ class RecipeCLI(LightningCLI):
             world_size=self.trainer.world_size,
         )
 
-    def _check(self, checks: Checks) -> None:
+    def _check(self, checks: Checks) -> list[str]:
         lines = checks.check_recipe(has_gpu=not isinstance(self.trainer.accelerator, CPUAccelerator))
         self.datamodule.check()
         self.datamodule.prepare_data()
         self.datamodule.setup("check")
-        for line in [*lines, *checks.check_data(), *checks.compare()]:
+        lines += [*checks.check_data(), *checks.compare()]
+        for line in lines:
             rank_zero_print(line)
+        return lines
 
     def _as_plain(self, config: Any) -> dict[str, Any]:
         """The recipe of parsed options of `fit`, without what is no part of it, such as `ckpt_path`."""
