@@ -311,7 +311,7 @@ class CausalLM(LightningModule):
         values["lr"] = self.trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]
         values["gradient_norm"] = norm
         if self._finite.mode == "skip":
-            values["skipped_steps"] = self.skipped_steps
+            values["skipped_steps"] = float(self.skipped_steps)
         log_figures(self.trainer, values, self.global_step)
 
     def check_finite(self) -> None:

@@ -16,6 +16,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoint_writer import LAST, CheckpointWriter, remove_partial, saved_steps, step_of
 from ropepp_lit.train.curves import flush
+from ropepp_lit.train.disk_space import DiskSpace
 from ropepp_lit.train.run_log import RunLog
 from ropepp_lit.train.signals import StopRequest, replace_lightnings_broadcast
 
@@ -45,7 +46,7 @@ class Checkpoints(Checkpoint):
         self.every_n_steps, self.keep, self.async_save = every_n_steps, keep, async_save
         self.stop = StopRequest()
         self._writer = CheckpointWriter(in_background=async_save, keep=keep, report=self._report)
-        self._run_log = RunLog()
+        self._run_log, self._disk_space = RunLog(), DiskSpace(keep)
         self._saved_step = self._seen_step = 0
         self._lacks_figures = False
         self.is_dry_run = False
@@ -121,8 +122,10 @@ class Checkpoints(Checkpoint):
         self._writer.save(checkpoint, path, is_sharded=_is_sharded(trainer), live=_live_tensors(trainer))
 
     def _report(self, path: Path, size: int, seconds: float) -> None:
-        """Log a checkpoint that has its name; on rank 0, perhaps by the thread that writes."""
-        self._run_log.write("save", step=step_of(path) or 0, path=str(path), bytes=size, seconds=round(seconds, 3))
+        """Log a checkpoint that has its name, and look at the room for others; on rank 0, perhaps by a thread."""
+        step, saved = step_of(path) or 0, len(saved_steps(path.parent))
+        self._run_log.write("save", step=step, path=str(path), bytes=size, seconds=round(seconds, 3))
+        self._disk_space.look(path.parent, size=size, saved=saved, step=step, run_log=self._run_log)
 
 
 def _is_sharded(trainer: pl.Trainer) -> bool:

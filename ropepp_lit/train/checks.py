@@ -25,6 +25,7 @@ from ropepp_lit.nn import Decoder
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import damaged_since, folder_of, newest
 from ropepp_lit.train.diagnostics import Diagnostics
+from ropepp_lit.train.disk_space import checkpoint_bytes
 from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.lora import check_options, continue_adapters, trained_shapes
@@ -114,6 +115,12 @@ class Checks:
             raise UsageError("model.lora: adapters are trained beside a model's weights; name it by model.init_from")
         elif model.init_optimizer:
             raise UsageError("model.init_optimizer: takes the optimizer's state of model.init_from; name that too")
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint of the run."""
+        model, precision = self._model, str(self._options.trainer.precision)
+        return checkpoint_bytes(self._decoder, model.optimizer_config, lora=model.lora, precision=precision)
 
     def check_steps(self) -> None:
         """The length of the run."""

@@ -32,6 +32,7 @@ from ropepp_lit.train.checks import Checks, checkpoint_to_continue
 from ropepp_lit.train.classes import CLASSES, check_classes, check_nulls
 from ropepp_lit.train.curves import go_on_from
 from ropepp_lit.train.diagnostics import Diagnostics
+from ropepp_lit.train.disk_space import check_first
 from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.finite import DivergedError
 from ropepp_lit.train.fsdp import FSDP2Strategy
@@ -197,6 +198,7 @@ class RecipeCLI(LightningCLI):
         if self.is_dry_run:
             return
         folder = Path(self.trainer.default_root_dir)
+        check_first(folder_of(folder), checks.checkpoint_bytes)
         self._lock(folder)
         check_folder(folder_of(folder), options.ckpt_path)
         check_folders(options.trainer.callbacks, folder_of(folder))
