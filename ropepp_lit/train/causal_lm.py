@@ -137,7 +137,7 @@ class CausalLM(LightningModule):
         self._throughput: Throughput | None = None
         self._validation = ExitStack()
         self.on_nan, self._finite = on_nan, FiniteSteps(on_nan)
-        self._step_state = StepState()
+        self.step_state = StepState()
         self._loaded_train_loss: dict[str, Any] | None = None
         self._drop_validation = False
 
@@ -219,12 +219,12 @@ class CausalLM(LightningModule):
         """Step, and note what a checkpoint of this step stores."""
         super().optimizer_step(*arguments, **keywords)
         if self._finite.skipped:
-            self._step_state.restore(self.train_loss)
+            self.step_state.restore(self.train_loss)
             self._finite.skipped = False
         self._end_step()
 
     def _end_step(self) -> None:
-        self._step_state.note(self.trainer, tokens_seen=self.tokens_seen, train_loss=self.train_loss)
+        self.step_state.note(self.trainer, tokens_seen=self.tokens_seen, train_loss=self.train_loss)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss to descend: summed over the labels that count, divided by all places of the batch.
@@ -381,7 +381,7 @@ class CausalLM(LightningModule):
             **dict.fromkeys(("tokenizer", "bos_token_id", "eos_token_id", "opening", "context_length", "held_out")),
             **of_data,
             **merge_settings(self.settings, of_data),
-            **self._step_state.write(checkpoint, self.trainer),
+            **self.step_state.write(checkpoint, self.trainer),
         }
         self.adapters.save(self, checkpoint, base=self.init_from)
         self.pairs.save(checkpoint)

@@ -92,7 +92,7 @@ class CheckpointWriter:
         if _is_rank_zero():
             with suppress(OSError):  # what fails here fails again in the write, which reports it on all ranks
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _remove(_partial(path))
+                remove(_partial(path))
         if is_sharded and self._group is not None:
             dist.barrier(self._group)  # no rank writes into the folder before rank 0 has removed an old one
         write = self._shards(checkpoint) if is_sharded else None
@@ -149,7 +149,7 @@ class CheckpointWriter:
             return
         if not _is_rank_zero():
             sys.exit(0)  # with another code the launcher would kill rank 0 before it has printed the line
-        _remove(_partial(self._path))
+        remove(_partial(self._path))
         raise UsageError(
             f"{self._path}: cannot be written: {reason}; when that is fixed, continue by --ckpt_path auto"
         ) from error
@@ -159,7 +159,7 @@ class CheckpointWriter:
         _flush(_partial(path))
         _make_way(path)
         os.replace(_partial(path), path)
-        notice = _point_last_at(path)
+        notice = point_last_at(path)
         if notice is not None and not self._has_noticed:
             self._has_noticed = True
             print(f"Notice: {notice}.", file=sys.stderr)
@@ -170,10 +170,10 @@ class CheckpointWriter:
         # Others are damaged: they are not counted, or whole ones would be deleted in their place.
         steps = sorted(step for step in saved_steps(path.parent) if step <= begun_at or step in self._saved)
         for old in steps[: -self.keep] if self.keep else []:
-            _remove(path.with_name(f"step={old}.ckpt"))
+            remove(path.with_name(f"step={old}.ckpt"))
 
 
-def _point_last_at(path: Path) -> str | None:
+def point_last_at(path: Path) -> str | None:
     """Make `last.ckpt` the newest checkpoint: a symbolic link; hard links or a copy where the file system has none.
 
     Hard links take no space, and stay valid when `keep` deletes the step.
@@ -183,7 +183,7 @@ def _point_last_at(path: Path) -> str | None:
     """
     last = path.with_name(LAST)
     partial, notice = _partial(last), None
-    _remove(partial)
+    remove(partial)
     try:
         partial.symlink_to(path.name)
     except (OSError, NotImplementedError):
@@ -192,15 +192,15 @@ def _point_last_at(path: Path) -> str | None:
         except (OSError, NotImplementedError):
             notice = f"{last} is a copy of the newest checkpoint and takes its space again, as there are no links here"
             try:
-                _remove(partial)
+                remove(partial)
                 _copy_tree(path, partial, shutil.copyfile)
                 _flush(partial)
             except OSError as error:
-                _remove(partial)
-                _remove(last)
+                remove(partial)
+                remove(last)
                 return f"{last} is not there ({error.strerror}); name {path}, or continue by --ckpt_path auto"
     if last.is_dir() and not last.is_symlink():
-        _remove(last)
+        remove(last)
     os.replace(partial, last)
     return notice
 
@@ -235,7 +235,7 @@ def saved_steps(folder: Path) -> list[int]:
 def remove_partial(folder: Path) -> None:
     """Delete what killed runs left unfinished."""
     for path in folder.glob(".*.partial"):
-        _remove(path)
+        remove(path)
 
 
 def _partial(path: Path) -> Path:
@@ -280,7 +280,8 @@ def _reason(error: BaseException) -> str:
     return write_failure(error) or f"{type(error).__name__}: {error}"
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or folder, or a link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

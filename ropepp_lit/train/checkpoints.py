@@ -14,7 +14,15 @@ from torch.distributed.tensor import DTensor
 from ropepp_lit.checkpoint import read_checkpoint
 from ropepp_lit.errors import UsageError
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoint_writer import LAST, CheckpointWriter, remove_partial, saved_steps, step_of
+from ropepp_lit.train.checkpoint_writer import (
+    LAST,
+    CheckpointWriter,
+    point_last_at,
+    remove,
+    remove_partial,
+    saved_steps,
+    step_of,
+)
 from ropepp_lit.train.curves import flush
 from ropepp_lit.train.disk_space import DiskSpace
 from ropepp_lit.train.run_log import RunLog
@@ -99,6 +107,14 @@ class Checkpoints(Checkpoint):
         """Restore the signal handlers."""
         self.stop.uninstall()
 
+    def saved_before(self, trainer: pl.Trainer, step: int) -> list[int]:
+        """Steps before this one whose checkpoints are whole, once what is being written is. Every rank must call it."""
+        self._writer.wait()
+        folder = folder_of(trainer.default_root_dir)
+        steps = [saved for saved in sorted(saved_steps(folder)) if saved < step]
+        whole = [saved for saved in steps if _is_whole(folder / f"step={saved}.ckpt", checksums=True)]
+        return trainer.strategy.broadcast(whole)
+
     def finish(self) -> None:
         """Wait until what was saved is on the disk. Every rank must call it."""
         self._writer.close()
@@ -158,8 +174,21 @@ def newest(folder: Path, *, checksums: bool = False) -> Path | None:
     return next((path for path in paths if _is_whole(path, checksums=checksums)), None)
 
 
+def abandon_since(path: Path) -> list[Path]:
+    """Make a checkpoint the newest one: point `last.ckpt` at it, and delete those of later steps.
+
+    Returns:
+        What was deleted.
+    """
+    point_last_at(path)
+    later = damaged_since(path.parent, path)
+    for other in later:
+        remove(other)
+    return later
+
+
 def damaged_since(folder: Path, path: Path | None) -> list[Path]:
-    """Checkpoints newer than the newest whole one; they stay until their steps are saved again."""
+    """Checkpoints newer than one; where that is the newest whole one, they stay until their steps are saved again."""
     first = -1 if path is None else step_of(path)
     assert first is not None
     return [folder / f"step={step}.ckpt" for step in sorted(saved_steps(folder)) if step > first]

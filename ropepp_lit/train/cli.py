@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import shlex
 import sys
 import time
@@ -40,6 +42,7 @@ from ropepp_lit.train.garbage import GarbageCollection
 from ropepp_lit.train.recipe import write_recipe
 from ropepp_lit.train.refusals import in_one_line
 from ropepp_lit.train.run_log import describe_start
+from ropepp_lit.train.spikes import LossSpikes, RollBack, SpikeError, forget_skipped, go_back, skipped_samples
 from ropepp_lit.train.summary import (
     divergence_summary,
     rank_zero_print,
@@ -49,6 +52,7 @@ from ropepp_lit.train.summary import (
 )
 from ropepp_lit.train.trainer_options import check_folders, check_options, dry_run, has_progress_bar
 from ropepp_lit.train.validations import is_due, validated_step
+from ropepp_lit.train.watchdog import Watchdog
 
 
 class _Parser(OneLineErrors, LightningArgumentParser):
@@ -60,6 +64,8 @@ class RecipeCLI(LightningCLI):
 
     def __init__(self, arguments: list[str]) -> None:
         self._arguments, self._started = arguments, time.monotonic()
+        self.goes_on_from: str | None = None
+        """The checkpoint that the run went back to; the command goes on from it."""
         super().__init__(
             CausalLM,
             TokenData,
@@ -91,6 +97,8 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(TextSample, "sample")
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(Diagnostics, "diagnostics")
+        parser.add_lightning_class_args(LossSpikes, "spikes")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.set_defaults({key: {"class_path": default.__name__} for key, (_, default) in CLASSES.items() if default})
 
     def _parse_ckpt_path(self) -> None:
@@ -149,11 +157,29 @@ class RecipeCLI(LightningCLI):
             self.config_init.fit.checkpoints.finish()
             if not self.trainer.is_global_zero:
                 sys.exit(0)  # with another code the launcher would kill rank 0 before it has printed the line
+            if isinstance(error, SpikeError):
+                raise UsageError(str(error)) from error
             raise UsageError(f"{error}; {divergence_summary(self.model, self.trainer)}") from error
+        except RollBack as rollback:
+            self._roll_back(rollback)
+
+    def _roll_back(self, rollback: RollBack) -> None:
+        """Let the command go on from a checkpoint, without the data that were read since."""
+        checkpoints, folder = self.config_init.fit.checkpoints, folder_of(self.trainer.default_root_dir)
+        checkpoints.finish()
+        checkpoints.stop.uninstall()
+        path = folder / f"step={rollback.to_step}.ckpt"
+        if self.trainer.is_global_zero:
+            go_back(path, rollback, self.model)
+        self.trainer.strategy.barrier("rollback")  # before another rank looks into the folder
+        self.goes_on_from = str(path)
 
     def _log_end(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         """Write the last event of the run's log, and close it."""
         trainer, model, values = self.trainer, self.model, dict[str, Any]()
+        if self.goes_on_from is not None:
+            model.run_log.close()
+            return
         if error is None:
             reason = "finished" if model.steps_taken >= trainer.max_steps else "stopped"
         elif isinstance(error, SystemExit) and self.config_init.fit.checkpoints.stop.received is not None:
@@ -202,7 +228,12 @@ class RecipeCLI(LightningCLI):
         self._lock(folder)
         check_folder(folder_of(folder), options.ckpt_path)
         check_folders(options.trainer.callbacks, folder_of(folder))
+        self.datamodule.skipped_samples = skipped_samples(
+            folder_of(folder), options.ckpt_path, self.datamodule.identity
+        )
         if self.trainer.is_global_zero:
+            if options.ckpt_path is None:
+                forget_skipped(folder_of(folder))
             write_recipe(folder / "recipe.yaml", self.model.recipe, self._read_recipe)
             self._log_start(folder, notes)
         self._go_on_with_curves(before)
@@ -352,7 +383,13 @@ def main(arguments: list[str]) -> None:
         arguments: The subcommand and its options.
     """
     quiet()
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # torch's flight recorder, which the watchdog reads
     # Before anything is computed, as threads inherit it. CPUs are slow on weights near 1e-40, which ALiBi's softmax
     # gives to many far keys.
     torch.set_flush_denormal(True)
-    RecipeCLI(arguments)
+    goes_on_from = RecipeCLI(arguments).goes_on_from
+    while goes_on_from is not None:  # after a loss spike; a resume in the same processes
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        goes_on_from = RecipeCLI([*arguments, "--ckpt_path", goes_on_from]).goes_on_from

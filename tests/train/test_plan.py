@@ -1,6 +1,7 @@
 """`plan`: the arithmetic against plain counts, and what it says of recipes."""
 
 import re
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
