@@ -177,7 +177,7 @@ class RecipeCLI(LightningCLI):
     def _log_end(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         """Write the last event of the run's log, and close it."""
         trainer, model, values = self.trainer, self.model, dict[str, Any]()
-        if self.goes_on_from is not None:
+        if not model.run_log.is_open or self.goes_on_from is not None:
             model.run_log.close()
             return
         if error is None:

@@ -55,6 +55,11 @@ class RunLog:
             except OSError as error:
                 self._notice(error)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether events are written."""
+        return self._descriptor is not None
+
     def write(self, event: Event, *, step: int, **values: Any) -> None:
         """Append an event.
 

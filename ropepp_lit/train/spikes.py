@@ -143,8 +143,8 @@ class LossSpikes(Callback):
         assert isinstance(pl_module, CausalLM)
         added = pl_module.step_state.since(pl_module.train_loss)
         sums = torch.stack([added["nats"], added["tokens"].to(added["nats"].dtype)])
-        sums = trainer.strategy.reduce(sums, reduce_op="sum").to("cpu", non_blocking=True)
-        event = torch.cuda.Event() if pl_module.device.type == "cuda" else None
+        event = torch.cuda.Event() if sums.is_cuda else None
+        sums = trainer.strategy.reduce(sums, reduce_op="sum").to("cpu", non_blocking=event is not None)
         if event is not None:
             event.record()
         self._pending.append((trainer.global_step + 1, sums, event))
