@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from ropepp_lit.arguments import command
@@ -27,6 +26,7 @@ from ropepp_lit.files import write_whole
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import Checkpoints, abandon_since, folder_of
 from ropepp_lit.train.finite import DivergedError
+from ropepp_lit.train.summary import rank_zero_print
 
 SKIPPED = "skipped.json"
 """Beside a run's checkpoints: which samples the run leaves out, until a checkpoint stores it."""
@@ -173,9 +173,12 @@ class LossSpikes(Callback):
         steps = checkpoints.saved_before(trainer, spike.step)
         number = len(position.get("skipped", ()))
         if number >= self._max_rollbacks:
-            raise SpikeError(f"{rose}, and the run has gone back {number} times. {_remedy(trainer, steps)}")
+            raise SpikeError(
+                f"{rose}, and the run has gone back as often as spikes.max_rollbacks allows ({number}). "
+                f"{_remedy(trainer, steps)}"
+            )
         if not steps:
-            print_on_rank_zero(f"\nNotice: {rose}, and there is no checkpoint before it to go back to.")
+            rank_zero_print(f"\nNotice: {rose}, and there is no checkpoint before it to go back to.")
             module.run_log.write("warning", step=trainer.global_step, reason=f"{rose}; no checkpoint before it")
             self._detector.losses.clear()
             return
@@ -211,12 +214,6 @@ def _remedy(trainer: pl.Trainer, steps: list[int]) -> str:
     return f"Lower model.optimizer.lr, and go on from before it: {command('ropepp-lit', 'fit', **options)}"
 
 
-@rank_zero_only
-def print_on_rank_zero(text: str) -> None:
-    """Print on rank 0 only."""
-    print(text, flush=True)
-
-
 def go_back(path: Path, rollback: RollBack, model: CausalLM) -> None:
     """Make a checkpoint the newest one, and store which samples are left out; on rank 0.
 
@@ -232,7 +229,7 @@ def go_back(path: Path, rollback: RollBack, model: CausalLM) -> None:
     stored = {"identity": rollback.position["identity"], "skipped": skipped}
     write_whole(folder / SKIPPED, json.dumps(stored))  # first, as a kill may follow
     deleted = [other.name for other in abandon_since(path)]
-    lost = f"; {', '.join(deleted)} of the spike: deleted" if deleted else ""
+    lost = f"; deleted: {', '.join(deleted)}" if deleted else ""
     print(
         f"\nThe loss rose from {spike.mean:.3f} to {spike.loss:.3f} at step {spike.step:,}: back to {path}, without "
         f"samples {first:,} to {end - 1:,} of the data{lost}",
