@@ -29,7 +29,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.files import held, local_path
 from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoints import Checkpoints, check_folder, damaged_since, folder_of
+from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of, saved_steps
 from ropepp_lit.train.checks import Checks, checkpoint_to_continue
 from ropepp_lit.train.classes import CLASSES, check_classes, check_nulls
 from ropepp_lit.train.curves import go_on_from
@@ -250,7 +250,8 @@ class RecipeCLI(LightningCLI):
         words = shlex.join(["ropepp-lit", *self._arguments])
         log.write("start", step=self._first_step, **describe_start(self.trainer, words), notes=notes)
         if path is not None:
-            damaged = [str(found) for found in damaged_since(folder_of(folder), Path(path))]
+            saved = sorted(saved_steps(folder_of(folder)))  # the checks found newer ones damaged
+            damaged = [str(folder_of(folder) / f"step={step}.ckpt") for step in saved if step > self._first_step]
             log.write("resume", step=self._first_step, checkpoint=path, damaged=damaged)
 
     def _lock(self, folder: Path) -> None:
