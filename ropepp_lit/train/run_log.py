@@ -49,9 +49,11 @@ class RunLog:
         self._path = folder / RUN_LOG
         with self._lock:
             try:
-                self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-                size = os.lseek(self._descriptor, 0, os.SEEK_END)
-                self._is_cut = size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
+                flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)  # on Windows
+                self._descriptor = os.open(self._path, flags, 0o666)
+                if os.lseek(self._descriptor, 0, os.SEEK_END):
+                    os.lseek(self._descriptor, -1, os.SEEK_END)
+                    self._is_cut = os.read(self._descriptor, 1) != b"\n"
             except OSError as error:
                 self._notice(error)
 

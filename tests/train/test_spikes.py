@@ -1,6 +1,7 @@
 """Loss spikes: back to a checkpoint, without the data of the spike."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from runs import KillError, assert_same, curves
 
 from ropepp_lit.checkpoint import read_checkpoint
 from ropepp_lit.data.loader import RankBatches
+from ropepp_lit.errors import UsageError
 from ropepp_lit.train.run_log import read_run_log
-from ropepp_lit.train.spikes import SpikeDetector
+from ropepp_lit.train.spikes import SpikeDetector, forget_skipped, skipped_samples
 
 
 @pytest.mark.parametrize(("replicas", "rank"), [(1, 0), (2, 1)])
@@ -32,6 +34,21 @@ def test_what_a_spike_is():
     found = [(step, detector.add(step, loss)) for step, loss in enumerate(losses)]
     assert [(step, spike.step) for step, spike in found if spike is not None] == [(47, 45)]
     assert found[-1][1].mean == pytest.approx(3.02, abs=0.01)
+
+
+def test_what_a_folder_of_checkpoints_leaves_out(tmp_path):
+    identity = {"names": ["texts"], "contents": [["digest", 1.0]], "context_length": 64, "seed": 0, "sources": []}
+    path, stored = str(tmp_path / "step=1.ckpt"), tmp_path / "skipped.json"
+    stored.write_text(json.dumps({"identity": identity, "skipped": [[2, 4]]}))
+    assert skipped_samples(tmp_path, path, identity) == [[2, 4]]
+    assert skipped_samples(tmp_path, path, {**identity, "seed": 1}) == []  # another order of the data
+    for other in (None, "elsewhere/step=1.ckpt"):
+        assert skipped_samples(tmp_path, other, identity) == []
+    stored.write_text("{")
+    with pytest.raises(UsageError, match=r"skipped\.json: damaged; remove it"):
+        skipped_samples(tmp_path, path, identity)
+    forget_skipped(tmp_path)
+    assert skipped_samples(tmp_path, path, identity) == []
 
 
 class Rise(Callback):
