@@ -12,6 +12,7 @@ A checkpoint is Lightning's, plus one entry `ropepp_lit` of plain dicts, lists, 
 | `recipe`            | the whole recipe of the run, or None where it was not started by the command            |
 | `origin`            | what the weights began from, or None where they were random                             |
 | `tokens_seen`       | tokens that all ranks have read since the run began                                     |
+| `skipped_steps`     | steps that were skipped as their loss or gradients were NaN or infinite, or absent      |
 | `train_loss`        | sums of the training loss since it was last logged, or absent: `nats` and `tokens`;     |
 |                     | of pairs of answers `tokens` are pairs, and `rewards` is there too                      |
 | `validation`        | what the newest validation found, by set                                                |

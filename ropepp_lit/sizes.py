@@ -30,6 +30,15 @@ def parse_bytes(key: str, text: str) -> int:
     return size
 
 
+def in_bytes(size: int) -> str:
+    """A number of bytes as people read it, such as 4.5 GiB."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024  # type: ignore[assignment]
+    return f"{size:,} bytes" if unit == "bytes" else f"{size:,.1f} {unit}"
+
+
 def parse_tokens(key: str, text: str) -> list[int]:
     """Numbers of tokens, ascending, of a list such as 512,1k,64k (k is 1,024).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,7 +198,17 @@ class TrainLoader:
     """Batches of a whole run, from the sample where it stands.
 
     Its length is that of the run, so that Lightning neither reads ahead nor begins a second epoch. Its state is the
-    number of samples that all ranks have read together, the same on every rank.
+    number of samples that all ranks have read or left out together, the same on every rank.
+
+    Args:
+        samples: Of the split.
+        batch_size: Samples of a rank's batch.
+        num_batches: Of the run.
+        num_replicas: Ranks that read different data.
+        rank: This one among them.
+        identity: Of the data, see :func:`~ropepp_lit.data.comparison.identity_of`.
+        skipped: Ranges of samples that are left out, first and end of each; a checkpoint's are added.
+        loading: See :func:`make_loader`.
     """
 
     def __init__(
@@ -210,29 +220,37 @@ class TrainLoader:
         num_replicas: int,
         rank: int,
         identity: dict[str, Any],
+        skipped: Sequence[Sequence[int]] = (),
         **loading: Any,
     ) -> None:
         self._samples, self._batch_size, self._num_batches = samples, batch_size, num_batches
         self._replica = {"num_replicas": num_replicas, "rank": rank}
         self._identity, self._loading = identity, loading
+        self._skipped = sorted(map(list, skipped))
         self.samples = 0
 
     def __len__(self) -> int:
         return self._num_batches
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = RankBatches(self.samples, self._num_batches, batch_size=self._batch_size, **self._replica)
-        for batch in make_loader(self._samples, batches, **self._loading):
-            self.samples += self._batch_size * self._replica["num_replicas"]
+        batches = RankBatches(
+            self.samples, self._num_batches, self._skipped, batch_size=self._batch_size, **self._replica
+        )
+        for batch, samples in zip(make_loader(self._samples, batches, **self._loading), batches.of_all(), strict=True):
+            self.samples = samples[-1] + 1
             yield batch
 
     def state_dict(self) -> dict:
         """The position in the data."""
-        return {"samples": self.samples, "identity": self._identity}
+        skipped = {"skipped": self._skipped} if self._skipped else {}
+        return {"samples": self.samples, "identity": self._identity, **skipped}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue at the position of a checkpoint, where :func:`~ropepp_lit.data.comparison.continued_at` says."""
-        self.samples, _ = continued_at(state, self._identity)
+        self.samples, is_other = continued_at(state, self._identity)
+        if not is_other:
+            self._skipped += [part for part in state.get("skipped", ()) if part not in self._skipped]
+            self._skipped.sort()
 
 
 def make_loader(
@@ -259,19 +277,53 @@ def replica_of(trainer: Trainer) -> dict[str, int]:
 
 
 class RankBatches:
-    """Sample numbers of one rank's batches: the ranks take turns."""
+    """Sample numbers of one rank's batches: the ranks take turns.
 
-    def __init__(self, first: int, count: int, *, batch_size: int, num_replicas: int, rank: int) -> None:
+    Args:
+        first: The first sample.
+        count: Number of batches.
+        skipped: Ranges of samples that are left out, first and end of each, ascending.
+        batch_size: Samples of each.
+        num_replicas: Ranks that read different data.
+        rank: This one among them.
+    """
+
+    def __init__(
+        self,
+        first: int,
+        count: int,
+        skipped: Sequence[Sequence[int]],
+        *,
+        batch_size: int,
+        num_replicas: int,
+        rank: int,
+    ) -> None:
         self._first, self._count, self._batch_size = first, count, batch_size
-        self._num_replicas, self._rank = num_replicas, rank
+        self._num_replicas, self._rank, self._skipped = num_replicas, rank, skipped
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[list[int]]:
-        for index in range(self._count):
-            start = self._first + (index * self._num_replicas + self._rank) * self._batch_size
-            yield list(range(start, start + self._batch_size))
+        start = self._rank * self._batch_size
+        for samples in self.of_all():
+            yield list(samples[start : start + self._batch_size])
+
+    def of_all(self) -> Iterator[Sequence[int]]:
+        """Sample numbers of the batches of all ranks together, ascending."""
+        sample, size = self._first, self._num_replicas * self._batch_size
+        for _ in range(self._count):
+            if not any(end > sample for _, end in self._skipped):
+                yield range(sample, sample + size)
+                sample += size
+                continue
+            chosen: list[int] = []
+            while len(chosen) < size:
+                for first, end in self._skipped:
+                    sample = end if first <= sample < end else sample
+                chosen.append(sample)
+                sample += 1
+            yield chosen
 
 
 def sample_texts(

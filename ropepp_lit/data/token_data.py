@@ -107,6 +107,7 @@ class TokenData(LightningDataModule):
         self._max_bytes = parse_bytes("data.max_cache_size", max_cache_size)
         self._remotes: dict[str, RemoteFolder] = {}
         self._folders: dict[str, Path] = {}
+        self.skipped_samples: list[list[int]] = []  # ranges of training samples to leave out; the command sets it
         self.notices: list[str] = []
         """Lines to print before the data are used."""
         for name, value, least in (
@@ -358,6 +359,7 @@ class TokenData(LightningDataModule):
             batch_size=self.batch_size,
             num_batches=trainer.max_steps * trainer.accumulate_grad_batches,
             identity=self.identity,
+            skipped=self.skipped_samples,
             **self._loading(),
             **replica_of(trainer),
         )
@@ -375,7 +377,7 @@ class TokenData(LightningDataModule):
         loaders = []
         for blocks in sets:
             num_batches = -(-len(blocks) // (self.batch_size * replica["num_replicas"]))
-            batches = RankBatches(0, num_batches, batch_size=self.batch_size, **replica)
+            batches = RankBatches(0, num_batches, (), batch_size=self.batch_size, **replica)
             loaders.append(make_loader(blocks, batches, **self._loading()))
         return loaders
 

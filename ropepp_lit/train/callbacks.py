@@ -21,6 +21,8 @@ from ropepp_lit.nn.sampling import Sampling
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.evaluation import evaluating
 from ropepp_lit.train.loss_average import describe_average
+from ropepp_lit.train.spikes import LossSpikes
+from ropepp_lit.train.watchdog import Watchdog
 
 
 class Banner(Callback):
@@ -45,6 +47,9 @@ def banner(trainer: pl.Trainer, model: CausalLM) -> str:
     lines["loss"] = describe_average(model.step_average.over)
     if model.pairs.preference is not None:
         lines["preference"] = str(model.pairs.preference)
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    guards = [callback.in_words for callback in callbacks if isinstance(callback, LossSpikes | Watchdog)]
+    lines["guards"] = "; ".join(filter(None, [f"NaN: {model.on_nan}", *guards]))
     return "\n".join(f"{name:>16}  {text}" for name, texts in lines.items() for text in texts.splitlines())
 
 

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from ropepp_lit.checkpoint import FORMAT_VERSION, KEY, describe_architecture
@@ -20,6 +19,7 @@ from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
 from ropepp_lit.train.curves import figures_of, log_figures
 from ropepp_lit.train.finite import DivergedError, FiniteSteps, OnNaN, check_weights
 from ropepp_lit.train.fsdp import FSDP2Strategy, whole
+from ropepp_lit.train.gradients import finish_gradients
 from ropepp_lit.train.lora import Adapters, LoRA
 from ropepp_lit.train.loss_average import LossAverage, StepAverage, choose_average
 from ropepp_lit.train.memory_options import check_memory_options
@@ -29,11 +29,12 @@ from ropepp_lit.train.optimizer_state import apply_recipe, load_optimizer_state
 from ropepp_lit.train.pair_training import PairTraining
 from ropepp_lit.train.parallel import build_decoder
 from ropepp_lit.train.preference import Preference
+from ropepp_lit.train.run_log import RunLog
 from ropepp_lit.train.schedule import Schedule
 from ropepp_lit.train.signals import StopRequest
 from ropepp_lit.train.step_state import StepState, recount_batches
 from ropepp_lit.train.throughput import Throughput
-from ropepp_lit.train.validations import read_losses, validate_by_steps, validate_if_due, validated_step
+from ropepp_lit.train.validations import figures_to_log, read_losses, validate_by_steps, validate_if_due, validated_step
 
 
 class CausalLM(LightningModule):
@@ -108,8 +109,7 @@ class CausalLM(LightningModule):
         )
         self.activation_checkpointing, self.offload_activations = activation_checkpointing, offload_activations
         self.mlp_chunk_tokens, self.compile_blocks = mlp_chunk_tokens, compile
-        self.attention_head_groups = attention_head_groups
-        self.attention = attention
+        self.attention_head_groups, self.attention = attention_head_groups, attention
         self.init_from, self.init_optimizer = init_from, init_optimizer
         self.lora, self.adapters, self.strict_loading = lora, Adapters(lora), lora is None
         self.pairs = PairTraining(preference)
@@ -117,6 +117,8 @@ class CausalLM(LightningModule):
         """What notes signals; the callback that saves checkpoints sets it."""
         self.loads_checkpoint = False
         """Whether a checkpoint's weights follow, so that none need be drawn; the command sets it."""
+        self.run_log = RunLog()
+        """What happens in the run; the command opens it."""
         self.recipe: dict[str, Any] | None = None
         """The run's whole recipe; the command sets it, and checkpoints carry it."""
         self.settings: dict[str, Any] = {}
@@ -134,8 +136,8 @@ class CausalLM(LightningModule):
         self._gradient_norm: Tensor | None = None
         self._throughput: Throughput | None = None
         self._validation = ExitStack()
-        self._finite = FiniteSteps(on_nan)
-        self._step_state = StepState()
+        self.on_nan, self._finite = on_nan, FiniteSteps(on_nan)
+        self.step_state = StepState()
         self._loaded_train_loss: dict[str, Any] | None = None
         self._drop_validation = False
 
@@ -185,6 +187,11 @@ class CausalLM(LightningModule):
         """The newest step that all validation sets were measured at; 0 where there is none."""
         return validated_step(self.last_validation)
 
+    @property
+    def skipped_steps(self) -> int:
+        """Steps since the run began that were skipped, as their loss or gradients were NaN or infinite."""
+        return self._finite.num_skipped
+
     def _lr_factor(self, step: int) -> float:
         return self.schedule.factor(step, self.schedule.total_steps or self.trainer.max_steps)
 
@@ -212,12 +219,12 @@ class CausalLM(LightningModule):
         """Step, and note what a checkpoint of this step stores."""
         super().optimizer_step(*arguments, **keywords)
         if self._finite.skipped:
-            self._step_state.restore(self.train_loss)
+            self.step_state.restore(self.train_loss)
             self._finite.skipped = False
         self._end_step()
 
     def _end_step(self) -> None:
-        self._step_state.note(self.trainer, tokens_seen=self.tokens_seen, train_loss=self.train_loss)
+        self.step_state.note(self.trainer, tokens_seen=self.tokens_seen, train_loss=self.train_loss)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss to descend: summed over the labels that count, divided by all places of the batch.
@@ -253,25 +260,20 @@ class CausalLM(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Finish the average of the gradients, clip them by norm or by value, and keep the norm to be logged.
-
-        With `precision: 16-mixed` gradients are multiplied by the loss scale until the optimizer steps; Lightning
-        leaves that to optimizers that divide by it themselves, such as fused AdamW, which would be clipped too early.
-        """
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            scaler.unscale_(optimizer)
-        self.step_average.rescale(self.decoder.parameters(), self.trainer, places=self._places)
-        by_value = gradient_clip_algorithm == "value"
-        if by_value and gradient_clip_val:
-            torch.nn.utils.clip_grad_value_(self.decoder.parameters(), gradient_clip_val)
-        limit = gradient_clip_val if gradient_clip_val and not by_value else math.inf
-        self._gradient_norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), limit)
-        if scaler is None and self._finite.watch(whole(self._gradient_norm), self.global_step + 1):
+        """Average and clip the gradients, and keep their norm to be logged; skip a step where it is not finite."""
+        self._gradient_norm = finish_gradients(
+            self.trainer,
+            self.decoder,
+            optimizer,
+            self.step_average,
+            places=self._places,
+            clip_val=gradient_clip_val,
+            by_value=gradient_clip_algorithm == "value",
+        )
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None and self._finite.watch(
+            whole(self._gradient_norm), self.global_step + 1, self.run_log
+        ):
             optimizer.zero_grad(set_to_none=True)  # without gradients the step changes nothing
-            rank_zero_only(print)(
-                f"\nStep {self.global_step + 1} is skipped: its loss or gradients are NaN or infinite", flush=True
-            )
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Log; at the last step tell Lightning to stop."""
@@ -300,10 +302,7 @@ class CausalLM(LightningModule):
         self.train_loss.reset()
         self._gradient_norm = None
         self._end_step()
-        if self._finite.mode == "stop" and not math.isfinite(loss + norm):
-            self._finite.check()
-        if self._finite.mode == "stop" and not math.isfinite(loss):
-            raise DivergedError(f"the training loss is {loss} at step {self.global_step}")
+        self._finite.check_figures(loss, norm, self.global_step)
         data = getattr(self.trainer, "datamodule", None)
         bytes_per_token = data.bytes_per_token() if isinstance(data, TokenData) else None
         values = figures_of(self.train_loss, "train/", (loss, *others), bytes_per_token)
@@ -311,6 +310,8 @@ class CausalLM(LightningModule):
         values["tokens_seen"] = self.tokens_seen
         values["lr"] = self.trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0]
         values["gradient_norm"] = norm
+        if self._finite.mode == "skip":
+            values["skipped_steps"] = float(self.skipped_steps)
         log_figures(self.trainer, values, self.global_step)
 
     def check_finite(self) -> None:
@@ -346,15 +347,12 @@ class CausalLM(LightningModule):
                 metric.reset()
             return
         found, nats, tokens = read_losses(self._val_losses, getattr(self.trainer, "datamodule", None))
-        values: dict[str, float] = {}
-        for name, figures in found.items():
-            prefix = "val/" if len(found) == 1 else f"val/{name}/"
-            values |= {prefix + figure: v for figure, v in figures.items() if figure not in ("tokens", "pairs")}
-        values["val/loss"] = nats / tokens if tokens else math.nan
+        values = figures_to_log(found, loss=nats / tokens if tokens else math.nan)
         if not self.trainer.sanity_checking:
             step = float(self.steps_taken)
             self.last_validation |= {name: figures | {"step": step} for name, figures in found.items()}
             log_figures(self.trainer, values, self.steps_taken)
+            self.run_log.write("validation", step=self.steps_taken, loss=values["val/loss"], sets=found)
         if self.trainer.state.fn == "fit" and tokens and not math.isfinite(nats):
             raise DivergedError(f"the validation loss is {values['val/loss']} at step {self.steps_taken}")
 
@@ -377,12 +375,13 @@ class CausalLM(LightningModule):
             "optimizer": type(self.optimizer_config).__name__,
             "recipe": self.recipe,
             "tokens_seen": self.tokens_seen,
+            "skipped_steps": self.skipped_steps,
             "validation": self.last_validation,
             "origin": self.init_from,
             **dict.fromkeys(("tokenizer", "bos_token_id", "eos_token_id", "opening", "context_length", "held_out")),
             **of_data,
             **merge_settings(self.settings, of_data),
-            **self._step_state.write(checkpoint, self.trainer),
+            **self.step_state.write(checkpoint, self.trainer),
         }
         self.adapters.save(self, checkpoint, base=self.init_from)
         self.pairs.save(checkpoint)
@@ -395,6 +394,7 @@ class CausalLM(LightningModule):
         if "loops" not in checkpoint:  # weights alone, to be validated
             return
         self._loaded_train_loss = checkpoint[KEY].get("train_loss")
+        self._finite.num_skipped = checkpoint[KEY].get("skipped_steps", 0)
         figures = checkpoint[KEY]["validation"]
         self.last_validation = figures if figures.keys() == self._val_losses.keys() else {}
         recount_batches(checkpoint, self.trainer.accumulate_grad_batches)

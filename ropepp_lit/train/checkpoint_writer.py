@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -35,10 +36,14 @@ class CheckpointWriter:
     Args:
         in_background: Write from a copy of the state in CPU memory, by a thread, while training goes on.
         keep: Number of newest checkpoints to keep. 0 keeps all.
+        report: Called on rank 0, perhaps by the thread, when a checkpoint has its name: path, bytes, and the seconds
+            since its save began.
     """
 
-    def __init__(self, *, in_background: bool, keep: int) -> None:
-        self.in_background, self.keep = in_background, keep
+    def __init__(
+        self, *, in_background: bool, keep: int, report: Callable[[Path, int, float], None] | None = None
+    ) -> None:
+        self.in_background, self.keep, self._report = in_background, keep, report
         self._group: Any = None
         self._executor: ThreadPoolExecutor | None = None
         self._write: Future[None] | None = None
@@ -83,11 +88,11 @@ class CheckpointWriter:
             UsageError: this write, or in the background the one before, failed on any rank.
         """
         self.wait()
-        self._path = path
+        self._path, began = path, time.monotonic()
         if _is_rank_zero():
             with suppress(OSError):  # what fails here fails again in the write, which reports it on all ranks
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _remove(_partial(path))
+                remove(_partial(path))
         if is_sharded and self._group is not None:
             dist.barrier(self._group)  # no rank writes into the folder before rank 0 has removed an old one
         write = self._shards(checkpoint) if is_sharded else None
@@ -100,6 +105,8 @@ class CheckpointWriter:
             if _is_rank_zero():
                 save_file(checkpoint, _partial(path) / SHARDED_METADATA if is_sharded else _partial(path))
                 self._publish(path)
+                if self._report is not None:
+                    self._report(path, size_of(path), time.monotonic() - began)
 
         if self._executor is None:
             self._do(task)
@@ -126,7 +133,7 @@ class CheckpointWriter:
                 checkpoint[KEY]["validation"] = figures
                 with whole_file(file) as partial:
                     save_file(checkpoint, partial)
-                _point_last_at(path)  # a hard link or a copy is still without them
+                point_last_at(path)  # a hard link or a copy is still without them
                 _flush(path.parent)
 
         self._do(task)
@@ -171,7 +178,7 @@ class CheckpointWriter:
             return
         if not _is_rank_zero():
             sys.exit(0)  # with another code the launcher would kill rank 0 before it has printed the line
-        _remove(_partial(self._path))
+        remove(_partial(self._path))
         raise UsageError(
             f"{self._path}: cannot be written: {reason}; when that is fixed, continue by --ckpt_path auto"
         ) from error
@@ -181,7 +188,7 @@ class CheckpointWriter:
         _flush(_partial(path))
         _make_way(path)
         os.replace(_partial(path), path)
-        notice = _point_last_at(path)
+        notice = point_last_at(path)
         if notice is not None and not self._has_noticed:
             self._has_noticed = True
             print(f"Notice: {notice}.", file=sys.stderr)
@@ -192,10 +199,10 @@ class CheckpointWriter:
         # Others are damaged: they are not counted, or whole ones would be deleted in their place.
         steps = sorted(step for step in saved_steps(path.parent) if step <= begun_at or step in self._saved)
         for old in steps[: -self.keep] if self.keep else []:
-            _remove(path.with_name(f"step={old}.ckpt"))
+            remove(path.with_name(f"step={old}.ckpt"))
 
 
-def _point_last_at(path: Path) -> str | None:
+def point_last_at(path: Path) -> str | None:
     """Make `last.ckpt` the newest checkpoint: a symbolic link; hard links or a copy where the file system has none.
 
     Hard links take no space, and stay valid when `keep` deletes the step.
@@ -205,7 +212,7 @@ def _point_last_at(path: Path) -> str | None:
     """
     last = path.with_name(LAST)
     partial, notice = _partial(last), None
-    _remove(partial)
+    remove(partial)
     try:
         partial.symlink_to(path.name)
     except (OSError, NotImplementedError):
@@ -214,15 +221,15 @@ def _point_last_at(path: Path) -> str | None:
         except (OSError, NotImplementedError):
             notice = f"{last} is a copy of the newest checkpoint and takes its space again, as there are no links here"
             try:
-                _remove(partial)
+                remove(partial)
                 _copy_tree(path, partial, shutil.copyfile)
                 _flush(partial)
             except OSError as error:
-                _remove(partial)
-                _remove(last)
+                remove(partial)
+                remove(last)
                 return f"{last} is not there ({error.strerror}); name {path}, or continue by --ckpt_path auto"
     if last.is_dir() and not last.is_symlink():
-        _remove(last)
+        remove(last)
     os.replace(partial, last)
     return notice
 
@@ -243,6 +250,11 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a checkpoint, a file or a folder of shards."""
+    return sum(part.stat().st_size for part in (path.rglob("*") if path.is_dir() else [path]) if part.is_file())
+
+
 def saved_steps(folder: Path) -> list[int]:
     """Steps whose checkpoints are whole, in any order."""
     steps = (step_of(path) for path in folder.glob("step=*.ckpt"))
@@ -252,7 +264,7 @@ def saved_steps(folder: Path) -> list[int]:
 def remove_partial(folder: Path) -> None:
     """Delete what killed runs left unfinished."""
     for path in folder.glob(".*.partial"):
-        _remove(path)
+        remove(path)
 
 
 def _partial(path: Path) -> Path:
@@ -297,7 +309,8 @@ def _reason(error: BaseException) -> str:
     return write_failure(error) or f"{type(error).__name__}: {error}"
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or folder, or a link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

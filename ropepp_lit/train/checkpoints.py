@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,18 @@ from torch.distributed.tensor import DTensor
 from ropepp_lit.checkpoint import read_checkpoint
 from ropepp_lit.errors import UsageError
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoint_writer import LAST, CheckpointWriter, remove_partial, saved_steps, step_of
+from ropepp_lit.train.checkpoint_writer import (
+    LAST,
+    CheckpointWriter,
+    point_last_at,
+    remove,
+    remove_partial,
+    saved_steps,
+    step_of,
+)
 from ropepp_lit.train.curves import flush
+from ropepp_lit.train.disk_space import DiskSpace
+from ropepp_lit.train.run_log import RunLog
 from ropepp_lit.train.signals import StopRequest, replace_lightnings_broadcast
 
 __all__ = ["LAST", "Checkpoints", "check_folder", "folder_of", "newest", "saved_steps"]
@@ -42,7 +53,8 @@ class Checkpoints(Checkpoint):
             raise UsageError(f"checkpoints.keep: {keep} must be 0 (all) or more")
         self.every_n_steps, self.keep, self.async_save = every_n_steps, keep, async_save
         self.stop = StopRequest()
-        self._writer = CheckpointWriter(in_background=async_save, keep=keep)
+        self._writer = CheckpointWriter(in_background=async_save, keep=keep, report=self._report)
+        self._run_log, self._disk_space = RunLog(), DiskSpace(keep)
         self._saved_step = self._seen_step = 0
         self.is_dry_run = False
         """Whether nothing is saved; the command sets it."""
@@ -51,7 +63,7 @@ class Checkpoints(Checkpoint):
         """Install the signal handlers, and delete what a killed run left unfinished."""
         self.stop.install()
         assert isinstance(pl_module, CausalLM)
-        pl_module.stop = self.stop
+        pl_module.stop, self._run_log = self.stop, pl_module.run_log
         replace_lightnings_broadcast(trainer)
         if trainer.is_global_zero and not self.is_dry_run:
             remove_partial(folder_of(trainer.default_root_dir))
@@ -102,6 +114,14 @@ class Checkpoints(Checkpoint):
         """Restore the signal handlers."""
         self.stop.uninstall()
 
+    def saved_before(self, trainer: pl.Trainer, step: int) -> list[int]:
+        """Steps before this one whose checkpoints are whole, once what is being written is. Every rank must call it."""
+        self._writer.wait()
+        folder = folder_of(trainer.default_root_dir)
+        steps = [saved for saved in sorted(saved_steps(folder)) if saved < step]
+        whole = [saved for saved in steps if _is_whole(folder / f"step={saved}.ckpt", checksums=True)]
+        return trainer.strategy.broadcast(whole)
+
     def finish(self) -> None:
         """Wait until what was saved is on the disk. Every rank must call it."""
         self._writer.close()
@@ -111,6 +131,8 @@ class Checkpoints(Checkpoint):
         trainer.fit_loop.epoch_loop.min_steps = None  # it would keep the run from stopping
         if self.stop.failed:
             self._writer.wait()  # raises
+        if self.stop.received is not None:
+            self._run_log.write("signal", step=trainer.global_step, signal=signal.Signals(self.stop.received).name)
         trainer.should_stop, trainer.limit_val_batches = True, 0
 
     def _save(self, trainer: pl.Trainer) -> None:
@@ -121,6 +143,12 @@ class Checkpoints(Checkpoint):
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         path = folder_of(trainer.default_root_dir) / f"step={step}.ckpt"
         self._writer.save(checkpoint, path, is_sharded=_is_sharded(trainer), live=_live_tensors(trainer))
+
+    def _report(self, path: Path, size: int, seconds: float) -> None:
+        """Log a checkpoint that has its name, and look at the room for others; on rank 0, perhaps by a thread."""
+        step, saved = step_of(path) or 0, len(saved_steps(path.parent))
+        self._run_log.write("save", step=step, path=str(path), bytes=size, seconds=round(seconds, 3))
+        self._disk_space.look(path.parent, size=size, saved=saved, step=step, run_log=self._run_log)
 
 
 def _is_sharded(trainer: pl.Trainer) -> bool:
@@ -153,8 +181,21 @@ def newest(folder: Path, *, checksums: bool = False) -> Path | None:
     return next((path for path in paths if _is_whole(path, checksums=checksums)), None)
 
 
+def abandon_since(path: Path) -> list[Path]:
+    """Make a checkpoint the newest one: point `last.ckpt` at it, and delete those of later steps.
+
+    Returns:
+        What was deleted.
+    """
+    point_last_at(path)
+    later = damaged_since(path.parent, path)
+    for other in later:
+        remove(other)
+    return later
+
+
 def damaged_since(folder: Path, path: Path | None) -> list[Path]:
-    """Checkpoints newer than the newest whole one; they stay until their steps are saved again."""
+    """Checkpoints newer than one; where that is the newest whole one, they stay until their steps are saved again."""
     first = -1 if path is None else step_of(path)
     assert first is not None
     return [folder / f"step={step}.ckpt" for step in sorted(saved_steps(folder)) if step > first]

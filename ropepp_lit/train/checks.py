@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Timer
 
 from ropepp_lit.checkpoint import KEY, decoder_weights, describe_architecture, read_checkpoint
 from ropepp_lit.data.comparison import (
@@ -25,6 +27,7 @@ from ropepp_lit.nn import Decoder
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import damaged_since, folder_of, newest
 from ropepp_lit.train.diagnostics import Diagnostics
+from ropepp_lit.train.disk_space import checkpoint_bytes
 from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.lora import check_options, continue_adapters, trained_shapes
@@ -114,6 +117,12 @@ class Checks:
             raise UsageError("model.lora: adapters are trained beside a model's weights; name it by model.init_from")
         elif model.init_optimizer:
             raise UsageError("model.init_optimizer: takes the optimizer's state of model.init_from; name that too")
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint of the run."""
+        model, precision = self._model, str(self._options.trainer.precision)
+        return checkpoint_bytes(self._decoder, model.optimizer_config, lora=model.lora, precision=precision)
 
     def check_steps(self) -> None:
         """The length of the run."""
@@ -314,3 +323,24 @@ class Checks:
                 changes.append(f"{name} {old:,} → {new:,}")
         difference = ", ".join(filter(None, changes))
         return f"Starting from the weights of {path}" + (f": {difference}" if difference else "")
+
+
+def require_a_step(trainer: pl.Trainer, *, first_step: int) -> None:
+    """Check that a run has done something.
+
+    Args:
+        trainer: At the end of the run.
+        first_step: Where this start of the run began.
+
+    Raises:
+        UsageError: it ended without a step.
+    """
+    if trainer.global_step >= trainer.max_steps or trainer.global_step > first_step:
+        return
+    timers = (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
+    if any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers):
+        raise UsageError(
+            "trainer.max_time: all of it is used up before a step; it counts the time of all starts of a run: raise it"
+        )
+    if trainer.global_step == 0:
+        raise UsageError("the run ended without a step; see what trainer.callbacks stop it for")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -15,7 +17,6 @@ import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.precision import DoublePrecision
@@ -27,20 +28,30 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.files import held, local_path
 from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of, newest
-from ropepp_lit.train.checks import Checks, checkpoint_to_continue
+from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of, saved_steps
+from ropepp_lit.train.checks import Checks, checkpoint_to_continue, require_a_step
 from ropepp_lit.train.classes import CLASSES, check_classes, check_nulls
 from ropepp_lit.train.curves import go_on_from
 from ropepp_lit.train.diagnostics import Diagnostics
+from ropepp_lit.train.disk_space import check_first
 from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.finite import DivergedError
 from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.garbage import GarbageCollection
 from ropepp_lit.train.recipe import write_recipe
 from ropepp_lit.train.refusals import check_launcher, in_one_line
-from ropepp_lit.train.summary import rank_zero_print, stop_summary, training_summary, validation_summary
+from ropepp_lit.train.run_log import describe_start
+from ropepp_lit.train.spikes import LossSpikes, RollBack, SpikeError, forget_skipped, go_back, skipped_samples
+from ropepp_lit.train.summary import (
+    divergence_summary,
+    rank_zero_print,
+    stop_summary,
+    training_summary,
+    validation_summary,
+)
 from ropepp_lit.train.trainer_options import check_folders, check_options, dry_run, has_progress_bar
 from ropepp_lit.train.validations import is_due, validated_step
+from ropepp_lit.train.watchdog import Watchdog
 
 
 class _Parser(OneLineErrors, LightningArgumentParser):
@@ -51,6 +62,9 @@ class RecipeCLI(LightningCLI):
     """LightningCLI whose recipe overrides the checkpoint's, and which reports mistakes before anything is written."""
 
     def __init__(self, arguments: list[str]) -> None:
+        self._arguments, self._started = arguments, time.monotonic()
+        self.goes_on_from: str | None = None
+        """The checkpoint that the run went back to; the command goes on from it."""
         super().__init__(
             CausalLM,
             TokenData,
@@ -82,6 +96,8 @@ class RecipeCLI(LightningCLI):
         parser.add_lightning_class_args(TextSample, "sample")
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(Diagnostics, "diagnostics")
+        parser.add_lightning_class_args(LossSpikes, "spikes")
+        parser.add_lightning_class_args(Watchdog, "watchdog")
         parser.set_defaults({key: {"class_path": default.__name__} for key, (_, default) in CLASSES.items() if default})
 
     def _parse_ckpt_path(self) -> None:
@@ -124,9 +140,14 @@ class RecipeCLI(LightningCLI):
             super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """What Lightning refuses, a full disk and a loss that is NaN are one line."""
+        """What Lightning refuses, a full disk and a loss that is NaN are one line; the run's log tells its end."""
+        with ExitStack() as self._until_end:
+            self._until_end.push(self._log_end)
+            self._run_in_one_line(subcommand)
+
+    def _run_in_one_line(self, subcommand: str) -> None:
         try:
-            with in_one_line("trainer"), ExitStack() as self._until_end:
+            with in_one_line("trainer"):
                 super()._run_subcommand(subcommand)
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # a second Ctrl-C, of which Lightning says nothing
@@ -136,12 +157,40 @@ class RecipeCLI(LightningCLI):
             self.config_init.fit.checkpoints.finish()
             if not self.trainer.is_global_zero:
                 sys.exit(0)  # with another code the launcher would kill rank 0 before it has printed the line
-            found = newest(folder_of(self.trainer.default_root_dir))
-            last = f"the last good checkpoint is {found}" if found else "no checkpoint was saved before"
-            raise UsageError(
-                f"{error}; {last}. Lower model.optimizer.lr, or set model.on_nan to skip, and continue by --ckpt_path "
-                "auto"
-            ) from error
+            if isinstance(error, SpikeError):
+                raise UsageError(str(error)) from error
+            raise UsageError(f"{error}; {divergence_summary(self.model, self.trainer)}") from error
+        except RollBack as rollback:
+            self._roll_back(rollback)
+
+    def _roll_back(self, rollback: RollBack) -> None:
+        """Let the command go on from a checkpoint, without the data that were read since."""
+        checkpoints, folder = self.config_init.fit.checkpoints, folder_of(self.trainer.default_root_dir)
+        checkpoints.finish()
+        checkpoints.stop.uninstall()
+        path = folder / f"step={rollback.to_step}.ckpt"
+        if self.trainer.is_global_zero:
+            go_back(path, rollback, self.model)
+        self.trainer.strategy.barrier("rollback")  # before another rank looks into the folder
+        self.goes_on_from = str(path)
+
+    def _log_end(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        """Write the last event of the run's log, and close it."""
+        trainer, model, values = self.trainer, self.model, dict[str, Any]()
+        if not model.run_log.is_open or self.goes_on_from is not None:
+            model.run_log.close()
+            return
+        if error is None:
+            reason = "finished" if model.steps_taken >= trainer.max_steps else "stopped"
+        elif isinstance(error, SystemExit) and self.config_init.fit.checkpoints.stop.received is not None:
+            reason = "signal"
+        else:
+            reason = "diverged" if isinstance(error.__cause__, DivergedError) else "error"
+            values = {"error": type(error).__name__, "message": " ".join(str(error).split())}
+        seconds = round(time.monotonic() - self._started, 3)
+        values |= {"tokens": model.tokens_seen, "skipped_steps": model.skipped_steps, "seconds": seconds}
+        model.run_log.write("end", step=model.steps_taken, reason=reason, **values)
+        model.run_log.close()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own method would warn where a process with other arguments calls this one."""
@@ -158,8 +207,7 @@ class RecipeCLI(LightningCLI):
                 local_path(key, str(options[key]))
 
     def before_fit(self) -> None:
-        """Check everything that can be checked; then write the recipe into the run's folder."""
-        self._started = time.monotonic()
+        """Check everything that can be checked; then write the recipe and the beginning of the log into the folder."""
         checks, options = self._checks(), self.config_init["fit"]
         checks.check_steps()
         options.weights_only = True
@@ -171,17 +219,40 @@ class RecipeCLI(LightningCLI):
             self.trainer.fit_loop.epoch_loop.max_steps = options.trainer.max_steps
         self.model.loads_checkpoint = options.ckpt_path is not None
         checks.open_checkpoint(options.ckpt_path)
-        self._check(checks)
+        notes = self._check(checks)
         self.model.recipe = self._as_plain(self.config)
         if self.is_dry_run:
             return
         folder = Path(self.trainer.default_root_dir)
+        check_first(folder_of(folder), checks.checkpoint_bytes)
         self._lock(folder)
         check_folder(folder_of(folder), options.ckpt_path)
         check_folders(options.trainer.callbacks, folder_of(folder))
+        self.datamodule.skipped_samples = skipped_samples(
+            folder_of(folder), options.ckpt_path, self.datamodule.identity
+        )
         if self.trainer.is_global_zero:
+            if options.ckpt_path is None:
+                forget_skipped(folder_of(folder))
             write_recipe(folder / "recipe.yaml", self.model.recipe, self._read_recipe)
+            self._log_start(folder, notes)
         self._go_on_with_curves(before)
+
+    def _log_start(self, folder: Path, notes: list[str]) -> None:
+        """Write the first events of the run's log.
+
+        Args:
+            folder: Of the run.
+            notes: What the checks found.
+        """
+        log, path = self.model.run_log, self.config_init.fit.ckpt_path
+        log.open(folder)
+        words = shlex.join(["ropepp-lit", *self._arguments])
+        log.write("start", step=self._first_step, **describe_start(self.trainer, words), notes=notes)
+        if path is not None:
+            saved = sorted(saved_steps(folder_of(folder)))  # the checks found newer ones damaged
+            damaged = [str(folder_of(folder) / f"step={step}.ckpt") for step in saved if step > self._first_step]
+            log.write("resume", step=self._first_step, checkpoint=path, damaged=damaged)
 
     def _lock(self, folder: Path) -> None:
         """Refuse a folder that another run writes to, until this one ends."""
@@ -215,13 +286,15 @@ class RecipeCLI(LightningCLI):
             world_size=self.trainer.world_size,
         )
 
-    def _check(self, checks: Checks) -> None:
+    def _check(self, checks: Checks) -> list[str]:
         lines = checks.check_recipe(has_gpu=not isinstance(self.trainer.accelerator, CPUAccelerator))
         self.datamodule.check()
         self.datamodule.prepare_data()
         self.datamodule.setup("check")
-        for line in [*lines, *checks.check_data(), *checks.compare()]:
+        lines += [*checks.check_data(), *checks.compare()]
+        for line in lines:
             rank_zero_print(line)
+        return lines
 
     def _as_plain(self, config: Any) -> dict[str, Any]:
         """The recipe of parsed options of `fit`, without what is no part of it, such as `ckpt_path`."""
@@ -257,7 +330,7 @@ class RecipeCLI(LightningCLI):
             UsageError: the run ended without a step.
         """
         self._leave_if_stopped()
-        self._require_a_step()
+        require_a_step(self.trainer, first_step=self._first_step)
         if self.is_dry_run:
             rank_zero_print(f"\nDry run: trained to step {self.model.steps_taken:,} and validated; nothing is saved.")
             return
@@ -276,19 +349,6 @@ class RecipeCLI(LightningCLI):
         rank_zero_print(stop_summary(self.model, self.trainer, number=number))
         # Rank 0 alone: a launcher ends the others when one of them fails.
         sys.exit(128 + number if self.trainer.is_global_zero else 0)
-
-    def _require_a_step(self) -> None:
-        trainer = self.trainer
-        if trainer.global_step >= trainer.max_steps or trainer.global_step > self._first_step:
-            return
-        timers = (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
-        if any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers):
-            raise UsageError(
-                "trainer.max_time: all of it is used up before a step; it counts the time of all starts of a run: "
-                "raise it"
-            )
-        if trainer.global_step == 0:
-            raise UsageError("the run ended without a step; see what trainer.callbacks stop it for")
 
     def after_validate(self) -> None:
         """Print the results."""
@@ -312,7 +372,13 @@ def main(arguments: list[str]) -> None:
         arguments: The subcommand and its options.
     """
     quiet()
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # torch's flight recorder, which the watchdog reads
     # Before anything is computed, as threads inherit it. CPUs are slow on weights near 1e-40, which ALiBi's softmax
     # gives to many far keys.
     torch.set_flush_denormal(True)
-    RecipeCLI(arguments)
+    goes_on_from = RecipeCLI(arguments).goes_on_from
+    while goes_on_from is not None:  # after a loss spike; a resume in the same processes
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        goes_on_from = RecipeCLI([*arguments, "--ckpt_path", goes_on_from]).goes_on_from

@@ -19,6 +19,7 @@ from ropepp_lit.nn import Decoder
 from ropepp_lit.sizes import parse_tokens
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.curves import log_figures
+from ropepp_lit.train.watchdog import unhurried
 
 KINDS = ("perplexity", "retrieval", "recall", "induction")
 """Tasks that can be measured during training."""
@@ -71,7 +72,7 @@ class BySteps(Callback):
             return
         self._acted_at = step
         assert isinstance(pl_module, CausalLM)
-        with pl_module.untimed():
+        with pl_module.untimed(), unhurried(trainer):
             self.act(trainer, pl_module)
 
     @abstractmethod

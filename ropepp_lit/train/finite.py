@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ropepp_lit.errors import UsageError
+from ropepp_lit.train.run_log import RunLog
 
 OnNaN = Literal["stop", "skip"]
 
@@ -36,15 +39,18 @@ class FiniteSteps:
         self.mode = mode
         self.skipped = False
         """Whether the newest step is skipped."""
+        self.num_skipped = 0
+        """Steps that were skipped since the run began; checkpoints carry the number."""
         self._first_bad: Tensor | None = None
         self._in_a_row = 0
 
-    def watch(self, norm: Tensor, step: int) -> bool:
-        """Note the gradient norm of a step; returns whether the step must be skipped.
+    def watch(self, norm: Tensor, step: int, run_log: RunLog) -> bool:
+        """Note the gradient norm of a step; returns whether the step must be skipped, which is printed and logged.
 
         Args:
             norm: A scalar, the same on every rank.
             step: Number of the step, the first is 1.
+            run_log: Of the run.
 
         Raises:
             DivergedError: ten steps in a row would be skipped.
@@ -61,7 +67,18 @@ class FiniteSteps:
             raise DivergedError(
                 f"loss or gradients are NaN or infinite for {MAX_SKIPPED} steps in a row, up to step {step}"
             )
+        if self.skipped:
+            self.num_skipped += 1
+            rank_zero_only(print)(f"\nStep {step} is skipped: its loss or gradients are NaN or infinite", flush=True)
+            run_log.write("skip", step=step, reason="loss or gradients are not finite", skipped_steps=self.num_skipped)
         return self.skipped
+
+    def check_figures(self, loss: float, norm: float, step: int) -> None:
+        """Raise DivergedError where what is logged at a step is not finite and no such step is skipped."""
+        if self.mode == "stop" and not math.isfinite(loss + norm):
+            self.check()
+        if self.mode == "stop" and not math.isfinite(loss):
+            raise DivergedError(f"the training loss is {loss} at step {step}")
 
     def check(self) -> None:
         """Raise DivergedError where a step was bad; waits for the device."""

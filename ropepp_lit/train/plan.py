@@ -13,7 +13,7 @@ import torch
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, PositionScheme, RoPE, RoPEPP, layout_of
 from ropepp_lit.nn.context_parallel import MODES, Mode, choose_mode, elements_moved
-from ropepp_lit.sizes import parse_bytes
+from ropepp_lit.sizes import in_bytes, parse_bytes
 from ropepp_lit.train.checks import Checks, checkpoint_to_continue
 from ropepp_lit.train.cli import RecipeCLI, quiet
 from ropepp_lit.train.costs import cache_bytes_per_token, training_flops_per_token
@@ -138,6 +138,7 @@ class Recipe:
         """
         checks = Checks(self.model, self.data, options, strategy=self.strategy, world_size=self.devices)
         checks.check_steps()
+        self.checkpoint_bytes, self.keep = checks.checkpoint_bytes, options.checkpoints.keep
         lines, ckpt_path = [], checkpoint_to_continue(options)
         key, path = ("model.init_from", self.model.init_from) if ckpt_path is None else ("ckpt_path", ckpt_path)
         if path is not None and not Path(path).exists():
@@ -213,6 +214,8 @@ time              {days:.2f} days on {self.devices} × {device} at {utilization:
             print(f"  {part:<12} {size / GIB:8.2f} GiB")
         print(f"  {'total':<12} {memory.total / GIB:8.2f} GiB of {device_memory / GIB:.0f} GiB")
         print(self._advice(device_memory))
+        kept = f"{self.keep} are kept, and one more while it is written" if self.keep else "all are kept"
+        print(f"checkpoint: {in_bytes(self.checkpoint_bytes)} of weights and optimizer state; {kept}")
         self._show_batch()
 
     def _trained(self) -> str:

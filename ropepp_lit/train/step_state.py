@@ -35,6 +35,15 @@ class StepState:
         self._tokens_seen = tokens_seen
         self._train_loss = {name: value.clone() for name, value in train_loss.states.items()}
 
+    @property
+    def position(self) -> dict[str, Any]:
+        """In the data at the end of the newest step, of :meth:`~ropepp_lit.data.loader.TrainLoader.state_dict`."""
+        return self._position[0]
+
+    def since(self, train_loss: TokenLoss) -> dict[str, Tensor]:
+        """What was added to the loss after the newest step, on this rank."""
+        return {name: value - self._train_loss[name] for name, value in train_loss.states.items()}
+
     def restore(self, train_loss: TokenLoss) -> None:
         """Take out of the loss what came after the newest step."""
         for name, value in train_loss.states.items():

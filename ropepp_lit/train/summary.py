@@ -62,8 +62,8 @@ def training_summary(model: CausalLM, trainer: pl.Trainer, *, prompt: str, secon
     folder = trainer.default_root_dir
     checkpoint, recipe = folder_of(folder) / LAST, Path(folder) / "recipe.yaml"
     return f"""
-Step {model.steps_taken:,}, {model.tokens_seen:,} tokens read, {seconds:.0f} seconds.
-Everything is in {folder}: checkpoints, recipe.yaml, tensorboard.
+Step {model.steps_taken:,}{_skipped(model)}, {model.tokens_seen:,} tokens read, {seconds:.0f} seconds.
+Everything is in {folder}: checkpoints, recipe.yaml, run.jsonl, tensorboard.
 
 Next:
   {command("ropepp-lit", "generate", checkpoint, prompt=prompt)}
@@ -84,7 +84,30 @@ def stop_summary(model: CausalLM, trainer: pl.Trainer, *, number: int) -> str:
     folder = Path(trainer.default_root_dir)
     saved = newest(folder_of(folder))
     return (
-        f"\nStopped by {signal.Signals(number).name} at step {model.steps_taken:,}, "
+        f"\nStopped by {signal.Signals(number).name} at step {model.steps_taken:,}{_skipped(model)}, "
         f"{f'saved as {saved}' if saved else 'before anything was saved'}. "
         f"Continue: {command('ropepp-lit', 'fit', config=folder / 'recipe.yaml', ckpt_path='auto')}"
     )
+
+
+def divergence_summary(model: CausalLM, trainer: pl.Trainer) -> str:
+    """The last good checkpoint of a run that diverged, and how to go on from it.
+
+    Args:
+        model: After training.
+        trainer: Of the run.
+    """
+    folder = Path(trainer.default_root_dir)
+    found = newest(folder_of(folder))
+    last = f"the last good checkpoint is {found}" if found else "no checkpoint was saved before"
+    options = {"config": folder / "recipe.yaml", "ckpt_path": "auto"}
+    if model.on_nan == "skip":
+        return f"{last}. Lower model.optimizer.lr, and continue: {command('ropepp-lit', 'fit', **options)}"
+    skip = command("ropepp-lit", "fit", **options, model__on_nan="skip")
+    return f"{last}. Lower model.optimizer.lr, or continue without such steps: {skip}"
+
+
+def _skipped(model: CausalLM) -> str:
+    """How many steps were skipped, where there are any."""
+    number = model.skipped_steps
+    return f" ({number:,} of them skipped)" if number else ""

@@ -104,3 +104,17 @@ def read_losses(losses: dict[str, TokenLoss], data: Any) -> tuple[dict[str, dict
         bytes_per_token = data.bytes_per_token(name) if isinstance(data, TokenData) else None
         found[name] = figures_of(metric, "", (loss, *others), bytes_per_token) | {metric.counted: tokens}
     return found, nats, total
+
+
+def figures_to_log(found: dict[str, dict[str, float]], *, loss: float) -> dict[str, float]:
+    """Figures of a validation by the names of their curves: one set's without its name, and the loss over all sets.
+
+    Args:
+        found: By set, see :func:`read_losses`.
+        loss: Over all sets.
+    """
+    values: dict[str, float] = {}
+    for name, figures in found.items():
+        prefix = "val/" if len(found) == 1 else f"val/{name}/"
+        values |= {prefix + figure: v for figure, v in figures.items() if figure not in ("tokens", "pairs")}
+    return values | {"val/loss": loss}

@@ -1,15 +1,17 @@
 """Losses and gradients that are NaN or infinite."""
 
 import os
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
-from runs import ACCUMULATE, curves
+from runs import assert_same, curves
 
-from ropepp_lit.checkpoint import KEY, read_checkpoint
+from ropepp_lit.checkpoint import read_checkpoint
+from ropepp_lit.train.run_log import read_run_log
 
 pytestmark = pytest.mark.end_to_end
 
@@ -28,7 +30,63 @@ def bad(step, *, every=False):
     return Spoil()
 
 
-@pytest.mark.parametrize(("step", "last"), [(5, 4), (6, 4), (2, None)])
+class Poison(Callback):
+    """Makes the loss of each batch NaN that holds a certain row: that which step 50 of the run reads first."""
+
+    def on_train_start(self, trainer, module):
+        tokens, _ = trainer.datamodule.train_samples.__getitems__([98])
+        loss = module._summed_loss
+
+        def spoilt(batch, *arguments):
+            is_bad = trainer.training and bool((batch.input_ids == tokens[0, :-1]).all(dim=1).any())
+            return loss(batch, *arguments) * (torch.nan if is_bad else 1.0)
+
+        module._summed_loss = spoilt
+
+
+class LeaveOut(Callback):
+    """Takes the gradients of step 50 away before it."""
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        if trainer.global_step + 1 == 50:
+            optimizer.zero_grad(set_to_none=True)
+
+
+def test_a_document_that_makes_the_loss_nan(fit, capsys):
+    """The run stops, goes on by what its last line says, and ends as one that left step 50 out."""
+    options = ["--trainer.accumulate_grad_batches", 1, "--trainer.max_steps", 52, "--checkpoints.every_n_steps", 20]
+    options += ["--model.schedule.total_steps", 60, "--trainer.limit_val_batches", 0, "--trainer.log_every_n_steps", 4]
+    with pytest.raises(SystemExit):
+        fit("poisoned", *options, callbacks=[Poison()])
+    line, _, typed = capsys.readouterr().err.strip().splitlines()[-1].partition(" such steps: ")
+    assert line == (
+        "ropepp-lit: error: loss or gradients are NaN or infinite at step 50; the last good checkpoint is "
+        "poisoned/checkpoints/step=40.ckpt. Lower model.optimizer.lr, or continue without"
+    )
+    assert typed == "ropepp-lit fit --config poisoned/recipe.yaml --ckpt_path auto --model.on_nan skip"
+    poisoned = fit("poisoned", *shlex.split(typed)[2:], callbacks=[Poison()])
+    printed = capsys.readouterr().out
+    assert printed.count("Step 50 is skipped: its loss or gradients are NaN or infinite") == 1
+    assert "Step 52 (1 of them skipped), 6,656 tokens read" in printed
+    left_out = fit("left_out", *options, callbacks=[LeaveOut()])
+    assert_same(*(folder / "checkpoints/step=52.ckpt" for folder in (poisoned, left_out)))
+    a, b = (read_checkpoint(folder / "checkpoints/step=52.ckpt") for folder in (poisoned, left_out))
+    assert a["lr_schedulers"] == b["lr_schedulers"]
+    states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (a, b)]
+    assert all(torch.equal(states[1][n][key], value) for n, state in states[0].items() for key, value in state.items())
+    # Resumed, the run keeps the count.
+    fit("poisoned", "--config", "poisoned/recipe.yaml", "--ckpt_path", "auto", "--trainer.max_steps", 56)
+    assert "Step 56 (1 of them skipped)" in capsys.readouterr().out
+    found = curves(poisoned)
+    assert [found["skipped_steps", step] for step in (44, 48, 52, 56)] == [0, 0, 1, 1]
+    assert all(value == value for (name, _), value in found.items() if name == "train/loss")
+    events = list(read_run_log(poisoned))
+    assert [(e["step"], e["skipped_steps"]) for e in events if e["event"] == "skip"] == [(50, 1)]
+    ends = [(e["reason"], e["step"], e["skipped_steps"]) for e in events if e["event"] == "end"]
+    assert ends == [("diverged", 52, 0), ("finished", 52, 1), ("finished", 56, 1)]
+
+
+@pytest.mark.parametrize(("step", "last"), [(6, 4), (2, None)])
 def test_nan_ends_the_run(fit, capsys, step, last):
     """Before the sample, which would fail, and before the step is saved."""
     folder = f"nan{step}"
@@ -43,15 +101,7 @@ def test_nan_ends_the_run(fit, capsys, step, last):
     assert names == (["last.ckpt", "step=2.ckpt", "step=4.ckpt"] if last else [])
 
 
-def test_nan_is_skipped(fit, capsys):
-    """Step 3 reads its data and changes nothing but the schedule; the curve leaves its loss out."""
-    folder = fit("skip", "--model.on_nan", "skip", "--checkpoints.every_n_steps", 1, callbacks=[bad(3)])
-    assert capsys.readouterr().out.count("Step 3 is skipped") == 1
-    two, three, four = (read_checkpoint(folder / f"checkpoints/step={step}.ckpt") for step in (2, 3, 4))
-    assert all(torch.equal(two["state_dict"][name], value) for name, value in three["state_dict"].items())
-    assert not all(torch.equal(three["state_dict"][name], value) for name, value in four["state_dict"].items())
-    assert three[KEY]["tokens_seen"] == 3 * ACCUMULATE * 2 * 64
-    assert all(value == value for (name, _), value in curves(folder).items() if name == "train/loss")
+def test_too_many_steps_are_skipped(fit, capsys):
     with pytest.raises(SystemExit):
         fit("skip_all", "--model.on_nan", "skip", "--trainer.max_steps", 20, callbacks=[bad(3, every=True)])
     line = capsys.readouterr().err.strip().splitlines()[-1]

@@ -1,5 +1,7 @@
 """`plan`: the arithmetic against plain counts, and what it says of recipes."""
 
+import re
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -126,6 +128,7 @@ def test_a_plan_shows_the_first_batch_where_data_are_prepared(texts, tmp_path, c
     plan(options(texts, tmp_path, "--data.context_length", "64"))
     second = capsys.readouterr().out
     assert "first batch: (8, 64)" in second
+    assert re.search(r"\ncheckpoint: [\d.]+ MiB of weights and optimizer state; 2 are kept, and one more while", second)
     assert "word" in second
 
 
