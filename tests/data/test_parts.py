@@ -174,7 +174,8 @@ print("left", left)
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("share", [pytest.param(0.6, marks=pytest.mark.slow), 0.93])
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.6, 0.93])
 def test_parts_are_killed_and_resumed(run_file, tmp_path, share):
     source = corpus(tmp_path / "texts")
     run(source, tmp_path / "one")

@@ -70,7 +70,7 @@ def kill_and_resume(kill_at, undisturbed, tmp_path, moment):
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
 
 
-@pytest.mark.end_to_end
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.3, 0.99])
 def test_killed_and_resumed(kill_at, undisturbed, tmp_path, share):
     kill_and_resume(kill_at, undisturbed, tmp_path, round(share * undisturbed[2]))
@@ -83,6 +83,7 @@ def test_killed_at_any_moment_and_resumed(kill_at, undisturbed, tmp_path, number
 
 
 @pytest.mark.end_to_end
+@pytest.mark.slow
 def test_the_installed_command_is_killed_and_goes_on(command_path, run_file, tmp_path):
     source = store(tmp_path / "texts", "jsonl", DOCUMENTS * 700)
     command = [command_path, "prepare", source, "--tokenizer", "bytes", "--chunk_size", "400KB", "--out"]

@@ -220,11 +220,8 @@ def batches(folder):
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize(
-    "kind",
-    [ONE, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (TWO_SHARDS, TWO))],
-    ids=["file", "shards", "file of two"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [ONE, TWO_SHARDS, TWO], ids=["file", "shards", "file of two"])
 def test_killed_while_a_background_write_and_training_go_on(train, tmp_path, callbacks, kind):
     kind, background = list(kind), ["--checkpoints.async_save", "true"]
     killed = callbacks("KillWhileWriting", path="batches.txt", step=4)

@@ -56,6 +56,7 @@ def test_on_two_ranks(on_ranks, check):
 
 
 @pytest.mark.end_to_end
+@pytest.mark.slow
 def test_muon_on_three_ranks(on_ranks):
     for failures in on_ranks(3, ["muon"]):
         assert not failures["muon"], failures["muon"]
