@@ -40,6 +40,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ropepp_lit.checkpoint_values import check_entry, check_weights
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import sync, write_errors
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
@@ -58,7 +59,6 @@ T = TypeVar("T")
 
 KEY = "ropepp_lit"
 FORMAT_VERSION = 1
-ARCHITECTURE = ("decoder", "positions", "frequencies")
 _STATE_DICT = "state_dict."
 """What stands before the names of weights in a folder of shards."""
 
@@ -102,14 +102,14 @@ def _check_entry(path: Path, checkpoint: Any) -> dict[str, Any]:
     found = ours.get("format_version")
     if found != FORMAT_VERSION:
         raise UsageError(f"{path}: format_version {found}, and this version of ropepp-lit reads {FORMAT_VERSION}")
-    architecture, state = ours.get("architecture"), checkpoint.get("state_dict")
-    parts: list[Any] = [architecture.get(name) for name in ARCHITECTURE] if isinstance(architecture, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts) or not all(
-        isinstance(part.get("class_path"), str) and isinstance(part.get("init_args"), dict) for part in parts[1:]
-    ):
-        raise UsageError(f"{path}: damaged: its entry 'architecture' does not describe a model")
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UsageError(f"{path}: damaged: its entry 'state_dict' does not contain weights alone")
+    state = checkpoint.get("state_dict")
+    try:
+        check_entry(ours)
+        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+            raise ValueError("it has no weights")
+        check_weights(state)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: damaged: {error}") from error
     return checkpoint
 
 
@@ -259,12 +259,13 @@ def load_decoder(
     except TypeError as error:
         raise UsageError(f"the checkpoint's decoder is not one that this version knows ({error})") from error
     check_depth(config, decoder_weights(checkpoint))
-    with torch.device("meta"):
-        decoder = Decoder(
-            config,
-            instantiate(architecture["positions"], PositionScheme, trust=trust),
-            instantiate(architecture["frequencies"], Frequencies, trust=trust),
-        )
+    scheme = instantiate(architecture["positions"], PositionScheme, trust=trust)
+    frequencies = instantiate(architecture["frequencies"], Frequencies, trust=trust)
+    try:
+        with torch.device("meta"):
+            decoder = Decoder(config, scheme, frequencies)
+    except (RuntimeError, OverflowError) as error:  # beyond what can be counted
+        raise UsageError(f"the checkpoint's decoder is too large ({error})") from error
     try:
         decoder.load_state_dict(decoder_weights(checkpoint), assign=True)
     except RuntimeError as error:  # its first line names the class alone

@@ -43,12 +43,12 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
 }
 
-import torch  # noqa: E402
-from fuzz_mutations import MUTATIONS, Places  # noqa: E402
-from fuzz_targets import TARGETS, Target  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+from fuzz_mutations import MUTATIONS, Places
+from fuzz_targets import TARGETS
+from tqdm import tqdm
 
-from ropepp_lit.errors import UsageError  # noqa: E402
+from ropepp_lit.errors import UsageError
 
 VERDICTS = ("refused", "right", "wrong", "traceback", "hang", "memory", "escape")
 SECONDS, GIB = 20, 2**30

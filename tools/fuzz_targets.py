@@ -25,9 +25,6 @@ from lightning.pytorch.cli import LightningCLI
 from safetensors.torch import save_file
 from torch.distributed import checkpoint as distributed_checkpoint
 
-import ropepp_lit.commands.convert
-import ropepp_lit.commands.generate
-import ropepp_lit.commands.prepare
 from ropepp_lit import commands
 from ropepp_lit.checkpoint import KEY, decoder_weights, describe_architecture, load_decoder, make_checkpoint
 from ropepp_lit.cli import main
@@ -49,6 +46,7 @@ from ropepp_lit.inference.model import Writing, load_model
 from ropepp_lit.inference.prompts import PromptFile
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPE, RoPEPP
 from ropepp_lit.sharded import SHARDED_METADATA
+from ropepp_lit.text.identity import tokenizer_digest
 from ropepp_lit.text.sources import Reader, find_files
 from ropepp_lit.text.tokenizer import byte_tokenizer, load_tokenizer, train_tokenizer
 
@@ -177,7 +175,8 @@ def read_shards(folder: Path, changed: Path) -> Any:
         "marks": (manifest.marks_trained_tokens, manifest.holds_pairs),
         "tokens": {name: tokens.digest for name, tokens in manifest.splits.items()},
         "predicted": {name: tokens.predicted(documents_apart=True) for name, tokens in manifest.splits.items()},
-        "entry": {name: value for name, value in data.entry.items() if name != "recipe"},
+        "entry": {name: value for name, value in data.entry.items() if name not in ("recipe", "tokenizer")},
+        "tokenizer": tokenizer_digest(data.entry["tokenizer"]),
         "bytes per token": data.bytes_per_token(),
     }
 
@@ -261,7 +260,7 @@ def judge_config(whole: Any, found: Any, change: str, path: Path) -> str | None:
 
 
 def judge_weights(whole: Any, found: Any, change: str, path: Path) -> str | None:
-    """safetensors has no checksums: contents may change, names and shapes may not."""
+    """Safetensors has no checksums: contents may change, names and shapes may not."""
     shapes = [
         {name: text.split(") ")[0].split(" (")[1] for name, text in one["weights"].items()} for one in (whole, found)
     ]
@@ -411,9 +410,8 @@ sample:
 
 def read_recipe(folder: Path, changed: Path) -> Any:
     """`plan`: parses and checks as `fit` does, which would go on to train."""
-    with contextlib.chdir(folder):
-        with _kept_parsers():
-            main(["plan", "--config", "recipe.yaml", "--simulate", "false"])
+    with contextlib.chdir(folder), _kept_parsers():
+        main(["plan", "--config", "recipe.yaml", "--simulate", "false"])
 
 
 _PARSERS: dict[type, dict[str, Any]] = {}

@@ -137,7 +137,12 @@ def _write_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype 
         sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
     )
     for filename, names in split.filename_to_tensors.items():
-        shard = {name: weights[name].to(dtype or weights[name].dtype).contiguous() for name in names}
+        shard: dict[str, Tensor] = {}
+        for name in names:
+            value = weights[name].to(dtype or weights[name].dtype).contiguous()
+            # A tensor that others share is written for each of them.
+            is_shared = value.untyped_storage().data_ptr() in {x.untyped_storage().data_ptr() for x in shard.values()}
+            shard[name] = value.clone() if is_shared else value
         save_file(shard, folder / filename, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

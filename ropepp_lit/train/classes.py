@@ -123,12 +123,16 @@ def _names_in(key: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _read(path: Path) -> Any:
-    """A recipe's content; None where there is no such file."""
+    """A recipe's content; None where there is no such file, or it is a pipe, which the parser reads.
+
+    Raises:
+        UsageError: it is no recipe.
+    """
     if not path.is_file():
         return None
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except yaml.YAMLError as error:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not valid YAML: {error}") from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -40,6 +41,9 @@ from ropepp_lit.train.refusals import in_one_line
 from ropepp_lit.train.summary import rank_zero_print, stop_summary, training_summary, validation_summary
 from ropepp_lit.train.trainer_options import check_folders, check_options, dry_run, has_progress_bar
 from ropepp_lit.train.validations import is_due, validated_step
+
+SECTIONS = ("trainer", "model", "data", "checkpoints", "sample", "evaluation", "diagnostics")
+"""Keys of a recipe that have settings by name."""
 
 
 class _Parser(OneLineErrors, LightningArgumentParser):
@@ -146,6 +150,9 @@ class RecipeCLI(LightningCLI):
         check_classes(args)
         self.config = parser.parse_args(args)
         options = self.config[self.config["subcommand"]]
+        for name in SECTIONS:
+            if not isinstance(options.get(name), Namespace):
+                raise UsageError(f"{name}: {str(options.get(name))[:100]!r} must be settings by name")
         check_nulls(options)
         check_given(args[1:], options)
         seed = options.seed_everything
