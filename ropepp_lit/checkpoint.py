@@ -82,7 +82,7 @@ def read_checkpoint(path: str | Path, *, shapes_only: bool = False, checksums: b
     if is_sharded(path):
         if checksums:
             check_pickled(path / SHARDED_METADATA)
-        return _check_entry(path, _read_sharded(path, shapes_only))
+        return _check_entry(path, _read_sharded(path, shapes_only), are_shapes=shapes_only)
     if path.is_dir():
         newest = [found for found in (path / "last.ckpt", path / "checkpoints" / "last.ckpt") if found.exists()]
         what = f"name {newest[0]}" if newest else "name a .ckpt file, or a folder in Hugging Face's format"
@@ -95,19 +95,16 @@ def read_checkpoint(path: str | Path, *, shapes_only: bool = False, checksums: b
     return checkpoint
 
 
-def _check_entry(path: Path, checkpoint: Any) -> dict[str, Any]:
+def _check_entry(path: Path, checkpoint: Any, *, are_shapes: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict):
         raise UsageError(f"{path}: not a checkpoint of ropepp-lit (it has no entry {KEY!r})")
     ours = checkpoint[KEY]
     found = ours.get("format_version")
     if found != FORMAT_VERSION:
         raise UsageError(f"{path}: format_version {found}, and this version of ropepp-lit reads {FORMAT_VERSION}")
-    state = checkpoint.get("state_dict")
     try:
         check_entry(ours)
-        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-            raise ValueError("it has no weights")
-        check_weights(state)
+        check_weights(checkpoint.get("state_dict"), are_shapes=are_shapes)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: damaged: {error}") from error
     return checkpoint

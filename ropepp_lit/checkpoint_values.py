@@ -74,12 +74,21 @@ def check_entry(ours: dict[str, Any]) -> None:
             raise ValueError(f"its {name} is not a JSON object")
 
 
-def check_weights(weights: dict[str, Any]) -> None:
-    """Raise ValueError where a weight is no plain tensor of floating-point numbers, or larger than what is stored."""
+def check_weights(weights: Any, *, are_shapes: bool) -> None:
+    """Raise ValueError where a weight is no plain tensor of floating-point numbers, or larger than what is stored.
+
+    Args:
+        weights: By name.
+        are_shapes: They have no content.
+    """
+    if not isinstance(weights, dict):
+        raise ValueError("it has no weights")
     for name, value in weights.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype not in DTYPES:
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.dtype not in DTYPES:
+            raise ValueError(f"{_shown(name)} is no weight")
+        if value.layout != torch.strided or value.is_meta != are_shapes:
             raise ValueError(f"{name[:100]!r} is no weight")
-        if not value.is_meta and value.numel() * value.itemsize > value.untyped_storage().nbytes():
+        if not are_shapes and value.numel() * value.itemsize > value.untyped_storage().nbytes():
             raise ValueError(f"{name[:100]!r} is larger than what is stored of it")
 
 

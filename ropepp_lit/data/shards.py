@@ -184,8 +184,7 @@ class Manifest:
         path, (where, remedy) = folder / MANIFEST, _told(folder, url)
         try:
             stored = read_json(path)
-            version = stored["format_version"]
-            if version != FORMAT_VERSION:
+            if (version := stored["format_version"]) != FORMAT_VERSION:
                 raise UsageError(
                     f"{where}/{MANIFEST}: format_version {version!r}, and this version reads {FORMAT_VERSION}; {remedy}"
                 )
@@ -218,8 +217,7 @@ class Manifest:
         """
         path, (where, remedy) = folder / TOKENIZER, _told(folder, url)
         try:
-            text = read_text(path)
-            digest = tokenizer_digest(text)
+            digest = tokenizer_digest(text := read_text(path))
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}; {remedy}") from error
         except ValueError as error:

@@ -12,184 +12,21 @@ import pickle
 import random
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from fuzzing.values import Places, Raw, dump_json, make_value, mutate_tree, near, shown
 from ropepp_lit.sharded import _Reader
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where changed files may point to."""
-
-    folder: Path
-    """The case's own."""
-    outside: Path
-    """A file beside it, which must stay as it is."""
-
-
-class Raw:
-    """A text that stands in JSON as it is, whether that is JSON or not."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-
-NUMBERS = (
-    0, -1, 1, 2, 3, 7, 255, 256, 10**6, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 0.5,
-    -0.5, 1e-300, 1e300, Raw("1e400"), Raw("-1e400"), Raw("NaN"), Raw("Infinity"), Raw("-Infinity"), Raw("-0"),
-    Raw("-0.0"), Raw("1" + "0" * 400), Raw("1" + "0" * 5000), Raw("01"), Raw("1e"), True, False,
-)  # fmt: skip
-TEXTS = (
-    "", " ", "a", "null", "true", "1", "1e3", "nan", "\0", "a\0b", "\ud800", "\udcff", "\u202eabc", "e\u0301\u0301", "😀",
-    "\ufeff", "\n", "a\nb", "\x1b[31m", "x" * 100_000, "%s%n{}", "{{ 7 * 7 }}", "{% for", "{{ ''.__class__.__mro__ }}",
-    "{% for i in range(999999999) %}x{% endfor %}", "{{ 'x' * 9999999999 }}", "..", "../../x", "../outside", "/etc/x",
-    "/dev/zero", "C:\\x", "a\\..\\b", "~", "~root/x", "file:///etc/passwd", "http://localhost:1/x", "s3://bucket/x", "hf:x/y",
-    "org/model", "os.system", "builtins.eval", "torch.nn.Linear", "ropepp_lit.nn.RoPE", "<|end_of_text|>", "float32", "object",
-    "<U1000000000", "V8", "uint8", "int64",
-)  # fmt: skip
-VALUES = (None, [], {}, [None], [[]], {"": None}, {"a": {"a": 1}}, [1, 2, 3], ["a"], [1, "a", None], [[1, 2], [3]])
-
-
-def _nested(rng: random.Random) -> Raw:
-    depth = rng.choice((100, 900, 5_000))
-    begin, end = rng.choice((("[", "]"), ('{"a":', "}")))
-    return Raw(begin * depth + ("1" if begin != "[" else "") + end * depth)
-
-
-def make_value(rng: random.Random, places: Places) -> Any:
-    """A value that is probably wrong where it is put."""
-    return rng.choice(
-        (
-            lambda: rng.choice(NUMBERS),
-            lambda: rng.choice(NUMBERS),
-            lambda: rng.choice(TEXTS),
-            lambda: rng.choice(TEXTS),
-            lambda: rng.choice((str(places.outside), os.path.relpath(places.outside, places.folder))),
-            lambda: rng.choice(VALUES),
-            lambda: rng.choice(VALUES),
-            lambda: [rng.choice(NUMBERS) for _ in range(rng.randrange(1, 50))],
-            lambda: _nested(rng),
-        )
-    )()
-
-
-def _like(rng: random.Random, value: Any, places: Places) -> Any:
-    """A value of the same type that is near to another one."""
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int):
-        return rng.choice(
-            (value + 1, value - 1, -value, value * 2, value // 2, value + 2 ** rng.randrange(64), float(value))
-        )
-    if isinstance(value, float):
-        return rng.choice((value * 2, -value, value + 1e-9, int(value) if abs(value) < 1e300 else 0, 1 / (value or 1)))
-    if isinstance(value, str) and value:
-        place = rng.randrange(len(value))
-        other = rng.choice((*TEXTS[:20], chr(rng.randrange(32, 127))))
-        return rng.choice(
-            (value[:place], value[place:], value[:place] + other + value[place + 1 :], value.upper(), value * 2)
-        )
-    return make_value(rng, places)
-
-
-def _nodes(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of all values within one; of long lists some."""
-    found = [at]
-    if isinstance(value, dict):
-        items: Any = list(value.items())
-    else:
-        items = list(enumerate(value)) if isinstance(value, list) else []
-    for key, inner in items if len(items) <= 40 else [*items[:20], *items[-20:]]:
-        found += _nodes(inner, (*at, key))
-    return found
-
-
-def _mutate_tree(rng: random.Random, root: Any, places: Places) -> tuple[Any, str]:
-    """Change one value of a tree of JSON; returns the tree, and what was done."""
-    nodes = _nodes(root)
-    # By depth first, so that a vocabulary does not take all cases.
-    depth = rng.choice(sorted({len(node) for node in nodes}))
-    path = rng.choice([node for node in nodes if len(node) == depth])
-    where = "/".join(map(str, path))[:80] or "the whole"
-    if not path:
-        value = make_value(rng, places) if rng.random() < 0.7 or not isinstance(root, dict) else [root]
-        return value, f"{where} is {_shown(value)}"
-    parent = root
-    for key in path[:-1]:
-        parent = parent[key]
-    key, old = path[-1], parent[path[-1]]
-    kind = rng.choice(("value", "value", "value", "near", "near", "delete", "rename", "repeat", "shape", "swap"))
-    if kind == "delete":
-        del parent[key]
-        return root, f"{where} is deleted"
-    if kind == "rename" and isinstance(parent, dict):
-        name = rng.choice((str(key) + "_", str(key).upper(), rng.choice(TEXTS), *map(str, parent)))
-        parent[name] = parent.pop(key)
-        return root, f"{where} is called {_shown(name)}"
-    if kind == "repeat":
-        if isinstance(parent, dict):
-            value = make_value(rng, places)
-            parent[Repeated(key)] = value
-            return root, f"{where} is there twice, then {_shown(value)}"
-        parent.extend([old] * rng.choice((1, 2, 1000)))
-        return root, f"{where} is repeated"
-    if kind == "shape":
-        parent[key] = rng.choice(([old], {"a": old}, [old, old], str(old), [] if isinstance(old, list) else None))
-        return root, f"{where} is {_shown(parent[key])}"
-    if kind == "swap":
-        others = list(parent) if isinstance(parent, dict) else list(range(len(parent)))
-        other = rng.choice(others)
-        parent[key], parent[other] = parent[other], parent[key]
-        return root, f"{where} and {other} are swapped"
-    parent[key] = _like(rng, old, places) if kind == "near" else make_value(rng, places)
-    return root, f"{where} is {_shown(parent[key])}"
-
-
-class Repeated(str):
-    """A key that another one equals, but for the hash."""
-
-    __slots__ = ()
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-
-def _shown(value: Any) -> str:
-    text = value.text if isinstance(value, Raw) else ascii(value)
-    return text if len(text) <= 60 else f"{text[:50]}… ({len(text)})"
-
-
-def dump_json(value: Any) -> bytes:
-    """JSON with raw parts and repeated keys."""
-    raws: list[str] = []
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Raw):
-            raws.append(value.text)
-            return f"\x01{len(raws) - 1}\x01"
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        return [plain(inner) for inner in value] if isinstance(value, list) else value
-
-    text = json.dumps(plain(value), indent=1)
-    for number, raw in enumerate(raws):
-        text = text.replace(f'"\\u0001{number}\\u0001"', raw)
-    return text.encode("utf-8", "surrogatepass")
 
 
 def mutate_json(rng: random.Random, path: Path, places: Places) -> str:
     """Change one or two values of a file of JSON."""
     root, said = json.loads(path.read_text(encoding="utf-8")), []
     for _ in range(rng.choice((1, 1, 1, 2))):
-        root, what = _mutate_tree(rng, root, places)
+        root, what = mutate_tree(rng, root, places)
         said.append(what)
         if not isinstance(root, dict | list):
             break
@@ -201,16 +38,17 @@ def mutate_json_lines(rng: random.Random, path: Path, places: Places) -> str:
     """Change a row of a file of JSON lines."""
     lines = path.read_bytes().splitlines()
     number = rng.randrange(len(lines))
-    value, what = _mutate_tree(rng, json.loads(lines[number]), places)
+    value, what = mutate_tree(rng, json.loads(lines[number]), places)
     lines[number] = dump_json(value).replace(b"\n", b"")
     path.write_bytes(b"\n".join(lines) + b"\n")
     return f"line {number}: {what}"
 
 
 YAML = (
-    "!!python/object/apply:os.system ['touch {outside}']", "!!python/name:os.system", "*a", "&a [*a]", "~", "1_000", "0x10",
-    "1:30", "2020-01-01", ".nan", ".inf", "-.inf", "!!binary x", "!!set {{a}}", "? a", "- a\n- b", "|\n  a", "'", '"', "{{", "[",
-    "@a", "%a", "\t", "yes", "<<: {{a: 1}}", "!x y", "${{oc.env:HOME}}", "1e3", "1.0e+3", "0o17", "=", "{outside}",
+    "!!python/object/apply:os.system ['touch {outside}']", "!!python/name:os.system", "*a", "&a [*a]", "~", "1_000",
+    "0x10", "1:30", "2020-01-01", ".nan", ".inf", "-.inf", "!!binary x", "!!set {{a}}", "? a", "- a\n- b", "|\n  a",
+    "'", '"', "{{", "[", "@a", "%a", "\t", "yes", "<<: {{a: 1}}", "!x y", "${{oc.env:HOME}}", "1e3", "1.0e+3", "0o17",
+    "=", "{outside}",
 )  # fmt: skip
 
 
@@ -226,7 +64,7 @@ def mutate_yaml(rng: random.Random, path: Path, places: Places) -> str:
         return f"line {number} is {lines[number][:60]!r}"
     root, said = yaml.safe_load(path.read_text(encoding="utf-8")), []
     for _ in range(rng.choice((1, 1, 1, 2))):
-        root, what = _mutate_tree(rng, root, places)
+        root, what = mutate_tree(rng, root, places)
         said.append(what)
         if not isinstance(root, dict | list):
             break
@@ -313,7 +151,7 @@ def mutate_safetensors(rng: random.Random, path: Path, places: Places) -> str:
                 [1] * 5000,
             )
         )
-        said += f" {_shown(entry['shape'])}"
+        said += f" {shown(entry['shape'])}"
     elif kind == "offsets":
         entry["data_offsets"] = rng.choice(
             (
@@ -332,7 +170,7 @@ def mutate_safetensors(rng: random.Random, path: Path, places: Places) -> str:
     elif kind == "overlap":
         entry["data_offsets"] = header[rng.choice(names)]["data_offsets"]
     elif kind == "any":
-        header, what = _mutate_tree(rng, header, places)
+        header, what = mutate_tree(rng, header, places)
         said = what
     packed = dump_json(header)
     length = len(packed)
@@ -366,9 +204,9 @@ def _mutate_object(rng: random.Random, root: Any, places: Places) -> str:
     if kind == "swap":
         new = rng.choice(others)[2]
     else:
-        new = _like(rng, old, places) if kind == "near" else make_value(rng, places)
+        new = near(rng, old, places) if kind == "near" else make_value(rng, places)
     new = rng.choice((0, -1, "nan")) if isinstance(new, Raw) else new
-    said = f"{type(holder).__name__}[{str(key)[:60]}] is {_shown(new)}"
+    said = f"{type(holder).__name__}[{str(key)[:60]}] is {shown(new)}"
     if kind == "delete" and isinstance(holder, dict):
         del holder[key]
         return f"{key} is deleted"
@@ -413,6 +251,8 @@ def mutate_file(rng: random.Random, path: Path, places: Places) -> str:
     """Put something else in the file's place."""
     others = sorted(file for file in path.parent.iterdir() if file.is_file() and file != path)
     kinds = ["empty", "missing", "folder", "link", "broken link", "loop", "pipe", "pointer", "unreadable", "zeros"]
+    if path.suffix == ".yaml":
+        kinds.remove("pipe")  # from which a recipe may be read
     kind = rng.choice([*kinds, *["other"] * (4 * bool(others))])
     content = path.read_bytes()
     if kind == "other":
