@@ -232,6 +232,18 @@ def check_depth(config: DecoderConfig, weights: dict[str, Tensor]) -> None:
         )
 
 
+def geometry_of(checkpoint: dict[str, Any]) -> DecoderConfig:
+    """The geometry of the decoder that a checkpoint holds.
+
+    Raises:
+        UsageError: it has a field that this version does not know, or a size that cannot be.
+    """
+    try:
+        return DecoderConfig(**checkpoint[KEY]["architecture"]["decoder"])
+    except TypeError as error:
+        raise UsageError(f"the checkpoint's decoder is not one that this version knows ({error})") from error
+
+
 def load_decoder(
     checkpoint: dict[str, Any],
     *,
@@ -250,11 +262,7 @@ def load_decoder(
     Raises:
         UsageError: the checkpoint names a foreign class that is not trusted or cannot be imported.
     """
-    architecture = checkpoint[KEY]["architecture"]
-    try:
-        config = DecoderConfig(**architecture["decoder"])
-    except TypeError as error:
-        raise UsageError(f"the checkpoint's decoder is not one that this version knows ({error})") from error
+    architecture, config = checkpoint[KEY]["architecture"], geometry_of(checkpoint)
     check_depth(config, decoder_weights(checkpoint))
     scheme = instantiate(architecture["positions"], PositionScheme, trust=trust)
     frequencies = instantiate(architecture["frequencies"], Frequencies, trust=trust)

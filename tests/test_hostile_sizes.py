@@ -83,8 +83,10 @@ def test_pipes_in_a_checkpoint(shards, name):
 
 
 CONFIGS = {
-    "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000, and there is no weight of layer 2"),
-    "rows": ({"vocab_size": 10**15}, "has the shape"),
+    "layers": ({"num_hidden_layers": 9_999}, "num_hidden_layers is 9,999, and there is no weight of layer 2"),
+    "too many layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 must be above 0 and below 10,000"),
+    "rows": ({"vocab_size": 10**8}, "has the shape"),
+    "too many rows": ({"vocab_size": 2**64}, "vocab_size: 18446744073709551616 must be above 0 and below 268,435,456"),
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads 0 is not a number above 0"),
     "no heads stated": ({"num_attention_heads": None}, "num_attention_heads is missing"),
     "half a head": ({"num_attention_heads": 0.5}, "num_attention_heads 0.5 is not a number above 0"),
@@ -105,7 +107,7 @@ def test_sizes_that_config_json_states(tmp_path, kind, model_type):
 
 def test_layers_that_a_checkpoint_states(tmp_path, shards):
     whole = checkpoint.read_checkpoint(shards)
-    whole[checkpoint.KEY]["architecture"]["decoder"]["num_hidden_layers"] = 10**9
+    whole[checkpoint.KEY]["architecture"]["decoder"]["num_hidden_layers"] = 9_999
     with pytest.raises(UsageError, match="there is no weight of layer 2"):
         checkpoint.load_decoder(whole)
 

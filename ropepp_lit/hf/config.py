@@ -148,7 +148,11 @@ def read_config(
     context = int(config.get("max_position_embeddings") or family.max_position_embeddings)
     if "sliding_window" in ignore and _slides(config, family):
         context = int({**family.defaults, **config}["sliding_window"])
-    return Architecture(DecoderConfig(**values), scheme, frequencies, context)
+    try:
+        decoder = DecoderConfig(**values)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from error
+    return Architecture(decoder, scheme, frequencies, context)
 
 
 def family_of(config: dict[str, Any], name: str) -> Family:

@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ropepp_lit import __version__
-from ropepp_lit.checkpoint import KEY, compute_dtype, instantiate
+from ropepp_lit.checkpoint import KEY, compute_dtype, geometry_of, instantiate
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import whole_folder
 from ropepp_lit.hf.compare import load_in_float32
 from ropepp_lit.hf.config import Architecture, write_config
 from ropepp_lit.hf.folder import GENERATION, TOKENIZER, weights_of
 from ropepp_lit.hf.layouts import CONFIG
-from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme
+from ropepp_lit.nn import Frequencies, PositionScheme
 from ropepp_lit.nn.lora import LINEAR
 from ropepp_lit.text import tokenizer_files
 from ropepp_lit.text.tokenizer import TextTokenizer
@@ -123,7 +123,7 @@ def architecture_of(checkpoint: dict[str, Any]) -> Architecture:
     """
     described = checkpoint[KEY]["architecture"]
     return Architecture(
-        DecoderConfig(**described["decoder"]),
+        geometry_of(checkpoint),
         instantiate(described["positions"], PositionScheme),
         instantiate(described["frequencies"], Frequencies),
         checkpoint[KEY].get("context_length") or 2048,

@@ -174,6 +174,7 @@ def _read_parquet(raw: IO[bytes], name: str, options: Options, skip: int) -> Ite
         while groups and number + parquet.metadata.row_group(groups[0]).num_rows <= skip:
             number += parquet.metadata.row_group(groups.pop(0)).num_rows
         for batch in parquet.iter_batches(batch_size=256, row_groups=groups, columns=columns):
+            batch.validate(full=True)
             yield from _rows(batch.select(columns), name, number, skip, options)
             number += len(batch)
 

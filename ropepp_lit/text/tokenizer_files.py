@@ -32,6 +32,10 @@ FILES = (TOKENIZER, SETTINGS, SPECIAL_TOKENS, CONFIG, GENERATION, TEMPLATE, *VOC
 PROBE = "a fox: def f(x):\n    return 漢字 + 4096  # naïve"
 
 
+MOST_TOKENS = 2**24
+"""No vocabulary has as many."""
+
+
 class Loaded(NamedTuple):
     """A tokenizer, and what the files beside it say."""
 
@@ -130,11 +134,15 @@ def parse(text: str, name: object) -> Tokenizer:
         UsageError: it is not one.
     """
     try:
-        return exact(Tokenizer.from_str(text))
+        tokenizer = exact(Tokenizer.from_str(text))
     except BaseException as error:
         if not _is_of_tokenizers(error):
             raise
         raise UsageError(f"tokenizer: {name}: not a tokenizer ({_line(error)})") from error
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= MOST_TOKENS:  # writing it would take a line for each number below
+        raise UsageError(f"tokenizer: {name}: not a tokenizer (a token has the id {largest:,})")
+    return tokenizer
 
 
 def _is_of_tokenizers(error: BaseException) -> bool:
@@ -177,25 +185,28 @@ def stop_ids(tokenizer: Tokenizer, generation_config: str | None) -> frozenset[i
 
 def _read(folder: Path, file: Path, settings: dict[str, Any] | None) -> tuple[Tokenizer, tuple[str | None, str | None]]:
     """The tokenizer, and the names of its special tokens: as transformers reads the folder."""
-    if file.is_file() and settings is None and not (folder / CONFIG).is_file():
-        return _read_file(file), (None, None)
-    if file.is_file() and file.name != TOKENIZER:
-        return _read_file(file), _names(settings)
+    alone = _read_file(file) if file.is_file() else None
+    if alone is not None and settings is None and not (folder / CONFIG).is_file():
+        return alone, (None, None)
+    if alone is not None and file.name != TOKENIZER:
+        return alone, _names(settings)
     from transformers import AutoTokenizer
 
     try:
         with _no_warnings_of_config():
             loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         tokenizer = exact(Tokenizer.from_str(loaded.backend_tokenizer.to_str()))
-    except Exception as error:  # whatever the tokenizer's class raises
-        if file.is_file():
-            tokenizer = _read_file(file)  # raises where the file itself is wrong
+    except BaseException as error:  # whatever the tokenizer's class raises
+        if not _is_of_tokenizers(error):
+            raise
+        if alone is not None:
             _notice(f"{folder}: transformers cannot load this tokenizer ({_line(error)}); {TOKENIZER} is used alone")
-            return tokenizer, _names(settings)
+            return alone, _names(settings)
         raise UsageError(f"tokenizer: {folder}: {_line(error)}") from error
-    if file.is_file():
-        alone = _read_file(file)
-        if alone.encode(PROBE, add_special_tokens=False).ids != tokenizer.encode(PROBE, add_special_tokens=False).ids:
+    if alone is not None:
+        with encoding_errors():
+            ids, others = (found.encode(PROBE, add_special_tokens=False).ids for found in (alone, tokenizer))
+        if ids != others:
             kind = type(loaded).__name__
             _notice(f"{folder}: transformers' {kind} splits text in another way than {TOKENIZER}; it is used as there")
     return tokenizer, (loaded.bos_token, loaded.eos_token)

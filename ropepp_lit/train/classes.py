@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -70,13 +70,22 @@ def check_nulls(options: Any, key: str = "") -> None:
     if not isinstance(options, Namespace | dict):
         return
     if isinstance(class_path := options.get("class_path"), str):
-        arguments = dict(options.get("init_args") or {})
-        kind = import_class(class_path, object)
-        for name, parameter in inspect.signature(kind).parameters.items():
-            if name in arguments and arguments[name] is None and not _takes_none(kind, parameter):
-                raise UsageError(f"{key}.{name}: null is no value of it; give one, or leave the key out")
+        check_arguments(import_class(class_path, object), dict(options.get("init_args") or {}), key)
     for name, option in vars(options).items() if isinstance(options, Namespace) else options.items():
         check_nulls(option, key if name in ("class_path", "init_args") else f"{key}.{name}" if key else str(name))
+
+
+def check_arguments(kind: type, arguments: Mapping[str, Any], key: str) -> None:
+    """Raise UsageError where an argument of a class is null, and neither its default nor its type is.
+
+    Args:
+        kind: The class.
+        arguments: By name.
+        key: Where they are in the recipe.
+    """
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if name in arguments and arguments[name] is None and not _takes_none(kind, parameter):
+            raise UsageError(f"{key}.{name}: null is no value of it; give one, or leave the key out")
 
 
 def _takes_none(kind: type, parameter: inspect.Parameter) -> bool:

@@ -25,11 +25,12 @@ from ropepp_lit.checkpoint import KEY, read_checkpoint
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import held, local_path
+from ropepp_lit.nn import DecoderConfig
 from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of, newest
 from ropepp_lit.train.checks import Checks, checkpoint_to_continue
-from ropepp_lit.train.classes import CLASSES, check_classes, check_nulls
+from ropepp_lit.train.classes import CLASSES, check_arguments, check_classes, check_nulls
 from ropepp_lit.train.curves import go_on_from
 from ropepp_lit.train.diagnostics import Diagnostics
 from ropepp_lit.train.evaluation import Evaluation
@@ -42,8 +43,17 @@ from ropepp_lit.train.summary import rank_zero_print, stop_summary, training_sum
 from ropepp_lit.train.trainer_options import check_folders, check_options, dry_run, has_progress_bar
 from ropepp_lit.train.validations import is_due, validated_step
 
-SECTIONS = ("trainer", "model", "data", "checkpoints", "sample", "evaluation", "diagnostics")
-"""Keys of a recipe that have settings by name."""
+SECTIONS = {
+    "trainer": pl.Trainer,
+    "model": CausalLM,
+    "model.decoder": DecoderConfig,
+    "data": TokenData,
+    "checkpoints": Checkpoints,
+    "sample": TextSample,
+    "evaluation": Evaluation,
+    "diagnostics": Diagnostics,
+}
+"""Keys of a recipe that have settings by name, and whose arguments these are."""
 
 
 class _Parser(OneLineErrors, LightningArgumentParser):
@@ -148,11 +158,16 @@ class RecipeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own method would warn where a process with other arguments calls this one."""
         check_classes(args)
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except (ImportError, OverflowError) as error:  # a URL, for which the parser needs a library; a huge number
+            raise UsageError(f"config: {error}") from error
         options = self.config[self.config["subcommand"]]
-        for name in SECTIONS:
-            if not isinstance(options.get(name), Namespace):
-                raise UsageError(f"{name}: {str(options.get(name))[:100]!r} must be settings by name")
+        for name, kind in SECTIONS.items():
+            section = options.get(name)
+            if not isinstance(section, Namespace):
+                raise UsageError(f"{name}: {str(section)[:100]!r} must be settings by name")
+            check_arguments(kind, vars(section), name)
         check_nulls(options)
         check_given(args[1:], options)
         seed = options.seed_everything
