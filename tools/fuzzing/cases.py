@@ -151,15 +151,16 @@ class Case:
 @contextlib.contextmanager
 def captured(path: Path) -> Iterator[None]:
     """Let all that is printed, by libraries too, go to a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
     kept = [os.dup(number) for number in (1, 2)]
-    with path.open("wb") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace", buffering=1) as file:
         try:
             for number in (1, 2):
                 os.dup2(file.fileno(), number)
-            yield
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                yield
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
             for number, old in zip((1, 2), kept, strict=True):
                 os.dup2(old, number)
                 os.close(old)
