@@ -89,8 +89,12 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, CHECKSUM: _checksum(values)}
 
 
-def unsealed(values: Any) -> dict[str, Any]:
-    """The object of :func:`sealed`, without its checksum; one that has none is as it was written before there were any.
+def unsealed(values: Any, *, required: bool = False) -> dict[str, Any]:
+    """The object of :func:`sealed`, without its checksum.
+
+    Args:
+        values: The object with it.
+        required: Whether it must have one; otherwise it may have been written before there were any.
 
     Raises:
         ValueError: it is no object, or is not what was written.
@@ -98,7 +102,7 @@ def unsealed(values: Any) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError("not a JSON object")
     found = {key: value for key, value in values.items() if key != CHECKSUM}
-    if CHECKSUM in values and values[CHECKSUM] != _checksum(found):
+    if (required or CHECKSUM in values) and values.get(CHECKSUM) != _checksum(found):
         raise ValueError("its checksum is wrong")
     return found
 

@@ -231,8 +231,8 @@ def _resume(partial: Path, identity: dict[str, Any], batches: Sequence[Sequence[
         partial.write_bytes(json_line(sealed(identity)))
         return {}
     try:
-        before = unsealed(parse_json(lines[0]))
-        rows = [unsealed(parse_json(line)) for line in lines[1:] if line.endswith(b"\n")]
+        before = unsealed(parse_json(lines[0]), required=True)
+        rows = [unsealed(parse_json(line), required=True) for line in lines[1:] if line.endswith(b"\n")]
         answers = {row["row"]: Completion(*(row[key] for key in WRITTEN)) for row in rows}
         if not all(fits([row, answer.num_tokens], list[int]) and fits([answer.text, answer.finish_reason], list[str])
                    for row, answer in answers.items()):  # fmt: skip

@@ -160,7 +160,9 @@ class RecipeCLI(LightningCLI):
         check_classes(args)
         try:
             self.config = parser.parse_args(args)
-        except (ImportError, OverflowError) as error:  # a URL, for which the parser needs a library; a huge number
+        except UsageError:
+            raise
+        except (ImportError, OverflowError, ValueError) as error:  # a URL that needs a library, a huge number, NUL
             raise UsageError(f"config: {error}") from error
         options = self.config[self.config["subcommand"]]
         for name, kind in SECTIONS.items():

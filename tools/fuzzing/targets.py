@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from fuzzing.cases import Target
 from fuzzing.data import judge_rows, make_rows, make_shards, make_tables, read_rows, read_shards, read_tables
-from fuzzing.judges import any_success, same
+from fuzzing.judges import any_success, same, same_if_sealed
 from fuzzing.models import (
     TEXTS,
     judge_config,
@@ -128,7 +128,7 @@ def _kept_parsers() -> Iterator[None]:
 
 
 TARGETS = {
-    "manifests": Target(make=make_shards, files={"*/manifest.json": "json"}, read=read_shards, judge=same),
+    "manifests": Target(make=make_shards, files={"*/manifest.json": "json"}, read=read_shards, judge=same_if_sealed),
     "indexes": Target(
         make=make_shards, files={"*/*/index.json": "json", "*/tokenizer.json": "json"}, read=read_shards, judge=same
     ),
@@ -172,7 +172,7 @@ TARGETS = {
     "evaluations": Target(
         make=make_evaluation,
         files={"evaluated/parts/*.json": "json", "evaluated/results.json": "json", "evaluated/answers.jsonl": "jsonl"},
-        read=read_evaluation, judge=same,
+        read=read_evaluation, judge=same_if_sealed,
     ),
 }  # fmt: skip
 """By name."""
