@@ -117,4 +117,4 @@ def _is_plain(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    return repr(str(value)[:80]) if not isinstance(value, int) else f"{value:,}"[:80]
+    return f"{value:,}"[:80] if type(value) is int else repr(str(value)[:80])
