@@ -11,7 +11,7 @@ from ropepp_lit.json_files import fits, parse_json
 from ropepp_lit.nn import DecoderConfig
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-"""Of weights."""
+"""Of weights and biases; a position scheme of a user's own may store other numbers too."""
 
 _TYPES: dict[str, Any] = {
     "architecture": dict[str, Any],
@@ -84,10 +84,10 @@ def check_weights(weights: Any, *, are_shapes: bool) -> None:
     if not isinstance(weights, dict):
         raise ValueError("it has no weights")
     for name, value in weights.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor) or value.dtype not in DTYPES:
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
             raise ValueError(f"{_shown(name)} is no weight")
-        if value.layout != torch.strided or value.is_meta != are_shapes:
-            raise ValueError(f"{name[:100]!r} is no weight")
+        if value.is_meta != are_shapes or (name.endswith((".weight", ".bias")) and value.dtype not in DTYPES):
+            raise ValueError(f"{_shown(name)} is no weight")
         if not are_shapes and value.numel() * value.itemsize > value.untyped_storage().nbytes():
             raise ValueError(f"{name[:100]!r} is larger than what is stored of it")
 

@@ -86,7 +86,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     """An object of JSON with a checksum of itself, by which :func:`unsealed` finds damage."""
-    return {**values, CHECKSUM: _checksum(values)}
+    return {**values, CHECKSUM: _checksum(json.loads(json.dumps(values)))}  # keys as they will be read, texts
 
 
 def unsealed(values: Any, *, required: bool = False) -> dict[str, Any]:

@@ -8,6 +8,7 @@ and values are read by `weights_only`.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import operator
 import pickle
@@ -167,6 +168,10 @@ class _Reader(FileSystemReader):
             if stored.offset < 0 or stored.length < 0:
                 raise pickle.UnpicklingError(f"{index.fqn} is outside of its file")
             stored_bytes[index.fqn] = stored_bytes.get(index.fqn, 0) + stored.length
+        places = sorted((x.relative_path, x.offset, x.length) for x in table.storage_data.values())
+        for (path, start, length), (other, next_start, _) in itertools.pairwise(places):
+            if path == other and start + length > next_start:
+                raise pickle.UnpicklingError(f"two values are stored at byte {next_start} of {path}")
         for name, kind in table.state_dict_metadata.items():
             if isinstance(kind, TensorStorageMetadata):  # so that no memory is taken for what is not there
                 numbers = math.prod(operator.index(size) for size in kind.size)

@@ -1,5 +1,6 @@
 """JSON that is damaged or from elsewhere: one kind of error, whatever is wrong with it."""
 
+import json
 import os
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,6 +35,7 @@ def test_a_pipe_is_no_file(tmp_path):
 def test_a_checksum_tells_of_every_change(changes):
     values = {"a": 1, "b": {"c": [1, 2]}, "e": "\ud800"}
     kept = sealed(values)
+    assert unsealed(json.loads(json.dumps(sealed({"f": {2: (1,), 10: 0.5}})))) == {"f": {"2": [1], "10": 0.5}}
     assert unsealed(dict(reversed(kept.items()))) == values  # in any order
     assert unsealed(values) == values  # as before there were checksums
     for wrong in ({**kept, **changes}, values):

@@ -167,7 +167,7 @@ class Manifest:
         return max(self.eos_token_id, *(tokens.max_token_id for tokens in self.splits.values()))
 
     def write(self, folder: Path) -> None:
-        """Write the manifest into the folder, where it appears only when it is complete."""
+        """Write the manifest with a checksum of itself; it appears in the folder only when it is complete."""
         write_whole(folder / MANIFEST, json.dumps(sealed(dataclasses.asdict(self)), indent=1) + "\n")
 
     @classmethod

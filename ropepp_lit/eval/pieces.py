@@ -29,7 +29,7 @@ from ropepp_lit.eval.tasks import Settings, Unit, check, derived, measure
 from ropepp_lit.eval.tasks.base import Answer
 from ropepp_lit.eval.texts import Texts
 from ropepp_lit.files import has_locks, locked, whole_file, write_whole
-from ropepp_lit.json_files import json_line, read_json, sealed, typed, unsealed
+from ropepp_lit.json_files import CHECKSUM, json_line, read_json, sealed, typed, unsealed
 from ropepp_lit.text.tokenizer import TextTokenizer
 
 VERSION = 3
@@ -67,13 +67,17 @@ class Piece(NamedTuple):
             UsageError: it is damaged, or of another piece.
         """
         try:
-            values = unsealed(read_json(self.path))
-            kept = typed(Kept, values)
+            stored = read_json(self.path)
+            kept = typed(Kept, unsealed(stored))
             if json.dumps(kept.key) != json.dumps(self.key):
                 raise ValueError("of another piece")
-            kept.measurements = [checked(typed(Measurement, found)) for found in values["measurements"]]
-            kept.answers = [typed(Answer, answer) for answer in values["answers"]]
-        except (OSError, ValueError) as error:
+            if CHECKSUM in stored:  # what tasks gave, which may be of a user's own
+                kept.measurements = [Measurement(**found) for found in kept.measurements]
+                kept.answers = [Answer(**answer) for answer in kept.answers]
+            else:
+                kept.measurements = [checked(typed(Measurement, found)) for found in kept.measurements]
+                kept.answers = [typed(Answer, answer) for answer in kept.answers]
+        except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"{self.path}: damaged ({error}); delete it to measure it again") from error
         return kept
 
@@ -131,7 +135,7 @@ class Work:
                     piece.read()
                 except UsageError:
                     print(f"{piece.path}: damaged; it is measured again")
-                    piece.path.unlink()
+                    piece.path.unlink(missing_ok=True)  # another process may have done so
 
     def measure(self) -> None:
         """Measure what is missing and no other process measures, and wait until nothing is missing."""

@@ -83,9 +83,15 @@ def check_arguments(kind: type, arguments: Mapping[str, Any], key: str) -> None:
         arguments: By name.
         key: Where they are in the recipe.
     """
-    for name, parameter in inspect.signature(kind).parameters.items():
-        if name in arguments and arguments[name] is None and not _takes_none(kind, parameter):
-            raise UsageError(f"{key}.{name}: null is no value of it; give one, or leave the key out")
+    for base in kind.__mro__[:-1]:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters
+        for name, parameter in parameters.items():
+            if name in arguments and arguments[name] is None and not _takes_none(base, parameter):
+                raise UsageError(f"{key}.{name}: null is no value of it; give one, or leave the key out")
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break  # else the rest goes on to the class it derives from
 
 
 def _takes_none(kind: type, parameter: inspect.Parameter) -> bool:
