@@ -340,6 +340,8 @@ def import_class(class_path: str, base: type[T]) -> type[T]:
         UsageError: it cannot be imported, or is something else.
     """
     module, _, name = class_path.rpartition(".")
+    if not module or module.startswith("."):
+        raise UsageError(f"{class_path!r} is not the name of a class with its module, such as my_file.MyClass")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
