@@ -41,6 +41,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ropepp_lit.checkpoint_values import check_entry, check_weights
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import sync, write_errors
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
@@ -59,7 +60,6 @@ T = TypeVar("T")
 
 KEY = "ropepp_lit"
 FORMAT_VERSION = 1
-ARCHITECTURE = ("decoder", "positions", "frequencies")
 _STATE_DICT = "state_dict."
 """What stands before the names of weights in a folder of shards."""
 
@@ -83,7 +83,7 @@ def read_checkpoint(path: str | Path, *, shapes_only: bool = False, checksums: b
     if is_sharded(path):
         if checksums:
             check_pickled(path / SHARDED_METADATA)
-        return _check_entry(path, _read_sharded(path, shapes_only))
+        return _check_entry(path, _read_sharded(path, shapes_only), are_shapes=shapes_only)
     if path.is_dir():
         newest = [found for found in (path / "last.ckpt", path / "checkpoints" / "last.ckpt") if found.exists()]
         what = f"name {newest[0]}" if newest else "name a .ckpt file, or a folder in Hugging Face's format"
@@ -96,21 +96,18 @@ def read_checkpoint(path: str | Path, *, shapes_only: bool = False, checksums: b
     return checkpoint
 
 
-def _check_entry(path: Path, checkpoint: Any) -> dict[str, Any]:
+def _check_entry(path: Path, checkpoint: Any, *, are_shapes: bool = False) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict):
         raise UsageError(f"{path}: not a checkpoint of ropepp-lit (it has no entry {KEY!r})")
     ours = checkpoint[KEY]
     found = ours.get("format_version")
     if found != FORMAT_VERSION:
         raise UsageError(f"{path}: format_version {found}, and this version of ropepp-lit reads {FORMAT_VERSION}")
-    architecture, state = ours.get("architecture"), checkpoint.get("state_dict")
-    parts: list[Any] = [architecture.get(name) for name in ARCHITECTURE] if isinstance(architecture, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts) or not all(
-        isinstance(part.get("class_path"), str) and isinstance(part.get("init_args"), dict) for part in parts[1:]
-    ):
-        raise UsageError(f"{path}: damaged: its entry 'architecture' does not describe a model")
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UsageError(f"{path}: damaged: its entry 'state_dict' does not contain weights alone")
+    try:
+        check_entry(ours)
+        check_weights(checkpoint.get("state_dict"), are_shapes=are_shapes)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: damaged: {error}") from error
     return checkpoint
 
 
@@ -236,6 +233,18 @@ def check_depth(config: DecoderConfig, weights: dict[str, Tensor]) -> None:
         )
 
 
+def geometry_of(checkpoint: dict[str, Any]) -> DecoderConfig:
+    """The geometry of the decoder that a checkpoint holds.
+
+    Raises:
+        UsageError: it has a field that this version does not know, or a size that cannot be.
+    """
+    try:
+        return DecoderConfig(**checkpoint[KEY]["architecture"]["decoder"])
+    except TypeError as error:
+        raise UsageError(f"the checkpoint's decoder is not one that this version knows ({error})") from error
+
+
 def load_decoder(
     checkpoint: dict[str, Any],
     *,
@@ -254,18 +263,15 @@ def load_decoder(
     Raises:
         UsageError: the checkpoint names a foreign class that is not trusted or cannot be imported.
     """
-    architecture = checkpoint[KEY]["architecture"]
-    try:
-        config = DecoderConfig(**architecture["decoder"])
-    except TypeError as error:
-        raise UsageError(f"the checkpoint's decoder is not one that this version knows ({error})") from error
+    architecture, config = checkpoint[KEY]["architecture"], geometry_of(checkpoint)
     check_depth(config, decoder_weights(checkpoint))
-    with torch.device("meta"):
-        decoder = Decoder(
-            config,
-            instantiate(architecture["positions"], PositionScheme, trust=trust),
-            instantiate(architecture["frequencies"], Frequencies, trust=trust),
-        )
+    scheme = instantiate(architecture["positions"], PositionScheme, trust=trust)
+    frequencies = instantiate(architecture["frequencies"], Frequencies, trust=trust)
+    try:
+        with torch.device("meta"):
+            decoder = Decoder(config, scheme, frequencies)
+    except (RuntimeError, OverflowError) as error:  # beyond what can be counted
+        raise UsageError(f"the checkpoint's decoder is too large ({error})") from error
     try:
         decoder.load_state_dict(decoder_weights(checkpoint), assign=True)
     except RuntimeError as error:  # its first line names the class alone
@@ -335,6 +341,8 @@ def import_class(class_path: str, base: type[T]) -> type[T]:
         UsageError: it cannot be imported, or is something else.
     """
     module, _, name = class_path.rpartition(".")
+    if not module or module.startswith("."):
+        raise UsageError(f"{class_path!r} is not the name of a class with its module, such as my_file.MyClass")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

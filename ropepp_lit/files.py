@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -113,14 +112,6 @@ def write_whole(path: Path, contents: str | bytes) -> None:
     """Write a file, text as UTF-8, that appears under its name only when it is complete."""
     with whole_file(path) as partial:
         partial.write_bytes(contents.encode() if isinstance(contents, str) else contents)
-
-
-def json_line(value: Any) -> bytes:
-    """A value as a line of JSON in UTF-8."""
-    try:
-        return (json.dumps(value, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and UTF-8 cannot encode
-        return (json.dumps(value) + "\n").encode()
 
 
 @contextmanager
@@ -342,6 +333,8 @@ def refuse_pointer(path: Path, content: bytes | None = None) -> None:
         content: How it begins, where that is known.
     """
     if content is None:
+        if not path.is_file():  # a named pipe would wait for ever
+            return
         try:
             with path.open("rb") as file:
                 content = file.read(len(LFS_POINTER))

@@ -8,6 +8,7 @@ and values are read by `weights_only`.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import operator
 import pickle
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -156,8 +157,7 @@ class _Reader(FileSystemReader):
         folder = Path(self.path)
         if not (folder / ".metadata").is_file():  # a named pipe would never end
             raise pickle.UnpicklingError("no table of contents")
-        with (folder / ".metadata").open("rb") as file:
-            table = _Unpickler(file).load()
+        table = _Unpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
         if not isinstance(table, Metadata) or not isinstance(table.storage_data, dict):
             raise pickle.UnpicklingError("not a table of contents")
         stored_bytes: dict[str, int] = {}
@@ -168,6 +168,10 @@ class _Reader(FileSystemReader):
             if stored.offset < 0 or stored.length < 0:
                 raise pickle.UnpicklingError(f"{index.fqn} is outside of its file")
             stored_bytes[index.fqn] = stored_bytes.get(index.fqn, 0) + stored.length
+        places = sorted((x.relative_path, x.offset, x.length) for x in table.storage_data.values())
+        for (path, start, length), (other, next_start, _) in itertools.pairwise(places):
+            if path == other and start + length > next_start:
+                raise pickle.UnpicklingError(f"two values are stored at byte {next_start} of {path}")
         for name, kind in table.state_dict_metadata.items():
             if isinstance(kind, TensorStorageMetadata):  # so that no memory is taken for what is not there
                 numbers = math.prod(operator.index(size) for size in kind.size)
@@ -175,6 +179,8 @@ class _Reader(FileSystemReader):
                     name, 0
                 ):
                     raise pickle.UnpicklingError(f"{name} is larger than what is stored of it")
+                if not _is_covered(kind):
+                    raise pickle.UnpicklingError(f"the parts of {name} are not the whole of it")
         table.storage_meta = StorageMeta(load_id=self.load_id)
         return table
 
@@ -189,6 +195,20 @@ class _Reader(FileSystemReader):
             raise zipfile.BadZipFile(damaged)
         part.seek(0)
         return part
+
+
+def _is_covered(stored: TensorStorageMetadata) -> bool:
+    """Whether the parts of a tensor are within it, have places of their own, and as many numbers together."""
+    total = 0
+    for chunk in stored.chunks:
+        if not len(chunk.offsets) == len(chunk.sizes) == len(stored.size):
+            return False
+        places = zip(chunk.offsets, chunk.sizes, stored.size, strict=True)
+        if not all(offset >= 0 and size >= 0 and offset + size <= most for offset, size, most in places):
+            return False
+        total += math.prod(chunk.sizes)
+    parts = {(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in stored.chunks}
+    return len(parts) == len(stored.chunks) and total == math.prod(stored.size)
 
 
 class _Planner(DefaultLoadPlanner):
@@ -211,7 +231,14 @@ class _Planner(DefaultLoadPlanner):
         super().load_bytes(read_item, plain)
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """pickle's reader in Python: that in C takes as much memory as a damaged byte says."""
+
+    # A table has no arrays of bytes, for which this one would do so too.
+    dispatch: ClassVar = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         """What a table of contents may name, by the exact pair; anything else is refused and not imported."""
         if (module, name) in _TABLE_TYPES:

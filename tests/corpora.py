@@ -59,7 +59,7 @@ def contents(folder):
     """Every file of finished shards but for what names their sources."""
     files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
     manifest = json.loads(files.pop("manifest.json"))
-    for key in ("fingerprint", "sources"):
+    for key in ("fingerprint", "sources", "checksum"):
         del manifest[key]
     return files, manifest
 

@@ -13,7 +13,6 @@ from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint import metadata
 
 from ropepp_lit import checkpoint, sharded
-from ropepp_lit.data.prepare import Settings, prepare
 from ropepp_lit.data.shards import Manifest
 from ropepp_lit.data.verify import verify
 from ropepp_lit.errors import UsageError
@@ -46,6 +45,15 @@ def resize(size):
     return change
 
 
+def place(**values):
+    def change(table):
+        stored = next(x for x in table.state_dict_metadata.values() if isinstance(x, metadata.TensorStorageMetadata))
+        for name, value in values.items():
+            setattr(stored.chunks[0], name, torch.Size(value))
+
+    return change
+
+
 def move(**values):
     def change(table):
         for stored in table.storage_data.values():
@@ -58,6 +66,9 @@ TABLES = {
     "terabytes": resize(torch.Size([10**9, 10**6])),
     "no size": resize("abc"),
     "negative": resize((-1, -8)),
+    "a part elsewhere": place(offsets=(1, 0)),
+    "half of it": place(sizes=(129, 32)),
+    "a part of other dimensions": place(offsets=(0,)),
     "before the file": move(offset=-5),
     "behind the file": move(offset=10**12),
     "a text for a length": move(length="many"),
@@ -74,6 +85,20 @@ def test_tables_of_contents_that_lie(shards, kind):
             checkpoint.read_checkpoint(shards, shapes_only=shapes_only)
 
 
+MEMORY = {
+    "a place in the memo": b"\x80\x02]r\xff\xff\xff\x0f.",
+    "an array of bytes": b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b".",
+    "a text": b"\x80\x04\x8d" + (2**40).to_bytes(8, "little") + b".",
+}
+
+
+@pytest.mark.parametrize("kind", MEMORY)
+def test_tables_of_contents_that_would_take_all_memory(shards, kind):
+    (shards / ".metadata").write_bytes(MEMORY[kind])
+    with pytest.raises(UsageError, match=r"shared\.ckpt: not a readable checkpoint"):
+        checkpoint.read_checkpoint(shards)
+
+
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
 def test_pipes_in_a_checkpoint(shards, name):
     (shards / name).unlink()
@@ -83,8 +108,10 @@ def test_pipes_in_a_checkpoint(shards, name):
 
 
 CONFIGS = {
-    "layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000, and there is no weight of layer 2"),
-    "rows": ({"vocab_size": 10**15}, "has the shape"),
+    "layers": ({"num_hidden_layers": 9_999}, "num_hidden_layers is 9,999, and there is no weight of layer 2"),
+    "too many layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 must be above 0 and below 10,000"),
+    "rows": ({"vocab_size": 10**8}, "has the shape"),
+    "too many rows": ({"vocab_size": 2**64}, "vocab_size: 18446744073709551616 must be above 0 and below 268,435,456"),
     "no heads": ({"num_attention_heads": 0}, "num_attention_heads 0 is not a number above 0"),
     "no heads stated": ({"num_attention_heads": None}, "num_attention_heads is missing"),
     "half a head": ({"num_attention_heads": 0.5}, "num_attention_heads 0.5 is not a number above 0"),
@@ -105,7 +132,7 @@ def test_sizes_that_config_json_states(tmp_path, kind, model_type):
 
 def test_layers_that_a_checkpoint_states(tmp_path, shards):
     whole = checkpoint.read_checkpoint(shards)
-    whole[checkpoint.KEY]["architecture"]["decoder"]["num_hidden_layers"] = 10**9
+    whole[checkpoint.KEY]["architecture"]["decoder"]["num_hidden_layers"] = 9_999
     with pytest.raises(UsageError, match="there is no weight of layer 2"):
         checkpoint.load_decoder(whole)
 
@@ -146,6 +173,8 @@ MANIFESTS = {
     "marks": (changed(marks_trained_tokens=1), "marks_trained_tokens is 1"),
     "pairs": (changed(marks_trained_tokens=False, holds_pairs=True), "pairs of answers without marks of trained"),
     "reasons": (changed(skipped=[1]), "skipped is not an object"),
+    "a source": (changed(sources=["x"]), "its checksum is wrong"),
+    "another template": (changed(chat_template="x"), "its checksum is wrong"),
     "version": (changed(format_version=99), "format_version 99, and this version reads 1"),
 }
 
@@ -164,13 +193,16 @@ def test_manifests_that_lie(tmp_path, kind, url):
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json", "train/index.json"])
-def test_pipes_in_token_shards(texts, tmp_path, name):
-    folder = tmp_path / "shards"
-    prepare([str(texts)], Settings(tokenizer="bytes"), out=folder, show_progress=False)
+@pytest.mark.parametrize("kind", ["pipe", "nested", "digits"])
+def test_json_of_token_shards_that_cannot_be_read(tmp_path, name, kind):
+    folder = write_marked(tmp_path / "shards", train=conversations(3), validation=conversations(2))
     (folder / name).unlink()
-    os.mkfifo(folder / name)
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).write_text("[" * 100_000 if kind == "nested" else "1" * 5_000)
     if name == "manifest.json":
-        with pytest.raises(UsageError, match=r"manifest\.json: No such file"):
+        with pytest.raises(UsageError, match=r"manifest\.json: (No such file|not a manifest)"):
             verify(folder)
     else:
         (fault,) = verify(folder)

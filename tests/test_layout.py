@@ -17,9 +17,10 @@ LAYERS = (
     {"data", "hf"},
     {"text"},
     {"checkpoint"},
-    {"sharded"},
+    {"sharded", "checkpoint_values"},
     {"nn"},
     {"arguments"},
+    {"json_files"},
     {"files", "malicious", "sizes", "terminal"},
     {"errors"},
 )

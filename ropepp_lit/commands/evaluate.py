@@ -164,16 +164,20 @@ def evaluate(
 
 def _replaced(folder: Path, settings: dict[str, Any], models: list[dict[str, Any]]) -> Iterator[str]:
     """A line where the folder has a report with more than the new one: its pieces are kept, and not shown."""
-    import json
+    from ropepp_lit.json_files import read_json
 
     if not (folder / "results.json").is_file():
         return
-    old = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    gone = [f"the task {task}" for task in old["settings"]["tasks"] if task not in settings["tasks"]]
-    gone += [f"{length:,} tokens" for length in old["settings"]["lengths"] if length not in settings["lengths"]]
-    named = {(model["name"], model["fingerprint"]) for model in models}
-    gone += [f"{model['name']} ({model['path']})" for model in old["models"]
-             if (model["name"], model["fingerprint"]) not in named]  # fmt: skip
+    named = [(model["name"], model["fingerprint"]) for model in models]
+    try:
+        old = read_json(folder / "results.json")
+        gone = [f"the task {task}" for task in old["settings"]["tasks"] if task not in settings["tasks"]]
+        gone += [f"{length:,} tokens" for length in old["settings"]["lengths"] if length not in settings["lengths"]]
+        gone += [f"{model['name']} ({model['path']})" for model in old["models"]
+                 if (model["name"], model["fingerprint"]) not in named]  # fmt: skip
+    except (OSError, ValueError, TypeError, KeyError):
+        yield f"\nNote: {folder / 'results.json'} was damaged and is replaced."
+        return
     if gone:
         yield f"\nNote: the report in {folder} also had {', '.join(gone)}, which this command does not name; it is "
         yield "replaced. All pieces are kept, so a command that names everything shows everything at once."

@@ -25,7 +25,10 @@ def data_of_run(path: str, entry: dict[str, Any]) -> TokenData:
     """
     if entry.get("recipe") is None:
         raise UsageError(f"text: {path} does not say what text was held out from it; name files by --text")
-    data = TokenData(**entry["recipe"]["data"])
+    try:
+        data = TokenData(**entry["recipe"]["data"])
+    except TypeError as error:
+        raise UsageError(f"text: the data of the recipe that {path} stores cannot be read ({error})") from error
     data.continue_from(path, entry)
     data.setup("evaluate")
     sources, stored = ", ".join(data.weights), entry.get("held_out")

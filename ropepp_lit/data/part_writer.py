@@ -18,7 +18,9 @@ from litdata.streaming import Cache, TokensLoader
 
 from ropepp_lit.data.shards import INDEX, Chunk, TokenSet
 from ropepp_lit.data.trained_tokens import is_trained, token_ids
+from ropepp_lit.errors import UsageError
 from ropepp_lit.files import checksum, write_whole
+from ropepp_lit.json_files import read_json, sealed, unsealed
 from ropepp_lit.text.sources import Cursor
 
 SPLITS = ("train", "validation")
@@ -48,14 +50,21 @@ class Part:
 
     @classmethod
     def read(cls, path: Path) -> Part:
-        """Read what :meth:`write` wrote."""
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values["splits"] = {name: TokenSet.from_dict(split) for name, split in values["splits"].items()}
-        return cls(**values)
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            UsageError: it is damaged.
+        """
+        try:
+            values = unsealed(read_json(path))
+            values["splits"] = {name: TokenSet.from_dict(split) for name, split in values["splits"].items()}
+            return cls(**values)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UsageError(f"{path}: damaged; remove {path.parent.parent} to begin anew") from error
 
     def write(self, path: Path) -> None:
         """Write the part into a file that appears only when it is complete."""
-        write_whole(path, json.dumps(dataclasses.asdict(self)))
+        write_whole(path, json.dumps(sealed(dataclasses.asdict(self))))
 
 
 class PartWriter:

@@ -34,6 +34,7 @@ from ropepp_lit.data.shares import Share, add_counts, check_splits, write_share
 from ropepp_lit.data.trained_tokens import can_be_trained_on
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import write_whole
+from ropepp_lit.json_files import read_json, sealed, unsealed
 from ropepp_lit.text.formats import Record
 from ropepp_lit.text.identity import tokenizer_digest
 from ropepp_lit.text.sources import START, Cursor, Found, Reader
@@ -148,7 +149,7 @@ class Preparation:
         """
         mark = self._folder / IDENTITY
         try:
-            before = json.loads(mark.read_text())
+            before = unsealed(read_json(mark))
         except (OSError, ValueError):
             before = {}
         if before.get("fingerprint") == self._fingerprint:
@@ -165,7 +166,7 @@ class Preparation:
         shutil.rmtree(self._folder, ignore_errors=True)
         for name in ("parts", *SPLITS):
             (self._folder / name).mkdir(parents=True)
-        write_whole(mark, json.dumps({"fingerprint": self._fingerprint, "identity": self._identity}))
+        write_whole(mark, json.dumps(sealed({"fingerprint": self._fingerprint, "identity": self._identity})))
 
     def _find_tokenizer(self) -> TextTokenizer:
         settings = self._settings

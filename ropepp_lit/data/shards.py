@@ -20,6 +20,7 @@ from ropepp_lit.data.remote import RemoteFolder
 from ropepp_lit.data.trained_tokens import split_pair, token_ids
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import checksum, inside, read_text, write_whole
+from ropepp_lit.json_files import CHECKSUM, read_json, sealed, unsealed
 from ropepp_lit.text.identity import opening_of, tokenizer_digest
 
 FORMAT_VERSION = 1
@@ -166,8 +167,8 @@ class Manifest:
         return max(self.eos_token_id, *(tokens.max_token_id for tokens in self.splits.values()))
 
     def write(self, folder: Path) -> None:
-        """Write the manifest into the folder, where it appears only when it is complete."""
-        write_whole(folder / MANIFEST, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        """Write the manifest with a checksum of itself; it appears in the folder only when it is complete."""
+        write_whole(folder / MANIFEST, json.dumps(sealed(dataclasses.asdict(self)), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path, *, url: str | None = None) -> Manifest:
@@ -182,12 +183,12 @@ class Manifest:
         """
         path, (where, remedy) = folder / MANIFEST, _told(folder, url)
         try:
-            values = json.loads(read_text(path))
-            if values["format_version"] != FORMAT_VERSION:
-                version = values["format_version"]
+            stored = read_json(path)
+            if (version := stored["format_version"]) != FORMAT_VERSION:
                 raise UsageError(
                     f"{where}/{MANIFEST}: format_version {version!r}, and this version reads {FORMAT_VERSION}; {remedy}"
                 )
+            values = {name: value for name, value in stored.items() if name != CHECKSUM}
             splits = {name: TokenSet.from_dict(split) for name, split in values.pop("splits").items()}
             manifest = cls(**{"opening": opening_of(values), **values}, splits=splits)
             for split, tokens in splits.items():
@@ -195,6 +196,7 @@ class Manifest:
                 for chunk in tokens.chunks:
                     inside(folder / split, chunk.filename, source=f"{where}/{MANIFEST}")
             check_values(manifest)
+            unsealed(stored)
         except UsageError:
             raise
         except OSError as error:
@@ -215,8 +217,7 @@ class Manifest:
         """
         path, (where, remedy) = folder / TOKENIZER, _told(folder, url)
         try:
-            text = read_text(path)
-            digest = tokenizer_digest(text)
+            digest = tokenizer_digest(text := read_text(path))
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}; {remedy}") from error
         except ValueError as error:
@@ -258,6 +259,8 @@ class TokenShards:
         *,
         remote: RemoteFolder | None = None,
     ) -> None:
+        if split not in manifest.splits:
+            raise UsageError(f"{folder / MANIFEST}: has no split {split!r}; remove {folder} to prepare it again")
         self.folder, self.chunks = folder / split, manifest.splits[split].chunks if chunks is None else chunks
         self._remote, self.is_remote = remote, remote is not None
         self._dtype, self._is_marked = np.dtype(manifest.dtype), manifest.marks_trained_tokens
@@ -389,7 +392,7 @@ def fault_of_index(folder: Path, manifest: Manifest, split: str) -> str | None:
     """What is wrong with litdata's index of a split."""
     index = folder / split / INDEX
     try:
-        listed = [chunk["filename"] for chunk in json.loads(read_text(index))["chunks"]]
+        listed = [chunk["filename"] for chunk in read_json(index)["chunks"]]
     except (OSError, ValueError, KeyError, TypeError):
         listed = None
     if listed == [chunk.filename for chunk in manifest.splits[split].chunks]:

@@ -19,6 +19,7 @@ from ropepp_lit.data.part_writer import SPLITS, write_index
 from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Chunk, Manifest, TokenSet
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import locked, whole_folder, write_whole
+from ropepp_lit.json_files import read_json, sealed, unsealed
 
 SHARE = "part.json"
 """In the folder of a share: which one it is, and what joining needs."""
@@ -94,7 +95,7 @@ def write_share(
 ) -> None:
     """Write what joining needs into the folder of a share."""
     values = {**asdict(share), "identity": identity, "parts": parts, "index_config": index_config}
-    write_whole(folder / SHARE, json.dumps(values))
+    write_whole(folder / SHARE, json.dumps(sealed(values)))
 
 
 def merge(folders: Sequence[Path], *, out: Path) -> Manifest:
@@ -139,7 +140,7 @@ def merge(folders: Sequence[Path], *, out: Path) -> Manifest:
 
 def _read(folder: Path) -> tuple[Path, dict[str, Any], Manifest]:
     try:
-        return folder, json.loads((folder / SHARE).read_text(encoding="utf-8")), Manifest.read(folder)
+        return folder, unsealed(read_json(folder / SHARE)), Manifest.read(folder)
     except (OSError, ValueError) as error:
         raise UsageError(f"merge: {folder} has no finished part; make it by `ropepp-lit prepare --part K/N`") from error
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +21,15 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from ropepp_lit.errors import UsageError
 from ropepp_lit.eval.models import Model
 from ropepp_lit.eval.report import ANSWERS
-from ropepp_lit.eval.results import Measurement
+from ropepp_lit.eval.results import Measurement, checked
 from ropepp_lit.eval.tasks import Settings, Unit, check, derived, measure
+from ropepp_lit.eval.tasks.base import Answer
 from ropepp_lit.eval.texts import Texts
-from ropepp_lit.files import has_locks, json_line, locked, whole_file, write_whole
+from ropepp_lit.files import has_locks, locked, whole_file, write_whole
+from ropepp_lit.json_files import CHECKSUM, json_line, read_json, sealed, typed, unsealed
 from ropepp_lit.text.tokenizer import TextTokenizer
 
 VERSION = 3
@@ -32,6 +37,19 @@ VERSION = 3
 
 WAIT_SECONDS = 1.0
 """Between looks at pieces that other processes measure."""
+
+
+@dataclass
+class Kept:
+    """The result of a piece, as it is kept."""
+
+    key: dict[str, Any]
+    """What decides it."""
+    seconds: float
+    measurements: list[Any]
+    """Each a :class:`~ropepp_lit.eval.results.Measurement`, or its values."""
+    answers: list[Any]
+    """Each an :class:`~ropepp_lit.eval.tasks.base.Answer`, or its values."""
 
 
 class Piece(NamedTuple):
@@ -42,9 +60,25 @@ class Piece(NamedTuple):
     path: Path
     num_tokens: int
 
-    def read(self) -> dict[str, Any]:
-        """What is kept: `key`, `seconds`, `measurements`, `answers`."""
-        kept: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+    def read(self) -> Kept:
+        """What is kept.
+
+        Raises:
+            UsageError: it is damaged, or of another piece.
+        """
+        try:
+            stored = read_json(self.path)
+            kept = typed(Kept, unsealed(stored))
+            if json.dumps(kept.key) != json.dumps(self.key):
+                raise ValueError("of another piece")
+            if CHECKSUM in stored:  # what tasks gave, which may be of a user's own
+                kept.measurements = [Measurement(**found) for found in kept.measurements]
+                kept.answers = [Answer(**answer) for answer in kept.answers]
+            else:
+                kept.measurements = [checked(typed(Measurement, found)) for found in kept.measurements]
+                kept.answers = [typed(Answer, answer) for answer in kept.answers]
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(f"{self.path}: damaged ({error}); delete it to measure it again") from error
         return kept
 
 
@@ -89,9 +123,19 @@ class Work:
             check(model, units, request, device=device)
             self.pieces.append([self._piece(model, unit) for unit in units])
         self._parts.mkdir(parents=True, exist_ok=True)
+        self._leave_out_damaged()
         self._has_locks = has_locks(self._parts / ".lock")
         if not self._has_locks:
             print(f"{folder}: its file system has no locks, so one process alone can measure into it")
+
+    def _leave_out_damaged(self) -> None:
+        for piece in itertools.chain.from_iterable(self.pieces):
+            if piece.path.is_file():
+                try:
+                    piece.read()
+                except UsageError:
+                    print(f"{piece.path}: damaged; it is measured again")
+                    piece.path.unlink(missing_ok=True)  # another process may have done so
 
     def measure(self) -> None:
         """Measure what is missing and no other process measures, and wait until nothing is missing."""
@@ -110,9 +154,9 @@ class Work:
     def found(self, number: int) -> tuple[list[Measurement], float]:
         """A model's measurements, with what follows from them; and how many seconds they took."""
         kept = [piece.read() for piece in self.pieces[number]]
-        found = [Measurement(**values) for part in kept for values in part["measurements"]]
+        found = [measurement for part in kept for measurement in part.measurements]
         documents = self._documents(self.models[number].tokenizer)
-        return [*found, *derived(found, self.settings, self.sets, documents)], sum(part["seconds"] for part in kept)
+        return [*found, *derived(found, self.settings, self.sets, documents)], sum(part.seconds for part in kept)
 
     def images(self, number: int) -> Iterator[tuple[Unit, bytes]]:
         """A model's maps of attention."""
@@ -129,7 +173,7 @@ class Work:
                     task, part, length, heads, noise_std = piece.unit.key
                     head = {"model": model.name, "path": model.path, "task": task, "part": part, "length": length,
                             "heads": heads, "noise_std": noise_std}  # fmt: skip
-                    file.writelines(json_line({**head, **answer}) for answer in piece.read()["answers"])
+                    file.writelines(json_line({**head, **vars(answer)}) for answer in piece.read().answers)
         if not path.stat().st_size:
             path.unlink()
 
@@ -207,12 +251,8 @@ class Work:
             model, piece.unit, self.settings, texts=self._texts, documents=self._documents(model.tokenizer),
             progress=bar.update,
         )  # fmt: skip
-        kept = {
-            "key": piece.key,
-            "seconds": time.monotonic() - started,
-            "measurements": [item.to_dict() for item in found.measurements],
-            "answers": [dataclasses.asdict(answer) for answer in found.answers],
-        }
+        seconds = time.monotonic() - started
+        kept = sealed(dataclasses.asdict(Kept(piece.key, seconds, found.measurements, found.answers)))
         for image in found.images:
             write_whole(piece.path.with_suffix(".png"), image)
         write_whole(piece.path, json.dumps(kept))

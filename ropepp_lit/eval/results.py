@@ -136,6 +136,19 @@ class Measurement:
         return dataclasses.asdict(self)
 
 
+def checked(measurement: Measurement) -> Measurement:
+    """The measurement.
+
+    Raises:
+        ValueError: it does not have a denominator for each numerator, or is aggregated in a way that is not known.
+    """
+    if len(measurement.numerators) != len(measurement.denominators):
+        raise ValueError(f"{len(measurement.numerators)} numerators and {len(measurement.denominators)} denominators")
+    if measurement.aggregation is not None and measurement.aggregation not in AGGREGATIONS:
+        raise ValueError(f"no aggregation {measurement.aggregation!r}")
+    return measurement
+
+
 def sample_of(examples: Iterable[object]) -> str:
     """A name for examples (texts, lists of token ids): equal where they are the very same, in the same order."""
     digest = hashlib.sha256()

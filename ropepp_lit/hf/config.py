@@ -148,7 +148,11 @@ def read_config(
     context = int(config.get("max_position_embeddings") or family.max_position_embeddings)
     if "sliding_window" in ignore and _slides(config, family):
         context = int({**family.defaults, **config}["sliding_window"])
-    return Architecture(DecoderConfig(**values), scheme, frequencies, context)
+    try:
+        decoder = DecoderConfig(**values)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from error
+    return Architecture(decoder, scheme, frequencies, context)
 
 
 def family_of(config: dict[str, Any], name: str) -> Family:
@@ -158,8 +162,9 @@ def family_of(config: dict[str, Any], name: str) -> Family:
         UsageError: one that is not read; or a size of the model is missing or is no whole number above 0.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        reason = f"it {NOT_READ[model_type]}" if model_type in NOT_READ else f"known are {', '.join(FAMILIES)}"
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        reasons = [f"it {reason}" for kind, reason in NOT_READ.items() if kind == model_type]
+        reason = reasons[0] if reasons else f"known are {', '.join(FAMILIES)}"
         raise UsageError(f"{name}: model_type {model_type!r} is not supported; {reason}")
     for field in SIZES:
         value = config.get(field)

@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ropepp_lit import __version__
-from ropepp_lit.checkpoint import KEY, compute_dtype, instantiate
+from ropepp_lit.checkpoint import KEY, compute_dtype, geometry_of, instantiate
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import whole_folder
 from ropepp_lit.hf.compare import load_in_float32
 from ropepp_lit.hf.config import Architecture, write_config
 from ropepp_lit.hf.folder import GENERATION, TOKENIZER, weights_of
 from ropepp_lit.hf.layouts import CONFIG
-from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme
+from ropepp_lit.nn import Frequencies, PositionScheme
 from ropepp_lit.nn.lora import LINEAR
 from ropepp_lit.text import tokenizer_files
 from ropepp_lit.text.tokenizer import TextTokenizer
@@ -123,7 +123,7 @@ def architecture_of(checkpoint: dict[str, Any]) -> Architecture:
     """
     described = checkpoint[KEY]["architecture"]
     return Architecture(
-        DecoderConfig(**described["decoder"]),
+        geometry_of(checkpoint),
         instantiate(described["positions"], PositionScheme),
         instantiate(described["frequencies"], Frequencies),
         checkpoint[KEY].get("context_length") or 2048,
@@ -137,7 +137,12 @@ def _write_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype 
         sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_bytes
     )
     for filename, names in split.filename_to_tensors.items():
-        shard = {name: weights[name].to(dtype or weights[name].dtype).contiguous() for name in names}
+        shard: dict[str, Tensor] = {}
+        for name in names:
+            value = weights[name].to(dtype or weights[name].dtype).contiguous()
+            # A tensor that others share is written for each of them.
+            is_shared = value.untyped_storage().data_ptr() in {x.untyped_storage().data_ptr() for x in shard.values()}
+            shard[name] = value.clone() if is_shared else value
         save_file(shard, folder / filename, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

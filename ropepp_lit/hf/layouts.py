@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
@@ -21,7 +20,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import inside, refuse_pointer
+from ropepp_lit.files import inside, read_text, refuse_pointer
+from ropepp_lit.json_files import parse_json
+from ropepp_lit.sharded import check_pickled
 
 CONFIG = "config.json"
 
@@ -156,10 +157,9 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: the file is missing, or something else.
     """
+    refuse_pointer(path)
     try:
-        text = path.read_bytes()
-        refuse_pointer(path, text)
-        values = json.loads(text.decode("utf-8-sig"))
+        values = parse_json(read_text(path).removeprefix("\ufeff"))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; name a folder in Hugging Face's format") from error
     except ValueError as error:
@@ -284,8 +284,12 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
                 "trust it"
             ) from error
         raise UsageError(f"{path}: damaged or not a file of torch; download it again") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises many kinds for what is not its format
         raise UsageError(f"{path}: damaged or cut off; download it again") from error
+    if is_archive:
+        check_pickled(path)
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise UsageError(f"{path}: stores other things than tensors by name; save the model by save_pretrained")
     return {str(name): value.detach() for name, value in found.items()}

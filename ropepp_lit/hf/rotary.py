@@ -81,8 +81,9 @@ def read_frequencies(config: dict[str, Any], rotary: Rotary, *, name: str, defau
         scaling = rotary.scaling or _default(values, name)
     elif rotary.scaling not in (None, scaling):
         values, scaling = {}, rotary.scaling
-    if scaling not in SCALINGS:
-        reason = f"it {_NOT_READ[scaling]}" if scaling in _NOT_READ else f"known are {', '.join(SCALINGS)}"
+    if scaling not in tuple(SCALINGS):  # a list from a file has no place in a dictionary
+        reasons = [f"it {reason}" for key, reason in _NOT_READ.items() if key == scaling]
+        reason = reasons[0] if reasons else f"known are {', '.join(SCALINGS)}"
         raise UsageError(f"{name}: rope_type {scaling!r} is not supported; {reason}")
     kind, keys = SCALINGS[scaling]
     for key in ("factor", "original_max_position_embeddings"):

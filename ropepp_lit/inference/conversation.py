@@ -6,10 +6,11 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import json_line, local_path, write_errors, write_whole
+from ropepp_lit.files import local_path, write_errors, write_whole
 from ropepp_lit.inference.completion import Stream
 from ropepp_lit.inference.model import Model, Writing
 from ropepp_lit.inference.prompts import encode_messages
+from ropepp_lit.json_files import json_line
 from ropepp_lit.nn.generation import Row
 from ropepp_lit.text.chat import ChatTemplate
 

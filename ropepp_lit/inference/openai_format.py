@@ -15,6 +15,8 @@ from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from ropepp_lit.json_files import parse_json
+
 WITHOUT_EFFECT = {
     "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
 }  # fmt: skip
@@ -130,8 +132,8 @@ def parse(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
         HTTPException: 400, which says what is wrong with which key.
     """
     try:
-        values = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(body)
+    except ValueError as error:
         raise refusal(f"the body is not JSON ({error})") from error
     if not isinstance(values, dict):
         raise refusal("the body is not a JSON object")

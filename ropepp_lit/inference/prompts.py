@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,9 +11,10 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import checksum, flush, json_line, refuse_pointer, sync, whole_file, write_errors
+from ropepp_lit.files import checksum, flush, refuse_pointer, sync, whole_file, write_errors
 from ropepp_lit.inference.completion import Completion, complete
 from ropepp_lit.inference.model import Model, Writing
+from ropepp_lit.json_files import fits, json_line, parse_json, sealed, unsealed
 from ropepp_lit.text.chat import ChatTemplate, ChatTemplateError
 from ropepp_lit.text.conversations import RowError, conversation_of
 from ropepp_lit.text.tokenizer import TextTokenizer
@@ -85,6 +85,8 @@ class PromptFile:
         order = sorted(range(len(self._prompts)), key=lambda row: (-len(self._prompts[row]), row))
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         partial = out.with_name(f"{out.name}.partial")
+        if partial.is_symlink() or (partial.exists() and not partial.is_file()):
+            raise UsageError(f"{partial}: not a regular file; delete it to begin anew")
         with write_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             found = _resume(partial, self._identity(writing, batch_size), batches)
@@ -108,7 +110,7 @@ class PromptFile:
             indices=rows, stop_token_ids=self._stop_token_ids, progress=bar.update,
         )  # fmt: skip
         found = dict(zip(rows, answers, strict=True))
-        file.write(b"".join(json_line({"row": row, **_values(answer)}) for row, answer in found.items()))
+        file.write(b"".join(json_line(sealed({"row": row, **_values(answer)})) for row, answer in found.items()))
         file.flush()
         sync(file.fileno())
         return found
@@ -134,6 +136,8 @@ class PromptFile:
 
     def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Objects of the file with their line numbers, counted from 1; empty lines are skipped."""
+        if self._path.exists() and not self._path.is_file():  # a pipe could be read only once
+            raise UsageError(f"prompts: {self._path}: not a regular file")
         try:
             with self._path.open("rb") as file:
                 for number, line in enumerate(file, start=1):
@@ -145,8 +149,8 @@ class PromptFile:
     def _parse(self, number: int, line: bytes) -> dict[str, Any]:
         where = f"{self._path}:{number}"
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except ValueError as error:
             refuse_pointer(self._path, line)
             what = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
             raise UsageError(f"{where}: {what}; each line is an object with the key prompt") from error
@@ -224,12 +228,15 @@ def _resume(partial: Path, identity: dict[str, Any], batches: Sequence[Sequence[
     """
     lines = partial.read_bytes().splitlines(keepends=True) if partial.exists() else []
     if not lines or not lines[0].endswith(b"\n"):
-        partial.write_bytes(json_line(identity))
+        partial.write_bytes(json_line(sealed(identity)))
         return {}
     try:
-        before = json.loads(lines[0])
-        rows = [json.loads(line) for line in lines[1:] if line.endswith(b"\n")]
+        before = unsealed(parse_json(lines[0]), required=True)
+        rows = [unsealed(parse_json(line), required=True) for line in lines[1:] if line.endswith(b"\n")]
         answers = {row["row"]: Completion(*(row[key] for key in WRITTEN)) for row in rows}
+        if not all(fits([row, answer.num_tokens], list[int]) and fits([answer.text, answer.finish_reason], list[str])
+                   for row, answer in answers.items()):  # fmt: skip
+            raise ValueError
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{partial}: damaged; delete it to begin anew") from error
     different = [key for key, value in identity.items() if before.get(key) != value]

@@ -41,6 +41,17 @@ SIZES: dict[str, dict[str, int]] = {
 
 _FROM_SIZE: Any = None
 
+_MOST_WIDTH = 2**28
+"""Above every width, so that the elements of a matrix can be counted."""
+
+_MOST: dict[str, float] = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim"), _MOST_WIDTH),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), _MOST_WIDTH),
+    "num_hidden_layers": 10_000,
+    "rms_norm_eps": 1,
+}
+"""What sizes must be below."""
+
 
 @dataclass(kw_only=True, frozen=True)
 class DecoderConfig:
@@ -129,6 +140,11 @@ class DecoderConfig:
         )
         if not self.initializer_range >= 0:
             raise UsageError(f"model.decoder.initializer_range: {self.initializer_range} must be 0 or more")
+        if self.num_attention_heads * self.head_dim >= _MOST_WIDTH:
+            raise UsageError(
+                f"model.decoder.head_dim: {self.num_attention_heads:,} heads of {self.head_dim:,} must be below "
+                f"{_MOST_WIDTH:,} together"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UsageError(
                 f"model.decoder.num_attention_heads: {self.num_attention_heads} is not a multiple of "
@@ -147,5 +163,6 @@ class DecoderConfig:
 
     def _require_positive(self, *names: str) -> None:
         for name in names:
-            if not getattr(self, name) > 0:
-                raise UsageError(f"model.decoder.{name}: {getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < _MOST[name]:
+                value = str(getattr(self, name))[:50]
+                raise UsageError(f"model.decoder.{name}: {value} must be above 0 and below {_MOST[name]:,}")

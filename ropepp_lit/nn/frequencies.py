@@ -273,8 +273,8 @@ class Clipped(Frequencies):
 
 
 def _require_factor(factor: float) -> float:
-    if not factor >= 1:
-        raise UsageError(f"model.frequencies.factor: {factor} must be 1 or more")
+    if not 1 <= factor < math.inf:
+        raise UsageError(f"model.frequencies.factor: {factor} must be 1 or more, and finite")
     return factor
 
 

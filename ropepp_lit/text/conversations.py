@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from ropepp_lit.json_files import parse_json
 
 CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion", "tools", "system", "chat_template_kwargs")
 """Keys or columns of rows that can be conversations."""
@@ -162,8 +163,8 @@ def _parsed(value: Any, name: str = "") -> Any:
     """A value, read as JSON where it is a string of it."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError) as error:
+            return parse_json(value)
+        except ValueError as error:
             if name:
                 raise RowError(f"{name} is broken JSON") from error
     return value

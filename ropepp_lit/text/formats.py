@@ -101,8 +101,10 @@ _SIGNATURES = (
 _JSON = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:\[\s*)?\{\s*\"[^\"\n]*\"\s*:")
 """How a file of JSON objects begins."""
 
-BROKEN = (OSError, EOFError, lzma.LZMAError, zlib.error, zstd.ZstdError, pyarrow.ArrowException, csv.Error)
-"""What readers raise for a damaged file."""
+BROKEN = (
+    OSError, EOFError, lzma.LZMAError, zlib.error, zstd.ZstdError, pyarrow.ArrowException, csv.Error, UnicodeDecodeError
+)  # fmt: skip
+"""What readers raise for a damaged file; the last one for names of a table's columns."""
 
 
 class Record(NamedTuple):

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from ropepp_lit.json_files import parse_json
+
 _NOT_OF_TEXT = ("version", "truncation", "padding", "post_processor")
 """Parts of a tokenizer.json that do not decide which ids a text becomes; what opens texts is compared as ids."""
 
@@ -43,7 +45,7 @@ def same_tokenizer(one: str, other: str) -> bool:
 
 def _rules(text: str) -> dict[str, Any]:
     """What decides ids, in one form for all versions of the library tokenizers."""
-    values = json.loads(text)
+    values = parse_json(text)
     if not isinstance(values, dict):
         raise ValueError("not a JSON object")
     rules = {name: value for name, value in values.items() if name not in _NOT_OF_TEXT}

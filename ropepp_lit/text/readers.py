@@ -15,6 +15,7 @@ from typing import IO, Any
 import pyarrow
 import pyarrow.parquet
 
+from ropepp_lit.json_files import parse_json
 from ropepp_lit.text.formats import (
     BROKEN,
     CONVERT,
@@ -141,10 +142,10 @@ def _read_values(
 
 def _parse(line: bytes, where: str, options: Options) -> Record:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
     except UnicodeDecodeError:
         return Record(None, "not UTF-8", where)
-    except (ValueError, RecursionError):
+    except ValueError:
         return Record(None, "broken JSON", where)
     return pick(value, where, options)
 
@@ -173,6 +174,7 @@ def _read_parquet(raw: IO[bytes], name: str, options: Options, skip: int) -> Ite
         while groups and number + parquet.metadata.row_group(groups[0]).num_rows <= skip:
             number += parquet.metadata.row_group(groups.pop(0)).num_rows
         for batch in parquet.iter_batches(batch_size=256, row_groups=groups, columns=columns):
+            batch.validate(full=True)
             yield from _rows(batch.select(columns), name, number, skip, options)
             number += len(batch)
 
@@ -189,6 +191,7 @@ def _read_arrow(raw: IO[bytes], name: str, options: Options, skip: int) -> Itera
         number = 0
         batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
         for batch in batches:
+            batch.validate(full=True)
             yield from _rows(batch.select(columns), name, number, skip, options)
             number += len(batch)
 

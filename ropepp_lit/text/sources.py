@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import escaped, write_whole
+from ropepp_lit.json_files import read_json
 from ropepp_lit.text.formats import Options, Record, ending_of, find_problem, kind_of
 from ropepp_lit.text.hub import HUB, HubDataset
 from ropepp_lit.text.readers import pick, read_file, without_nulls
@@ -201,7 +202,7 @@ def _walk(root: Path, left_out: list[LeftOut], key: str) -> Iterator[Path]:
 def _saved(folder: Path, key: str) -> Iterator[Path]:
     """The tables of a folder of `save_to_disk`, those that its state names."""
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = read_json(folder / "state.json")
         names = [file["filename"] for file in state["_data_files"]]
         whole = all(Path(name).name == name and (folder / name).is_file() for name in names)
     except (ValueError, KeyError, TypeError):

@@ -82,7 +82,7 @@ class TextTokenizer:
             entry: `tokenizer` (JSON), `bos_token_id`, `eos_token_id`, and where they are known `opening` (token ids),
                 `generation_config` and `tokenizer_config` (JSON).
         """
-        tokenizer = Tokenizer.from_str(entry["tokenizer"])
+        tokenizer = tokenizer_files.parse(entry["tokenizer"], "tokenizer.json that is stored")
         return cls(
             tokenizer=tokenizer,
             bos_token_id=entry["bos_token_id"],

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer, processors
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import refuse_pointer
+from ropepp_lit.files import read_text, refuse_pointer
+from ropepp_lit.json_files import read_json
 
 TOKENIZER, SETTINGS, SPECIAL_TOKENS = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 CONFIG, GENERATION, TEMPLATE = "config.json", "generation_config.json", "chat_template.jinja"
@@ -29,6 +30,10 @@ FILES = (TOKENIZER, SETTINGS, SPECIAL_TOKENS, CONFIG, GENERATION, TEMPLATE, *VOC
 """Every file of a folder that a tokenizer depends on."""
 
 PROBE = "a fox: def f(x):\n    return 漢字 + 4096  # naïve"
+
+
+MOST_TOKENS = 2**24
+"""No vocabulary has as many."""
 
 
 class Loaded(NamedTuple):
@@ -112,8 +117,37 @@ def encoding_errors() -> Iterator[None]:
         yield
     except TypeError as error:  # half of a surrogate pair: a byte of a command line, or an escape in JSON
         raise UsageError("a text is not UTF-8; correct it") from error
-    except Exception as error:  # tokenizers raises bare Exception
+    except BaseException as error:
+        if not _is_of_tokenizers(error):
+            raise
         raise UsageError(f"tokenizer: it cannot encode a text ({_line(error)}); name another tokenizer") from error
+
+
+def parse(text: str, name: object) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's content, made :func:`exact`.
+
+    Args:
+        text: The content.
+        name: What messages call it.
+
+    Raises:
+        UsageError: it is not one.
+    """
+    try:
+        tokenizer = exact(Tokenizer.from_str(text))
+    except BaseException as error:
+        if not _is_of_tokenizers(error):
+            raise
+        raise UsageError(f"tokenizer: {name}: not a tokenizer ({_line(error)})") from error
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if largest >= MOST_TOKENS:  # writing it would take a line for each number below
+        raise UsageError(f"tokenizer: {name}: not a tokenizer (a token has the id {largest:,})")
+    return tokenizer
+
+
+def _is_of_tokenizers(error: BaseException) -> bool:
+    """Whether the library tokenizers may have raised an error: a bare Exception, or a panic, a BaseException."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def added_around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -145,30 +179,34 @@ def stop_ids(tokenizer: Tokenizer, generation_config: str | None) -> frozenset[i
     """The ids of generation_config.json's `eos_token_id` that the tokenizer has."""
     found = json.loads(generation_config).get("eos_token_id") if generation_config else None
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    return frozenset(token for token in ids if isinstance(token, int) and tokenizer.id_to_token(token) is not None)
+    ids = [token for token in ids if isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**32]
+    return frozenset(token for token in ids if tokenizer.id_to_token(token) is not None)
 
 
 def _read(folder: Path, file: Path, settings: dict[str, Any] | None) -> tuple[Tokenizer, tuple[str | None, str | None]]:
     """The tokenizer, and the names of its special tokens: as transformers reads the folder."""
-    if file.is_file() and settings is None and not (folder / CONFIG).is_file():
-        return _read_file(file), (None, None)
-    if file.is_file() and file.name != TOKENIZER:
-        return _read_file(file), _names(settings)
+    alone = _read_file(file) if file.is_file() else None
+    if alone is not None and settings is None and not (folder / CONFIG).is_file():
+        return alone, (None, None)
+    if alone is not None and file.name != TOKENIZER:
+        return alone, _names(settings)
     from transformers import AutoTokenizer
 
     try:
         with _no_warnings_of_config():
             loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         tokenizer = exact(Tokenizer.from_str(loaded.backend_tokenizer.to_str()))
-    except Exception as error:  # whatever the tokenizer's class raises
-        if file.is_file():
-            tokenizer = _read_file(file)  # raises where the file itself is wrong
+    except BaseException as error:  # whatever the tokenizer's class raises
+        if not _is_of_tokenizers(error):
+            raise
+        if alone is not None:
             _notice(f"{folder}: transformers cannot load this tokenizer ({_line(error)}); {TOKENIZER} is used alone")
-            return tokenizer, _names(settings)
+            return alone, _names(settings)
         raise UsageError(f"tokenizer: {folder}: {_line(error)}") from error
-    if file.is_file():
-        alone = _read_file(file)
-        if alone.encode(PROBE, add_special_tokens=False).ids != tokenizer.encode(PROBE, add_special_tokens=False).ids:
+    if alone is not None:
+        with encoding_errors():
+            ids, others = (found.encode(PROBE, add_special_tokens=False).ids for found in (alone, tokenizer))
+        if ids != others:
             kind = type(loaded).__name__
             _notice(f"{folder}: transformers' {kind} splits text in another way than {TOKENIZER}; it is used as there")
     return tokenizer, (loaded.bos_token, loaded.eos_token)
@@ -189,9 +227,10 @@ def _no_warnings_of_config() -> Iterator[None]:
 
 def _read_file(path: Path) -> Tokenizer:
     try:
-        return exact(Tokenizer.from_file(str(path)))
-    except Exception as error:  # tokenizers raises bare Exception
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise UsageError(f"tokenizer: {path}: not a tokenizer ({_line(error)})") from error
+    return parse(text, path)
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -228,7 +267,8 @@ def _read_settings(folder: Path) -> dict[str, Any] | None:
     """tokenizer_config.json; what it does not name, special_tokens_map.json does. Files of chat templates win."""
     found = [_read_json(folder / name) for name in (SPECIAL_TOKENS, SETTINGS)]
     files = {"default": folder / TEMPLATE} if (folder / TEMPLATE).is_file() else {}
-    files |= {path.stem: path for path in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))}
+    more = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
+    files |= {path.stem: path for path in more if path.is_file()}
     templates = {name: _read_exactly(path) for name, path in files.items()}
     if found == [None, None] and not templates:
         return None
@@ -258,7 +298,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: not JSON ({_line(error)})") from error
     if not isinstance(values, dict):
@@ -290,5 +330,5 @@ def _notice(text: str) -> None:
     print(f"Notice: {text}", file=sys.stderr)
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,19 +7,28 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import lightning.pytorch as pl
 import yaml
 from jsonargparse import Namespace
 
 from ropepp_lit.checkpoint import import_class
+from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn import Frequencies, PositionScheme, RoPEPP
+from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme, RoPEPP
+from ropepp_lit.train.callbacks import TextSample
+from ropepp_lit.train.causal_lm import CausalLM
+from ropepp_lit.train.checkpoints import Checkpoints
+from ropepp_lit.train.diagnostics import Diagnostics
+from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.optimizer import AdamW, OptimizerConfig
 from ropepp_lit.train.preference import Preference
 from ropepp_lit.train.schedule import Schedule, WarmupStableDecay
+from ropepp_lit.train.spikes import LossSpikes
+from ropepp_lit.train.watchdog import Watchdog
 
 CLASSES: dict[str, tuple[type, type | None]] = {
     "model.positions": (PositionScheme, RoPEPP),
@@ -29,6 +38,37 @@ CLASSES: dict[str, tuple[type, type | None]] = {
     "model.preference": (Preference, None),
 }
 """Keys that name a class: its base class, and the default."""
+
+
+SECTIONS = {
+    "trainer": pl.Trainer,
+    "model": CausalLM,
+    "model.decoder": DecoderConfig,
+    "data": TokenData,
+    "checkpoints": Checkpoints,
+    "sample": TextSample,
+    "evaluation": Evaluation,
+    "diagnostics": Diagnostics,
+    "spikes": LossSpikes,
+    "watchdog": Watchdog,
+}
+"""Keys of a recipe that have settings by name, and whose arguments these are."""
+
+
+def check_sections(options: Namespace) -> None:
+    """Check that each section of a recipe is settings by name, and null only where a setting takes that.
+
+    Args:
+        options: Of `fit`, parsed and not instantiated.
+
+    Raises:
+        UsageError: one is not.
+    """
+    for name, kind in SECTIONS.items():
+        section = options.get(name)
+        if not isinstance(section, Namespace):
+            raise UsageError(f"{name}: {str(section)[:100]!r} must be settings by name")
+        check_arguments(kind, vars(section), name)
 
 
 def check_classes(arguments: list[str]) -> None:
@@ -70,13 +110,28 @@ def check_nulls(options: Any, key: str = "") -> None:
     if not isinstance(options, Namespace | dict):
         return
     if isinstance(class_path := options.get("class_path"), str):
-        arguments = dict(options.get("init_args") or {})
-        kind = import_class(class_path, object)
-        for name, parameter in inspect.signature(kind).parameters.items():
-            if name in arguments and arguments[name] is None and not _takes_none(kind, parameter):
-                raise UsageError(f"{key}.{name}: null is no value of it; give one, or leave the key out")
+        check_arguments(import_class(class_path, object), dict(options.get("init_args") or {}), key)
     for name, option in vars(options).items() if isinstance(options, Namespace) else options.items():
         check_nulls(option, key if name in ("class_path", "init_args") else f"{key}.{name}" if key else str(name))
+
+
+def check_arguments(kind: type, arguments: Mapping[str, Any], key: str) -> None:
+    """Raise UsageError where an argument of a class is null, and neither its default nor its type is.
+
+    Args:
+        kind: The class.
+        arguments: By name.
+        key: Where they are in the recipe.
+    """
+    for base in kind.__mro__[:-1]:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters
+        for name, parameter in parameters.items():
+            if name in arguments and arguments[name] is None and not _takes_none(base, parameter):
+                raise UsageError(f"{key}.{name}: null is no value of it; give one, or leave the key out")
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break  # else the rest goes on to the class it derives from
 
 
 def _takes_none(kind: type, parameter: inspect.Parameter) -> bool:
@@ -123,12 +178,16 @@ def _names_in(key: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _read(path: Path) -> Any:
-    """A recipe's content; None where there is no such file."""
+    """A recipe's content; None where there is no such file, or it is a pipe, which the parser reads.
+
+    Raises:
+        UsageError: it is no recipe.
+    """
     if not path.is_file():
         return None
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except yaml.YAMLError as error:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not valid YAML: {error}") from error
 
 

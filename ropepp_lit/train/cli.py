@@ -30,7 +30,7 @@ from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of, saved_steps
 from ropepp_lit.train.checks import Checks, checkpoint_to_continue, require_a_step
-from ropepp_lit.train.classes import CLASSES, check_classes, check_nulls
+from ropepp_lit.train.classes import CLASSES, check_classes, check_nulls, check_sections
 from ropepp_lit.train.curves import go_on_from
 from ropepp_lit.train.diagnostics import Diagnostics
 from ropepp_lit.train.disk_space import check_first
@@ -195,8 +195,14 @@ class RecipeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; Lightning's own method would warn where a process with other arguments calls this one."""
         check_classes(args)
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except UsageError:
+            raise
+        except (ImportError, OverflowError, ValueError) as error:  # a URL that needs a library, a huge number, NUL
+            raise UsageError(f"config: {error}") from error
         options = self.config[self.config["subcommand"]]
+        check_sections(options)
         check_nulls(options)
         check_given(args[1:], options)
         seed = options.seed_everything

@@ -346,9 +346,10 @@ loss per micro-batch            {loss.memory / GIB:.2f} GiB at its peak, {loss.b
 
 def _count(devices: Any) -> int:
     """How many devices of a node a recipe asks for."""
-    if isinstance(devices, list):
-        return len(devices)
-    return int(devices) if str(devices).isdigit() else 1
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+    if count < 1:
+        raise UsageError(f"trainer.devices: {devices} must name one or more")
+    return count
 
 
 def _precision(precision: Any) -> str:

@@ -19,7 +19,8 @@ import lightning.pytorch as pl
 import torch
 
 from ropepp_lit import __version__
-from ropepp_lit.files import json_line, sync
+from ropepp_lit.files import sync
+from ropepp_lit.json_files import json_line
 
 RUN_LOG = "run.jsonl"
 """Its name in a run's folder."""

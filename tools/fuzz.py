@@ -1,0 +1,289 @@
+"""Fuzz everything that ropepp-lit reads: change a file of a whole input, read it, and judge what comes out.
+
+    python tools/fuzz.py --cases 10000 --out fuzzed           # every target; the same command goes on
+    python tools/fuzz.py --targets manifests,recipes --minutes 10
+    python tools/fuzz.py --only manifests:1234 --keep case    # one case alone; its files are left in `case`
+
+| verdict     | what happened                                                                                       |
+|-------------|-----------------------------------------------------------------------------------------------------|
+| `refused`   | one line and exit code 2                                                                            |
+| `right`     | success, and what came out is what the target's judge expects (`fuzzing/targets.py`)               |
+| `wrong`     | success with something else                                                                         |
+| `traceback` | any other exception or exit code, another number of lines, or a crash                               |
+| `hang`      | more than 20 s                                                                                      |
+| `memory`    | more than 2 GiB                                                                                     |
+| `escape`    | a file outside the case's folder was made, changed or removed                                       |
+
+Cases run in forked processes, some hundred one after the other in each. A case depends on `--seed` and its number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Before anything that reads them is imported.
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MALLOC_ARENA_MAX": "2",
+    "HF_HUB_OFFLINE": "1",
+}
+
+import torch
+from fuzzing.cases import SECONDS, VERDICTS, Case, captured, write_tree
+from fuzzing.targets import TARGETS
+from tqdm import tqdm
+
+CHUNK = 200
+"""Cases of one process."""
+
+
+class Fuzzer:
+    """Whole inputs, and cases of them in forked processes.
+
+    Args:
+        seed: Of all cases.
+        work: Folder for inputs and cases.
+    """
+
+    def __init__(self, *, seed: int, work: Path) -> None:
+        self.seed, self.work = seed, work
+        self._whole: dict[str, dict[str, bytes]] = {}
+        self._expected: dict[tuple[str, str], Any] = {}
+
+    def whole(self, name: str) -> dict[str, bytes]:
+        """The whole input of a target, contents by name."""
+        if name not in self._whole:
+            folder = self.work / "whole"
+            with captured(self.work / "log"):
+                TARGETS[name].make(folder)
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            self._whole[name] = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+            shutil.rmtree(folder)
+            self._expected_of(name, next(iter(self._whole[name])))  # what is loaded and compiled once is so from now on
+        return self._whole[name]
+
+    def case(self, name: str, number: int, root: Path) -> Case:
+        """A case in a folder of its own."""
+        case = Case(name, TARGETS[name], number, seed=self.seed, whole=self.whole(name), root=root)
+        case.expected = self._expected_of(name, str(case.path.relative_to(case.folder)))
+        return case
+
+    def _expected_of(self, name: str, changed: str) -> Any:
+        """What comes out of the whole input, where that file is the one that a case changes."""
+        if (name, changed) not in self._expected:
+            copy = self.work / f"copy-{os.getpid()}"
+            write_tree(self.whole(name), copy)
+            with captured(self.work / f"log-{os.getpid()}"):
+                self._expected[name, changed] = TARGETS[name].read(copy, copy / changed)
+            shutil.rmtree(copy)
+        return self._expected[name, changed]
+
+    def run(self, name: str, numbers: range, root: Path, results: Path) -> None:
+        """Run cases and write a line for each."""
+        os.environ |= {"HOME": str(root / "home"), "TMPDIR": str(root / "tmp")}
+        tempfile.tempdir = None
+        with results.open("a") as file:
+            for number in numbers:
+                file.write(json.dumps({"begun": number}) + "\n")
+                file.flush()
+                found = self.case(name, number, root).run()
+                if found["verdict"] in ("refused", "right"):
+                    found = {"number": number, "verdict": found["verdict"]}
+                file.write(json.dumps(found) + "\n")
+                file.flush()
+
+
+class Pool:
+    """Forked processes, each with a chunk of cases; one that dies or hangs is a finding, and the rest is done anew."""
+
+    def __init__(self, fuzzer: Fuzzer, workers: int) -> None:
+        self._fuzzer, self._free = fuzzer, list(range(workers))
+        self._running: dict[int, tuple[str, range, int, Path]] = {}
+
+    def start(self, name: str, numbers: range) -> None:
+        """Begin with a chunk."""
+        place = self._free.pop()
+        results = self._fuzzer.work / f"results-{place}"
+        results.unlink(missing_ok=True)
+        results.touch()
+        pid = os.fork()
+        if not pid:
+            code = 1
+            try:
+                os.setpgid(0, 0)
+                self._fuzzer.run(name, numbers, self._fuzzer.work / f"w{place}", results)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        self._running[pid] = name, numbers, place, results
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no process is free."""
+        return not self._free
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether one is at work."""
+        return bool(self._running)
+
+    def finished(self) -> Iterator[tuple[str, range, list[dict[str, Any]]]]:
+        """Wait for chunks that are done, and give their results."""
+        for pid, (name, numbers, place, results) in list(self._running.items()):
+            if time.time() - results.stat().st_mtime > SECONDS + 15:
+                os.kill(pid, signal.SIGKILL)
+            if not os.waitpid(pid, os.WNOHANG)[0]:
+                continue
+            status = "killed after the time" if time.time() - results.stat().st_mtime > SECONDS + 10 else "died"
+            lines = [json.loads(line) for line in results.read_text().splitlines()]
+            found = [line for line in lines if "verdict" in line]
+            del self._running[pid]
+            self._free.append(place)
+            begun = [line["begun"] for line in lines if "begun" in line]
+            if len(found) < len(numbers):
+                number = begun[-1] if begun else numbers.start
+                kind = "hang" if status != "died" else "traceback"
+                found.append(
+                    {"number": number, "verdict": kind, "change": "", "file": "", "detail": status, "output": ""}
+                )
+            rest = range(numbers.start + len(found), numbers.stop)
+            yield name, range(numbers.start, rest.start), found
+            if rest:
+                self.start(name, rest)
+        time.sleep(0.02)
+
+
+def fuzz(names: list[str], *, cases: int, seed: int, minutes: float, workers: int, out: Path) -> None:
+    """Run the cases that are not done yet; counts and findings are kept in a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    counts = _read_counts(out, seed)
+    work = make_work()
+    fuzzer, deadline = Fuzzer(seed=seed, work=work), time.monotonic() + 60 * minutes
+    todo = [(name, start) for start in range(0, cases, CHUNK) for name in names]  # all targets at the same pace
+    todo = [(name, start) for name, start in todo if start >= sum(counts[name].values())]
+    for name in dict.fromkeys(name for name, _ in todo):
+        fuzzer.whole(name)
+    pool = Pool(fuzzer, workers)
+    try:
+        with tqdm(
+            total=cases * len(names), initial=sum(sum(counts[name].values()) for name in names), unit="case"
+        ) as bar:
+            while pool.is_busy or (todo and time.monotonic() < deadline):
+                while todo and not pool.is_full and time.monotonic() < deadline:
+                    name, start = todo.pop(0)
+                    pool.start(name, range(start, min(start + CHUNK, cases)))
+                for name, numbers, found in pool.finished():
+                    verdicts = Counter(line["verdict"] for line in found)
+                    counts[name].update(verdicts)
+                    with (out / "counts.jsonl").open("a") as file:
+                        done = {"seed": seed, "target": name, "start": numbers.start, "stop": numbers.stop}
+                        file.write(json.dumps({**done, "verdicts": verdicts}) + "\n")
+                    with (out / "findings.jsonl").open("a") as file:
+                        for line in found:
+                            if line["verdict"] not in ("refused", "right"):
+                                file.write(json.dumps({"target": name, **line}) + "\n")
+                    bar.update(len(found))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print(table({name: counts[name] for name in names}))
+    print(kinds(out / "findings.jsonl"))
+    sys.exit(
+        any(counts[name][verdict] for name in names for verdict in VERDICTS if verdict not in ("refused", "right"))
+    )
+
+
+def _read_counts(out: Path, seed: int) -> dict[str, Counter[str]]:
+    counts: dict[str, Counter[str]] = {name: Counter() for name in TARGETS}
+    path = out / "counts.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        done = json.loads(line)
+        if done["seed"] != seed:
+            sys.exit(f"{out}: holds cases of the seed {done['seed']}; name another --out")
+        counts[done["target"]].update(done["verdicts"])
+    return counts
+
+
+def table(counts: dict[str, Counter[str]]) -> str:
+    """Targets and how many cases had each verdict."""
+    lines = [f"{'target':<20}{'cases':>8}" + "".join(f"{verdict:>11}" for verdict in VERDICTS)]
+    for name, found in counts.items():
+        lines.append(f"{name:<20}{sum(found.values()):>8,}" + "".join(f"{found[verdict]:>11,}" for verdict in VERDICTS))
+    return "\n".join(lines)
+
+
+def kinds(path: Path) -> str:
+    """Findings by target, verdict and place, the most frequent first, each with a case to repeat."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for text in path.read_text().splitlines() if path.exists() else []:
+        line = json.loads(text)
+        place = line["detail"].split(":")
+        found.setdefault((line["target"], line["verdict"], ":".join(place[:2])[:80]), []).append(line)
+    lines = []
+    for (target, verdict, _), cases in sorted(found.items(), key=lambda item: -len(item[1])):
+        first = cases[0]
+        lines.append(f"{len(cases):>6} × {target} {verdict}: {first['detail'][:160]}")
+        lines.append(f"         {target}:{first['number']} {first['file']}: {first['change'][:120]}")
+    return "\n".join(lines) or "No findings."
+
+
+def make_work() -> Path:
+    """A new folder for cases, in memory where that is possible."""
+    memory = Path("/dev/shm")  # noqa: S108
+    return Path(tempfile.mkdtemp(prefix="ropepp-fuzz-", dir=memory if os.access(memory, os.W_OK) else None))
+
+
+def _only(text: str, *, seed: int, keep: Path | None) -> None:
+    """Run one case in this process, and print what it found."""
+    name, _, number = text.rpartition(":")
+    work = make_work()
+    try:
+        root = work / "w0"
+        case = Fuzzer(seed=seed, work=work).case(name, int(number), root)
+        if keep is not None:
+            shutil.copytree(case.folder, keep, symlinks=True)
+        found = case.run()
+        print(f"{found['verdict']}: {found['file']}: {found['change']}\n{found['detail']}\n{found['output']}")
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--targets", default=",".join(TARGETS), help="with commas; all by default")
+    parser.add_argument("--cases", type=int, default=10_000, help="of each target")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing new after so long")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("fuzzed"), help="folder of counts and findings")
+    parser.add_argument("--only", help="one case, TARGET:NUMBER")
+    parser.add_argument("--keep", type=Path, help="of --only: a new folder for the changed files")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.only:
+        _only(options.only, seed=options.seed, keep=options.keep)
+        return
+    names = options.targets.split(",")
+    if unknown := [name for name in names if name not in TARGETS]:
+        sys.exit(f"no target {unknown[0]!r}; choose of {', '.join(TARGETS)}")
+    fuzz(
+        names, cases=options.cases, seed=options.seed, minutes=options.minutes, workers=options.workers, out=options.out
+    )
+
+
+if __name__ == "__main__":
+    main()
