@@ -110,7 +110,7 @@ class Watchdog(Callback):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         """The state is collected, and will be written."""
-        self._note(trainer, "checkpoint")
+        self._note(trainer, "checkpoint or data")
 
     def _note(self, trainer: pl.Trainer, phase: str) -> None:
         self._position = _Position(self._position.moves + 1, trainer.global_step + 1, phase)
