@@ -245,7 +245,7 @@ SECTIONS = {
     "trainer: [a]": "trainer: \"['a']\" must be settings by name",
     "model: {decoder: [a]}": "model.decoder: \"['a']\" must be settings by name",
     "sample: {max_new_tokens: null}": "sample.max_new_tokens: null is no value of it",
-    "model: {frequencies: {class_path: Yarn, init_args: {factor: 2, original_max_position_embeddings: null}}}": "null is no value",
+    "model: {frequencies: {class_path: Yarn, init_args: {factor: 2, beta_fast: null}}}": "null is no value",
     "model: {frequencies: {class_path: Yarn, init_args: {factor: .inf}}}": "must be 1 or more, and finite",
     "model: {optimizer: '..'}": "is not the name of a class",
     "trainer: {devices: []}": "trainer.devices: [] must name one or more",
