@@ -207,11 +207,16 @@ def compute_dtype(checkpoint: dict[str, Any]) -> torch.dtype:
     """The dtype in which a checkpoint's decoder computes: that of most elements of its blocks' matrices.
 
     Others' folders store norms or the output layer in a wider dtype than the rest; a product needs one dtype.
+
+    Raises:
+        UsageError: there are none.
     """
     counts: dict[torch.dtype, int] = {}
     for name, value in decoder_weights(checkpoint).items():
         if ".layers." in name and value.dim() > 1:
             counts[value.dtype] = counts.get(value.dtype, 0) + value.numel()
+    if not counts:
+        raise UsageError("the checkpoint has no weights of layers")
     return max(counts, key=lambda dtype: (counts[dtype], dtype.itemsize))
 
 

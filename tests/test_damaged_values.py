@@ -63,6 +63,7 @@ ENTRIES = {
     "a list of heads": (decoder(num_attention_heads=["a"]), "its num_attention_heads is"),
     "a number for a switch": (decoder(qk_norm=1), "its qk_norm is 1"),
     "too many heads": (decoder(num_attention_heads=2**60), "num_attention_heads: 1152921504606846976 must be above 0"),
+    "no weights": (lambda whole: whole["state_dict"].clear(), "there is no weight of layer 0"),
     "a weight without content": (weight(lambda value: value.to("meta")), "is no weight"),
     "whole numbers": (weight(lambda value: value.long()), "is no weight"),
     "complex numbers": (weight(lambda value: value.to(torch.complex64)), "is no weight"),
@@ -150,7 +151,9 @@ def test_tables_with_text_that_is_not_utf_8(tmp_path):
         writer.write_table(table)
     content = (tmp_path / "a.arrow").read_bytes()
     (tmp_path / "names.arrow").write_bytes(content.replace(b"text", b"t\xffxt"))
-    for name in ("a.parquet", "a.arrow", "names.arrow"):
+    length = (tmp_path / "a.arrow").read_bytes()[8:]  # of a stream within the file
+    (tmp_path / "length.arrow").write_bytes(length[:4] + (2**31 - 1).to_bytes(4, "little") + length[8:])
+    for name in ("a.parquet", "a.arrow", "names.arrow", "length.arrow"):
         ((_, record),) = Reader(find_files([str(tmp_path / name)], key="SOURCE"), text_key="text")
         assert record.problem.startswith("unreadable: "), record
 
@@ -245,9 +248,7 @@ SECTIONS = {
     "trainer: [a]": "trainer: \"['a']\" must be settings by name",
     "model: {decoder: [a]}": "model.decoder: \"['a']\" must be settings by name",
     "sample: {max_new_tokens: null}": "sample.max_new_tokens: null is no value of it",
-    "model: {frequencies: {class_path: Yarn, init_args: {factor: 2, original_max_position_embeddings: null}}}": (
-        "null is no value"
-    ),
+    "model: {frequencies: {class_path: Yarn, init_args: {factor: 2, beta_fast: null}}}": "null is no value",
     "model: {frequencies: {class_path: Yarn, init_args: {factor: .inf}}}": "must be 1 or more, and finite",
     "model: {optimizer: '..'}": "is not the name of a class",
     "trainer: {devices: []}": "trainer.devices: [] must name one or more",
@@ -259,3 +260,8 @@ def test_sections_of_a_recipe(mistake, tmp_path):
     for content, message in SECTIONS.items():
         (tmp_path / "recipe.yaml").write_text(content)
         assert message in mistake("--config", tmp_path / "recipe.yaml", subcommand="plan")
+
+
+def test_no_weights_have_no_dtype():
+    with pytest.raises(UsageError, match="no weights of layers"):
+        checkpoint.compute_dtype({"state_dict": {}})

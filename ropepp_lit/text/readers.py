@@ -58,6 +58,8 @@ def read_file(
                 yield record
     except BROKEN as error:
         yield Record(None, f"unreadable: {line_of(error)}", name, "replace it by a whole copy")
+    except MemoryError:  # a length in a damaged table
+        yield Record(None, "unreadable: it states more than memory holds", name, "replace it by a whole copy")
 
 
 def _records(
