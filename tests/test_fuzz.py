@@ -15,7 +15,7 @@ TOOLS = Path(__file__).parent.parent / "tools"
 @pytest.mark.parametrize("cases", [10, pytest.param(1000, marks=pytest.mark.slow)])
 def test_changed_files_of_every_kind(run_file, tmp_path, cases):
     finished = run_file(
-        sys.executable, TOOLS / "fuzz.py", "--cases", cases, "--workers", 2, "--out", tmp_path / "fuzzed",
+        TOOLS / "fuzz.py", "--cases", cases, "--workers", 2, "--out", tmp_path / "fuzzed",
         cwd=tmp_path, timeout=60 * cases,
     )  # fmt: skip
     *lines, last = finished.stdout.splitlines()
