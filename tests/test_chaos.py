@@ -25,9 +25,9 @@ def chaos(folder, **options):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs LD_PRELOAD and /proc")
 def test_a_dose_of_each_kind(tmp_path):
     """Kills and signals at operations on files, and errors of the disk."""
-    kinds = ["SIGKILL", "SIGTERM", "closed pipe"]
+    kinds = ["SIGKILL", "SIGTERM"]
     if shutil.which("cc"):
-        kinds += ["full disk", "read-only", "EIO", "clock"]
+        kinds += ["full disk", "EIO"]
     printed, rows = chaos(tmp_path, jobs="train-async,prepare-part", kinds=",".join(kinds), cases=1, minutes=10)
     assert len(rows) == 2 * len(kinds)
     assert {row["verdict"] for row in rows} <= {"right", "late"}

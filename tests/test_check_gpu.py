@@ -13,6 +13,7 @@ pytestmark = pytest.mark.end_to_end
 TOOL = Path(__file__).parents[1] / "tools" / "check_gpu.py"
 
 
+@pytest.mark.slow
 def test_tiny(tmp_path):
     command = [sys.executable, TOOL, "--tiny", "--out", tmp_path / "check.json"]
     finished = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -126,6 +126,7 @@ class Watchdog(Callback):
         interval = min(5.0, timeout / 5)
         ranks = _Ranks()
         last, stalled, before = self._position, 0.0, time.monotonic()
+        ranks.tell(last, None)  # one that has told nothing counts as still being started
         while not self._stopped.wait(interval):
             now = time.monotonic()
             stalled += min(now - before, 2 * interval)  # all ranks may have been stopped for a while, and go on

@@ -17,6 +17,7 @@ from ropepp_lit.data.remote import RemoteFolder
 from ropepp_lit.data.shards import Manifest
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
+from ropepp_lit.json_files import sealed, unsealed
 
 BUCKET = "tokens"
 
@@ -177,12 +178,12 @@ def test_a_kept_chunk_of_an_older_set_is_fetched_again(server, shards, tmp_path)
 
 def test_a_changed_manifest_is_seen(server, shards, tmp_path):
     client = boto3.client("s3", endpoint_url=server)
-    values = json.loads((shards / "manifest.json").read_text())
+    values = unsealed(json.loads((shards / "manifest.json").read_text()))
     for name in ("manifest.json", "tokenizer.json"):
         client.upload_file(str(shards / name), BUCKET, f"changed/{name}")
     make(f"s3://{BUCKET}/changed", tmp_path)
     values["fingerprint"] = "other"
-    client.put_object(Bucket=BUCKET, Key="changed/manifest.json", Body=json.dumps(values).encode())
+    client.put_object(Bucket=BUCKET, Key="changed/manifest.json", Body=json.dumps(sealed(values)).encode())
     assert make(f"s3://{BUCKET}/changed", tmp_path).manifest.fingerprint == "other"
 
 

@@ -242,6 +242,7 @@ def test_killed_while_a_background_write_and_training_go_on(train, tmp_path, cal
 
 
 @pytest.mark.end_to_end
+@pytest.mark.slow
 def test_two_processes_stop_within_a_step(train, tmp_path, callbacks):
     """Rank 1 gets the signal in batch 9, the last of step 5; both stop after batch 10, the first of step 6."""
     stopped = callbacks("Signal", path="batches.txt", batch=9, rank=1)

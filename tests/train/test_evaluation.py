@@ -110,10 +110,11 @@ def test_diagnostics_are_those_of_plain_formulas(fit):
     ("options", "rows"),
     [
         ([*SHARDED, "--trainer.strategy.context_parallel_size", "2"], 4),
-        pytest.param(SHARDED, 2, marks=pytest.mark.slow),
+        (SHARDED, 2),
     ],
     ids=["context", "fsdp"],
 )
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(fit, options, rows):
     (scalars, text), (expected, expected_text) = events(fit(*OPTIONS, *options, rows=rows)), events(fit(*OPTIONS))
     assert text == expected_text

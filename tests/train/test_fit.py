@@ -72,7 +72,7 @@ def test_gzip_is_that_of_each_document_by_itself(trained, texts, tmp_path):
 def test_what_a_run_writes(trained):
     folder, _ = trained
     names = {path.name for path in folder.iterdir()}
-    assert names == {".lock", "checkpoints", "recipe.yaml", "tensorboard"}
+    assert names == {".lock", "checkpoints", "recipe.yaml", "run.jsonl", "tensorboard"}
     # Every third step and the last, of which the newest two are kept.
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
         "last.ckpt",

@@ -83,6 +83,7 @@ def test_killed_and_resumed_equals_whole_where_the_base_has_moved(runs, adapters
     assert_same(adapters, killed)
 
 
+@pytest.mark.slow
 def test_two_processes_end_where_one_does(runs):
     """FSDP2 and sequence parallelism; the second half continues from one file. Adapters are whole, by plain names."""
     root, fit = runs

@@ -196,7 +196,8 @@ def test_a_reference_is_found_by_the_tokens_of_a_pair():
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
 def test_killed_and_continued_it_is_the_same_run(lora, run, pairs, tmp_path):
     """Also with shards, and on two devices that share rows. With dropout, LoRA's reference is the base alone."""
     (tmp_path / "killer.py").write_text(KILLER)

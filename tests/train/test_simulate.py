@@ -242,6 +242,7 @@ def check(geometry, scheme, memory, strategy, precision, gradients):
     )
 
 
+@pytest.mark.slow
 def test_the_estimate_is_within_15_percent_of_the_simulation():
     for case in pairwise():
         check(*case)

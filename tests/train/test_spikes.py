@@ -175,7 +175,8 @@ KINDS = {"shards": SHARDS, "fsdp2": ["--trainer.strategy", "fsdp2"], "ddp": ["--
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("kind", ["shards", *(pytest.param(k, marks=pytest.mark.slow) for k in ("fsdp2", "ddp"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_go_back(run, tiny, tmp_path, kind):
     """The same processes go on; with accumulation."""
     (tmp_path / "probes.py").write_text(PROBES)
