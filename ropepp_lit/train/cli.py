@@ -367,9 +367,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # reading costs next to nothing
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # torchmetrics has reduced over the ranks already
-    warnings.filterwarnings(
-        "ignore", ".*The `srun` command is available.*"
-    )  # SLURM need not be used
+    warnings.filterwarnings("ignore", ".*The `srun` command is available.*")  # SLURM need not be used
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
 
