@@ -189,7 +189,8 @@ def save_file(checkpoint: dict[str, Any], path: Path) -> None:
         except RuntimeError as error:
             # torch's archive writer fails again when it closes a file that it could not write. The cause comes before:
             # a full disk, or Ctrl-C.
-            raise error.__context__ or error from None
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError | KeyboardInterrupt) else error from None
         file.flush()
         sync(file.fileno())
 
