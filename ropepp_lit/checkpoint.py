@@ -104,6 +104,8 @@ def _check_entry(path: Path, checkpoint: Any, *, are_shapes: bool = False) -> di
     if found != FORMAT_VERSION:
         raise UsageError(f"{path}: format_version {found}, and this version of ropepp-lit reads {FORMAT_VERSION}")
     try:
+        if type(step := checkpoint.get("global_step")) is not int or step < 0:
+            raise ValueError(f"its global_step is {str(step)[:80]!r}")
         check_entry(ours)
         check_weights(checkpoint.get("state_dict"), are_shapes=are_shapes)
     except (ValueError, RecursionError) as error:

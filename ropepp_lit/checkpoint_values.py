@@ -20,6 +20,7 @@ _TYPES: dict[str, Any] = {
     "recipe": dict[str, Any] | None,
     "origin": str | None,
     "tokens_seen": int,
+    "skipped_steps": int,
     "train_loss": dict[str, Any] | None,
     "validation": dict[str, dict[str, float]] | None,
     "tokenizer": str | None,
@@ -39,6 +40,12 @@ _REQUIRED = (
     "architecture", "context_length", "recipe", "tokens_seen", "tokenizer", "bos_token_id", "eos_token_id"
 )  # fmt: skip
 _PARTS = ("positions", "frequencies")
+_GEOMETRY = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "tie_word_embeddings"
+)  # fmt: skip
+"""Of the decoder's settings those that every checkpoint has had."""
+
 _MOST = 2**31
 """Above every token id."""
 
@@ -102,6 +109,8 @@ def _check_architecture(architecture: dict[str, Any]) -> None:
         for part in described
     ):
         raise ValueError("its architecture does not describe a model")
+    if missing := [name for name in _GEOMETRY if name not in decoder]:
+        raise ValueError(f"its architecture has no {missing[0]}")
     for name, kind in get_type_hints(DecoderConfig).items():
         if name in decoder and not fits(decoder[name], kind):
             raise ValueError(f"its {name} is {_shown(decoder[name])}")

@@ -20,6 +20,7 @@ Cases run in forked processes, some hundred one after the other in each. A case 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -67,7 +68,7 @@ class Fuzzer:
         """The whole input of a target, contents by name."""
         if name not in self._whole:
             folder = self.work / "whole"
-            with captured(self.work / "log"):
+            with self._reported(name):
                 TARGETS[name].make(folder)
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             self._whole[name] = {str(path.relative_to(folder)): path.read_bytes() for path in files}
@@ -86,10 +87,20 @@ class Fuzzer:
         if (name, changed) not in self._expected:
             copy = self.work / f"copy-{os.getpid()}"
             write_tree(self.whole(name), copy)
-            with captured(self.work / f"log-{os.getpid()}"):
+            with self._reported(name):
                 self._expected[name, changed] = TARGETS[name].read(copy, copy / changed)
             shutil.rmtree(copy)
         return self._expected[name, changed]
+
+    @contextlib.contextmanager
+    def _reported(self, name: str) -> Iterator[None]:
+        """Capture the output, and show it where the unchanged input is refused."""
+        log = self.work / f"log-{os.getpid()}"
+        try:
+            with captured(log):
+                yield
+        except SystemExit as error:
+            raise RuntimeError(f"{name}: the unchanged input is refused: {log.read_text()}") from error
 
     def run(self, name: str, numbers: range, root: Path, results: Path) -> None:
         """Run cases and write a line for each."""

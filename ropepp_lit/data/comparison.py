@@ -84,7 +84,9 @@ def continued_at(state: dict[str, Any], identity: dict[str, Any]) -> tuple[int, 
     Returns:
         The sample, and why it is the first one although the checkpoint stores another; else an empty text.
     """
-    old, reasons = state["identity"], []
+    old, reasons = state.get("identity"), []
+    if old is None:
+        return 0, "the checkpoint stores the position of another loader"
     for key in ("context_length", "seed", "too_long"):
         if key in old and key in identity and old[key] != identity[key]:
             reasons.append(f"data.{key} is {identity[key]} instead of {old[key]}")

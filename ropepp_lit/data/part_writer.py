@@ -47,6 +47,8 @@ class Part:
     """Whether it is the last one of a share of the stream (`--part`)."""
     notices: dict[str, int] = dataclasses.field(default_factory=dict)
     """What people should know of documents that are kept, and of how many it is true."""
+    digests_sha256: str = ""
+    """SHA-256 of the file of the documents' digests; empty without `--dedup`."""
 
     @classmethod
     def read(cls, path: Path) -> Part:
@@ -56,7 +58,7 @@ class Part:
             UsageError: it is damaged.
         """
         try:
-            values = unsealed(read_json(path))
+            values = unsealed(read_json(path), required=True)
             values["splits"] = {name: TokenSet.from_dict(split) for name, split in values["splits"].items()}
             return cls(**values)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

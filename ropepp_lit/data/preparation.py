@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ropepp_lit.data.encoders import Format, TextEncoder, encoded, make_encoder
 from ropepp_lit.data.part_writer import SPLITS, Part, PartWriter, write_index
 from ropepp_lit.data.report import conversation_lines, shown
-from ropepp_lit.data.shards import FORMAT_VERSION, MANIFEST, TOKENIZER, Manifest, TokenSet
+from ropepp_lit.data.shards import FORMAT_VERSION, MANIFEST, TOKENIZER, Manifest, TokenSet, TokenShards
 from ropepp_lit.data.shares import Share, add_counts, check_splits, write_share
 from ropepp_lit.data.trained_tokens import can_be_trained_on
 from ropepp_lit.errors import UsageError
@@ -127,8 +127,8 @@ class Preparation:
         self._seen: set[int] = set()
         self._has_shown = False
         if self._settings.dedup:
-            for number in range(len(parts)):
-                self._seen.update(np.fromfile(self._digests_path(number), dtype=np.uint64).tolist())
+            for number, part in enumerate(parts):
+                self._seen.update(self._read_digests(number, part))
         with tqdm(
             total=sum(file.num_bytes for file in self._files[: self._range[1]]) or None,
             desc="Tokenizing",
@@ -149,7 +149,7 @@ class Preparation:
         """
         mark = self._folder / IDENTITY
         try:
-            before = unsealed(read_json(mark))
+            before = unsealed(read_json(mark), required=True)
         except (OSError, ValueError):
             before = {}
         if before.get("fingerprint") == self._fingerprint:
@@ -214,6 +214,13 @@ class Preparation:
 
     def _digests_path(self, number: int) -> Path:
         return self._part_path(number).with_suffix(".digests")
+
+    def _read_digests(self, number: int, part: Part) -> list[int]:
+        path = self._digests_path(number)
+        data = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(data).hexdigest() != part.digests_sha256:
+            raise UsageError(f"{path}: damaged; remove {self._folder} to begin anew")
+        return np.frombuffer(data, dtype=np.uint64).tolist()
 
     def _first_cursor(self) -> Cursor | None:
         """Where the share begins: behind the first document of its files that is cut by its hash."""
@@ -303,7 +310,9 @@ class Preparation:
     def _commit(self, writer: PartWriter, number: int, cursor: Cursor, is_last: bool) -> Part:
         part = writer.finish(cursor, is_last=is_last)
         if self._settings.dedup:
-            np.asarray(writer.digests, dtype=np.uint64).tofile(self._digests_path(number))
+            data = np.asarray(writer.digests, dtype=np.uint64).tobytes()
+            self._digests_path(number).write_bytes(data)
+            part.digests_sha256 = hashlib.sha256(data).hexdigest()
         part.write(self._part_path(number))
         return part
 
@@ -340,6 +349,8 @@ class Preparation:
                 write_index(self._folder / name, manifest.splits[name], config)
             else:
                 del manifest.splits[name]
+                continue
+            TokenShards(self._folder, manifest, name)  # chunks of parts that an earlier process wrote
         if self._share is not None:
             write_share(self._folder, self._share, self._identity, parts=len(parts), index_config=config)
         if manifest.marks_trained_tokens and self._tell is not None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ropepp_lit.data.part_writer import SPLITS, write_index
-from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Chunk, Manifest, TokenSet
+from ropepp_lit.data.shards import MANIFEST, TOKENIZER, Chunk, Manifest, TokenSet, TokenShards
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import locked, whole_folder, write_whole
 from ropepp_lit.json_files import read_json, sealed, unsealed
@@ -108,8 +108,8 @@ def merge(folders: Sequence[Path], *, out: Path) -> Manifest:
         out: A new or empty folder, or one that these shares were joined into before.
 
     Raises:
-        UsageError: a folder has no share, a share is missing or there twice, they are of different preparations, or
-            `out` has something else in it.
+        UsageError: a folder has no share, a share is missing or there twice, they are of different preparations, a
+            chunk is missing or has another size, or `out` has something else in it.
     """
     shares = sorted((_read(folder) for folder in folders), key=lambda item: item[1]["number"])
     count, identity = shares[0][1]["count"], shares[0][1]["identity"]
@@ -140,7 +140,7 @@ def merge(folders: Sequence[Path], *, out: Path) -> Manifest:
 
 def _read(folder: Path) -> tuple[Path, dict[str, Any], Manifest]:
     try:
-        return folder, unsealed(read_json(folder / SHARE)), Manifest.read(folder)
+        return folder, unsealed(read_json(folder / SHARE), required=True), Manifest.read(folder)
     except (OSError, ValueError) as error:
         raise UsageError(f"merge: {folder} has no finished part; make it by `ropepp-lit prepare --part K/N`") from error
 
@@ -151,6 +151,7 @@ def _join(shares: list[tuple[Path, dict[str, Any], Manifest]], out: Path, finger
         splits = {}
         for name in manifest.splits.keys() & SPLITS:
             tokens = manifest.splits[name]
+            TokenShards(folder, manifest, name)  # checks that the files are there, with their sizes
             splits[name] = TokenSet(**{**vars(tokens), "chunks": []})
             for chunk in tokens.chunks:
                 match = re.fullmatch(r"chunk-(\d+)-(\d+)\.bin", chunk.filename)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +24,7 @@ from ropepp_lit.checkpoint import KEY, WEIGHTS_PREFIX, decoder_weights
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import whole_folder
 from ropepp_lit.hf.layouts import CONFIG, is_hub_name
+from ropepp_lit.json_files import fits
 from ropepp_lit.nn.lora import LoRA
 
 _ELEMENTS = 64
@@ -70,8 +71,12 @@ def settings_of(checkpoint: dict[str, Any], path: str | Path) -> LoRA:
         UsageError: they are damaged, or of a later version.
     """
     try:
-        return LoRA(**checkpoint[KEY]["adapter"]["lora"])
-    except (KeyError, TypeError) as error:
+        settings = checkpoint[KEY]["adapter"]["lora"]
+        hints = get_type_hints(LoRA.__init__)
+        if wrong := [name for name, value in settings.items() if name in hints and not fits(value, hints[name])]:
+            raise TypeError(wrong[0])
+        return LoRA(**settings)
+    except (AttributeError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: damaged: its entry 'adapter' is not one that this version knows") from error
 
 

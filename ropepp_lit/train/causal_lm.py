@@ -25,7 +25,7 @@ from ropepp_lit.train.loss_average import LossAverage, StepAverage, choose_avera
 from ropepp_lit.train.memory_options import check_memory_options
 from ropepp_lit.train.metrics import TokenLoss
 from ropepp_lit.train.optimizer import OptimizerConfig
-from ropepp_lit.train.optimizer_state import apply_recipe, load_optimizer_state
+from ropepp_lit.train.optimizer_state import apply_recipe, build_optimizer, load_optimizer_state
 from ropepp_lit.train.pair_training import PairTraining
 from ropepp_lit.train.parallel import build_decoder
 from ropepp_lit.train.preference import Preference
@@ -172,8 +172,7 @@ class CausalLM(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer and its schedule by steps."""
-        optimizer = self.optimizer_config.build(self.decoder)
-        self._recipe_groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer, self._recipe_groups = build_optimizer(self.optimizer_config, self.decoder, self.trainer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -395,6 +394,6 @@ class CausalLM(LightningModule):
             return
         self._loaded_train_loss = checkpoint[KEY].get("train_loss")
         self._finite.num_skipped = checkpoint[KEY].get("skipped_steps", 0)
-        figures = checkpoint[KEY]["validation"]
+        figures = checkpoint[KEY].get("validation") or {}
         self.last_validation = figures if figures.keys() == self._val_losses.keys() else {}
         recount_batches(checkpoint, self.trainer.accumulate_grad_batches)

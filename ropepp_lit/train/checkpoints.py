@@ -26,6 +26,7 @@ from ropepp_lit.train.checkpoint_writer import (
 from ropepp_lit.train.curves import flush
 from ropepp_lit.train.disk_space import DiskSpace
 from ropepp_lit.train.run_log import RunLog
+from ropepp_lit.train.run_state import read_run
 from ropepp_lit.train.signals import StopRequest, replace_lightnings_broadcast
 
 __all__ = ["LAST", "Checkpoints", "check_folder", "folder_of", "newest", "saved_steps"]
@@ -203,7 +204,7 @@ def damaged_since(folder: Path, path: Path | None) -> list[Path]:
 
 def _is_whole(path: Path, *, checksums: bool) -> bool:
     try:
-        read_checkpoint(path, shapes_only=True, checksums=checksums)
+        read_run(path, checksums=checksums)
     except UsageError:
         return False
     return True

@@ -33,6 +33,7 @@ from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.lora import check_options, continue_adapters, trained_shapes
 from ropepp_lit.train.loss_average import choose_average
 from ropepp_lit.train.parallel import qk_norms
+from ropepp_lit.train.run_state import read_run
 from ropepp_lit.train.summary import rank_zero_print
 
 Way = Literal["init_from", "fit", "validate"]
@@ -50,7 +51,7 @@ def checkpoint_to_continue(options: Any) -> str | None:
     """
     if options.ckpt_path != "auto":
         if options.ckpt_path is not None and Path(options.ckpt_path).exists():
-            read_checkpoint(options.ckpt_path, shapes_only=True, checksums=True)
+            read_run(options.ckpt_path, checksums=True)
         return options.ckpt_path
     folder = folder_of(options.trainer.default_root_dir or ".")
     found = newest(folder, checksums=True)
@@ -295,10 +296,9 @@ class Checks:
         states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader")
         if states and hasattr(self._data, "manifests"):
             sample, reason = continued_at(states[0], self._data.identity)
-            if sample != states[0]["samples"]:
-                lines.append(
-                    f"Note: the data start over at sample {sample:,} instead of {states[0]['samples']:,}: {reason}"
-                )
+            before = states[0].get("samples", 0)
+            if sample != before:
+                lines.append(f"Note: the data start over at sample {sample:,} instead of {before:,}: {reason}")
         return lines
 
     def _start(self, architecture: str) -> str:

@@ -323,7 +323,7 @@ class RecipeCLI(LightningCLI):
         step = checkpoint["global_step"]
         validates = trainer.limit_val_batches != 0 and is_due(
             step,
-            validated_step(checkpoint[KEY]["validation"]),
+            validated_step(checkpoint[KEY].get("validation") or {}),
             accumulate_grad_batches=accumulated,
             interval=interval,
         )

@@ -29,6 +29,7 @@ from ropepp_lit.nn import Decoder, HeadLayout
 from ropepp_lit.nn.context_parallel import ContextGroup, ContextShard, Mode, choose_mode, tokens_of_rank
 from ropepp_lit.sharded import load_sharded_state, read_pickled, read_sharded_rest
 from ropepp_lit.train.lora import own_weights
+from ropepp_lit.train.optimizer_state import check_optimizer_state
 from ropepp_lit.train.parallel import ParallelDims, distribute_weights, set_gradient_reduction, shard_decoder
 
 
@@ -225,11 +226,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         distribute_weights(self.model, weights, strict=not has_frozen)
         states = checkpoint.get("optimizer_states", []) if self.optimizers else []
         for optimizer, state in zip(self.optimizers, states, strict=True):
-            self.load_optimizer_state(optimizer, state)
+            self.load_optimizer_state(optimizer, state, path)
         return checkpoint
 
-    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
-        """Spread an optimizer's whole state, as one process saves it, over the ranks."""
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any], path: str | Path) -> None:
+        """Spread an optimizer's whole state, as one process saves it into the file `path`, over the ranks."""
+        check_optimizer_state(optimizer, state, path)
         names = dict(enumerate(self._parameter_names(optimizer)))
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         assert self.model is not None

@@ -235,14 +235,14 @@ class _Together(torch.optim.Optimizer):
     """Several optimizers as one: schedules, clipping and checkpoints see a single one, which shares its state."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self._parts = parts
+        self.parts = parts
         self._sizes = [len(part.param_groups) for part in parts]
         super().__init__([group for part in parts for group in part.param_groups], {})
         self._share()
 
     def _share(self) -> None:
         first = 0
-        for part, size in zip(self._parts, self._sizes, strict=True):
+        for part, size in zip(self.parts, self._sizes, strict=True):
             part.param_groups = self.param_groups[first : first + size]
             part.state = self.state
             first += size
@@ -254,7 +254,7 @@ class _Together(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self._parts:
+        for part in self.parts:
             part.step()
         return loss
 
@@ -262,6 +262,11 @@ class _Together(torch.optim.Optimizer):
         """Load the state and hand it to the parts."""
         super().load_state_dict(state_dict)
         self._share()
+
+
+def parts_of(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]:
+    """Return the optimizers that an optimizer consists of, or itself."""
+    return optimizer.parts if isinstance(optimizer, _Together) else (optimizer,)
 
 
 def _positive(name: str, value: float) -> float:

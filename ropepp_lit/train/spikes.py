@@ -23,6 +23,7 @@ from ropepp_lit.checkpoint import read_checkpoint
 from ropepp_lit.data.comparison import continued_at
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import write_whole
+from ropepp_lit.json_files import fits
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import Checkpoints, abandon_since, folder_of
 from ropepp_lit.train.finite import DivergedError
@@ -198,7 +199,14 @@ class LossSpikes(Callback):
         return {"losses": list(detector.losses), "first_high": detector.first_high, "pending": pending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the losses of a checkpoint."""
+        """Continue with the losses of a checkpoint.
+
+        Raises:
+            UsageError: the values are not those that :meth:`state_dict` returns.
+        """
+        expected = {"losses": list[float], "first_high": int | None, "pending": list[list[int | float]]}
+        if state_dict and not all(fits(state_dict.get(name), hint) for name, hint in expected.items()):
+            raise UsageError("ckpt_path: damaged: its losses for spikes are not those of a run; continue from another")
         self._detector.losses.extend(state_dict["losses"])
         self._detector.first_high = state_dict["first_high"]
         self._pending = [(step, torch.tensor(sums, dtype=torch.float64), None) for step, *sums in state_dict["pending"]]

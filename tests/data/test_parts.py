@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import random
 import signal
 import time
@@ -284,3 +285,60 @@ def test_a_manifest_of_a_trillion_tokens_is_cheap(tmp_path):
     assert Manifest.read(tmp_path).splits["train"].chunks == chunks
     assert time.process_time() - begin < 5
     assert (tmp_path / "manifest.json").stat().st_size < 20e6
+
+
+DAMAGE = {
+    "a missing chunk": lambda path: path.unlink(),
+    "a cut chunk": lambda path: os.truncate(path, path.stat().st_size - 2),
+    "a named pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_chunks_are_not_merged(tmp_path, damage):
+    folders = in_parts(corpus(tmp_path / "texts"), tmp_path, 2)
+    path = min((folders[0] / "train").glob("*.bin"))
+    DAMAGE[damage](path)
+    with pytest.raises(UsageError, match=f"{path}: (missing|[0-9]+ bytes instead of)"):
+        merge(folders, out=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def interrupted(source, out, monkeypatch, **options):
+    """Leave an unfinished preparation of three parts, and return its folder."""
+    commit = preparation.Preparation._commit
+
+    def commit_three(self, writer, number, *arguments, **keywords):
+        if number == 3:
+            raise KeyboardInterrupt
+        return commit(self, writer, number, *arguments, **keywords)
+
+    settings = dataclasses.replace(SETTINGS, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation.Preparation, "_commit", commit_three)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([source], settings, out=out, show_progress=False)
+    return out.with_name(f".{out.name}.partial")
+
+
+UNFINISHED = {
+    "a cut chunk": ("train/*.bin", DAMAGE["a cut chunk"], "bytes instead of"),
+    "no checksum": (
+        "parts/*.json",
+        lambda path: path.write_text(path.read_text().replace("checksum", "sum")),
+        "damaged",
+    ),
+    "digests": ("parts/*.digests", lambda path: path.write_bytes(path.read_bytes()[:-8]), "damaged; remove"),
+    "a pipe of digests": ("parts/*.digests", DAMAGE["a named pipe"], "damaged; remove"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNFINISHED)
+def test_a_damaged_part_is_not_continued(tmp_path, monkeypatch, case):
+    glob, damage, problem = UNFINISHED[case]
+    source, out = corpus(tmp_path / "texts"), tmp_path / "shards"
+    folder = interrupted(source, out, monkeypatch, dedup=True)
+    damage(min(folder.glob(glob)))
+    with pytest.raises(UsageError, match=problem):
+        prepare([source], dataclasses.replace(SETTINGS, dedup=True), out=out, show_progress=False)
+    assert not out.exists()

@@ -7,12 +7,8 @@ where it succeeds although the input was changed, the judge decides from these w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
-
-from lightning.pytorch.cli import LightningCLI
 
 from fuzzing.cases import Target
 from fuzzing.data import judge_rows, make_rows, make_shards, make_tables, read_rows, read_shards, read_tables
@@ -31,6 +27,9 @@ from fuzzing.models import (
     read_sharded,
     read_tokenizer,
 )
+from fuzzing.parsers import kept_parsers
+from fuzzing.preparations import make_shares, make_unfinished, read_shares, read_unfinished
+from fuzzing.training import judge_run, make_adapter, make_run, read_adapter, read_run
 from fuzzing.writing import judge_prompts, make_evaluation, make_prompts, read_evaluation, read_prompts
 from ropepp_lit.cli import main
 
@@ -104,27 +103,8 @@ sample:
 
 def read_recipe(folder: Path, changed: Path) -> Any:
     """`plan`: parses and checks as `fit` does, which would go on to train."""
-    with contextlib.chdir(folder), _kept_parsers():
+    with contextlib.chdir(folder), kept_parsers():
         main(["plan", "--config", "recipe.yaml", "--simulate", "false"])
-
-
-_PARSERS: dict[type, dict[str, Any]] = {}
-
-
-@contextlib.contextmanager
-def _kept_parsers() -> Iterator[None]:
-    """Make the parser of a subcommand once: that takes longer than all else."""
-    made = LightningCLI.setup_parser
-
-    def setup_parser(cli: Any, *arguments: Any, **options: Any) -> None:
-        if type(cli) not in _PARSERS:
-            before = set(vars(cli))
-            made(cli, *arguments, **options)
-            _PARSERS[type(cli)] = {name: value for name, value in vars(cli).items() if name not in before}
-        vars(cli).update(_PARSERS[type(cli)])
-
-    with mock.patch.object(LightningCLI, "setup_parser", setup_parser):
-        yield
 
 
 TARGETS = {
@@ -174,5 +154,19 @@ TARGETS = {
         files={"evaluated/parts/*.json": "json", "evaluated/results.json": "json", "evaluated/answers.jsonl": "jsonl"},
         read=read_evaluation, judge=same_if_sealed,
     ),
+    "unfinished": Target(
+        make=make_unfinished,
+        files={".shards.partial/parts/*.json": "json", ".shards.partial/identity.json": "json",
+               ".shards.partial/parts/*.digests": "bytes", ".shards.partial/t*/*.bin": "bytes",
+               ".shards.partial/tokenizer.json": "json"},
+        read=read_unfinished, judge=same,
+    ),
+    "shares": Target(
+        make=make_shares, files={"share-*/*.json": "json", "share-*/*/*.bin": "bytes"}, read=read_shares, judge=same
+    ),
+    "adapters": Target(
+        make=make_adapter, files={"adapters.ckpt": "entries", "*s.ckpt": "bytes"}, read=read_adapter, judge=any_success
+    ),
+    "runs": Target(make=make_run, files={"run/checkpoints/*.ckpt": "entries"}, read=read_run, judge=judge_run),
 }  # fmt: skip
 """By name."""
