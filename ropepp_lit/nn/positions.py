@@ -1,8 +1,8 @@
 """Position schemes: RoPE, RoPE++ (arXiv 2512.07525) and the interface that every scheme implements.
 
-Start reading here. The first four functions are the method. A query q at position t and a key k at position s are D/2
-complex numbers each and have the complex score z = Σ_n q_n · conj(k_n) · exp(i·θ_n·(s - t)). RoPE uses its real part
-alone; RoPE++ adds heads that use its negative imaginary part:
+Start reading here. The first four functions are the method. With heads as D/2 complex numbers, a query q at position t
+and a key k at position s have the score z(t, s) = Σ_n q_n · conj(k_n) · exp(i·θ_n·(s - t)). RoPE uses its real part;
+RoPE++ adds heads that use its negative imaginary part:
 
     real       A_re =  Re z = (R_t q)ᵀ (R_s k)                 :func:`apply_rotary`
     imaginary  A_im = -Im z = (R_t R_{-π/2} q)ᵀ (R_s k)        :func:`imaginary_queries`
@@ -12,7 +12,8 @@ R_t rotates pair n by t·θ_n. The classes below are the interface, :class:`Posi
 :mod:`ropepp_lit.nn.controls`, and θ_n is in :mod:`ropepp_lit.nn.frequencies`. Read :mod:`ropepp_lit.nn.attention` next.
 
 Shapes: B batch, T tokens, Q heads of the query projection, H attention heads (Q for RoPE, 2Q for RoPE++), K key/value
-heads, D head size. A head is D/2 complex numbers in the half-split layout: pair n is dimensions n and n + D/2.
+heads, D head size. In the half-split layout pair n is dimensions n and n + D/2: with the sign s - t of the paper it is
+x_n - i·x_{n + D/2}; conjugated, x_n + i·x_{n + D/2}, it is multiplied by exp(i·θ_n·t), which is how R_t is computed.
 
 Names of the public RoPE++ code: `imag1` is `RoPEPP(variant="eh")`, `imag2` is `RoPEPP(variant="ec")`.
 """
@@ -37,7 +38,7 @@ def rotary_angles(positions: Tensor, inverse_frequencies: Tensor) -> Tensor:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return R_t x: multiply the complex numbers of each head by cos + i·sin, in the precision of cos and sin.
+    """Return R_t x: multiply x_n + i·x_{n + D/2} by cos + i·sin, in the precision of cos and sin.
 
     x is [B, T, heads, D]; cos and sin are [B, T, 1, D/2]. The result has the shape and the dtype of x.
     """
