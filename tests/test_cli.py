@@ -28,12 +28,12 @@ MODE = ["--trainer.strategy.context_parallel_mode"]
             "trainer.strategy.context_parallel_mode: heads needs a context_parallel_size that divides the 4 query "
             "heads computed at once; 3 does not; choose gather",
         ),
-        ([*CONTEXT, "3"], "3 ranks cannot cut rows of 64 tokens into 6 equal chunks"),
+        ([*CONTEXT, "3"], "3 ranks cannot split rows of 64 tokens into 6 equal chunks"),
         ([*CONTEXT, "2", *MODE, "ring"], "context_parallel_mode"),
         ([*CONTEXT, "0"], "trainer.strategy.context_parallel_size: 0 must be 1 or more"),
         (
             [*CONTEXT, "2", "--data.context_length", "63"],
-            "cannot cut rows of 63 tokens into 4 equal chunks; choose a data.context_length that 4 divides",
+            "cannot split rows of 63 tokens into 4 equal chunks; choose a data.context_length that 4 divides",
         ),
         ([*STRATEGY, "--trainer.strategy.replicate_size", "3"], "replicate_size: 3 must divide the 2 devices"),
         (["--model.activation_checkpointing", "-1"], "model.activation_checkpointing: -1 must be 0 (none) or more"),

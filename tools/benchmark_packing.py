@@ -91,7 +91,11 @@ def main() -> None:
             started = time.perf_counter()
             for batch in batches:
                 decoder.loss(
-                    batch.input_ids, batch.labels, documents=batch.documents, places=batch.places, reduction="sum"
+                    batch.input_ids,
+                    batch.labels,
+                    documents=batch.documents,
+                    label_indices=batch.places,
+                    reduction="sum",
                 ).backward()
             if number:
                 seconds[name].append(time.perf_counter() - started)

@@ -245,7 +245,7 @@ def _write(path: Path, checkpoint: dict[str, Any]) -> None:
         raise
     texts = "" if ours["tokenizer"] is None else f"\n{TextTokenizer.from_entry(ours).description}"
     print(
-        f"""{path}: {decoder.positions_in_words}, {decoder.num_parameters:,} parameters
+        f"""{path}: {decoder.positions_description}, {decoder.num_parameters:,} parameters
 {layout.num_query_heads} query projections → {layout.num_attention_heads} attention heads, \
 {layout.num_key_value_heads} key/value heads of {decoder.config.head_dim}; made to read \
 {ours["context_length"] or 0:,} tokens{texts}

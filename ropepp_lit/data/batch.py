@@ -173,7 +173,7 @@ class Batch(NamedTuple):
             self.input_ids,
             self.labels,
             documents=self.documents,
-            places=self.places,
+            label_indices=self.places,
             weights=self.weights,
             reduction=reduction,
         )

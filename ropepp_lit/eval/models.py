@@ -58,7 +58,7 @@ class Model:
             "name": self.name,
             "path": self.path,
             "fingerprint": f"sha256:{self.fingerprint}",
-            "positions": decoder.positions_in_words,
+            "positions": decoder.positions_description,
             "parameters": decoder.num_parameters,
             "layers": config.num_hidden_layers,
             "attention_heads": layout.num_attention_heads,

@@ -1,4 +1,7 @@
-"""Decoders with RoPE, RoPE++ and other position schemes in plain PyTorch: no Lightning, no data, no files."""
+"""Decoders with RoPE, RoPE++ and other position schemes in plain PyTorch, without Lightning, data or files.
+
+Read `positions.py`, `attention.py`, `block.py`, `decoder.py` and `loss.py`, in this order.
+"""
 
 from ropepp_lit.nn.baselines import ALiBi, FoPE, NoPE, PartialRoPE, RNoPE
 from ropepp_lit.nn.config import DecoderConfig

@@ -1,4 +1,7 @@
-"""A decoder block: attention and SwiGLU, and what of them the backward pass computes again.
+"""A decoder block: attention and SwiGLU on a pre-norm residual stream, with optional activation checkpointing.
+
+:meth:`Block._compute` is the block; :meth:`Block.forward` only decides whether its activations are saved or recomputed
+in the backward pass. Read :mod:`ropepp_lit.nn.decoder` next.
 
 Shapes: B batch, T tokens.
 """
@@ -34,20 +37,22 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.chunk_tokens: int | None = None
-        """Tokens computed at once, and again in the backward pass; None computes all and keeps what they need."""
+        """Tokens per chunk; chunks are recomputed in the backward pass. None computes all tokens at once and recomputes
+        nothing."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[B, T, hidden_size] to the same."""
+        """Map [B, T, hidden_size] to [B, T, hidden_size]."""
         hidden = hidden.to(activation_dtype(hidden))
         if self.chunk_tokens is None or hidden.shape[1] <= self.chunk_tokens:
             return self._compute(hidden)
-        if torch.compiler.is_compiling():  # a graph knows by itself what it has computed again
+        if torch.compiler.is_compiling():  # a compiled graph tracks by itself what it has recomputed
             parts = hidden.split(self.chunk_tokens, dim=1)
             return torch.cat([checkpoint(self._compute, part, use_reentrant=False) for part in parts], dim=1)
         return compute_in_chunks(self, self._compute, hidden, self.chunk_tokens)
 
     def _compute(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return output
 
 
 class Block(nn.Module):
@@ -60,13 +65,13 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.is_checkpointed = False
-        """Keep the input alone for the backward pass, and compute the rest again there."""
+        """Whether only the input is saved for the backward pass, which recomputes the rest."""
         self.keeps_attention = False
-        """Then keep the results of attention too."""
+        """Whether a checkpointed block saves the outputs of attention too."""
         self.has_dropout = False
-        """Whether what is computed again must draw the same random numbers."""
+        """Whether the recomputation must use the same random numbers."""
         self.is_offloaded = False
-        """Keep that input in the CPU's memory."""
+        """Whether the saved input is moved to CPU memory."""
 
     def forward(
         self,
@@ -77,14 +82,14 @@ class Block(nn.Module):
         cache: KVCache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """[B, T, hidden_size] to the same; the other arguments are those of :meth:`Attention.forward`."""
+        """Map [B, T, hidden_size] to [B, T, hidden_size]; see :meth:`Attention.forward` for the other arguments."""
         if not (self.is_checkpointed and torch.is_grad_enabled()) or cache is not None:
             return self._compute(hidden, tables, documents, cache, mask)
-        # A partial, because torch.compile takes no other function here.
+        # A partial, because torch.compile accepts no other callable here.
         selective: dict[str, Any] = {"context_fn": partial(keep_attention)} if self.keeps_attention else {}
-        # Inside the block and not around it, so that parameter names stay as they are.
+        # Inside the block and not around it, so that parameter names do not change.
         with save_on_cpu(pin_memory=True) if self.is_offloaded else nullcontext():
-            return checkpoint(
+            output: Tensor = checkpoint(
                 self._compute,
                 hidden,
                 tables,
@@ -93,6 +98,7 @@ class Block(nn.Module):
                 preserve_rng_state=self.has_dropout,
                 **selective,
             )
+        return output
 
     def _compute(
         self,
@@ -105,4 +111,5 @@ class Block(nn.Module):
         hidden = hidden + self.self_attn(
             self.input_layernorm(hidden), tables, documents=documents, cache=cache, mask=mask
         )
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return output

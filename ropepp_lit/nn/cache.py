@@ -1,4 +1,4 @@
-"""The cache of keys and values for generation.
+"""The KV cache of generation.
 
 Shapes: B batch, T new tokens, S tokens so far, K key/value heads, D head size.
 """
@@ -13,18 +13,18 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of every layer for a whole generation, allocated once.
+    """Preallocated keys and values of every layer.
 
-    Its size depends on `num_key_value_heads` of the head layout, so EH takes half of RoPE's.
+    Its size is proportional to `num_key_value_heads` of the head layout, so EH needs half of RoPE's memory.
 
     Args:
         num_layers: Decoder blocks.
         batch_size: B.
         num_key_value_heads: K.
-        max_tokens: Tokens that fit in each row, prompt and answer together.
-        head_dim: D, with the position scheme's extra dimensions.
-        dtype: Of keys and values.
-        device: Of keys and values.
+        max_tokens: Capacity of each row in tokens, prompt and completion together.
+        head_dim: D, including the position scheme's extra dimensions.
+        dtype: Dtype of keys and values.
+        device: Device of keys and values.
     """
 
     def __init__(
@@ -44,37 +44,36 @@ class KVCache:
         self.document_ids: Tensor | None = None
         self.num_tokens = 0
         self.is_packed = False
-        """One row packs documents that are read in one forward; attention keeps them apart by their bounds, not a mask.
-        """
+        """Whether the one row packs documents, computed in one forward pass and separated by bounds, not by a mask."""
         self._padding: Tensor | None = None
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that fit in each row."""
+        """Capacity of each row in tokens."""
         return self.keys.shape[3]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
+        """Size of keys and values in bytes."""
         return self.keys.nbytes + self.values.nbytes
 
     def extend(self, num_tokens: int, document_ids: Tensor | None) -> Tensor | None:
-        """Make room for the next tokens; call once per forward, before the layers.
+        """Reserve the slots of the next tokens; call once per forward pass, before the layers.
 
         Args:
             num_tokens: T.
             document_ids: [B, T] int32, or None where every row is one document.
 
         Returns:
-            The mask [B or 1, 1, T, S], true where a query sees a key; None where causality alone decides, or documents'
-            bounds.
+            The mask [B or 1, 1, T, S], true where a query attends to a key; None where causality or the bounds of
+            documents are enough.
 
         Raises:
             ValueError: the cache is full.
         """
         start, end = self.num_tokens, self.num_tokens + num_tokens
         if end > self.max_tokens:
-            raise ValueError(f"the KV cache holds {self.max_tokens} tokens, and {end} are needed")
+            raise ValueError(f"the KV cache has a capacity of {self.max_tokens} tokens, and {end} are needed")
         self.num_tokens = end
         if self.is_packed:
             return None
@@ -96,47 +95,47 @@ class KVCache:
         return mask
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values [B, T, K, D]; returns all so far, [B, S, K, D], in the dtype given."""
+        """Store a layer's new keys and values [B, T, K, D]; return all so far, [B, S, K, D], in the same dtype."""
         start = self.num_tokens - keys.shape[1]
-        stored = []
-        for whole, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            whole[:, :, start : self.num_tokens] = new.transpose(1, 2)
-            stored.append(whole[:, :, : self.num_tokens].transpose(1, 2).to(new.dtype))
-        return stored[0], stored[1]
+        results = []
+        for cached, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            cached[:, :, start : self.num_tokens] = new.transpose(1, 2)
+            results.append(cached[:, :, : self.num_tokens].transpose(1, 2).to(new.dtype))
+        return results[0], results[1]
 
     def row(self, number: int, padding: int) -> KVCache:
-        """An empty cache of one row, which writes into a row of this one behind its first `padding` slots."""
+        """Return an empty cache of one row, a view of a row of this one after its first `padding` slots."""
         row = copy.copy(self)
         row.num_tokens, row._padding = 0, None
         row.keys, row.values = (x[:, number : number + 1, :, padding:] for x in (self.keys, self.values))
         return row
 
     def set_rows(self, num_tokens: int, padding: Sequence[int]) -> None:
-        """Say what the rows hold, which were written by :meth:`row` or from outside.
+        """Set how much of the rows is filled, after they were written through :meth:`row` or directly.
 
         Args:
-            num_tokens: Slots that are taken.
-            padding: Slots at the beginning of each row that hold nothing. Forward passes then take one token each.
+            num_tokens: Number of slots in use.
+            padding: Number of empty slots at the beginning of each row. Forward passes then accept one token each.
         """
         self.num_tokens = num_tokens
         self._padding = torch.tensor(padding, device=self.keys.device) if any(padding) else None
 
     def keep_rows(self, numbers: Sequence[int], padding: Sequence[int]) -> None:
-        """Drop all other rows, in place, and the slots in which the rows that are left hold nothing.
+        """Drop all other rows, in place, and the leading slots that are empty in all remaining rows.
 
         Args:
             numbers: Rows to keep, ascending; at least one.
-            padding: Slots at the beginning of each that hold nothing.
+            padding: Number of empty slots at the beginning of each.
         """
-        for place, number in enumerate(numbers):
-            if place != number:
-                self.keys[:, place], self.values[:, place] = self.keys[:, number], self.values[:, number]
+        for index, number in enumerate(numbers):
+            if index != number:
+                self.keys[:, index], self.values[:, index] = self.keys[:, number], self.values[:, number]
         first = min(padding)
         self.keys, self.values = (x[:, : len(numbers), :, first:] for x in (self.keys, self.values))
         self.set_rows(self.num_tokens - first, [slots - first for slots in padding])
 
     def grow(self, max_tokens: int) -> None:
-        """Make room for at least `max_tokens` tokens in each row; what the cache holds is copied."""
+        """Increase the capacity of each row to at least `max_tokens` tokens; stored keys and values are copied."""
         if max_tokens > self.max_tokens:
             for name, old in (("keys", self.keys), ("values", self.values)):
                 new = old.new_zeros(*old.shape[:3], max_tokens, old.shape[4])

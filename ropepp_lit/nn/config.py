@@ -1,4 +1,4 @@
-"""The geometry of a decoder, and the paper's sizes by name."""
+"""Geometry of a decoder, and the paper's model sizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ropepp_lit.errors import UsageError
 
-# Table "Models" of arXiv 2512.07525; the vocabulary is that of Llama 3's tokenizer.
+# Model sizes of arXiv 2512.07525; the vocabulary is that of Llama 3's tokenizer.
 SIZES: dict[str, dict[str, int]] = {
     "376m": {
         "vocab_size": 128256,
@@ -41,33 +41,33 @@ SIZES: dict[str, dict[str, int]] = {
 
 _FROM_SIZE: Any = None
 
-_MOST_WIDTH = 2**28
-"""Above every width, so that the elements of a matrix can be counted."""
+_MAX_WIDTH = 2**28
+"""Exclusive limit of widths, so that the number of elements of a matrix does not overflow."""
 
-_MOST: dict[str, float] = {
-    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim"), _MOST_WIDTH),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), _MOST_WIDTH),
+_LIMITS: dict[str, float] = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim"), _MAX_WIDTH),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), _MAX_WIDTH),
     "num_hidden_layers": 10_000,
     "rms_norm_eps": 1,
 }
-"""What sizes must be below."""
+"""Exclusive upper limits."""
 
 
 @dataclass(kw_only=True, frozen=True)
 class DecoderConfig:
-    """Geometry of a Llama-like decoder, in the words of the plain RoPE model.
+    """Geometry of a Llama-like decoder.
 
-    Head counts are those of the plain model, as in the paper's tables: the position scheme answers how many heads of
-    each kind its variant really has (:class:`~ropepp_lit.nn.positions.HeadLayout`).
-    After construction every field but `size` holds a value.
+    Head counts are those of the plain RoPE model, as in the paper's tables; the position scheme derives those of its
+    variant from them (:class:`~ropepp_lit.nn.positions.HeadLayout`). After construction every field except `size` has a
+    value.
 
     Raises:
-        UsageError: a size that does not exist, a field that is missing or not positive, heads that do not divide,
-            an odd head size.
+        UsageError: a size that does not exist, a field that is missing or not positive, head counts that do not
+            divide, an odd head size.
     """
 
     size: str | None = None
-    """A size of the paper: `376m`, `776m` or `1.5b`. Fields that are given win; those left empty come from it."""
+    """A size of the paper: `376m`, `776m` or `1.5b`. It sets the fields that are empty; other values override it."""
 
     vocab_size: int = _FROM_SIZE
     """Rows of the embedding; at least the largest token id + 1."""
@@ -76,7 +76,7 @@ class DecoderConfig:
     """Width of the residual stream."""
 
     intermediate_size: int = _FROM_SIZE
-    """Width of the SwiGLU layer."""
+    """Width of the SwiGLU layers."""
 
     num_hidden_layers: int = _FROM_SIZE
     """Number of decoder blocks."""
@@ -103,12 +103,12 @@ class DecoderConfig:
     """RMSNorm of each query and key head before the rotation, as in Qwen 3."""
 
     attention_gate: Literal["head", "element"] | None = None
-    """A sigmoid gate on the output of attention, before the output projection: one number for each attention `head`, or
-    for each `element` of it, by a projection of the layer's input (arXiv 2505.06708). Empty means none."""
+    """Sigmoid gate on the output of attention, before the output projection: one value per attention `head`, or per
+    `element` of it, from a projection of the layer's input (arXiv 2505.06708). Empty means none."""
 
     score_scaling: Literal["log"] | None = None
-    """`log`: scores of a query that sees n tokens are multiplied by s · ln n, s trained for each attention head (SSMax,
-    arXiv 2501.19399). Empty means no factor."""
+    """`log`: scores of a query that attends to n tokens are multiplied by s · ln n, s trained for each attention head
+    (SSMax, arXiv 2501.19399). Empty means no factor."""
 
     tie_word_embeddings: bool = False
     """Use the embedding as the output layer."""
@@ -121,18 +121,18 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size.lower() not in SIZES:
-            raise UsageError(f"model.decoder.size: no size {self.size!r}; known sizes are {', '.join(SIZES)}")
+            raise UsageError(f"model.decoder.size: no size {self.size!r}; choose one of {', '.join(SIZES)}")
         for name, value in SIZES.get((self.size or "").lower(), {}).items():
             self._fill(name, value)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) is None:
-                raise UsageError(f"model.decoder.{name} is missing: give it, or name a size ({', '.join(SIZES)})")
+                raise UsageError(f"model.decoder.{name}: missing; set it, or choose a size ({', '.join(SIZES)})")
         self._require_positive("hidden_size", "num_attention_heads")
         self._fill("num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise UsageError(
                 f"model.decoder.hidden_size: {self.hidden_size} is not a multiple of num_attention_heads "
-                f"({self.num_attention_heads}); change one of them or give head_dim"
+                f"({self.num_attention_heads}); change one of them or set head_dim"
             )
         self._fill("head_dim", self.hidden_size // self.num_attention_heads)
         self._require_positive(
@@ -140,10 +140,10 @@ class DecoderConfig:
         )
         if not self.initializer_range >= 0:
             raise UsageError(f"model.decoder.initializer_range: {self.initializer_range} must be 0 or more")
-        if self.num_attention_heads * self.head_dim >= _MOST_WIDTH:
+        if self.num_attention_heads * self.head_dim >= _MAX_WIDTH:
             raise UsageError(
                 f"model.decoder.head_dim: {self.num_attention_heads:,} heads of {self.head_dim:,} must be below "
-                f"{_MOST_WIDTH:,} together"
+                f"{_MAX_WIDTH:,} together"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UsageError(
@@ -154,7 +154,7 @@ class DecoderConfig:
             raise UsageError(f"model.decoder.head_dim: {self.head_dim} is odd; rotary pairs need an even head size")
 
     def to_dict(self) -> dict[str, int | float | bool | str | None]:
-        """Every field but `size`, as plain values: the geometry itself."""
+        """Return all fields except `size` as plain values."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "size"}
 
     def _fill(self, name: str, value: int | None) -> None:
@@ -163,6 +163,6 @@ class DecoderConfig:
 
     def _require_positive(self, *names: str) -> None:
         for name in names:
-            if not 0 < getattr(self, name) < _MOST[name]:
+            if not 0 < getattr(self, name) < _LIMITS[name]:
                 value = str(getattr(self, name))[:50]
-                raise UsageError(f"model.decoder.{name}: {value} must be above 0 and below {_MOST[name]:,}")
+                raise UsageError(f"model.decoder.{name}: {value} must be above 0 and below {_LIMITS[name]:,}")

@@ -1,17 +1,17 @@
-"""Context parallelism: ranks share the tokens of each row, in one of two ways.
+"""Context parallelism: ranks shard the tokens of each row, in one of two modes.
 
-| mode     | a rank's tokens of a row | what travels for attention                                  | limit       |
+| mode     | a rank's tokens of a row | communication in attention                                  | limit       |
 |----------|--------------------------|-------------------------------------------------------------|-------------|
-| `heads`  | one slice                | queries, keys, values, outputs: all tokens of some heads    | query heads |
-| `gather` | a chunk of each half     | keys and values: all tokens and heads, to every rank        | none        |
+| `heads`  | one slice                | all-to-all of queries, keys, values and outputs             | query heads |
+| `gather` | a chunk of each half     | all-gather of keys and values                               | none        |
 
-`heads` is DeepSpeed-Ulysses (arXiv 2309.14509): every rank attends over whole rows with its share of the heads.
-`gather` is the all-gather of Llama 3 (arXiv 2407.21783): every rank attends from its own tokens with all heads. A row
-is 2P chunks for P ranks, and rank r has chunks r and 2P - 1 - r, so that all ranks have equally many scores to compute.
+`heads` is DeepSpeed-Ulysses (arXiv 2309.14509): every rank computes full rows for a part of the heads. `gather` is the
+all-gather of Llama 3 (arXiv 2407.21783): every rank computes its own queries with all heads. A row is split into 2P
+chunks for P ranks, and rank r has chunks r and 2P - 1 - r, so that all ranks compute equally many scores.
 
-Both are exact. :func:`elements_moved` counts what travels.
+Both are exact. :func:`elements_moved` counts the communication.
 
-Shapes: B batch, T tokens of a whole row, P ranks, K key/value heads, D head size.
+Shapes: B batch, T tokens of a full row, P ranks, K key/value heads, D head size.
 """
 
 from __future__ import annotations
@@ -40,18 +40,19 @@ _all_gather = getattr(collectives, "all_gather_single_autograd", None) or collec
 
 
 class ContextShard(NamedTuple):
-    """Which tokens of each row a rank computes."""
+    """Shard of each row that a rank computes."""
 
     ranks: int
     """P."""
 
     rank: int
-    """From 0."""
+    """Index of the rank, from 0."""
 
     mode: Mode
+    """Mode of communication."""
 
     def take(self, x: Tensor) -> Tensor:
-        """This rank's tokens [B, T / P, …] of [B, T, …].
+        """Return this rank's tokens [B, T / P, …] of [B, T, …].
 
         Raises:
             UsageError: see :func:`tokens_of_rank`.
@@ -66,19 +67,19 @@ class ContextShard(NamedTuple):
         num_tokens: int,
         device: torch.device | None = None,
     ) -> Documents | ShardedDocuments | None:
-        """What the decoder needs to know of the documents, beside this rank's tokens.
+        """Return the bounds of documents that the decoder needs on this rank.
 
-        Call it once per batch, before the documents are on a GPU: there it waits for the GPU.
+        Call it once per batch, before the documents are moved to a GPU, to avoid synchronizing with it.
 
         Args:
-            documents: Of whole rows; None means that every row is one document. What this method returned is returned
-                again.
+            documents: Bounds for full rows; None means that every row is one document. A result of this method is
+                returned unchanged.
             rows: B.
             num_tokens: T.
-            device: Of the result, for rows of one document; documents stay on theirs.
+            device: Device of the result for rows of one document; otherwise that of the documents.
 
         Returns:
-            For `heads` the argument, for `gather` what this rank attends to.
+            For `heads` the argument, for `gather` the bounds that this rank attends to.
 
         Raises:
             UsageError: see :func:`tokens_of_rank`.
@@ -89,35 +90,38 @@ class ContextShard(NamedTuple):
 
 
 class ContextGroup(NamedTuple):
-    """The ranks that share the tokens of each row, and how they do it."""
+    """The ranks that shard the tokens of each row, and their mode of communication."""
 
     process_group: dist.ProcessGroup
+    """Ranks."""
+
     mode: Mode
+    """Mode of communication."""
 
     def size(self) -> int:
-        """P."""
+        """Return P."""
         return self.process_group.size()
 
     def rank(self) -> int:
-        """Of this process, from 0."""
+        """Return the rank of this process in the group, from 0."""
         return self.process_group.rank()
 
     @property
     def shard(self) -> ContextShard:
-        """What this rank computes."""
+        """Shard that this rank computes."""
         return ContextShard(self.size(), self.rank(), self.mode)
 
 
 def tokens_of_rank(num_tokens: int, ranks: int, rank: int, mode: Mode) -> tuple[slice, ...]:
-    """The tokens of a row that a rank computes, in their order.
+    """Return the tokens of a row that a rank computes, in order.
 
     Raises:
-        UsageError: the tokens cannot be shared equally.
+        UsageError: the tokens cannot be sharded equally.
     """
     chunks = ranks if mode == "heads" else 2 * ranks
     if num_tokens % chunks:
         raise UsageError(
-            f"trainer.strategy.context_parallel_size: {ranks} ranks cannot cut rows of {num_tokens:,} tokens into "
+            f"trainer.strategy.context_parallel_size: {ranks} ranks cannot split rows of {num_tokens:,} tokens into "
             f"{chunks} equal chunks; choose a data.context_length that {chunks} divides"
         )
     size = num_tokens // chunks
@@ -126,26 +130,26 @@ def tokens_of_rank(num_tokens: int, ranks: int, rank: int, mode: Mode) -> tuple[
 
 
 def elements_moved(layout: HeadLayout, head_dim: int, ranks: int, mode: Mode) -> float:
-    """Elements that an attention layer sends per rank and token of that rank in a forward pass.
+    """Return the number of elements that an attention layer sends per rank and token of that rank in a forward pass.
 
-    The backward pass sends as many: all-to-alls again, or a reduce-scatter for the all-gather. A block that is computed
-    again in the backward pass sends as many again.
+    The backward pass sends as many, by all-to-alls or by the reduce-scatter of an all-gather; so does the recomputation
+    of a checkpointed block.
 
     Args:
-        layout: Heads that the layer computes at once.
+        layout: Head counts that the layer computes at once.
         head_dim: D.
         ranks: P.
-        mode: What is exchanged.
+        mode: Mode of communication.
     """
     if mode == "gather":
         return (ranks - 1) * 2 * layout.num_key_value_heads * (head_dim + layout.extra_dims)
-    caches = math.lcm(layout.num_key_value_heads, ranks)
-    heads = layout.num_query_heads + 2 * caches + layout.num_attention_heads
+    key_value_heads = math.lcm(layout.num_key_value_heads, ranks)
+    heads = layout.num_query_heads + 2 * key_value_heads + layout.num_attention_heads
     return (ranks - 1) / ranks * heads * head_dim
 
 
 def choose_mode(layout: HeadLayout, head_dim: int, ranks: int, mode: Mode | None = None) -> Mode:
-    """The given mode, or the one that moves less; equal ones are decided for `gather`.
+    """Return the given mode, or else the one with less communication; `gather` if it is equal.
 
     Raises:
         UsageError: no such mode, or `heads` where the ranks do not divide the query heads.
@@ -167,17 +171,16 @@ def choose_mode(layout: HeadLayout, head_dim: int, ranks: int, mode: Mode | None
 
 
 class ShardedDocuments(NamedTuple):
-    """What the queries of one rank attend to, where keys and values are gathered. N and M its queries and keys."""
+    """Keys that the queries of one rank attend to in the mode `gather`. M keys of all segments."""
 
     positions: Tensor
     """[B, T / P] int64: positions of this rank's tokens."""
 
-    key_places: Tensor | None
-    """[M] int64: the keys of all segments by their places in the flattened batch, some of them twice; None for plain
-    rows."""
+    key_indices: Tensor | None
+    """[M] int64: indices of the keys of all segments in the flattened batch, with repetitions; None for plain rows."""
 
     segments: Segments | None
-    """A segment for each document in each of the rank's chunks: its queries, and its keys up to the last query."""
+    """A segment per document and chunk of the rank: its queries, and its keys up to the last query."""
 
 
 def shard_documents(
@@ -188,26 +191,26 @@ def shard_documents(
     rank: int,
     device: torch.device | None = None,
 ) -> ShardedDocuments:
-    """What a rank attends to in the mode `gather`; see :meth:`ContextShard.take_documents`."""
+    """Return the bounds that a rank attends to in the mode `gather`; see :meth:`ContextShard.take_documents`."""
     device = device if documents is None else documents.positions.device
     parts = tokens_of_rank(num_tokens, ranks, rank, "gather")
     tokens = torch.cat([torch.arange(part.start, part.stop, device=device) for part in parts])
     if documents is None:
         return ShardedDocuments(tokens.expand(rows, -1), None, None)
     bounds = documents.cu_seqlens.to(torch.int64)
-    places = (torch.arange(rows, device=device)[:, None] * num_tokens + tokens).flatten()
-    numbers = torch.bucketize(places, bounds[1:], right=True)
-    is_start = torch.arange(len(places), device=device) % (num_tokens // (2 * ranks)) == 0
+    query_indices = (torch.arange(rows, device=device)[:, None] * num_tokens + tokens).flatten()
+    numbers = torch.bucketize(query_indices, bounds[1:], right=True)
+    is_start = torch.arange(len(query_indices), device=device) % (num_tokens // (2 * ranks)) == 0
     is_start[1:] |= numbers[1:] != numbers[:-1]
-    query_bounds = F.pad(is_start.nonzero().flatten(), (0, 1), value=len(places))
+    query_bounds = F.pad(is_start.nonzero().flatten(), (0, 1), value=len(query_indices))
     first_keys = bounds[numbers[query_bounds[:-1]]]
-    lengths = places[query_bounds[1:] - 1] + 1 - first_keys
+    lengths = query_indices[query_bounds[1:] - 1] + 1 - first_keys
     key_bounds = F.pad(lengths.cumsum(0), (1, 0))
-    key_places = torch.arange(int(key_bounds[-1]), device=device)
-    key_places = key_places + (first_keys - key_bounds[:-1]).repeat_interleave(lengths)
+    key_indices = torch.arange(int(key_bounds[-1]), device=device)
+    key_indices = key_indices + (first_keys - key_bounds[:-1]).repeat_interleave(lengths)
     longest_query, longest_key = int(query_bounds.diff().max()), int(lengths.max())
     segments = Segments(query_bounds.to(torch.int32), key_bounds.to(torch.int32), longest_query, longest_key)
-    return ShardedDocuments(documents.positions[:, tokens], key_places, segments)
+    return ShardedDocuments(documents.positions[:, tokens], key_indices, segments)
 
 
 def attend_to_gathered(
@@ -220,16 +223,16 @@ def attend_to_gathered(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Tensor:
-    """Causal attention of this rank's queries to the keys of all ranks.
+    """Compute causal attention of this rank's queries to the keys of all ranks.
 
     Args:
-        queries: [B, T / P, H, D] with their positions.
-        keys: [B, T / P, K, D] with their positions.
+        queries: [B, T / P, H, D], rotated.
+        keys: [B, T / P, K, D], rotated.
         values: [B, T / P, K, D].
-        documents: What the queries attend to.
+        documents: Bounds that this rank attends to.
         group: The ranks.
         scale: See :func:`~ropepp_lit.nn.kernels.attend`.
-        implementation: See there.
+        implementation: See :func:`~ropepp_lit.nn.kernels.attend`.
 
     Returns:
         [B, T / P, H, D].
@@ -242,8 +245,8 @@ def attend_to_gathered(
             for chunk, part in zip(queries.chunk(2, dim=1), parts, strict=True)
         ]
         return torch.cat(outputs, dim=1)
-    assert documents.key_places is not None
-    keys, values = both.flatten(0, 1).index_select(0, documents.key_places).chunk(2, dim=-1)
+    assert documents.key_indices is not None
+    keys, values = both.flatten(0, 1).index_select(0, documents.key_indices).chunk(2, dim=-1)
     implementation = usable_implementation(implementation, queries.device.type, queries.dtype)
     flat = queries.flatten(0, 1)
     output = attend_packed(flat, keys, values, documents.segments, scale=scale, implementation=implementation)
@@ -251,7 +254,7 @@ def attend_to_gathered(
 
 
 def _gather_tokens(x: Tensor, group: ContextGroup) -> Tensor:
-    """[B, T / P, heads, D], two chunks of each row, to [B, T, heads, D] in the order of the row."""
+    """All-gather [B, T / P, heads, D], two chunks of each row, to [B, T, heads, D] in the order of the row."""
     gathered = _all_gather(
         x.unflatten(1, (2, -1)).contiguous(), 0, group.process_group
     )  # ranks × B, 2, T / 2P, heads, D
@@ -260,28 +263,28 @@ def _gather_tokens(x: Tensor, group: ContextGroup) -> Tensor:
 
 
 def tokens_to_heads(x: Tensor, group: ContextGroup) -> Tensor:
-    """[B, T / P, heads, D] to [B, T, heads / P, D]; heads that cannot be shared equally are repeated first."""
+    """Exchange [B, T / P, heads, D] for [B, T, heads / P, D]; heads that P does not divide are repeated first."""
     ranks = group.size()
     heads = math.lcm(x.shape[2], ranks)
     if heads != x.shape[2]:
         x = x.repeat_interleave(heads // x.shape[2], dim=2)
     x = x.unflatten(2, (ranks, -1)).permute(2, 0, 1, 3, 4)  # P, B, T / P, heads / P, D
-    return _trade(x, group).permute(1, 0, 2, 3, 4).flatten(1, 2)
+    return _all_to_all(x, group).permute(1, 0, 2, 3, 4).flatten(1, 2)
 
 
 def heads_of_rank(x: Tensor, group: ContextGroup) -> Tensor:
-    """What goes with the heads that :func:`tokens_to_heads` gives this rank, of x [heads, …] that every rank has."""
+    """Return the part of x [heads, …] that belongs to this rank's heads after :func:`tokens_to_heads`."""
     heads = math.lcm(x.shape[0], group.size())
     return x.repeat_interleave(heads // x.shape[0], dim=0).chunk(group.size())[group.rank()]
 
 
 def heads_to_tokens(x: Tensor, group: ContextGroup) -> Tensor:
-    """[B, T, heads / P, D] to [B, T / P, heads, D]."""
+    """Exchange [B, T, heads / P, D] for [B, T / P, heads, D]."""
     x = x.unflatten(1, (group.size(), -1)).transpose(0, 1)  # P, B, T / P, heads / P, D
-    return _trade(x, group).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    return _all_to_all(x, group).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-def _trade(x: Tensor, group: ContextGroup) -> Tensor:
-    """Give x[r] to rank r, and get one from each."""
-    traded = all_to_all_single_autograd(x.contiguous().flatten(), None, None, group.process_group)
-    return traded.view(x.shape)
+def _all_to_all(x: Tensor, group: ContextGroup) -> Tensor:
+    """Send x[r] to rank r, and return what the ranks sent, in their order."""
+    received = all_to_all_single_autograd(x.contiguous().flatten(), None, None, group.process_group)
+    return received.view(x.shape)

@@ -1,9 +1,11 @@
-"""The decoder: a Llama-like language model whose attention heads are those of a position scheme.
+"""The decoder: a Llama-like language model whose attention heads are defined by a position scheme.
 
-Choices: pre-norm RMSNorm, SwiGLU, grouped-query attention, no dropout, no biases unless asked for. Parameters bear the
-names of Hugging Face's Llama, so that conversion is configuration and not renaming.
+Pre-norm RMSNorm, SwiGLU, grouped-query attention, no dropout, and no biases by default. Parameters have the names of
+Hugging Face's Llama, so that conversion needs no renaming. :meth:`Decoder.hidden_states` is the forward pass: it
+computes the scheme's tables once and runs the blocks. :meth:`Decoder.forward` returns logits; :meth:`Decoder.loss`
+returns the loss without storing all logits. Read :mod:`ropepp_lit.nn.loss` next.
 
-Shapes: B batch, T tokens.
+Shapes: B batch, T tokens, M labels that are not ignored.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.nn.attention import FIRST_SCORE_SCALE
+from ropepp_lit.nn.attention import INITIAL_SCORE_SCALE
 from ropepp_lit.nn.block import Block
 from ropepp_lit.nn.cache import KVCache
 from ropepp_lit.nn.config import DecoderConfig
@@ -29,11 +31,11 @@ from ropepp_lit.nn.precision import at_least_float32
 from ropepp_lit.nn.probe import Probe
 
 Reduction = Literal["mean", "sum", "none"] | Callable[[Tensor], Tensor]
-"""What becomes of the losses of tokens, see :meth:`Decoder.loss`."""
+"""Reduction of the losses of tokens, see :meth:`Decoder.loss`."""
 
 
 class OutputLayer(nn.Linear):
-    """The output layer: logits, or the loss without ever holding all logits."""
+    """The output layer, which computes logits, or the loss without storing all logits."""
 
     def loss(
         self,
@@ -41,29 +43,30 @@ class OutputLayer(nn.Linear):
         labels: Tensor,
         *,
         reduction: Reduction,
-        places: Tensor | None,
+        label_indices: Tensor | None,
         weights: Tensor | None,
     ) -> Tensor:
-        """Cross-entropy of the next tokens; arguments and result are those of :meth:`Decoder.loss`.
+        """Return the cross-entropy of the next tokens; see :meth:`Decoder.loss` for arguments and result.
 
         Args:
             hidden: [B, T, hidden_size], after the last norm.
             labels: [B, T].
-            reduction: See there.
-            places: See there.
-            weights: See there.
+            reduction: See :meth:`Decoder.loss`.
+            label_indices: See :meth:`Decoder.loss`.
+            weights: See :meth:`Decoder.loss`.
         """
-        flat = hidden.flatten(0, 1), self.weight, labels.flatten()
+        flat = hidden.flatten(0, 1), self.weight, labels.flatten()  # [B · T, hidden_size], weight, [B · T]
         if callable(reduction):
-            return function_of_cross_entropy(*flat, reduction, places=places)
+            return function_of_cross_entropy(*flat, reduction, label_indices=label_indices)
         if reduction == "none":
             return token_cross_entropy(*flat).view_as(labels)
-        loss = linear_cross_entropy(*flat, places=places, label_weights=None if weights is None else weights.flatten())
+        label_weights = None if weights is None else weights.flatten()
+        loss = linear_cross_entropy(*flat, label_indices=label_indices, label_weights=label_weights)
         return loss / (labels != IGNORE_INDEX).sum() if reduction == "mean" else loss
 
 
 class Trunk(nn.Module):
-    """Embedding, blocks and the last norm: `model.` in Hugging Face's names."""
+    """Embedding, blocks and the final norm: `model.` in Hugging Face's parameter names."""
 
     def __init__(self, config: DecoderConfig, scheme: PositionScheme) -> None:
         super().__init__()
@@ -81,7 +84,6 @@ class Decoder(nn.Module):
         >>> decoder = Decoder(config, RoPEPP(variant="ec"), Frequencies(rope_theta=10_000))
         >>> logits = decoder(torch.zeros(1, 8, dtype=torch.int64))
 
-
     Args:
         config: Geometry.
         scheme: Head layout and rotation.
@@ -95,10 +97,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.scheme, self.frequencies = config, scheme, frequencies
         self.head_layout = layout_of(config, scheme)
-        self.layout_at_once = self.head_layout
-        """Heads that an attention layer computes at once; see :meth:`save_memory`."""
+        self.group_layout = self.head_layout
+        """Head counts that an attention layer computes at once; see :meth:`save_memory`."""
         self.context_group: ContextGroup | None = None
-        """Ranks that share the tokens of each row; see :meth:`set_context_group`."""
+        """Ranks that shard the tokens of each row; see :meth:`set_context_group`."""
         self.model = Trunk(config, scheme)
         self.lm_head = OutputLayer(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -107,47 +109,47 @@ class Decoder(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """The blocks in order."""
+        """Blocks in order."""
         return cast(list[Block], list(self.model.layers))
 
     @property
-    def positions_in_words(self) -> str:
+    def positions_description(self) -> str:
         """Scheme, and base and scaling where they have an effect, such as `RoPE++ EC, base 10000`."""
         return f"{self.scheme}, {self.frequencies}" if self.scheme.uses_frequencies else str(self.scheme)
 
     def set_context_group(self, group: ContextGroup | None) -> None:
-        """Share the tokens of each row among ranks: each computes its own, attention is over the whole row.
+        """Shard the tokens of each row among ranks (context parallelism); attention is still over full rows.
 
         `input_ids` and `labels` are then this rank's tokens [B, T / ranks], as :meth:`ContextShard.take` returns them;
-        `positions`, `documents` and caches stay those of whole rows (`documents` may also be what
-        :meth:`ContextShard.take_documents` returned), and a loss is that of this rank's tokens. With a cache, every
-        rank computes whole rows.
+        `positions`, `documents` and caches are still those of full rows (`documents` may also be the result of
+        :meth:`ContextShard.take_documents`), and the loss is over this rank's tokens. With a cache, every rank computes
+        full rows.
 
         Args:
-            group: The ranks; None undoes it.
+            group: The ranks; None disables context parallelism.
 
         Raises:
-            UsageError: the query heads cannot be shared equally, in the mode `heads`.
+            UsageError: the query heads cannot be sharded equally, in the mode `heads`.
         """
         if group is not None:
-            choose_mode(self.layout_at_once, self.config.head_dim, group.size(), group.mode)
+            choose_mode(self.group_layout, self.config.head_dim, group.size(), group.mode)
         self.context_group = group
         for block in self.blocks:
             block.self_attn.context_group = group
 
     @property
     def attention_implementation(self) -> str | None:
-        """What :meth:`set_attention` was given."""
+        """Implementation set by :meth:`set_attention`."""
         return self.blocks[0].self_attn.implementation
 
     def set_attention(self, implementation: str | None) -> None:
-        """Let all layers compute attention by what :func:`ropepp_lit.nn.kernels.select_implementation` returned."""
+        """Set the implementation of attention, a result of :func:`ropepp_lit.nn.kernels.select_implementation`."""
         for block in self.blocks:
             block.self_attn.implementation = implementation
 
     @contextmanager
-    def whole_rows(self) -> Iterator[None]:
-        """Compute whole rows on every rank, as if :meth:`set_context_group` had not been called."""
+    def full_rows(self) -> Iterator[None]:
+        """Compute full rows on every rank inside the context, as if :meth:`set_context_group` had not been called."""
         group = self.context_group
         self.set_context_group(None)
         try:
@@ -157,13 +159,13 @@ class Decoder(nn.Module):
 
     @contextmanager
     def probed(self, probe: Probe) -> Iterator[None]:
-        """Let a probe see, and change, the scores of every layer; attention then holds all of them.
+        """Call a probe with the scores of every layer inside the context; attention then stores all scores.
 
         Raises:
-            ValueError: ranks share the tokens of each row, so that none has all scores.
+            ValueError: ranks shard the tokens of each row, so that none has all scores.
         """
         if self.context_group is not None:
-            raise ValueError("a probe needs whole rows; call set_context_group(None) first")
+            raise ValueError("a probe needs full rows; call set_context_group(None) first")
         layers = [block.self_attn for block in self.blocks]
         for attention in layers:
             attention.probe = probe
@@ -175,9 +177,9 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal weights of standard deviation `initializer_range`, zero biases, norms of one (the paper's setting).
+        """Initialize weights: normal with standard deviation `initializer_range`, biases 0, norms 1, as in the paper.
 
-        The position scheme's tensors and gates of attention are drawn last, so that one seed gives all schemes the
+        Attention gates and the position scheme's tensors are initialized last, so that one seed gives all schemes the
         same weights.
         """
         gates = [block.self_attn.output_gate for block in self.blocks]
@@ -191,7 +193,7 @@ class Decoder(nn.Module):
                 module.weight.fill_(1.0)
         for block in self.blocks:
             if block.self_attn.score_scale is not None:
-                block.self_attn.score_scale.fill_(FIRST_SCORE_SCALE)
+                block.self_attn.score_scale.fill_(INITIAL_SCORE_SCALE)
             block.self_attn.set_scheme_tensors(self.scheme, self.frequencies)
 
     def save_memory(
@@ -203,21 +205,22 @@ class Decoder(nn.Module):
         mlp_chunk_tokens: int | None = None,
         attention_head_groups: int = 1,
     ) -> None:
-        """Trade time for memory in training; results stay the same.
+        """Set the memory options of training, which trade compute for memory and do not change results.
 
         Args:
-            checkpoint_every: Every so many blocks one keeps its input alone and is computed again in the backward pass;
-                1 means all blocks, 0 none.
-            keep_attention: These blocks keep the results of attention too, which costs most to compute again.
-            offload: Inputs that are kept go to the CPU's memory (for a GPU).
-            mlp_chunk_tokens: Tokens of a row that the SwiGLU layers compute at once, and again in the backward pass.
-            attention_head_groups: Groups of heads that attention layers compute one after the other, and again in the
+            checkpoint_every: One of every so many blocks saves only its input and is recomputed in the backward pass; 1
+                means all blocks, 0 none.
+            keep_attention: Checkpointed blocks save the outputs of attention too, the most expensive to recompute.
+            offload: Saved inputs are moved to CPU memory (for GPUs).
+            mlp_chunk_tokens: Tokens of a row per chunk of the SwiGLU layers; chunks are recomputed in the backward
+                pass.
+            attention_head_groups: Groups of heads that attention layers compute sequentially and recompute in the
                 backward pass; 1 computes all heads at once.
 
         Raises:
             UsageError: the key/value heads cannot be split into these groups, or a group not among the context group.
         """
-        self.layout_at_once = self.head_layout.split(attention_head_groups)
+        self.group_layout = self.head_layout.split(attention_head_groups)
         for number, block in enumerate(self.blocks, start=1):
             block.is_checkpointed = checkpoint_every > 0 and number % checkpoint_every == 0
             block.keeps_attention, block.is_offloaded = keep_attention, offload
@@ -226,7 +229,7 @@ class Decoder(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Parameters, tied ones counted once."""
+        """Number of parameters; tied ones count once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(
@@ -238,14 +241,14 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
     ) -> Tensor:
-        """Logits of the next tokens.
+        """Return the logits of the next tokens.
 
         Args:
             input_ids: [B, T] integers below `vocab_size`.
-            positions: [B, T] integers; None means those of `documents`, else 0, 1, … after what the cache holds.
-            documents: Bounds of packed documents that must not see each other; None means one document per row.
-            cache: Keys and values so far; gets the new ones.
-            logits_to_keep: Compute logits of the last so many tokens only; 0 means all.
+            positions: [B, T] integers; None means those of `documents`, else 0, 1, … counted on from the cached tokens.
+            documents: Bounds of packed documents, between which there is no attention; None means one document per row.
+            cache: Keys and values so far; the new ones are appended.
+            logits_to_keep: Compute only the logits of this many last tokens; 0 means all.
 
         Returns:
             [B, T or logits_to_keep, vocab_size] of the weights' dtype, or of autocast's.
@@ -254,7 +257,9 @@ class Decoder(nn.Module):
             UsageError: a token id outside the vocabulary (checked on CPU; on a GPU the kernel asserts).
             ValueError: the cache is full.
         """
-        return self.lm_head(self.hidden_states(input_ids, positions, documents, cache)[:, -logits_to_keep:])
+        hidden = self.hidden_states(input_ids, positions, documents, cache)
+        logits: Tensor = self.lm_head(hidden[:, -logits_to_keep:])
+        return logits
 
     def loss(
         self,
@@ -262,37 +267,37 @@ class Decoder(nn.Module):
         labels: Tensor,
         *,
         reduction: Reduction = "mean",
-        places: Tensor | None = None,
+        label_indices: Tensor | None = None,
         weights: Tensor | None = None,
         positions: Tensor | None = None,
         documents: Documents | ShardedDocuments | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Cross-entropy of the next tokens; logits are never held all at once.
+        """Return the cross-entropy of the next tokens without storing all logits.
 
         Args:
             input_ids: See :meth:`forward`.
-            labels: [B, T] int64: the token that should come *next* at each place (already shifted); -100 is ignored.
-            reduction: Over the labels that are not ignored; `none` gives the loss of each token, without gradients. Or
-                a function to be descended instead: it gets the loss of each token, [M] with places, else [B * T], and
-                returns a scalar (without gradients anything).
-            places: [M] int64: indices of the labels that are not ignored, in the flattened batch; the other tokens are
-                then dropped before the output layer. None computes all of them.
-            weights: [B, T] floating: what the loss of each label is multiplied by, before it is reduced by `sum` (or
-                divided by the number of labels, for `mean`; not with a function). None means 1.
+            labels: [B, T] int64: the *next* token at each position (already shifted); -100 is ignored.
+            reduction: `mean` or `sum` over the labels that are not ignored; `none` returns the loss of each token,
+                without gradients. A function is a custom loss: it receives the loss of each token, [M] with
+                `label_indices`, else [B * T], and returns a scalar (anything if gradients are disabled).
+            label_indices: [M] int64: indices of the labels that are not ignored, in the flattened batch; the other
+                tokens are dropped before the output layer. None computes all tokens.
+            weights: [B, T] floating: factors of the losses, applied before `sum` (or before the division by the number
+                of labels, for `mean`; not with a function). None means 1.
             positions: See :meth:`forward`.
             documents: See :meth:`forward`.
             cache: See :meth:`forward`.
 
         Returns:
-            Scalar, or [B, T] for `none`: nats, float32 (float64 in a float64 model).
+            Scalar, or [B, T] for `none`, in nats; float32 (float64 in a float64 model).
 
         Raises:
             UsageError: see :meth:`forward`.
             ValueError: see :meth:`forward`.
         """
         hidden = self.hidden_states(input_ids, positions, documents, cache)
-        return self.lm_head.loss(hidden, labels, reduction=reduction, places=places, weights=weights)
+        return self.lm_head.loss(hidden, labels, reduction=reduction, label_indices=label_indices, weights=weights)
 
     def hidden_states(
         self,
@@ -301,7 +306,7 @@ class Decoder(nn.Module):
         documents: Documents | ShardedDocuments | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """[B, T, hidden_size] after the last norm, what `lm_head` reads; arguments are those of :meth:`forward`."""
+        """Return the input of `lm_head`, [B, T, hidden_size] after the final norm; see :meth:`forward`."""
         if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_ids(input_ids)
         group = self.context_group if cache is None else None
@@ -319,17 +324,18 @@ class Decoder(nn.Module):
             positions = torch.arange(start, start + num_tokens, device=input_ids.device).expand(rows, -1)
         elif isinstance(documents, ShardedDocuments) and group is not None:
             positions = group.shard.take(positions)
-        hidden = self.model.embed_tokens(input_ids)
+        hidden: Tensor = self.model.embed_tokens(input_ids)  # [B, T, hidden_size]
         tables_dtype = at_least_float32(hidden.dtype)
         tables = self.scheme.tables(positions, self.frequencies, head_dim=self.config.head_dim, dtype=tables_dtype)
         if self.config.score_scaling is not None:
             tables = (*tables, positions.add(1).to(tables_dtype).log()[..., None, None])
         for block in self.model.layers:
             hidden = block(hidden, tables, documents=documents, cache=cache, mask=mask)
-        return self.model.norm(hidden)
+        normalized: Tensor = self.model.norm(hidden)
+        return normalized
 
     def allocate_cache(self, *, batch_size: int, max_tokens: int) -> KVCache:
-        """An empty cache for `batch_size` rows of up to `max_tokens` tokens, prompt and answer together."""
+        """Return an empty cache for `batch_size` rows of up to `max_tokens` tokens, prompt and completion together."""
         weight = self.model.embed_tokens.weight
         return KVCache(
             num_layers=self.config.num_hidden_layers,

@@ -1,4 +1,4 @@
-"""Where the documents in a packed row begin and end."""
+"""Bounds of the documents in packed rows."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 
 class Documents(NamedTuple):
-    """Bounds of the documents that are packed in the rows of a batch. B batch, T tokens, N documents in all.
+    """Bounds of the documents that are packed in the rows of a batch. B batch, T tokens, N documents in total.
 
-    Attention stays inside a document. Computed once per batch, on the CPU, so that no GPU has to be waited for.
+    There is no attention between documents. Computed once per batch, on the CPU, to avoid synchronizing with a GPU.
     """
 
     ids: Tensor
-    """[B, T] int32: the document of each token, counted from 0 in each row and never falling within it."""
+    """[B, T] int32: the document of each token, counted from 0 in each row, non-decreasing."""
 
     cu_seqlens: Tensor
-    """[N + 1] int32: where documents start in the flattened batch, and its end (FlashAttention's convention)."""
+    """[N + 1] int32: starts of documents in the flattened batch, and its end (FlashAttention's convention)."""
 
     positions: Tensor
     """[B, T] int64: positions, restarting at 0 with each document."""
@@ -28,7 +28,7 @@ class Documents(NamedTuple):
 
     @classmethod
     def from_ids(cls, ids: Tensor) -> Documents:
-        """Documents by number.
+        """Return the bounds of documents given by number.
 
         Args:
             ids: [B, T] integers: equal for the tokens of one document, which must be consecutive.
@@ -39,11 +39,11 @@ class Documents(NamedTuple):
 
     @classmethod
     def from_starts(cls, starts: Tensor) -> Documents:
-        """Documents by their first tokens.
+        """Return the bounds of documents given by their first tokens.
 
         Args:
             starts: [B, T] bool: true where a document starts. The first token of each row always starts one, or
-                continues one whose beginning the row does not have.
+                continues one whose beginning is not in the row.
         """
         starts = starts.clone()
         starts[:, 0] = True

@@ -1,7 +1,7 @@
-"""Rotary frequencies: the base and how it is stretched for longer contexts.
+"""Rotary frequencies: the base, and its scaling for longer contexts.
 
-Every class takes `rope_theta` and answers two questions: the inverse frequencies θ_n = rope_theta^(-2n/d), stretched,
-and the factor on cos and sin. Names here and in the paper and its code:
+Every class takes `rope_theta` and provides the scaled inverse frequencies θ_n = rope_theta^(-2n/d) and a factor on cos
+and sin. Names here, in the paper and in its code:
 
 | here                                 | paper's table    | public code          | transformers |
 |--------------------------------------|------------------|----------------------|--------------|
@@ -13,8 +13,8 @@ and the factor on cos and sin. Names here and in the paper and its code:
 | `Llama3(factor=32)`                  |                  |                      | `llama3`     |
 | `Clipped(context_length=4096)`       |                  |                      | none         |
 
-Arithmetic is in the dtype asked for, float32 for float32 models as everywhere in the field, so that it agrees with
-transformers bit for bit where transformers has the scheme.
+Computed in the requested dtype, float32 for float32 models as is usual, so that results are bit for bit those of
+transformers where transformers has the scheme.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ class Frequencies:
         self.rope_theta = rope_theta
 
     reach: int | None = None
-    """Tokens that the scaling was made for, where it says so: factor × original_max_position_embeddings."""
+    """Context length that the scaling is meant for, factor × original_max_position_embeddings; None where unknown."""
 
     attention_factor: float = 1.0
-    """Factor on cos and sin, so on scores its square (YaRN's temperature)."""
+    """Factor on cos and sin, so scores are scaled by its square (YaRN's temperature)."""
 
     def inverse_frequencies(
         self, head_dim: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> Tensor:
-        """Radians per position of each rotary pair.
+        """Return the radians per position of each rotary pair.
 
         Args:
-            head_dim: Dimensions that rotate, even.
+            head_dim: Number of rotated dimensions, even.
             dtype: float32 or float64.
-            device: Where to put the result.
+            device: Device of the result.
 
         Returns:
             [head_dim / 2] of `dtype`, largest first.
         """
-        return self._stretch(self._plain(head_dim, dtype=dtype, device=device), head_dim)
+        return self._scale(self._plain(head_dim, dtype=dtype, device=device), head_dim)
 
     def __str__(self) -> str:
         return f"base {self.rope_theta:g}"
@@ -69,7 +69,7 @@ class Frequencies:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).to(dtype) / head_dim
         return 1.0 / (self.rope_theta**exponents)
 
-    def _stretch(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
+    def _scale(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
         return inverse_frequencies
 
 
@@ -88,19 +88,19 @@ class Linear(Frequencies):
     def __str__(self) -> str:
         return f"{super().__str__()}, linear / {self.factor:g}"
 
-    def _stretch(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
+    def _scale(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
         return inverse_frequencies / self.factor
 
 
 class _Yarn(Frequencies, ABC):
-    """What both YaRNs share (arXiv 2309.00071): a ramp between interpolated and original frequencies, a temperature.
+    """Base class of YaRN (arXiv 2309.00071): a ramp between interpolated and original frequencies, and a temperature.
 
     Args:
         rope_theta: The base of the rotary frequencies.
         factor: Longer context / original context.
-        original_max_position_embeddings: Tokens of the context that the model was trained with.
-        beta_fast: Rotations within the original context from which a pair is kept as it is.
-        beta_slow: Rotations up to which a pair is interpolated.
+        original_max_position_embeddings: Tokens of the original training context.
+        beta_fast: Pairs with at least this many rotations in the original context keep their frequency.
+        beta_slow: Pairs with at most this many rotations are interpolated.
         attention_factor: Factor on cos and sin; empty means 0.1 ln(factor) + 1.
     """
 
@@ -131,60 +131,60 @@ class _Yarn(Frequencies, ABC):
             f"from {self.original_max_position_embeddings:,} tokens"
         )
 
-    def _stretch(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
-        keep = self._keep(inverse_frequencies, head_dim)
-        return inverse_frequencies / self.factor * (1 - keep) + inverse_frequencies * keep
+    def _scale(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
+        share = self._original_share(inverse_frequencies, head_dim)
+        return inverse_frequencies / self.factor * (1 - share) + inverse_frequencies * share
 
     @abstractmethod
-    def _keep(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
-        """Share of the original frequency that each pair keeps, from 1 (fast pairs) to 0 (slow pairs)."""
+    def _original_share(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
+        """Return the weight of the original frequency for each pair, from 1 (fast pairs) to 0 (slow pairs)."""
 
 
 class YarnByRotations(_Yarn):
-    """YaRN as the public RoPE++ code has it: the ramp is linear in the rotations within the original context."""
+    """YaRN as in the public RoPE++ code: the ramp is linear in the rotations within the original context."""
 
-    def _keep(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
+    def _original_share(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
         rotations = self.original_max_position_embeddings * inverse_frequencies / (2 * math.pi)
         return ((rotations - self.beta_slow) / (self.beta_fast - self.beta_slow)).clamp(0, 1)
 
 
 class Yarn(_Yarn):
-    """YaRN as transformers has it: the ramp is linear in the index of the pair, its ends rounded outwards.
+    """YaRN as in transformers: the ramp is linear in the index of the pair, with its ends rounded outwards.
 
     Args:
-        truncate: Round the ramp's ends outwards to whole pairs.
-        kwargs: Those of `YarnByRotations`.
+        truncate: Round the ends of the ramp outwards to integers.
+        kwargs: Arguments of `YarnByRotations`.
     """
 
     def __init__(self, *, truncate: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.truncate = truncate
 
-    def _keep(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
+    def _original_share(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
         low, high = (self._pair_with(rotations, head_dim) for rotations in (self.beta_fast, self.beta_slow))
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
         if low == high:
-            high += 0.001  # the ramp becomes a step instead of a division by zero
+            high += 0.001  # a step instead of a division by zero
         pairs = torch.arange(head_dim // 2, dtype=inverse_frequencies.dtype, device=inverse_frequencies.device)
         return 1 - ((pairs - low) / (high - low)).clamp(0, 1)
 
     def _pair_with(self, rotations: float, head_dim: int) -> float:
-        """Index (a real number) of the pair that turns `rotations` times within the original context."""
+        """Return the (real-valued) index of the pair with this many rotations in the original context."""
         context = self.original_max_position_embeddings
         return head_dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(self.rope_theta))
 
 
 class Llama3(Frequencies):
-    """The scaling of Llama 3.1 and later: slow pairs divided by `factor`, fast ones kept, a ramp in wavelength between.
+    """Scaling of Llama 3.1 and later: divides slow pairs by `factor` and keeps fast ones, with a ramp between them.
 
     Args:
         rope_theta: The base of the rotary frequencies.
         factor: Divisor of the slow pairs.
-        original_max_position_embeddings: Tokens of the context that the model was trained with.
-        low_freq_factor: Pairs that turn fewer times than this within the original context are divided.
-        high_freq_factor: Pairs that turn more often than this are kept.
+        original_max_position_embeddings: Tokens of the original training context.
+        low_freq_factor: Pairs with fewer rotations than this in the original context are divided.
+        high_freq_factor: Pairs with more rotations than this keep their frequency.
     """
 
     def __init__(
@@ -210,26 +210,26 @@ class Llama3(Frequencies):
     def __str__(self) -> str:
         return f"{super().__str__()}, Llama3 × {self.factor:g} from {self.original_max_position_embeddings:,} tokens"
 
-    def _stretch(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
+    def _scale(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
         wavelengths = 2 * math.pi / inverse_frequencies
         rotations = self.original_max_position_embeddings / wavelengths
-        keep = (rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        between = (1 - keep) * inverse_frequencies / self.factor + keep * inverse_frequencies
+        share = (rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        between = (1 - share) * inverse_frequencies / self.factor + share * inverse_frequencies
         slow = torch.where(rotations < self.low_freq_factor, inverse_frequencies / self.factor, between)
         return torch.where(rotations > self.high_freq_factor, inverse_frequencies, slow)
 
 
 class Clipped(Frequencies):
-    """The slowest frequencies faded out (arXiv 2602.05258) or set to 0 (p-RoPE, arXiv 2410.06205).
+    """Frequencies whose slowest pairs are tapered to 0 (arXiv 2602.05258) or set to 0 (p-RoPE, arXiv 2410.06205).
 
-    A pair of frequency 0 does not turn, so it compares contents at any distance. With pairs n_0 … N-1 clipped, θ_n is
+    A pair of frequency 0 does not rotate, so its scores do not depend on distance. With pairs n_0 … N-1 clipped, θ_n is
     multiplied by (1 + cos(π (n - n_0) / (N - 1 - n_0))) / 2, from 1 to 0; or by 0 without `taper`.
 
     Args:
         rope_theta: The base of the rotary frequencies.
-        context_length: Clip the pairs that turn less than once in so many tokens.
-        kept: Instead: the share of the pairs, the fastest, that is kept; p of p-RoPE.
-        taper: Fade out; false sets to 0.
+        context_length: Clip the pairs with less than one rotation in this many tokens.
+        kept: Alternative to context_length: the fraction of the pairs, the fastest, that is kept; p of p-RoPE.
+        taper: Taper the clipped frequencies; false sets them to 0.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class Clipped(Frequencies):
     ) -> None:
         super().__init__(rope_theta=rope_theta)
         if (context_length is None) == (kept is None):
-            raise UsageError("model.frequencies: Clipped needs context_length or kept, one of them")
+            raise UsageError("model.frequencies: Clipped needs either context_length or kept; set one of them")
         if context_length is not None and context_length < 1:
             raise UsageError(f"model.frequencies.context_length: {context_length} must be 1 or more")
         if kept is not None and not 0 <= kept <= 1:
@@ -255,7 +255,7 @@ class Clipped(Frequencies):
             return f"{super().__str__()}, all but {self.kept:.0%} {how}"
         return f"{super().__str__()}, {how} below one turn in {self.context_length:,} tokens"
 
-    def _stretch(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
+    def _scale(self, inverse_frequencies: Tensor, head_dim: int) -> Tensor:
         first = self._num_kept(head_dim)
         pairs = torch.arange(head_dim // 2, dtype=inverse_frequencies.dtype, device=inverse_frequencies.device)
         factors = (pairs < first).to(pairs.dtype)
@@ -265,7 +265,7 @@ class Clipped(Frequencies):
         return inverse_frequencies * factors
 
     def _num_kept(self, head_dim: int) -> int:
-        """n_0; counted on the CPU and in float64, so that it is one number for every device and dtype."""
+        """Return n_0, counted on the CPU in float64, so that it is the same for every device and dtype."""
         if self.kept is not None:
             return round(self.kept * (head_dim // 2))
         plain = self._plain(head_dim, dtype=torch.float64, device="cpu")

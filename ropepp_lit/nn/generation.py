@@ -1,4 +1,7 @@
-"""Generating tokens from a decoder, one by one, with a KV cache.
+"""Autoregressive generation with a KV cache.
+
+:func:`generate` continues rows of one length, :class:`Batch` prompts of different lengths, and :class:`Row` a single
+conversation whose prompts share a prefix.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -22,7 +25,7 @@ from ropepp_lit.nn.sampling import RandomNumbers, Sampling, sample
 GREEDY = Sampling()
 
 CHUNK_TOKENS = 4096
-"""Tokens of prompts that :class:`Batch` reads in one forward pass."""
+"""Maximum number of prompt tokens per forward pass."""
 
 
 def generate(
@@ -35,27 +38,27 @@ def generate(
     chunk_tokens: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Continue rows of one length.
+    """Generate continuations of prompts of one length.
 
-    Ranks that shard the decoder's weights (FSDP2) must all call this with the same arguments. The last bits of their
-    logits may differ, so rank 0 chooses the tokens of all ranks: otherwise one rank could end a row earlier and leave
-    the others waiting for its weights.
+    Ranks that shard the decoder's weights (FSDP2) must all call this with the same arguments. Their logits may differ
+    by rounding, so rank 0 samples the tokens of all ranks: otherwise one rank could finish a row earlier and the others
+    would wait for its weights.
 
     Args:
         decoder: The model.
         input_ids: [B, T] prompt.
-        max_new_tokens: How many tokens to generate.
-        sampling: How tokens are chosen; `repetition_penalty` counts all tokens of the prompt, so it needs rows without
-            `documents`.
-        documents: Bounds where the prompt packs several documents; the last of each row is continued.
-        chunk_tokens: Tokens of the prompt in one forward pass; None means all.
-        generator: Source of the random numbers, on the decoder's device.
+        max_new_tokens: Number of tokens to generate.
+        sampling: Sampling parameters; `repetition_penalty` applies to all tokens of the prompt, so it requires rows
+            without `documents`.
+        documents: Bounds of documents if the prompt is packed; the last document of each row is continued.
+        chunk_tokens: Prompt tokens per forward pass; None means all.
+        generator: Random number generator on the decoder's device.
 
     Returns:
         An iterator of [B] int64, the next token of each row.
     """
     assert documents is None or sampling.repetition_penalty == 1
-    # FSDP2 reuses the memory of gathered weights, and training cannot use tensors made in inference mode.
+    # FSDP2 reuses the memory of gathered weights, and training cannot use tensors created in inference mode.
     mode = torch.no_grad() if isinstance(decoder, FSDPModule) else torch.inference_mode()
     return mode(_generate)(decoder, input_ids, max_new_tokens, sampling, documents, chunk_tokens, generator)
 
@@ -92,21 +95,21 @@ def _generate(
 
 
 class Batch:
-    """Prompts of any lengths that are continued together, each as if it were alone.
+    """Batched generation for prompts of different lengths, with the results of unbatched generation.
 
-    Prompts are read packed, without padding, and their keys and values stand right-aligned in the cache: empty slots
-    before a shorter prompt are masked, and positions count each row's own tokens. Against the same prompt alone only
-    the order of sums in products may differ, so logits agree to rounding (about 1e-15 relative in float64), and greedy
-    tokens are the same unless two are equally likely to that precision. The random numbers of a row depend on its seed
-    alone.
+    Prompts are packed in the prefill, without padding, and their keys and values are right-aligned in the cache: empty
+    slots before shorter prompts are masked, and each row has its own positions. Compared to the same prompt alone, only
+    the order of summation may differ, so logits agree up to rounding (about 1e-15 relative in float64), and greedy
+    tokens are the same unless two are equally likely to that precision. The random numbers of a row depend only on its
+    seed.
 
     Args:
         decoder: The model, not sharded.
-        prompts: Token ids, at least one of each.
-        max_new_tokens: Tokens that a row can get.
-        sampling: How tokens are chosen.
-        seeds: One for each prompt; may be left out for greedy sampling.
-        chunk_tokens: Tokens of prompts in one forward pass.
+        prompts: Token ids, at least one per prompt.
+        max_new_tokens: Maximum number of tokens to generate per row.
+        sampling: Sampling parameters.
+        seeds: Seed of each prompt; optional for greedy sampling.
+        chunk_tokens: Prompt tokens per forward pass.
     """
 
     @torch.inference_mode()
@@ -121,12 +124,12 @@ class Batch:
         chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
         self.numbers = list(range(len(prompts)))
-        """Places in `prompts` of the rows that are left."""
+        """Indices into `prompts` of the remaining rows."""
         self._decoder, self._sampling = decoder, sampling
         device = decoder.model.embed_tokens.weight.device
         longest = max(map(len, prompts))
         self._padding = [longest - len(prompt) for prompt in prompts]
-        # The last token that is generated is never read.
+        # The last generated token is never an input.
         self._cache = decoder.allocate_cache(batch_size=len(prompts), max_tokens=longest + max_new_tokens - 1)
         self._tokens = torch.empty(len(prompts), dtype=torch.int64, device=device)
         self._positions = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -142,10 +145,10 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> dict[int, int]:
-        """The next token of each row that is left, by the row's place in `prompts`.
+        """Return the next token of each remaining row, keyed by the row's index into `prompts`.
 
         Raises:
-            ValueError: `max_new_tokens` are generated already.
+            ValueError: `max_new_tokens` tokens have already been generated.
         """
         if self._logits is None:
             logits = self._decoder(self._tokens[:, None], positions=self._positions[:, None], cache=self._cache)
@@ -159,14 +162,14 @@ class Batch:
 
     @torch.inference_mode()
     def end(self, numbers: Collection[int]) -> None:
-        """Drop rows, by their places in `prompts`: what is left computes and reads no more than it needs."""
-        kept = [place for place, number in enumerate(self.numbers) if number not in numbers]
+        """Drop rows, by their indices into `prompts`, so that no compute or memory is spent on them."""
+        kept = [index for index, number in enumerate(self.numbers) if number not in numbers]
         if len(kept) == len(self.numbers):
             return
-        self.numbers = [self.numbers[place] for place in kept]
+        self.numbers = [self.numbers[index] for index in kept]
         if not kept:
             return
-        self._padding = [self._padding[place] for place in kept]
+        self._padding = [self._padding[index] for index in kept]
         self._cache.keep_rows(kept, self._padding)
         first = min(self._padding)
         self._padding = [slots - first for slots in self._padding]
@@ -177,7 +180,7 @@ class Batch:
             self._seen = self._seen[kept]
 
     def _read(self, prompts: Sequence[Sequence[int]], chunk_tokens: int) -> Tensor:
-        """[B, V], the logits behind prompts, which are read into the cache's rows; short ones in one forward pass."""
+        """Prefill the cache and return the logits [B, V] after the prompts; short prompts share a forward pass."""
         logits: list[Tensor] = []
         while len(logits) < len(prompts):
             start = len(logits)
@@ -191,7 +194,7 @@ class Batch:
         return torch.stack(logits)
 
     def _read_packed(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
-        """[rows, V], the logits behind prompts that go to the rows from `first` on."""
+        """Prefill the rows from `first` on in one packed forward pass and return the logits [rows, V]."""
         lengths = [len(prompt) for prompt in prompts]
         ids = torch.arange(len(prompts)).repeat_interleave(torch.tensor(lengths))
         documents = Documents.from_ids(ids[None])
@@ -202,86 +205,87 @@ class Batch:
         packed = self._decoder.allocate_cache(batch_size=1, max_tokens=ends[-1])
         packed.is_packed = True
         hidden = self._decoder.hidden_states(input_ids, documents=documents, cache=packed)
-        for place, (length, end) in enumerate(zip(lengths, ends, strict=True)):
-            row = self._cache.row(first + place, self._padding[first + place])
+        for number, (length, end) in enumerate(zip(lengths, ends, strict=True), start=first):
+            row = self._cache.row(number, self._padding[number])
             row.keys[:, :, :, :length] = packed.keys[:, :, :, end - length : end]
             row.values[:, :, :, :length] = packed.values[:, :, :, end - length : end]
-        return self._decoder.lm_head(hidden[0, [end - 1 for end in ends]])
+        logits: Tensor = self._decoder.lm_head(hidden[0, [end - 1 for end in ends]])
+        return logits
 
     def _input(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor([list(ids)], device=self._positions.device)
 
 
 class Row:
-    """One row that is read and continued by turns; tokens that it begins with again are not read again.
+    """Generation for one row whose KV cache is reused: the shared prefix of the next prompt is not computed again.
 
-    An exception at any moment, such as KeyboardInterrupt, leaves it usable.
+    It can still be used after an exception at any time, such as KeyboardInterrupt.
 
     Args:
         decoder: The model, not sharded.
-        chunk_tokens: Tokens that one forward pass reads.
+        chunk_tokens: Prompt tokens per forward pass.
     """
 
     def __init__(self, decoder: Decoder, *, chunk_tokens: int = CHUNK_TOKENS) -> None:
         self._decoder, self._chunk_tokens = decoder, chunk_tokens
         self._device = decoder.model.embed_tokens.weight.device
         self._ids: list[int] = []
-        """Tokens whose keys and values the cache holds."""
+        """Tokens whose keys and values are cached."""
         with torch.inference_mode():
             self._cache = decoder.allocate_cache(batch_size=1, max_tokens=256)
 
     @property
     def num_cached(self) -> int:
-        """Tokens whose keys and values are known."""
+        """Number of tokens whose keys and values are cached."""
         return len(self._ids)
 
     def num_shared(self, ids: Sequence[int]) -> int:
-        """Tokens at the beginning of a prompt whose keys and values are known."""
+        """Return the number of leading tokens of a prompt whose keys and values are cached."""
         pairs = zip(self._ids, ids, strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def generate(
         self, ids: Sequence[int], *, max_new_tokens: int, sampling: Sampling = GREEDY, seed: int = 0
     ) -> Iterator[int]:
-        """Continue a prompt.
+        """Generate a continuation of a prompt.
 
         Args:
             ids: Token ids, at least one.
-            max_new_tokens: How many tokens to generate.
-            sampling: How tokens are chosen.
-            seed: Of the random numbers.
+            max_new_tokens: Number of tokens to generate.
+            sampling: Sampling parameters.
+            seed: Seed of the random numbers.
 
         Returns:
-            An iterator of token ids. The random numbers and the result are those of :class:`Batch` with this seed.
+            An iterator of token ids. Random numbers and results are those of :class:`Batch` with this seed.
         """
         random = RandomNumbers([seed], self._device) if sampling.temperature > 0 else None
         seen = None
         if sampling.repetition_penalty != 1:
             seen = _seen(self._decoder, torch.tensor([list(ids)], device=self._device))
-        new, shared = list(ids), min(self.num_shared(ids), len(ids) - 1)  # the last token is read for its logits
-        known, new = new[:shared], new[shared:]
+        shared = min(self.num_shared(ids), len(ids) - 1)  # the last token is always computed, for its logits
+        cached, new = list(ids[:shared]), list(ids[shared:])
         for _ in range(max_new_tokens):
-            token = int(self._next(known, new, sampling, random, seen))
-            known, new = known + new, [token]
+            token = int(self._next(cached, new, sampling, random, seen))
+            cached, new = cached + new, [token]
             yield token
 
     @torch.inference_mode()
     def _next(
         self,
-        known: list[int],
+        cached: list[int],
         new: list[int],
         sampling: Sampling,
         random: RandomNumbers | None,
         seen: Tensor | None,
     ) -> Tensor:
-        """[1], the token behind those that are known to the cache and those that are read now."""
-        self._ids, self._cache.num_tokens = known, len(known)
-        needed = len(known) + len(new)
+        """Compute the new tokens and return [1], the token after them."""
+        self._ids, self._cache.num_tokens = cached, len(cached)
+        needed = len(cached) + len(new)
         if needed > self._cache.max_tokens:
             self._cache.grow(1 << (needed - 1).bit_length())
         input_ids = torch.tensor([new], device=self._device)
         logits = _read_chunks(self._decoder, self._cache, input_ids, self._chunk_tokens)
-        self._ids = known + new
+        self._ids = cached + new
         tokens = sample(logits, sampling, random=random.next() if random is not None else None, seen=seen)
         if seen is not None:
             seen.scatter_(1, tokens[:, None], True)
@@ -289,32 +293,33 @@ class Row:
 
 
 def _read_chunks(decoder: Decoder, cache: KVCache, input_ids: Tensor, chunk_tokens: int) -> Tensor:
-    """[B, V], the logits behind tokens that are read in several forward passes."""
+    """Compute tokens in chunks of forward passes and return the logits [B, V] after them."""
+    logits: Tensor
     for part in input_ids.split(chunk_tokens, dim=1):
         logits = decoder(part, cache=cache, logits_to_keep=1)
     return logits[:, -1]
 
 
 def _seen(decoder: Decoder, input_ids: Tensor) -> Tensor:
-    """[B, V] bool, true for the tokens of each row."""
+    """Return [B, V] bool, true for the tokens of each row."""
     seen = torch.zeros(len(input_ids), decoder.config.vocab_size, dtype=torch.bool, device=input_ids.device)
     return seen.scatter_(1, input_ids, True)
 
 
 def _slice(documents: Documents | None, tokens: slice) -> Documents | None:
-    """The bounds of some tokens of each row; with a cache only `ids` and `positions` are read."""
+    """Return the bounds of a slice of each row; with a cache only `ids` and `positions` are used."""
     if documents is None:
         return None
     return documents._replace(ids=documents.ids[:, tokens], positions=documents.positions[:, tokens])
 
 
 def _groups_of_weights(decoder: Decoder) -> list[dist.ProcessGroup]:
-    """The ranks that FSDP2 shards the weights over, one group per dimension of their mesh."""
+    """Return the process groups that FSDP2 shards the weights over, one per dimension of their device mesh."""
     if not isinstance(decoder, FSDPModule):
         return []
     for module in decoder.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # some weights stay gathered after a forward pass
+            module.reshard()  # some weights are still gathered after a forward pass
     weight = next(decoder.parameters())
     assert isinstance(weight, DTensor)
     return weight.device_mesh.get_all_groups()

@@ -1,7 +1,7 @@
-"""LoRA (arXiv 2106.09685) on a decoder, by peft: which weights train beside a frozen base, and what they are called.
+"""LoRA (arXiv 2106.09685) for a decoder, by peft, and the names of its parameters.
 
-peft replaces linear layers of the blocks by layers that hold the frozen one and two small matrices A and B:
-y = W x + alpha / rank · B A x. What else trains is chosen by :attr:`LoRA.train_fully`.
+peft wraps linear layers of the blocks in layers with the frozen weight W and two small matrices A and B:
+y = W x + alpha / rank · B A x. :attr:`LoRA.train_fully` lists what else is trained.
 """
 
 from __future__ import annotations
@@ -23,59 +23,60 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 """Linear layers of a block."""
 
 FULLY = ("imaginary", "embed_tokens", "lm_head", "norms")
-"""What can train as a whole."""
+"""Weights that can be trained in full."""
 
-_IN_BETWEEN = {"base_layer", "default", "wrapped"}
-"""Parts of a parameter's name that peft's layers and ours put between those of the decoder."""
+_WRAPPERS = {"base_layer", "default", "wrapped"}
+"""Parts of parameter names that the wrapping layers add."""
 
 
 @dataclass(kw_only=True, frozen=True)
 class LoRA:
-    """Which weights train beside a frozen base. Trained weights and their optimizer state are in float32."""
+    """LoRA configuration. Trained weights and their optimizer state are in float32."""
 
     rank: int = 256
-    """Rows of A and columns of B. 256 on all linear layers is what TRL's guide LoRA Without Regret advises for
-    supervised fine-tuning; less saves memory where the data are few."""
+    """Rows of A and columns of B. 256 on all linear layers follows TRL's guide LoRA Without Regret for supervised
+    fine-tuning; a lower rank saves memory and is enough for small datasets."""
 
     alpha: float = 16
-    """The product B A is multiplied by alpha / rank. A learning rate near 10 × that of full fine-tuning fits."""
+    """The product B A is multiplied by alpha / rank. A learning rate of about 10 × that of full fine-tuning is
+    suitable."""
 
     targets: list[str] | None = None
     """Linear layers with adapters, of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj; empty means all
-    of them, and `[]` none, with train_fully."""
+    of them, and `[]` none (with train_fully)."""
 
     dropout: float = 0.0
-    """Share of the adapters' inputs that is set to zero in training."""
+    """Dropout probability of the adapters' inputs."""
 
     rslora: bool = False
     """Multiply by alpha / √rank instead (arXiv 2312.03732)."""
 
     dora: bool = False
-    """Train the norm of each output's weights too (DoRA, arXiv 2402.09353); slower, as each forward pass computes the
-    norms anew."""
+    """Train the norm of each output's weights too (DoRA, arXiv 2402.09353); slower, since each forward pass computes
+    the norms."""
 
     train_fully: list[str] = field(default_factory=list)
-    """What trains as a whole: `imaginary`, the columns of o_proj that read imaginary heads (RoPE++ alone), as a sum
-    with the base; `embed_tokens`, `lm_head` (with tied embeddings they are one) and `norms`, in place of the base's."""
+    """Weights that are trained in full: `imaginary`, the columns of o_proj that read imaginary heads (RoPE++ only),
+    added to the base's; `embed_tokens`, `lm_head` (the same with tied embeddings) and `norms`, replacing the base's."""
 
     base_dtype: str | None = None
-    """float32 or bfloat16: of the frozen weights, which activations outside of autocast have too; empty means that of
-    the run's precision. bfloat16 halves their memory, and rounds only what is stored in a wider dtype."""
+    """Dtype of the frozen weights, and of activations outside autocast: float32 or bfloat16; empty means that of the
+    trainer's precision. bfloat16 halves their memory, and rounds weights that are stored in a wider dtype."""
 
     @property
     def layers(self) -> list[str]:
-        """The linear layers with adapters, by name."""
+        """Names of the linear layers with adapters."""
         return list(LINEAR) if self.targets is None else list(self.targets)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, of which `LoRA(**values)` makes the same."""
+        """Return plain values `values` such that `LoRA(**values)` is equal."""
         return dataclasses.asdict(self)
 
     def check(self, scheme: PositionScheme) -> None:
-        """Check the settings, here and not as they are made: a parser would wrap what is wrong in lines of its own.
+        """Check the values. Not done in the constructor, where the argument parser would wrap the error message.
 
         Args:
-            scheme: Of the decoder.
+            scheme: Position scheme of the decoder.
 
         Raises:
             UsageError: a value out of range, a target that no block has, or nothing to train.
@@ -89,19 +90,19 @@ class LoRA:
         for key, names, known in (("targets", self.layers, LINEAR), ("train_fully", self.train_fully, FULLY)):
             for name in names:
                 if name not in known:
-                    raise UsageError(f"model.lora.{key}: the decoder has no {name!r}; choose of {', '.join(known)}")
+                    raise UsageError(f"model.lora.{key}: the decoder has no {name!r}; choose from {', '.join(known)}")
         if self.base_dtype not in (None, "float32", "bfloat16"):
             raise UsageError(f"model.lora.base_dtype: {self.base_dtype!r} must be float32 or bfloat16")
         if not self.layers and not self.train_fully:
-            raise UsageError("model.lora.targets: none, and train_fully names nothing: there is nothing to train")
+            raise UsageError("model.lora.targets: targets and train_fully are empty; there is nothing to train")
         if "imaginary" in self.train_fully and not isinstance(scheme, PairedHeads):
             raise UsageError(
-                f"model.lora.train_fully: {scheme} has no imaginary heads; leave imaginary out, or train a RoPE++ "
-                "model (ropepp-lit upcycle makes one of a RoPE model)"
+                f"model.lora.train_fully: {scheme} has no imaginary heads; remove imaginary, or train a RoPE++ "
+                "model (ropepp-lit upcycle converts a RoPE model)"
             )
 
     def peft_config(self) -> Any:
-        """The `LoraConfig` of the adapters.
+        """Return the adapters' `LoraConfig`.
 
         Raises:
             UsageError: peft is not installed.
@@ -125,8 +126,8 @@ class ImaginaryColumns(nn.Module):
 
     Args:
         layer: [2 · heads · head_dim] → [hidden_size]; real and imaginary heads alternate.
-        head_dim: Of a head.
-        dtype: Of the trained term.
+        head_dim: Size of a head.
+        dtype: Dtype of the trained term.
     """
 
     def __init__(self, layer: nn.Linear, head_dim: int, dtype: torch.dtype) -> None:
@@ -136,26 +137,27 @@ class ImaginaryColumns(nn.Module):
         self.imaginary = nn.Parameter(torch.zeros(shape, dtype=dtype))
 
     def forward(self, heads: Tensor) -> Tensor:
-        """[…, in_features] to […, out_features], of the dtype of the wrapped layer's output."""
-        output = self.wrapped(heads)
+        """Map […, in_features] to […, out_features], in the dtype of the wrapped layer's output."""
+        output: Tensor = self.wrapped(heads)
         added = F.linear(imaginary_of(heads, self.head_dim).to(self.imaginary.dtype), self.imaginary)
         return output + added.to(output.dtype)
 
 
 def imaginary_of(heads: Tensor, head_dim: int) -> Tensor:
-    """The imaginary heads of the last dimension, […, 2 · heads · head_dim] → […, heads · head_dim]."""
-    return heads.unflatten(-1, (-1, 2, head_dim))[..., 1, :].flatten(-2)
+    """Select the imaginary heads in the last dimension, […, 2 · heads · head_dim] → […, heads · head_dim]."""
+    pairs: Tensor = heads.unflatten(-1, (-1, 2, head_dim))
+    return pairs[..., 1, :].flatten(-2)
 
 
 def inject(decoder: Decoder, lora: LoRA) -> None:
-    """Freeze a decoder and give it adapters, on its device; their values are not set.
+    """Freeze a decoder and add adapters on its device; their values are not initialized.
 
     Args:
-        decoder: Changed in place; its parameters get the base's dtype.
-        lora: What trains.
+        decoder: Decoder, modified in place; its parameters are cast to the base's dtype.
+        lora: LoRA configuration.
 
     Raises:
-        UsageError: the decoder has not what is to be trained, or peft is not installed.
+        UsageError: the decoder does not have the weights to train, or peft is not installed.
     """
     lora.check(decoder.scheme)
     base = decoder.model.embed_tokens.weight.dtype if lora.base_dtype is None else getattr(torch, lora.base_dtype)
@@ -169,7 +171,7 @@ def inject(decoder: Decoder, lora: LoRA) -> None:
 
         inject_adapter_in_model(config, decoder)
         for parameter in decoder.parameters():
-            if parameter.requires_grad:  # peft makes them of the base's dtype
+            if parameter.requires_grad:  # peft creates them in the base's dtype
                 parameter.data = parameter.data.to(trained)
     for block in decoder.blocks if "imaginary" in lora.train_fully else ():
         attention: Any = block.self_attn
@@ -189,7 +191,7 @@ def inject(decoder: Decoder, lora: LoRA) -> None:
 
 
 def _cast_around(decoder: Decoder, module: nn.Module, base: torch.dtype) -> None:
-    """Let a module of float32 weights work between others of the base's dtype."""
+    """Cast inputs and outputs of a module with float32 weights, so that it fits between modules in the base's dtype."""
     if not isinstance(module, nn.Embedding):
         module.register_forward_pre_hook(lambda module, inputs: inputs[0].to(module.weight.dtype))
     elif decoder.config.tie_word_embeddings:
@@ -199,16 +201,16 @@ def _cast_around(decoder: Decoder, module: nn.Module, base: torch.dtype) -> None
 
 
 def clean_name(name: str) -> str:
-    """A parameter's name without what layers in between add: that of a plain decoder, or such as `….lora_A.weight`."""
-    return ".".join(part for part in name.split(".") if part not in _IN_BETWEEN)
+    """Return a parameter's name without the parts of wrapping layers, as in a plain decoder or `….lora_A.weight`."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def trained_names(decoder: nn.Module) -> dict[str, str]:
-    """Own names of the parameters that train, by their clean ones; of a tied output layer the embedding alone."""
+    """Return a dict from clean names to names of the trained parameters; a tied output layer is the embedding."""
     return {clean_name(name): name for name, value in decoder.named_parameters() if value.requires_grad}
 
 
 def base_names(decoder: nn.Module) -> dict[str, str]:
-    """Own names of a plain decoder's tensors, by its names: without adapters, with what trains in place of the base."""
+    """Return a dict from a plain decoder's names to names of tensors: without adapters, with fully trained weights."""
     adapters = (".lora_", ".imaginary")
     return {clean_name(name): name for name in decoder.state_dict() if not any(part in name for part in adapters)}

@@ -1,12 +1,18 @@
-"""Cross-entropy over the output layer without ever holding all logits.
+"""Fused output layer and cross-entropy, which computes logits in chunks and never stores all of them.
 
-Shapes: N tokens, M tokens whose labels count, V words of the vocabulary.
+:func:`linear_cross_entropy` is the loss of training; :class:`_LinearCrossEntropy` computes its gradients in the forward
+pass, chunk by chunk. :func:`token_cross_entropy` returns the losses of single tokens for evaluation, and
+:func:`function_of_cross_entropy` differentiates a function of them, such as DPO. This is the last file of the model;
+:mod:`ropepp_lit.train.causal_lm` trains it.
+
+Shapes: N tokens, M tokens whose labels are not ignored, V vocabulary entries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,19 +21,19 @@ from torch import Tensor
 from ropepp_lit.nn.precision import activation_dtype, at_least_float32
 
 IGNORE_INDEX = -100
-"""Labels that do not count (torch's and transformers' convention)."""
+"""Label that is ignored (torch's and transformers' convention)."""
 
 MAX_LOGITS = 2**25
-"""Logits that a CPU holds at once: 128 MiB in float32, enough rows to keep its cores busy."""
+"""Maximum number of logits per chunk on a CPU: 128 MiB in float32, enough rows to occupy its cores."""
 
 MIN_ROWS_ON_GPU = 4096
-"""Rows that a GPU computes at once, at least: fewer leave its matrix units idle and read the weights too often."""
+"""Minimum number of rows per chunk on a GPU: fewer leave its matrix units idle and read the weights too often."""
 
 
 def rows_per_chunk(vocab_size: int, device_type: str) -> int:
-    """Tokens whose logits are held at once.
+    """Return the number of tokens per chunk of logits.
 
-    On a CPU as many as `MAX_LOGITS` allows; on other devices a multiple of 256, and at least `MIN_ROWS_ON_GPU`.
+    On a CPU, as many as `MAX_LOGITS` allows; on other devices a multiple of 256, and at least `MIN_ROWS_ON_GPU`.
     """
     rows = max(1, MAX_LOGITS // vocab_size)
     return rows if device_type == "cpu" else max(MIN_ROWS_ON_GPU, rows // 256 * 256)
@@ -38,28 +44,30 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
-    places: Tensor | None = None,
+    label_indices: Tensor | None = None,
     label_weights: Tensor | None = None,
 ) -> Tensor:
-    """Sum of the cross-entropy of `hidden @ weight.T` against `labels`, computed in chunks of tokens.
+    """Return the summed cross-entropy of `hidden @ weight.T` against `labels`, computed in chunks of tokens.
 
-    Gradients are computed chunk by chunk in the forward pass, so nothing is computed twice and no logits are kept.
-    Softmax, loss and the sum of the weight's gradient are in float32 (float64 for float64) whatever the dtype of the
-    inputs. Differentiable once.
+    Gradients are computed chunk by chunk in the forward pass, so nothing is computed twice and no logits are stored.
+    Softmax, loss and the accumulated gradient of the weight are in float32 (float64 for float64) whatever the dtype of
+    the inputs. Differentiable once.
 
     Args:
         hidden: [N, hidden_size], floating.
         weight: [V, hidden_size], the output layer.
-        labels: [N] int64; IGNORE_INDEX does not count.
-        places: [M] int64: where the labels count. The other tokens are then left out of the matrix products. None
-            computes all tokens. It is an argument because a GPU would have to be waited for to know M.
-        label_weights: [N] floating: what the loss of each token is multiplied by. None means 1.
+        labels: [N] int64; IGNORE_INDEX is ignored.
+        label_indices: [M] int64: indices of the labels that are not ignored. The other tokens are skipped in the matrix
+            products. None computes all tokens. It is an argument because computing M here would synchronize with the
+            GPU.
+        label_weights: [N] floating: factor of each token's loss. None means 1.
 
     Returns:
-        Scalar, float32 (float64 for float64): nats, summed over the labels that count.
+        Scalar, float32 (float64 for float64): nats, summed over the labels that are not ignored.
     """
     dtype = activation_dtype(hidden)
-    return _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels, places, label_weights)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden.to(dtype), weight.to(dtype), labels, label_indices, label_weights)
+    return loss
 
 
 def function_of_cross_entropy(
@@ -68,53 +76,56 @@ def function_of_cross_entropy(
     labels: Tensor,
     function: Callable[[Tensor], Tensor],
     *,
-    places: Tensor | None = None,
+    label_indices: Tensor | None = None,
 ) -> Tensor:
-    """A function of the cross-entropy of each token, in chunks of tokens.
+    """Return a function of the cross-entropy of each token, computed in chunks of tokens.
 
-    Gradients need a second pass over the output layer: the first finds the losses, the function's gradient with respect
-    to them is then what :func:`linear_cross_entropy` multiplies each by. Differentiable once.
+    Gradients need a second pass over the output layer: the first pass computes the losses; the gradient of the function
+    with respect to them is then the `label_weights` of :func:`linear_cross_entropy`. Differentiable once.
 
     Args:
         hidden: See :func:`linear_cross_entropy`.
-        weight: See there.
-        labels: See there.
-        function: Gets what :func:`token_cross_entropy` returns. Returns a scalar; without gradients anything.
-        places: See there.
+        weight: See :func:`linear_cross_entropy`.
+        labels: See :func:`linear_cross_entropy`.
+        function: Called with the result of :func:`token_cross_entropy`. Returns a scalar, or anything if gradients are
+            disabled.
+        label_indices: See :func:`linear_cross_entropy`.
 
     Returns:
-        What the function returns.
+        The result of the function.
     """
-    losses = token_cross_entropy(hidden, weight, labels, places=places)
+    losses = token_cross_entropy(hidden, weight, labels, label_indices=label_indices)
     if not torch.is_grad_enabled():
         return function(losses)
     value = function(losses.requires_grad_())
     (gradient,) = torch.autograd.grad(value, losses)
     label_weights = gradient
-    if places is not None:
-        label_weights = gradient.new_zeros(len(labels)).index_copy(0, places, gradient)
-    total = linear_cross_entropy(hidden, weight, labels, places=places, label_weights=label_weights)
+    if label_indices is not None:
+        label_weights = gradient.new_zeros(len(labels)).index_copy(0, label_indices, gradient)
+    total = linear_cross_entropy(hidden, weight, labels, label_indices=label_indices, label_weights=label_weights)
     return value.detach() + (total - total.detach())
 
 
 @torch.no_grad()
-def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, places: Tensor | None = None) -> Tensor:
-    """The cross-entropy of each token, in chunks of tokens; without gradients.
+def token_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, label_indices: Tensor | None = None
+) -> Tensor:
+    """Return the cross-entropy of each token, computed in chunks of tokens, without gradients.
 
     Args:
         hidden: See :func:`linear_cross_entropy`.
-        weight: See there.
-        labels: See there.
-        places: See there.
+        weight: See :func:`linear_cross_entropy`.
+        labels: See :func:`linear_cross_entropy`.
+        label_indices: See :func:`linear_cross_entropy`.
 
     Returns:
-        [N], or [M] with places, float32 (float64 for float64): nats, 0 where the label does not count.
+        [N], or [M] with `label_indices`, float32 (float64 for float64): nats, 0 where the label is ignored.
     """
     dtype = activation_dtype(hidden)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     losses = [
         F.cross_entropy(_logits(hidden[rows], weight), labels[rows], ignore_index=IGNORE_INDEX, reduction="none")
-        for rows in _chunks(places, labels, weight)
+        for rows in _chunks(label_indices, labels, weight)
     ]
     return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=at_least_float32(dtype))
 
@@ -122,15 +133,20 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, place
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, places: Tensor | None, label_weights: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        label_indices: Tensor | None,
+        label_weights: Tensor | None,
     ) -> Tensor:
         precision = at_least_float32(hidden.dtype)
         total = hidden.new_zeros((), dtype=precision)
-        empty = torch.empty_like if places is None else torch.zeros_like
+        empty = torch.empty_like if label_indices is None else torch.zeros_like
         grad_hidden = empty(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=precision) if ctx.needs_input_grad[1] else None
         needs_grad = grad_hidden is not None or grad_weight is not None
-        for rows in _chunks(places, labels, weight):
+        for rows in _chunks(label_indices, labels, weight):
             inputs = hidden[rows]
             chunk_weights = None if label_weights is None else label_weights[rows]
             loss, grad = _loss_of_chunk(inputs, weight, labels[rows], chunk_weights, needs_grad=needs_grad)
@@ -145,7 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad_output.to(grad_hidden.dtype),
@@ -159,7 +175,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _loss_of_chunk(
     inputs: Tensor, weight: Tensor, targets: Tensor, target_weights: Tensor | None, *, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The summed loss of a chunk, and its gradient with respect to the logits in the dtype of the inputs."""
+    """Return the summed loss of a chunk, and its gradient with respect to the logits in the dtype of the inputs."""
     log_probabilities = _logits(inputs, weight).log_softmax(dim=-1)
     if target_weights is None:
         loss = F.nll_loss(log_probabilities, targets, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -168,31 +184,31 @@ def _loss_of_chunk(
         loss = (losses * target_weights).sum()
     if not needs_grad:
         return loss, None
-    # d loss / d logits = softmax - one-hot, and zero where the label does not count.
-    counts = targets != IGNORE_INDEX
+    # d loss / d logits = softmax - one-hot, and zero where the label is ignored.
+    has_label = targets != IGNORE_INDEX
     grad = log_probabilities.exp_()
-    grad[torch.arange(grad.shape[0], device=grad.device), targets.where(counts, 0)] -= 1
-    factors = counts if target_weights is None else counts * target_weights
+    grad[torch.arange(grad.shape[0], device=grad.device), targets.where(has_label, 0)] -= 1
+    factors = has_label if target_weights is None else has_label * target_weights
     return loss, grad.mul_(factors[:, None]).to(inputs.dtype)
 
 
-def _chunks(places: Tensor | None, labels: Tensor, weight: Tensor) -> Iterator[slice | Tensor]:
-    """Indices of the tokens of each chunk: slices, or parts of `places`."""
+def _chunks(label_indices: Tensor | None, labels: Tensor, weight: Tensor) -> Iterator[slice | Tensor]:
+    """Yield the indices of the tokens of each chunk: slices, or parts of `label_indices`."""
     size = rows_per_chunk(weight.shape[0], weight.device.type)
-    count = len(labels) if places is None else len(places)
+    count = len(labels) if label_indices is None else len(label_indices)
     for start, end in pairwise([*range(0, count, size), count]):
-        yield slice(start, end) if places is None else places[start:end]
+        yield slice(start, end) if label_indices is None else label_indices[start:end]
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Hidden @ weight.T in float32 (float64 for float64); on CUDA not rounded to bfloat16 on the way."""
+    """Return hidden @ weight.T in float32 (float64 for float64); on CUDA without rounding to bfloat16."""
     if hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return (hidden @ weight.T).to(at_least_float32(hidden.dtype))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Total += left @ right in the dtype of `total`, in one pass where the device can."""
+    """Compute total += left @ right in the dtype of `total`, fused where the device supports it."""
     if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:

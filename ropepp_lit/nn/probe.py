@@ -1,4 +1,4 @@
-"""Hooks into the scores and weights of attention, which is then computed step by step.
+"""Hooks into the scores and weights of attention, which is then computed without fused kernels.
 
 Shapes: B batch, T queries, S keys, H attention heads, K key/value heads, D head size.
 """
@@ -12,18 +12,18 @@ from ropepp_lit.nn.documents import Documents
 
 
 class Probe:
-    """Sees, and may change, the scores of all queries and keys. Subclass it; the memory is quadratic in the context.
+    """Base class of probes, which read and may change the scores of attention. Memory is quadratic in the context.
 
-    Give it to :meth:`~ropepp_lit.nn.decoder.Decoder.probed`. Heads are in the order of the layout: with RoPE++ the even
-    ones are real, the odd ones imaginary.
+    Subclass it and pass an instance to :meth:`~ropepp_lit.nn.decoder.Decoder.probed`. Heads are in the order of the
+    layout: with RoPE++ the even ones are real, the odd ones imaginary.
     """
 
     def scores(self, layer: int, scores: Tensor) -> Tensor:
-        """Return the scores to continue with, of the scores [B, H, T, S] of a layer: qᵀk · scale, before the mask."""
+        """Return the scores to use, given a layer's scores [B, H, T, S]: qᵀk · scale, before the mask."""
         return scores
 
     def weights(self, layer: int, weights: Tensor) -> None:
-        """See the weights [B, H, T, S] after the softmax."""
+        """Process a layer's weights [B, H, T, S] after the softmax."""
 
     def attend(
         self,
@@ -36,7 +36,7 @@ class Probe:
         mask: Tensor | None = None,
         scale: float,
     ) -> Tensor:
-        """What :func:`ropepp_lit.nn.kernels.attend` computes, with the hooks called; the same arguments and result."""
+        """Compute the result of :func:`ropepp_lit.nn.kernels.attend`, with the same arguments, and call the hooks."""
         groups = queries.shape[2] // keys.shape[2]
         keys, values = (x.repeat_interleave(groups, dim=2) for x in (keys, values))
         scores = self.scores(layer, torch.einsum("bthd,bshd->bhts", queries, keys) * scale)

@@ -1,4 +1,4 @@
-"""What the backward pass computes again instead of keeping: blocks without their attention, and layers in chunks."""
+"""Selective activation checkpointing: blocks that save attention only, and layers computed in chunks."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ _ATTENTION_OPERATIONS = (
     "flash_attn::_flash_attn_forward",
     "flash_attn::_flash_attn_varlen_forward",
 )
-"""Fused attention of torch and of the package flash-attn: each returns the output and what its backward pass needs."""
+"""Fused attention operators of torch and of the package flash-attn, which return what their backward pass needs."""
 
 
 @cache
 def attention_operations() -> list[Any]:
-    """Those of the fused attention operations that are registered in this process."""
-    found = []
+    """Return the fused attention operators that are registered in this process."""
+    registered = []
     for name in _ATTENTION_OPERATIONS:
         namespace, operation = name.split("::")
         packet = getattr(getattr(torch.ops, namespace), operation, None)
         if packet is not None:
-            found.append(packet.default)
-    return found
+            registered.append(packet.default)
+    return registered
 
 
 def keep_attention() -> Any:
-    """Contexts for :func:`torch.utils.checkpoint.checkpoint` that keep the results of attention and of nothing else."""
+    """Return contexts for :func:`torch.utils.checkpoint.checkpoint` that save the outputs of attention only."""
     return create_selective_checkpoint_contexts(attention_operations())
 
 
 def compute_in_chunks(layer: nn.Module, function: Callable[[Tensor], Tensor], hidden: Tensor, size: int) -> Tensor:
-    """`function(hidden)`, a number of tokens at a time; the backward pass computes each chunk again.
+    """Return `function(hidden)`, computed in chunks of tokens that are recomputed in the backward pass.
 
-    Unlike a `checkpoint` for each chunk, this computes nothing a third time inside a checkpointed block: the input is
-    kept before anything is computed, and at that point the block's recomputation ends.
+    Unlike a `checkpoint` per chunk, this computes nothing a third time inside a checkpointed block: the input is saved
+    before anything is computed, and the block's recomputation stops early at that point.
 
     Args:
-        layer: Owns the parameters of `function`.
-        function: Computes each token by itself.
+        layer: Module with the parameters of `function`.
+        function: Function that computes each token independently.
         hidden: [B, T, hidden_size].
-        size: Tokens of a row in a chunk.
+        size: Tokens of a row per chunk.
 
     Returns:
         [B, T, …].
@@ -59,16 +59,17 @@ def compute_in_chunks(layer: nn.Module, function: Callable[[Tensor], Tensor], hi
     parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
     if not torch.is_grad_enabled():
         return torch.cat([function(part) for part in hidden.split(size, dim=1)], dim=1)
-    token = _KeepInput.apply(torch.empty(0, requires_grad=True), hidden)
-    return _Chunks.apply(layer, function, size, token.grad_fn, hidden, *parameters)
+    token = _SaveInput.apply(torch.empty(0, requires_grad=True), hidden)
+    output: Tensor = _Chunks.apply(layer, function, size, token.grad_fn, hidden, *parameters)
+    return output
 
 
-class _KeepInput(torch.autograd.Function):
-    """A node that keeps a tensor for the backward pass of another one."""
+class _SaveInput(torch.autograd.Function):
+    """A node that saves a tensor for the backward pass of another node."""
 
     @staticmethod
-    def forward(ctx: Any, token: Tensor, kept: Tensor) -> Tensor:
-        ctx.save_for_backward(kept)
+    def forward(ctx: Any, token: Tensor, saved: Tensor) -> Tensor:
+        ctx.save_for_backward(saved)
         return token.clone()
 
     @staticmethod
@@ -83,11 +84,11 @@ class _Chunks(torch.autograd.Function):
         layer: nn.Module,
         function: Callable[[Tensor], Tensor],
         size: int,
-        kept: Any,
+        saved: Any,
         hidden: Tensor,
         *parameters: Tensor,
     ) -> Tensor:
-        ctx.layer, ctx.function, ctx.size, ctx.kept = layer, function, size, kept
+        ctx.layer, ctx.function, ctx.size, ctx.saved = layer, function, size, saved
         device_type = hidden.device.type
         ctx.autocast = {
             "device_type": device_type,
@@ -99,8 +100,8 @@ class _Chunks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden,) = ctx.kept.saved_tensors
-        ctx.kept = None  # the engine does not know this node, so it would keep the tensor until the graph is freed
+        (hidden,) = ctx.saved.saved_tensors
+        ctx.saved = None  # autograd does not track this node and would keep the tensor until the graph is freed
         parameters = [parameter for parameter in ctx.layer.parameters() if parameter.requires_grad]
         needs_input_grad = ctx.needs_input_grad[4]
         grad_hidden = torch.empty_like(hidden) if needs_input_grad else None

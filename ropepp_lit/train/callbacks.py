@@ -63,7 +63,7 @@ def _model_lines(decoder: Decoder) -> dict[str, str]:
     layout, embedding = decoder.head_layout, decoder.config.hidden_size * decoder.config.vocab_size
     trained = sum(parameter.numel() for parameter in decoder.parameters() if parameter.requires_grad)
     lines = {
-        "positions": decoder.positions_in_words,
+        "positions": decoder.positions_description,
         "heads": f"{layout.num_query_heads} query projections → {layout.num_attention_heads} attention heads, "
         f"{layout.num_key_value_heads} key/value heads of {decoder.config.head_dim}",
         "parameters": f"{decoder.num_parameters:,} (embedding: {embedding:,})",

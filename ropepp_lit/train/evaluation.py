@@ -37,7 +37,7 @@ def evaluating(trainer: pl.Trainer, decoder: Decoder) -> Iterator[None]:
     decoder.eval()
     with (
         trainer.precision_plugin.val_step_context(),
-        decoder.whole_rows(),
+        decoder.full_rows(),
         torch.compiler.set_stance("force_eager"),
     ):
         try:

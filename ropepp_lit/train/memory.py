@@ -205,7 +205,7 @@ class StepMemory:
             Line(part, "output of attention", tokens * grown * heads, self.compute),
             Line(part, "sums of exponentials", tokens * heads, torch.float32),
             Line(part, "input of the output projection", tokens * self._projected, self.compute),
-            Line(part, "kept by the position scheme", tokens * layout.kept_elements, self.compute),
+            Line(part, "kept by the position scheme", tokens * layout.saved_elements, self.compute),
         ]
         if config.attention_gate is not None:
             size = head if config.attention_gate == "element" else 1

@@ -192,7 +192,7 @@ def shard_decoder(
     register_fsdp_forward_method(output, "loss")
     if dims.context_group is not None:
         ranks = dims.context_group.size()
-        mode = choose_mode(decoder.layout_at_once, decoder.config.head_dim, ranks, context_mode)
+        mode = choose_mode(decoder.group_layout, decoder.config.head_dim, ranks, context_mode)
         decoder.set_context_group(ContextGroup(dims.context_group, mode))
 
 

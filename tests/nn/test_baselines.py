@@ -363,11 +363,11 @@ def test_cache_counts_dimensions_that_are_added():
         (lambda: make(PartialRoPE(partial_rotary_factor=0.1)), r"0\.1 of 16 dimensions is 1\.6; it must be an even"),
         (lambda: make(PartialRoPE(partial_rotary_factor=0.0625)), r"0\.0625 of 16 dimensions is 1; it must be an even"),
         (lambda: make(PartialRoPE(), head_dim=12), r"0\.25 of 12 dimensions is 3; it must be an even number"),
-        (lambda: PoPE(phase_init="one"), r"model\.positions\.phase_init: no way 'one'; choose zero or uniform"),
+        (lambda: PoPE(phase_init="one"), r"model\.positions\.phase_init: 'one' does not exist; choose zero or uniform"),
         (lambda: FoPE(context_length=0), r"model\.positions\.context_length: 0 must be above 0"),
         (
             lambda: make(FoPE(context_length=6)),
-            r"model\.positions\.context_length: in 6 tokens no frequency turns once",
+            r"model\.positions\.context_length: no frequency completes a rotation in 6 tokens",
         ),
         (lambda: make(FoPE(), head_dim=2), r"model\.decoder\.head_dim: 2 is too small; FoPE needs 4 or more"),
     ],

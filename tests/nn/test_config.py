@@ -65,7 +65,7 @@ def test_free_geometry_fills_what_follows():
     ("change", "message"),
     [
         ({"size": "7b"}, r"model\.decoder\.size: no size '7b'.*376m, 776m, 1\.5b"),
-        ({"vocab_size": None}, r"model\.decoder\.vocab_size is missing"),
+        ({"vocab_size": None}, r"model\.decoder\.vocab_size: missing"),
         ({"num_hidden_layers": 0}, r"model\.decoder\.num_hidden_layers: 0 must be above 0"),
         ({"hidden_size": 30}, r"model\.decoder\.hidden_size: 30 is not a multiple of num_attention_heads \(4\)"),
         (

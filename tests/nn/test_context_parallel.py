@@ -183,7 +183,7 @@ def test_mistakes_are_one_line():
         UsageError, match=r"context_parallel_mode: heads needs .* divides the 8 query heads computed at once; 3 does"
     ):
         choose_mode(layout, 16, 3, "heads")
-    with pytest.raises(UsageError, match="context_parallel_size: 3 ranks cannot cut rows of 63 tokens into 6 equal"):
+    with pytest.raises(UsageError, match="context_parallel_size: 3 ranks cannot split rows of 63 tokens into 6 equal"):
         tokens_of_rank(63, 3, 0, "gather")
 
 
@@ -198,11 +198,11 @@ def cluster():
     dist.destroy_process_group()
 
 
-def test_a_probe_needs_whole_rows(cluster):
+def test_a_probe_needs_full_rows(cluster):
     cluster(2)
     decoder = make(RoPE())
     decoder.set_context_group(ContextGroup(dist.group.WORLD, "gather"))
-    with pytest.raises(ValueError, match="a probe needs whole rows"), decoder.probed(Probe()):
+    with pytest.raises(ValueError, match="a probe needs full rows"), decoder.probed(Probe()):
         pass
 
 

@@ -64,10 +64,10 @@ def test_segments_are_documents_up_to_a_chunk(rows, ranks, size, data):
         asked += queries
         query_bounds, key_bounds = found.segments.query_bounds.tolist(), found.segments.key_bounds.tolist()
         assert (query_bounds[0], query_bounds[-1]) == (0, len(queries))
-        assert (key_bounds[0], key_bounds[-1]) == (0, len(found.key_places))
+        assert (key_bounds[0], key_bounds[-1]) == (0, len(found.key_indices))
         assert found.segments.longest_query == max(b - a for a, b in pairwise(query_bounds))
         assert found.segments.longest_key == max(b - a for a, b in pairwise(key_bounds))
-        places = found.key_places.tolist()
+        places = found.key_indices.tolist()
         for i, (first, last) in enumerate(pairwise(query_bounds)):
             keys = places[key_bounds[i] : key_bounds[i + 1]]
             for j, query in enumerate(queries[first:last]):

@@ -146,5 +146,5 @@ def test_attention_on_a_gpu_equals_that_on_the_cpu(packed, dtype, implementation
 
 def test_full_cache_says_so(decoder):
     cache = decoder.allocate_cache(batch_size=1, max_tokens=4)
-    with pytest.raises(ValueError, match="holds 4 tokens, and 5 are needed"):
+    with pytest.raises(ValueError, match="capacity of 4 tokens, and 5 are needed"):
         decoder(torch.zeros(1, 5, dtype=torch.int64), cache=cache)

@@ -121,5 +121,5 @@ def test_settings_that_cannot_be(make, name):
 
 def test_one_of_two_settings():
     for settings in ({}, {"context_length": 512, "kept": 0.5}):
-        with pytest.raises(UsageError, match=r"model\.frequencies: Clipped needs context_length or kept, one of them"):
+        with pytest.raises(UsageError, match=r"model\.frequencies: Clipped needs either context_length or kept"):
             Clipped(**settings)

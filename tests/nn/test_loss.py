@@ -41,7 +41,7 @@ def test_weights_of_labels(with_places):
     losses = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
     expected = (losses * label_weights).sum()
     places = (labels != -100).nonzero().flatten() if with_places else None
-    found = linear_cross_entropy(hidden, weight, labels, places=places, label_weights=label_weights)
+    found = linear_cross_entropy(hidden, weight, labels, label_indices=places, label_weights=label_weights)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
     for one, other in zip(
         torch.autograd.grad(found, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
@@ -60,7 +60,7 @@ def test_a_function_of_the_losses(with_places):
     places = (labels != -100).nonzero().flatten() if with_places else None
     losses = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
     expected = function(losses if places is None else losses[places])
-    found = function_of_cross_entropy(hidden, weight, labels, function, places=places)
+    found = function_of_cross_entropy(hidden, weight, labels, function, label_indices=places)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
     for one, other in zip(
         torch.autograd.grad(3 * found, (hidden, weight)),
@@ -69,7 +69,7 @@ def test_a_function_of_the_losses(with_places):
     ):
         torch.testing.assert_close(one, other, atol=1e-11, rtol=1e-11)
     with torch.no_grad():
-        kept = function_of_cross_entropy(hidden, weight, labels, lambda losses: losses, places=places)
+        kept = function_of_cross_entropy(hidden, weight, labels, lambda losses: losses, label_indices=places)
     torch.testing.assert_close(kept, losses if places is None else losses[places], atol=1e-12, rtol=1e-12)
 
 

@@ -142,7 +142,9 @@ def watch(
             decoder.set_context_group(group)
             moved = tree_map(move, documents)
             with Watch() as seen:
-                loss = decoder.loss(move(input_ids), move(labels), documents=moved, reduction="sum", places=move(index))
+                loss = decoder.loss(
+                    move(input_ids), move(labels), documents=moved, reduction="sum", label_indices=move(index)
+                )
             assert loss.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)

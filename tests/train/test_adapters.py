@@ -324,7 +324,7 @@ def test_adapters_over_a_merged_model(trained, folder):
         ({"rank": 0}, "model.lora.rank: 0 must be 1 or more"),
         ({"alpha": 0}, "model.lora.alpha"),
         ({"dropout": 1}, "model.lora.dropout"),
-        ({"targets": ["qkv_proj"]}, r"model.lora.targets: the decoder has no 'qkv_proj'; choose of q_proj"),
+        ({"targets": ["qkv_proj"]}, r"model.lora.targets: the decoder has no 'qkv_proj'; choose from q_proj"),
         ({"train_fully": ["wte"]}, "model.lora.train_fully: the decoder has no 'wte'"),
         ({"train_fully": ["imaginary"]}, "RoPE has no imaginary heads"),
         ({"targets": []}, "nothing to train"),

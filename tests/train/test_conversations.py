@@ -133,7 +133,7 @@ def test_a_packed_conversation_has_the_loss_and_gradients_that_it_has_alone(chat
     def measure(input_ids, labels, documents):
         decoder.zero_grad()
         marked = Batch.create(input_ids, labels, documents)
-        loss = decoder.loss(input_ids, labels, documents=documents, places=marked.places, reduction="sum")
+        loss = decoder.loss(input_ids, labels, documents=documents, label_indices=marked.places, reduction="sum")
         loss.backward()
         return [loss.detach(), *(parameter.grad.clone() for parameter in decoder.parameters())]
 

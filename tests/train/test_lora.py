@@ -143,7 +143,7 @@ def test_mistakes_are_one_line(runs, adapters, mistake):
     sharded = ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.save_distributed_checkpoint", "true"]
     for options, expected in (
         (["--model.lora", "{}"], "model.lora: adapters are trained beside a model's weights; name it by model.init_f"),
-        ([*base, "--model.lora.targets", "[qkv]"], "model.lora.targets: the decoder has no 'qkv'; choose of q_proj"),
+        ([*base, "--model.lora.targets", "[qkv]"], "model.lora.targets: the decoder has no 'qkv'; choose from q_proj"),
         ([*base, "--model.lora.train_fully", "[imaginary]", "--model.positions", "RoPE"], "no imaginary heads"),
         ([*base, *LORA[:2], *muon], "model.optimizer: Muon orthogonalizes"),
         ([*base, *LORA, "--trainer.precision", "bf16-true"], "trainer.precision: bf16-true would round the adapters"),

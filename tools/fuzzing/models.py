@@ -106,7 +106,7 @@ def _loaded(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {
         "weights": digest(decoder_weights(checkpoint)),
         "decoder": decoder.config.to_dict(),
-        "positions": decoder.positions_in_words,
+        "positions": decoder.positions_description,
         "theta": decoder.frequencies.rope_theta,
         "logits": logits.double().sum().item(),
         **{name: value for name, value in entry.items() if name not in ("architecture", "origin", "card")},
