@@ -197,7 +197,7 @@ class CompletionEncoder(_RowEncoder):
         self.columns, self.makes_pairs = columns, len(columns) == 3
         self._trains_prompt = train_on == "all"
         self._tokens = SpanTokenizer(tokenizer.json, special_tokens=special_tokens)
-        self._around = tokenizer.around
+        self._around = tokenizer.document_tokens
 
     def _render(self, row: dict[str, Any]) -> Rendered:
         prompt, completion = self.columns

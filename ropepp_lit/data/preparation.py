@@ -37,7 +37,7 @@ from ropepp_lit.files import write_whole
 from ropepp_lit.json_files import read_json, sealed, unsealed
 from ropepp_lit.text.formats import Record
 from ropepp_lit.text.identity import tokenizer_digest
-from ropepp_lit.text.sources import START, Cursor, Found, Reader
+from ropepp_lit.text.sources import START, Cursor, Inputs, Reader
 from ropepp_lit.text.tokenizer import BOS, EOS, TextTokenizer, load_tokenizer, train_tokenizer
 
 PART_BYTES = 128 * 2**20
@@ -95,7 +95,7 @@ class Preparation:
     def __init__(
         self,
         sources: list[str],
-        found: Found,
+        found: Inputs,
         settings: Settings,
         identity: dict[str, Any],
         fingerprint: str,
@@ -105,7 +105,7 @@ class Preparation:
         show_progress: bool,
         tell: Callable[[str], None] | None,
     ) -> None:
-        self._sources, self._files, self._left_out = sources, found.files, found.left_out
+        self._sources, self._files, self._ignored = sources, found.files, found.ignored
         self._settings, self._identity, self._fingerprint, self._out = settings, identity, fingerprint, out
         self._key, self._share, self._show_progress = key, share, show_progress
         self._tell = tell
@@ -309,7 +309,7 @@ class Preparation:
 
     def _finish(self, parts: list[Part]) -> Manifest:
         assert self._tokenizer.eos_token_id is not None
-        left_out = self._left_out if self._share is None or self._share.number == 1 else []
+        left_out = self._ignored if self._share is None or self._share.number == 1 else []
         examples = [f"{name}: {reason}" for name, reason in left_out[:5]]
         manifest = Manifest(
             format_version=FORMAT_VERSION,

@@ -15,11 +15,11 @@ from ropepp_lit.data.shards import FORMAT_VERSION, MANIFEST, Manifest
 from ropepp_lit.data.shares import Share
 from ropepp_lit.errors import DISK_ERRORS, UsageError
 from ropepp_lit.files import check_new_folder, locked
-from ropepp_lit.text.sources import Source, SourceFile, find, find_files, identify
+from ropepp_lit.text.sources import Input, SourceFile, find_files, find_inputs, identify
 from ropepp_lit.text.tokenizer import load_tokenizer
 
 
-def _identity_of(files: list[Source], settings: Settings) -> dict[str, Any]:
+def _identity_of(files: list[Input], settings: Settings) -> dict[str, Any]:
     """What the shards are made from: the contents of files and tokenizer, and the settings."""
     identity = {
         "format_version": FORMAT_VERSION,
@@ -36,7 +36,7 @@ def _identity_of(files: list[Source], settings: Settings) -> dict[str, Any]:
     return identity
 
 
-def fingerprint_of(files: list[Source], settings: Settings) -> str:
+def fingerprint_of(files: list[Input], settings: Settings) -> str:
     """A name for sources and settings: other contents, another setting or tokenizer give another one.
 
     Raises:
@@ -85,7 +85,7 @@ def prepare(
     """Token shards of sources, in a folder: made now, continued, or found whole.
 
     Args:
-        sources: See :func:`~ropepp_lit.text.sources.find`.
+        sources: See :func:`~ropepp_lit.text.sources.find_inputs`.
         settings: What the shards depend on.
         out: The folder; must not exist, be empty, or contain these very shards.
         key: What the user calls the sources, for messages.
@@ -98,7 +98,7 @@ def prepare(
         UsageError: nothing to read, a damaged document (unless `on_error` is skip), no space, a folder with something
             else in it, a setting that needs all documents in one process.
     """
-    found = find(sources, key=key)
+    found = find_inputs(sources, key=key)
     _check(found.files, settings, key, share)
     identity = _identity_of(found.files, settings)
     fingerprint = _fingerprint(identity)
@@ -128,7 +128,7 @@ def prepare(
             ) from error
 
 
-def _check(files: list[Source], settings: Settings, key: str, share: Share | None) -> None:
+def _check(files: list[Input], settings: Settings, key: str, share: Share | None) -> None:
     """Raise what is known to be wrong before anything is written."""
     if share is not None:
         for name, value, remedy in (

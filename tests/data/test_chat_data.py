@@ -170,11 +170,11 @@ WRONG = {
     "tools": ({"messages": [USER, ANSWER], "tools": ["add"]}, "tools is not a list of objects"),
     "two systems": (
         {"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "system": "b"},
-        "a system message, and",
+        "both a system message and",
     ),
     "variables": ({"messages": [USER, ANSWER], "chat_template_kwargs": [1]}, "chat_template_kwargs is not an object"),
     "texts": ({"prompt": "a", "completion": "b"}, "prompt and completion are texts.*: use --format completion"),
-    "one alone": ({"prompt": [USER]}, "neither messages, nor conversations, nor prompt and completion"),
+    "one alone": ({"prompt": [USER]}, "no key messages or conversations, and no keys prompt and completion"),
     "a surrogate": ({"messages": [{"role": "user", "content": "\ud800"}, ANSWER]}, "not UTF-8"),
     "the template": ({"messages": [USER, {**ANSWER, "tool_calls": [1]}]}, "the chat template cannot render it: "),
 }
@@ -249,7 +249,7 @@ def test_completions(model, tmp_path):
     [
         (
             {"tokenizer": "bytes"},
-            "chat_template: the tokenizer has no chat template; name a file with a Jinja template",
+            "chat_template: the tokenizer has no chat template; pass a file with a Jinja template",
         ),
         ({"tokenizer": None, "train_tokenizer": 300}, "train_tokenizer: not with --format chat"),
         ({"format": "text", "train_on": "last"}, "train_on: last has no meaning for --format text"),
@@ -367,7 +367,7 @@ def test_the_command(run_file, command_path, model, tmp_path):
         report.split()
     )
     assert "left out: 1 (no trained token)" in report
-    assert "Notice: contents spell special tokens, which are read as such: in 1 documents" in report
+    assert "Notice: special tokens in message contents are parsed as special tokens: in 1 documents" in report
     assert "A turn ends with <|im_end|>." in report
     again = run_file(command_path, *options, "--out", "out", "--workers", "1", cwd=tmp_path).stdout
     assert again.partition("split ")[2] == report
@@ -376,7 +376,7 @@ def test_the_command(run_file, command_path, model, tmp_path):
     printed = run_file(command_path, *options, *named, cwd=tmp_path).stdout
     assert "Notice: the chat template ends turns with no token of its own" in printed
     assert "let it write eos_token (<|endoftext|>) behind answers" in printed
-    assert "Notice: no end mark behind a trained turn: in 41 documents" in printed
+    assert "Notice: no end-of-turn token after a trained turn: in 41 documents" in printed
     failed = run_file(
         command_path, *options[:-2], "--format", "chat", "--text_key", "b", "--out", "x", cwd=tmp_path, returncode=2
     )

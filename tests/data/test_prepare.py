@@ -198,7 +198,7 @@ def test_missing_columns_and_sources(tmp_path):
         run(store(tmp_path / "a", "parquet"), tmp_path / "out", text_key="content")
     with pytest.raises(UsageError, match=r"SOURCE: .*nowhere: no such file or folder"):
         run(str(tmp_path / "nowhere"), tmp_path / "out")
-    with pytest.raises(UsageError, match=r"SOURCE: .*\*\.none: no files there"):
+    with pytest.raises(UsageError, match=r"SOURCE: .*\*\.none: it contains no files to read"):
         run(str(tmp_path / "*.none"), tmp_path / "out")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UsageError, match=r"SOURCE: no documents for train in 1 files \(1 empty\)"):

@@ -172,8 +172,8 @@ def test_validation_predicts_every_token_once(make, source, masking):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tokenizer": None}, r"data\.tokenizer: give either"),
-        ({"train_tokenizer": 300}, r"data\.tokenizer: give either"),
+        ({"tokenizer": None}, r"data\.tokenizer: set either"),
+        ({"train_tokenizer": 300}, r"data\.tokenizer: set either"),
         ({"tokenizer": "words"}, r"tokenizer: words: no such tokenizer"),
         ({"tokenizer": None, "train_tokenizer": 100}, r"data\.train_tokenizer: 100 must be 258 or more"),
         ({"context_length": 0}, r"data\.context_length: 0 must be 1 or more"),

@@ -242,7 +242,7 @@ def test_a_checkpoint_that_is_replaced_after_the_beginning_is_refused(small_chec
         (["--dtype", "int8"], "dtype: 'int8' must be float32 or bfloat16"),
         (["--text", "nowhere"], "text: nowhere: no such file or folder"),
         (["--text", "empty.txt"], "text: empty.txt holds no document"),
-        (["--text", "empty.txt,"], "text: an empty name among the sources"),
+        (["--text", "empty.txt,"], "text: a source has an empty name"),
         (
             ["--text", "latin.txt"],
             "text: latin.txt: not UTF-8; convert it by `iconv -f ENCODING -t UTF-8`, or leave the file out",

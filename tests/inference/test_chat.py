@@ -259,7 +259,7 @@ def test_an_interrupted_reply(made, tmp_path):
 
 
 def test_templates(mistake, base, tmp_path, capsys, type_lines):
-    assert "chat_template: the tokenizer has no chat template; name a file" in mistake(base, subcommand="chat", base=[])
+    assert "chat_template: the tokenizer has no chat template; pass a file" in mistake(base, subcommand="chat", base=[])
     missing = mistake(base, "--chat_template", "none.jinja", subcommand="chat", base=[])
     assert "chat_template: none.jinja: No such file" in missing
     template = tmp_path / "own.jinja"

@@ -271,12 +271,12 @@ REFUSED = {
         r"it: a\?\[31m\?b{190,194}$",
     ),
     "a type": ("{{ 1 + 'a' IF_THREE }}", "cannot render it: unsupported operand"),
-    "left out": ("{% set messages = messages[:2] IF_THREE else messages %}", "leaves an answer out"),
+    "left out": ("{% set messages = messages[:2] IF_THREE else messages %}", "omits an answer"),
     "reordered": ("{% set messages = messages[::-1] IF_THREE else messages %}", "changes the order"),
     "hidden": (
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + m.content | length %}{% endfor %}"
         "{{ ns.n }}",
-        "hides where the answers are",
+        "answers cannot be located",
     ),
 }
 
@@ -295,8 +295,8 @@ def test_a_conversation_that_the_template_refuses(case):
     [
         ("{% if %}", r"cannot render two questions with answers \(Expected an expression"),
         ("{{ raise_exception('no') }}", r"cannot render two questions with answers \(no\)"),
-        ("nothing", "leaves a message out, or writes one twice"),
-        (" ", "no chat template; name a file with a Jinja template by --chat_template"),
+        ("nothing", "omits a message, or writes one twice"),
+        (" ", "no chat template; pass a file with a Jinja template by --chat_template"),
     ],
 )
 def test_a_template_that_no_conversation_can_use(text, message):
@@ -313,7 +313,9 @@ def test_templates_by_name(family):
     assert template.source == template.render([user("a")]) == "plain"
     assert template.render([user("a")], tools=TOOLS) == "tools 1"
     del named[0]
-    with pytest.raises(UsageError, match=r"none is called 'default' \('tool_use'\); write the one to use into a file"):
+    with pytest.raises(
+        UsageError, match=r"none of the tokenizer's named templates is 'default' \('tool_use'\); write the one"
+    ):
         ChatTemplate.from_tokenizer(TextTokenizer(tokenizer=tokenizer.tokenizer, settings={"chat_template": named}))
 
 

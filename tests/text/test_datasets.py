@@ -34,7 +34,7 @@ def broken_connection(folder, monkeypatch):
 
 def test_datasets_that_fail_end_in_one_line(tmp_path, monkeypatch):
     for name, message in (
-        ("script", r"Dataset scripts are no longer supported.*; prepare its files by themselves, after `hf download`"),
+        ("script", r"Dataset scripts are no longer supported.*; prepare its files directly, after `hf download`"),
         ("split", r"at its beginning: .*; check its name, configuration and split and the connection, or prepare its"),
         ("mixed", r"at row 2: .*; run the same command again \(finished parts are kept\)"),
         ("connection", r"at row 2: ClientPayloadError: Response payload is not completed; run the same command again"),
@@ -89,5 +89,5 @@ def test_revisions(tmp_path, monkeypatch):
     assert loaded["revision"] == "b" * 40  # what `main` was when the work began
     with pytest.raises(UsageError, match="write hf:NAME"):
         find_files(["hf:org/name@"], key="text")
-    with pytest.raises(UsageError, match="is a folder here, which has no revisions; leave @main out"):
+    with pytest.raises(UsageError, match="is a local folder, which has no revisions; remove @main"):
         find_files([f"hf:{tmp_path}@main"], key="text")

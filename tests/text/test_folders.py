@@ -9,7 +9,7 @@ from sources import DOCUMENTS, json_lines, read, texts
 
 from ropepp_lit.data.prepare import Settings, prepare
 from ropepp_lit.errors import UsageError
-from ropepp_lit.text.sources import Cursor, find, find_files, identify
+from ropepp_lit.text.sources import Cursor, find_files, find_inputs, identify
 
 
 def fill(folder, *names):
@@ -36,9 +36,9 @@ FOLDERS = {
 def test_what_of_a_folder_are_documents(tmp_path, case):
     documents, others = FOLDERS[case]
     fill(tmp_path, *documents, *others, ".gitattributes", ".git/config")
-    found = find([str(tmp_path)], key="text")
+    found = find_inputs([str(tmp_path)], key="text")
     assert [file.name for file in found.files] == sorted(str(tmp_path / name) for name in documents)
-    assert sorted(name for name, _ in found.left_out) == sorted(str(tmp_path / name) for name in others)
+    assert sorted(name for name, _ in found.ignored) == sorted(str(tmp_path / name) for name in others)
     if others:
         assert texts(tmp_path / others[0])  # named by itself it is what it is
 
@@ -51,11 +51,11 @@ def test_what_datasets_saved(tmp_path, monkeypatch):
     assert texts(tmp_path / "saved") == rows["text"]
     assert texts(tmp_path / "saved", start=Cursor(1, 3)) == rows["text"][17 + 3 :]
     datasets.DatasetDict({"train": rows, "test": rows.select(range(5))}).save_to_disk(tmp_path / "dict")
-    with pytest.raises(UsageError, match=r"dict: a DatasetDict of several splits; name one of them: .*dict/test, "):
+    with pytest.raises(UsageError, match=r"dict: a DatasetDict with multiple splits; pass one of them: .*dict/test, "):
         read(tmp_path / "dict")
     assert texts(tmp_path / "dict" / "test") == rows["text"][:5]
     (tmp_path / "dict" / "test" / "data-00000-of-00001.arrow").unlink()
-    with pytest.raises(UsageError, match=r"state\.json does not name tables that are all there"):
+    with pytest.raises(UsageError, match=r"tables listed in its state\.json are missing"):
         read(tmp_path / "dict" / "test")
 
 
@@ -67,22 +67,22 @@ def test_links(tmp_path):
     (tmp_path / "source/c2.txt").symlink_to(tmp_path / "source/z/c.txt")
     (tmp_path / "source/broken.txt").symlink_to(tmp_path / "nothing")
     for source in (tmp_path / "source", tmp_path / "source/**"):
-        found = find([str(source)], key="text")
+        found = find_inputs([str(source)], key="text")
         real = [os.path.realpath(file.path) for file in found.files]
         assert sorted(real) == sorted(
             str(tmp_path / n) for n in ("outside/a.txt", "outside/deep/b.txt", "source/z/c.txt")
         )
         assert str(tmp_path / "source/z/c.txt") in [file.name for file in found.files]
     several = [str(tmp_path / name) for name in ("source/linked", "source/z/c.txt", "source", "outside")]
-    found = find(several, key="text")
+    found = find_inputs(several, key="text")
     assert sorted(file.name for file in found.files) == [
         str(tmp_path / n) for n in ("outside/a.txt", "outside/deep/b.txt", "source/z/c.txt")
     ]
-    assert (several[1], "a second name of a file that is read") in found.left_out
-    reasons = {Path(name).name: reason for name, reason in find([str(tmp_path / "source")], key="text").left_out}
-    assert reasons["c2.txt"] == "a second name of a file that is read"
+    assert (several[1], "another name of a file that is already read") in found.ignored
+    reasons = {Path(name).name: reason for name, reason in find_inputs([str(tmp_path / "source")], key="text").ignored}
+    assert reasons["c2.txt"] == "another name of a file that is already read"
     assert reasons["broken.txt"] == "a broken link, or not a regular file"
-    assert reasons["circle"] == "a link to a folder that is read already"
+    assert reasons["circle"] == "a link to a folder that is already read"
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -105,7 +105,7 @@ def test_shards_inside_of_their_source(tmp_path):
         for _ in range(2)
     )
     assert again == first
-    assert find([str(tmp_path)], key="text").left_out == [
+    assert find_inputs([str(tmp_path)], key="text").ignored == [
         (str(tmp_path / "out"), "token shards of `prepare`, not documents")
     ]
 
@@ -139,7 +139,7 @@ def test_sources_are_known_by_their_contents(tmp_path, monkeypatch):
     data[2**20 + 12345] ^= 1
     large.write_bytes(data)
     assert known("two") == before
-    monkeypatch.setattr("ropepp_lit.text.sources.WHOLE_BYTES", 2**21)  # larger files count by samples
+    monkeypatch.setattr("ropepp_lit.text.sources.FULL_DIGEST_BYTES", 2**21)  # larger files count by samples
     monkeypatch.setattr("ropepp_lit.text.sources.SAMPLES", 4)
     cache = tmp_path / "other"
     sampled = known("two")

@@ -161,14 +161,14 @@ def test_a_piece_that_is_not_text_costs_no_other(tmp_path, monkeypatch):
     assert [records[0].text, records[-1].text, records[-1].where] == ["one", "last", f"{tmp_path}/all.txt:5"]
     (record,) = read(tmp_path / "all.txt")
     assert record.problem == "a document of more than 2 MiB"
-    assert "by split" in record.remedy
+    assert "set split to" in record.remedy
 
 
 def test_split_is_checked(tmp_path):
     (tmp_path / "lines.jsonl").write_bytes(json_lines(DOCUMENTS))
     with pytest.raises(UsageError, match="split: SOURCE has no text files"):
         prepare([str(tmp_path)], Settings(tokenizer="bytes", split="|"), out=tmp_path / "out", show_progress=False)
-    with pytest.raises(UsageError, match="split: an empty separator"):
+    with pytest.raises(UsageError, match="split: the separator is empty"):
         read(tmp_path, split="")
 
 
@@ -201,22 +201,28 @@ NOT_TEXT = {
     "utf16.txt": ("text".encode("utf-16"), "UTF-16 text; convert it by `iconv -f UTF-16"),
     "utf32.txt": ("text".encode("utf-32"), "UTF-32 text; convert it by `iconv -f UTF-32"),
     "end.jsonl": (json_lines(DOCUMENTS) + b"{", ":601: broken JSON"),
-    "no key.txt": (b'{"content": "a"}\n', ":1: no key 'text'; name the key"),
+    "no key.txt": (b'{"content": "a"}\n', ":1: no key 'text'; set text_key to the key"),
     "latin1.txt": (b"caf\xe9", "not UTF-8; convert it by `iconv -f ENCODING -t UTF-8`"),
     "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer .*`git lfs pull`"),
     "crawl.gz": (gzip.compress(b"WARC/1.0\r\n"), "a web archive"),
     "rows.parquet.gz": (gzip.compress(b"PAR1..."), "a compressed table; unpack"),
     "cut.json": (b'[{"text": "a"}', "broken JSON: the array does not end"),
     "broken.json": (b'{\n "text": "a",\n', ":1: broken JSON"),
-    "columns.csv": (b"id,content\n1,a\n", r"no column 'text'; name the column .* by text_key \(columns: id, content\)"),
-    "ragged.csv": (b"id,text\n1,a\n2\n", ":2: another number of columns"),
-    "keys.jsonl": (b'{"id": 1, "content": "a"}\n', r"no key 'text'; name the key .* by text_key \(keys: id, content\)"),
-    "cut.jsonl.gz": (gzip.compress(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a whole copy"),
-    "cut.jsonl.zst": (zst(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a whole copy"),
-    "cut.jsonl.bz2": (bz2.compress(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a whole copy"),
-    "cut.jsonl.xz": (lzma.compress(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a whole copy"),
-    "second.jsonl.bz2": (bz2.compress(json_lines(DOCUMENTS)) + b"oops", "unreadable: .*; replace it by a whole copy"),
-    "second.jsonl.xz": (lzma.compress(json_lines(DOCUMENTS)) + b"oops", "unreadable: .*; replace it by a whole copy"),
+    "columns.csv": (b"id,content\n1,a\n", r"no column 'text'; set text_key to the column .* \(columns: id, content\)"),
+    "ragged.csv": (b"id,text\n1,a\n2\n", ":2: the number of columns differs"),
+    "keys.jsonl": (b'{"id": 1, "content": "a"}\n', r"no key 'text'; set text_key to the key .* \(keys: id, content\)"),
+    "cut.jsonl.gz": (gzip.compress(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a complete copy"),
+    "cut.jsonl.zst": (zst(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a complete copy"),
+    "cut.jsonl.bz2": (bz2.compress(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a complete copy"),
+    "cut.jsonl.xz": (lzma.compress(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a complete copy"),
+    "second.jsonl.bz2": (
+        bz2.compress(json_lines(DOCUMENTS)) + b"oops",
+        "unreadable: .*; replace it by a complete copy",
+    ),
+    "second.jsonl.xz": (
+        lzma.compress(json_lines(DOCUMENTS)) + b"oops",
+        "unreadable: .*; replace it by a complete copy",
+    ),
     "cut.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "unreadable: "),
 }
 

@@ -183,7 +183,7 @@ def test_code_of_a_folder_does_not_run(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "auto_map": hostile["auto_map"]}))
     assert load_tokenizer(str(tmp_path)).eos_token_id == 300
     assert not (tmp_path / "ran").exists()
-    assert "tokenizer.json is used alone" in capsys.readouterr().err
+    assert "only tokenizer.json is used" in capsys.readouterr().err
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(UsageError, match=r"tokenizer: .*: no such tokenizer"):
         load_tokenizer(str(tmp_path))
@@ -263,7 +263,7 @@ def test_a_bare_file_and_no_file(tmp_path):
     plain = Tokenizer.from_str(made.to_str().replace("<|end_of_text|>", "<|stop|>"))
     plain.post_processor = processors.ByteLevel()
     plain.save(str(tmp_path / "mine.json"))
-    with pytest.raises(UsageError, match=r"eos_token: .* name the token by ropepp-lit prepare --eos_token"):
+    with pytest.raises(UsageError, match=r"eos_token: .* pass the token by ropepp-lit prepare --eos_token"):
         load_tokenizer(str(tmp_path / "mine.json"))
 
 
@@ -279,7 +279,7 @@ def test_a_tokenizer_by_its_name_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert load_tokenizer("someone/model").eos_token_id == 0
-    with pytest.raises(UsageError, match=r"tokenizer: someone/else: neither here nor to be had from the Hugging Face"):
+    with pytest.raises(UsageError, match=r"tokenizer: someone/else: not found locally or on the Hugging Face"):
         load_tokenizer("someone/else")
 
 
