@@ -14,8 +14,8 @@ from torch.distributed.checkpoint import filesystem, metadata
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropepp_lit import checkpoint, sharded
+from ropepp_lit.data.manifest import MANIFEST, Manifest
 from ropepp_lit.data.prepare import Settings, prepare
-from ropepp_lit.data.shards import MANIFEST, Manifest
 from ropepp_lit.data.verify import verify
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPEPP

@@ -8,7 +8,8 @@ import time
 import others
 import pytest
 
-from ropepp_lit.data.shards import Manifest, TokenShards
+from ropepp_lit.data.manifest import Manifest
+from ropepp_lit.data.shards import TokenShards
 
 pytestmark = pytest.mark.end_to_end
 
@@ -108,7 +109,7 @@ def test_text_held_out_by_the_run_and_a_hugging_face_folder(run, tiny, tmp_path)
     }
     assert values["hf"] == pytest.approx(values["trained"], abs=1e-5)
     failed = run("evaluate", "hf", *options, "three", cwd=tmp_path, returncode=2).stderr
-    assert "text: hf does not say what text was held out from it; name files by --text" in failed
+    assert "text: hf does not store which text was held out; pass files by --text" in failed
 
 
 def held_out_lengths(shards):

@@ -1,4 +1,4 @@
-"""What of a folder are documents, and how it is known again."""
+"""Which files of a folder are documents, and how sources are identified."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ import datasets
 import pytest
 from sources import DOCUMENTS, json_lines, read, texts
 
-from ropepp_lit.data.prepare import Settings, prepare
+from ropepp_lit.data.prepare import PrepareSettings, prepare
 from ropepp_lit.errors import UsageError
 from ropepp_lit.text.sources import Cursor, find_files, find_inputs, identify
 
@@ -33,17 +33,17 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("case", FOLDERS)
-def test_what_of_a_folder_are_documents(tmp_path, case):
+def test_documents_of_a_folder(tmp_path, case):
     documents, others = FOLDERS[case]
     fill(tmp_path, *documents, *others, ".gitattributes", ".git/config")
     found = find_inputs([str(tmp_path)], key="text")
     assert [file.name for file in found.files] == sorted(str(tmp_path / name) for name in documents)
     assert sorted(name for name, _ in found.ignored) == sorted(str(tmp_path / name) for name in others)
     if others:
-        assert texts(tmp_path / others[0])  # named by itself it is what it is
+        assert texts(tmp_path / others[0])  # read if passed directly
 
 
-def test_what_datasets_saved(tmp_path, monkeypatch):
+def test_folders_saved_by_datasets(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = datasets.Dataset.from_dict({"text": DOCUMENTS[:50]}).shuffle(seed=0)
     rows.save_to_disk(tmp_path / "saved", num_shards=3)
@@ -89,8 +89,8 @@ def test_names_that_are_not_utf8(tmp_path):
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(folder)
     Path(os.fsdecode(folder + b"/\xff.txt")).write_text("text")
-    Path(os.fsdecode(folder + b"/bad\n.txt")).write_bytes(b"\xff")  # a line end must not break a message's line
-    settings = Settings(tokenizer="bytes", on_error="skip")
+    Path(os.fsdecode(folder + b"/bad\n.txt")).write_bytes(b"\xff")  # a line end must not break the line of a message
+    settings = PrepareSettings(tokenizer="bytes", on_error="skip")
     manifest = prepare([str(tmp_path)], settings, out=tmp_path / "out", show_progress=False)
     assert manifest.splits["train"].documents == 1
     assert manifest.examples == [f"{tmp_path}/caf\\xe9/bad\\n.txt: not UTF-8"]
@@ -98,10 +98,10 @@ def test_names_that_are_not_utf8(tmp_path):
     record.where.encode("utf-8")
 
 
-def test_shards_inside_of_their_source(tmp_path):
+def test_shards_inside_their_source(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     first, again = (
-        prepare([str(tmp_path)], Settings(tokenizer="bytes"), out=tmp_path / "out", show_progress=False)
+        prepare([str(tmp_path)], PrepareSettings(tokenizer="bytes"), out=tmp_path / "out", show_progress=False)
         for _ in range(2)
     )
     assert again == first
@@ -116,7 +116,7 @@ def test_a_pipe_is_refused(tmp_path):
         find_files([str(tmp_path / "pipe")], key="text")
 
 
-def test_sources_are_known_by_their_contents(tmp_path, monkeypatch):
+def test_sources_are_identified_by_their_contents(tmp_path, monkeypatch):
     cache = tmp_path / "digests"
     (tmp_path / "one").mkdir()
     fill(tmp_path / "one", "a.txt", "b.txt")
@@ -139,7 +139,7 @@ def test_sources_are_known_by_their_contents(tmp_path, monkeypatch):
     data[2**20 + 12345] ^= 1
     large.write_bytes(data)
     assert known("two") == before
-    monkeypatch.setattr("ropepp_lit.text.sources.FULL_DIGEST_BYTES", 2**21)  # larger files count by samples
+    monkeypatch.setattr("ropepp_lit.text.sources.FULL_DIGEST_BYTES", 2**21)  # larger files are sampled
     monkeypatch.setattr("ropepp_lit.text.sources.SAMPLES", 4)
     cache = tmp_path / "other"
     sampled = known("two")
