@@ -10,7 +10,7 @@ from ropepp_lit.data.manifest import Manifest
 from ropepp_lit.data.packing import PackedPlan, TooLong
 from ropepp_lit.errors import UsageError
 
-TEMPLATE = "chat_template"
+TEMPLATE_KEY = "chat_template"
 """Key of the chat template in tokenizer_config.json."""
 
 
@@ -119,7 +119,7 @@ def chat_settings(manifests: Sequence[Manifest]) -> dict[str, str]:
     """
     settings: dict[str, str] = {}
     if template := next((m.chat_template for m in manifests if m.chat_template is not None), None):
-        settings["tokenizer_config"] = json.dumps({TEMPLATE: template})
+        settings["tokenizer_config"] = json.dumps({TEMPLATE_KEY: template})
     ends = [token for manifest in manifests for token in manifest.end_of_turn]
     if ends:
         settings["generation_config"] = json.dumps(
@@ -153,7 +153,7 @@ def merge_settings(base: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str
 
 def template_of(entry: Mapping[str, Any]) -> str | None:
     """Return the (default) chat template stored in a checkpoint's or data's entry; None if there is none."""
-    template = json.loads(entry.get("tokenizer_config") or "{}").get(TEMPLATE)
+    template = json.loads(entry.get("tokenizer_config") or "{}").get(TEMPLATE_KEY)
     if isinstance(template, list):
         return next((each["template"] for each in template if each.get("name") == "default"), None)
     return template

@@ -21,10 +21,10 @@ from ropepp_lit.text.conversations import (
     PAIR_COLUMNS,
     Conversation,
     RowError,
-    completion_of,
-    completion_pair_of,
-    conversation_of,
-    conversation_pair_of,
+    parse_completion,
+    parse_completion_pair,
+    parse_conversation,
+    parse_conversation_pair,
 )
 from ropepp_lit.text.formats import Record
 from ropepp_lit.text.sources import Cursor, Reader
@@ -103,14 +103,17 @@ class _RowEncoder(TextEncoder, ABC):
             record.where,
             spans=spans,
             notices=tuple(notices),
-            second=len(first.text) if self.makes_pairs else None,
+            rejected_start=len(first.text) if self.makes_pairs else None,
         )
 
     def encode(self, records: Sequence[Record]) -> list[np.ndarray]:
         parts = [part for record in records for part in _parts(record)]
         encoded = self._tokens.encode([text for text, _ in parts], [spans for _, spans in parts])
         stored = iter([self._stored(ids, is_trained) for ids, is_trained in encoded])
-        return [next(stored) if record.second is None else join_pair(next(stored), next(stored)) for record in records]
+        return [
+            next(stored) if record.rejected_start is None else join_pair(next(stored), next(stored))
+            for record in records
+        ]
 
     def _stored(self, ids: np.ndarray, is_trained: np.ndarray) -> np.ndarray:
         opening, closing = (np.asarray(ids, dtype=np.int32) for ids in self._document_tokens)
@@ -129,12 +132,15 @@ class _RowEncoder(TextEncoder, ABC):
 
 def _parts(record: Record) -> list[tuple[str, list[Span]]]:
     """Split a record into its texts, one or two, with their trained spans."""
-    text, spans, second = str(record.text), record.spans or [], record.second
-    if second is None:
+    text, spans, rejected_start = str(record.text), record.spans or [], record.rejected_start
+    if rejected_start is None:
         return [(text, spans)]
     return [
-        (text[:second], [span for span in spans if span.start < second]),
-        (text[second:], [Span(start - second, end - second) for start, end in spans if start >= second]),
+        (text[:rejected_start], [span for span in spans if span.start < rejected_start]),
+        (
+            text[rejected_start:],
+            [Span(start - rejected_start, end - rejected_start) for start, end in spans if start >= rejected_start],
+        ),
     ]
 
 
@@ -174,11 +180,13 @@ class ChatEncoder(_RowEncoder):
             self.identity["date"] = datetime.date.today().isoformat()
 
     def _render(self, row: dict[str, Any]) -> Rendered:
-        return self._rendered(conversation_of(row, *self._keys))
+        return self._rendered(parse_conversation(row, *self._keys))
 
     def _render_pair(self, row: dict[str, Any]) -> list[Rendered]:
         prompt, chosen, rejected = self._keys
-        return [self._rendered(conversation) for conversation in conversation_pair_of(row, (prompt, chosen, rejected))]
+        return [
+            self._rendered(conversation) for conversation in parse_conversation_pair(row, (prompt, chosen, rejected))
+        ]
 
     def _rendered(self, conversation: Conversation) -> Rendered:
         return self._template.render_trained(conversation, self._train_on)
@@ -205,11 +213,11 @@ class CompletionEncoder(_RowEncoder):
 
     def _render(self, row: dict[str, Any]) -> Rendered:
         prompt, completion = self.columns
-        return self._rendered(*completion_of(row, (prompt, completion)))
+        return self._rendered(*parse_completion(row, (prompt, completion)))
 
     def _render_pair(self, row: dict[str, Any]) -> list[Rendered]:
         prompt_key, *keys = self.columns
-        prompt, *answers = completion_pair_of(row, (prompt_key, keys[0], keys[1]))
+        prompt, *answers = parse_completion_pair(row, (prompt_key, keys[0], keys[1]))
         return [self._rendered(prompt, answer) for answer in answers]
 
     def _rendered(self, prompt: str, completion: str) -> Rendered:

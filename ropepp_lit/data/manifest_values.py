@@ -9,8 +9,8 @@ import numpy as np
 if TYPE_CHECKING:
     from ropepp_lit.data.manifest import Manifest, TokenSet
 
-MAX_CHUNK_BYTES = 2**32
-"""Upper bound of a chunk's size in litdata's format."""
+CHUNK_BYTES_BOUND = 2**32
+"""Exclusive upper bound of the size of a chunk in litdata's format."""
 
 
 def check_values(manifest: Manifest) -> None:
@@ -52,7 +52,7 @@ def _check_split(split: str, tokens: TokenSet, itemsize: int) -> None:
     for chunk in tokens.chunks:
         where = f"{split}/{chunk.filename}"
         check_number(f"{where} documents", chunk.documents, least=1)
-        check_number(f"{where} tokens", chunk.tokens, least=chunk.documents, below=MAX_CHUNK_BYTES // itemsize)
+        check_number(f"{where} tokens", chunk.tokens, least=chunk.documents, below=CHUNK_BYTES_BOUND // itemsize)
         if not isinstance(chunk.sha256, str):
             raise ValueError(f"{where} sha256 is {chunk.sha256!r}")
     for name in ("documents", "tokens"):

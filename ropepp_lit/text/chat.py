@@ -14,7 +14,7 @@ import numpy as np
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.text.chat_turns import Frame, find_turns
-from ropepp_lit.text.conversations import KNOWN_ROLES, Conversation, RowError, texts_of
+from ropepp_lit.text.conversations import KNOWN_ROLES, Conversation, RowError, content_texts
 from ropepp_lit.text.tokenizer import TextTokenizer
 from ropepp_lit.text.tokenizer_files import content_of
 from ropepp_lit.text.trained_spans import Span, SpanTokenizer
@@ -274,13 +274,13 @@ class ChatTemplate:
         return re.compile("|".join(map(re.escape, self.tokens.added(special=True))) or "(?!)")
 
     def _spells_special(self, messages: Sequence[Message]) -> bool:
-        return any(self._special.search(text) for message in messages for text in texts_of(message))
+        return any(self._special.search(text) for message in messages for text in content_texts(message))
 
 
 def _readable(message: Message, *, reads_text: bool, reads_parts: bool) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, list) and not reads_parts:
-        return {**message, "content": "".join(texts_of(message))}
+        return {**message, "content": "".join(content_texts(message))}
     if isinstance(content, str) and reads_parts and not reads_text:
         return {**message, "content": [{"type": "text", "text": content}]}
     return dict(message)

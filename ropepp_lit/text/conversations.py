@@ -47,7 +47,7 @@ class Conversation:
     """Number of messages at the beginning that are the prompt: answers among them are not trained."""
 
 
-def conversation_of(row: Mapping[str, Any], column: str | None = None) -> Conversation:
+def parse_conversation(row: Mapping[str, Any], column: str | None = None) -> Conversation:
     """Parse the conversation of a row.
 
     Args:
@@ -85,7 +85,7 @@ def conversation_of(row: Mapping[str, Any], column: str | None = None) -> Conver
     return Conversation(messages=messages, tools=tools, options=options or {}, prompt_messages=prompt_messages)
 
 
-def completion_of(row: Mapping[str, Any], columns: tuple[str, str]) -> tuple[str, str]:
+def parse_completion(row: Mapping[str, Any], columns: tuple[str, str]) -> tuple[str, str]:
     """Return the prompt and the completion of a row.
 
     Raises:
@@ -102,7 +102,7 @@ def completion_of(row: Mapping[str, Any], columns: tuple[str, str]) -> tuple[str
     return str(texts[0]), str(texts[1])
 
 
-def conversation_pair_of(row: Mapping[str, Any], columns: tuple[str, str, str]) -> tuple[Conversation, Conversation]:
+def parse_conversation_pair(row: Mapping[str, Any], columns: tuple[str, str, str]) -> tuple[Conversation, Conversation]:
     """Return the conversations that end with the chosen and with the rejected answer of a row.
 
     Args:
@@ -141,20 +141,20 @@ def conversation_pair_of(row: Mapping[str, Any], columns: tuple[str, str, str]) 
             raise RowError(f"no answer in {key}")
     others = {name: row.get(name) for name in ("tools", "system", "chat_template_kwargs")}
     pair = (
-        conversation_of({"prompt": messages[:shared], "completion": messages[shared:], **others})
+        parse_conversation({"prompt": messages[:shared], "completion": messages[shared:], **others})
         for messages in (chosen, rejected)
     )
     return next(pair), next(pair)
 
 
-def completion_pair_of(row: Mapping[str, Any], columns: tuple[str, str, str]) -> tuple[str, str, str]:
+def parse_completion_pair(row: Mapping[str, Any], columns: tuple[str, str, str]) -> tuple[str, str, str]:
     """Return the prompt, the chosen and the rejected completion of a row.
 
     Raises:
         RowError: One of them is missing or not a string, a completion is empty, or they are equal.
     """
     prompt, *keys = columns
-    (text, chosen), (_, rejected) = (completion_of(row, (prompt, key)) for key in keys)
+    (text, chosen), (_, rejected) = (parse_completion(row, (prompt, key)) for key in keys)
     if chosen == rejected:
         raise RowError(f"{keys[0]} and {keys[1]} are the same")
     return text, chosen, rejected
@@ -197,12 +197,12 @@ def _message(message: Any) -> dict[str, Any]:
         raise RowError("a message's content is not a string")
     if calls is not None and not isinstance(calls, list):
         raise RowError("tool_calls is not a list")
-    if role == "assistant" and not calls and not "".join(texts_of(message)).strip():
+    if role == "assistant" and not calls and not "".join(content_texts(message)).strip():
         raise RowError("an empty answer")
     return dict(message)
 
 
-def texts_of(message: Mapping[str, Any]) -> Iterable[str]:
+def content_texts(message: Mapping[str, Any]) -> Iterable[str]:
     """Return the texts of a message's content."""
     content = message.get("content")
     if isinstance(content, str):

@@ -122,7 +122,7 @@ class Record(NamedTuple):
     """Trained spans of the text; None if all of it is trained."""
     notices: tuple[str, ...] = ()
     """Notices about a document that is kept."""
-    second: int | None = None
+    rejected_start: int | None = None
     """Index in the text at which the rejected answer's text begins; None if the record is not a pair."""
 
 

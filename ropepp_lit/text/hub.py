@@ -114,7 +114,7 @@ class HubDataset:
             line, where = first_line(error), f"row {number + 1}" if number else "its beginning"
             remedy = "prepare its files directly, after `hf download`"
             if number:
-                remedy = f"run the same command again (finished parts are kept), or {remedy}"
+                remedy = f"run the same command again (finished segments are kept), or {remedy}"
             elif "script" not in line:  # a dataset's own loading code is never run
                 remedy = f"check its name, configuration and split and the connection, or {remedy}"
             raise UsageError(f"{self.name}: at {where}: {type(error).__name__}: {line}; {remedy}") from error

@@ -19,7 +19,7 @@ from ropepp_lit.data.trained_tokens import join_pair, mark, split_pair, token_id
 from ropepp_lit.data.verify import verify
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.context_parallel import ContextShard
-from ropepp_lit.text.conversations import PAIR_COLUMNS, RowError, conversation_pair_of
+from ropepp_lit.text.conversations import PAIR_COLUMNS, RowError, parse_conversation_pair
 from ropepp_lit.text.tokenizer import load_tokenizer
 
 
@@ -54,7 +54,7 @@ TALK = [user("Hi"), assistant("Hello"), user("And?")]
     ],
 )
 def test_parsing_rows(row, prompt):
-    chosen, rejected = conversation_pair_of(row, PAIR_COLUMNS)
+    chosen, rejected = parse_conversation_pair(row, PAIR_COLUMNS)
     assert (chosen.messages, rejected.messages) == (prompt + GOOD, prompt + BAD)
     assert chosen.prompt_messages == rejected.prompt_messages == len(prompt)
 
@@ -74,7 +74,7 @@ def test_parsing_rows(row, prompt):
 )
 def test_invalid_rows(row, problem):
     with pytest.raises(RowError, match=problem):
-        conversation_pair_of(row, PAIR_COLUMNS)
+        parse_conversation_pair(row, PAIR_COLUMNS)
 
 
 @pytest.fixture(scope="module")

@@ -81,9 +81,9 @@ def plain_documents(shards, split, tokenizer_file):
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     manifest = Manifest.read(shards)
     opening = [] if manifest.bos_token_id is None else [manifest.bos_token_id]
-    known = [[*opening, *tokenizer.encode(text).ids, manifest.eos_token_id] for text in DOCUMENTS if text]
+    expected_documents = [[*opening, *tokenizer.encode(text).ids, manifest.eos_token_id] for text in DOCUMENTS if text]
     stored = [document.tolist() for document in TokenShards(shards, manifest, split).documents()]
-    assert all(document in known for document in stored)
+    assert all(document in expected_documents for document in stored)
     return stored
 
 
@@ -111,9 +111,9 @@ def test_every_token_after_the_first_of_a_document_is_predicted_once(shards, tok
     if rank is not None:  # each of two ranks has half of the tokens of the same documents
         shard = ContextShard(2, rank, "gather")
         samples = data.train_samples.__getitems__(list(range(4)))
-        whole, part = data.train_samples.collate(samples), data.train_samples.collate(samples, shard=shard)
-        assert torch.equal(part.labels, shard.take(whole.labels))
-        assert torch.equal(part.documents.positions, shard.take(whole.documents.positions))
+        full, part = data.train_samples.collate(samples), data.train_samples.collate(samples, shard=shard)
+        assert torch.equal(part.labels, shard.take(full.labels))
+        assert torch.equal(part.documents.positions, shard.take(full.documents.positions))
 
 
 def test_document_bounds_in_rows(shards):
@@ -131,9 +131,9 @@ def test_document_bounds_in_rows(shards):
     tokens, found = blocks.__getitems__(list(range(30)))
     for sample in range(30):
         expected = [
-            place in starts[span.chunk]
+            token in starts[span.chunk]
             for span in plan.locate(sample)
-            for place in range(span.start, span.start + span.num_tokens)
+            for token in range(span.start, span.start + span.num_tokens)
         ]
         assert found[sample].tolist() == expected
     batch = blocks.collate((tokens, found))

@@ -157,14 +157,14 @@ def test_a_mixture_with_text(chats, texts, tmp_path):
     out = tmp_path / "text"
     prepare([str(texts)], PrepareSettings(tokenizer="bytes"), out=out, show_progress=False)
     data = open_data({str(chats): 0.5, str(out): 0.5}, batch_size=10, max_steps=100)
-    known = {trained_pairs(*document) for document in TRAIN}
+    expected_conversations = {trained_pairs(*document) for document in TRAIN}
     packed = 0
     for batch in data.train_dataloader():
         for row in range(10):
             labels, starts = batch.labels[row], batch.documents.positions[row] == 0
             is_text = bool(((labels != -100) | torch.cat((starts[1:], torch.ones(1).bool()))).all())
             packed += not is_text
-        assert set(found_pairs(batch)) & known
+        assert set(found_pairs(batch)) & expected_conversations
     assert packed == 500
     assert data.bytes_per_token() is None
     assert data.bytes_per_token("chats") is None

@@ -17,9 +17,9 @@ def all_lengths(draw):
     return Lengths([np.cumsum(chunk) - chunk for chunk in kept], kept, 1, row_length, 0, 0), row_length
 
 
-@given(made=all_lengths(), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 1000))
-def test_every_conversation_is_in_one_row_of_each_pass(made, seed, epoch):
-    lengths, row_length = made
+@given(drawn_lengths=all_lengths(), seed=st.integers(0, 2**31 - 1), epoch=st.integers(0, 1000))
+def test_every_conversation_is_in_one_row_of_each_pass(drawn_lengths, seed, epoch):
+    lengths, row_length = drawn_lengths
     expected = {
         (chunk, start, size)
         for chunk, (starts, sizes) in enumerate(zip(lengths.starts, lengths.kept, strict=True))

@@ -26,7 +26,7 @@ def small_segments(monkeypatch):
     monkeypatch.setattr(encoders, "BATCH_BYTES", 700)
 
 
-def everything(folder):
+def all_bytes(folder):
     """Return all bytes of finished shards, including the manifest with the names of the sources."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -49,8 +49,8 @@ def in_parts(source, folder, count, settings=SETTINGS):
     order = list(range(1, count + 1))
     random.Random(count).shuffle(order)
     for number in order:
-        share = Part(number, count)
-        prepare([source], settings, out=folder / f"{number}", part=share, show_progress=False)
+        part = Part(number, count)
+        prepare([source], settings, out=folder / f"{number}", part=part, show_progress=False)
     return [folder / f"{number}" for number in order]
 
 
@@ -61,11 +61,11 @@ def test_merged_parts_equal_a_single_run(tmp_path, count):
     prepare([source], settings, out=tmp_path / "one", show_progress=False)
     folders = in_parts(source, tmp_path / "parts", count, settings)
     merge(folders, out=tmp_path / "merged")
-    assert everything(tmp_path / "merged") == everything(tmp_path / "one")
+    assert all_bytes(tmp_path / "merged") == all_bytes(tmp_path / "one")
     assert verify(tmp_path / "merged") == []
     assert (tmp_path / "parts" / "1" / "manifest.json").is_file()  # parts are not changed
-    busy = sum(bool(Manifest.read(folder).splits) for folder in folders)
-    assert busy >= min(count, 3)
+    num_with_documents = sum(bool(Manifest.read(folder).splits) for folder in folders)
+    assert num_with_documents >= min(count, 3)
     before = (tmp_path / "merged" / "manifest.json").stat().st_mtime_ns
     merge(folders, out=tmp_path / "merged")
     prepare([source], settings, out=tmp_path / "merged", show_progress=False)  # reuses the merged shards
@@ -86,7 +86,7 @@ def test_parts_of_documents_without_cuts_by_hash(tmp_path):
         False,
     ]
     merge(folders, out=tmp_path / "merged")
-    assert everything(tmp_path / "merged") == everything(tmp_path / "one")
+    assert all_bytes(tmp_path / "merged") == all_bytes(tmp_path / "one")
 
 
 def test_ranges_of_parts_are_contiguous_and_even():
@@ -175,14 +175,14 @@ print("left", left)
 
 @pytest.mark.end_to_end
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.6, 0.93])
-def test_parts_are_killed_and_resumed(run_file, tmp_path, share):
+@pytest.mark.parametrize("fraction", [0.6, 0.93])
+def test_parts_are_killed_and_resumed(run_file, tmp_path, fraction):
     source = corpus(tmp_path / "texts")
     run(source, tmp_path / "one")
     (tmp_path / "killed.py").write_text(KILLED)
-    printed = run_file(tmp_path / "killed.py", 10**6, source, tmp_path / "whole", cwd=tmp_path).stdout
-    moment = round(share * (10**6 - int(printed.split()[-1])))
-    script = (tmp_path / "killed.py", moment, source, tmp_path / "out")
+    printed = run_file(tmp_path / "killed.py", 10**6, source, tmp_path / "complete", cwd=tmp_path).stdout
+    step = round(fraction * (10**6 - int(printed.split()[-1])))
+    script = (tmp_path / "killed.py", step, source, tmp_path / "out")
     run_file(*script, cwd=tmp_path, returncode=-signal.SIGKILL)
     run_file(tmp_path / "killed.py", 10**6, source, tmp_path / "out", cwd=tmp_path)
     assert contents(tmp_path / "out" / "merged") == contents(tmp_path / "one")
@@ -206,7 +206,7 @@ def test_the_installed_command_prepares_and_merges_parts(command_path, run_file,
         cwd=tmp_path,
     )
     run_file(*command, "--out", tmp_path / "one", cwd=tmp_path)
-    assert everything(tmp_path / "merged") == everything(tmp_path / "one")
+    assert all_bytes(tmp_path / "merged") == all_bytes(tmp_path / "one")
 
 
 def test_chunk_size(tmp_path, monkeypatch, recwarn):
@@ -237,10 +237,10 @@ def test_an_unfinished_preparation_with_other_settings_is_not_deleted(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "out")
     monkeypatch.undo()
-    before = everything(tmp_path / ".out.partial")
-    with pytest.raises(UsageError, match=r"\.out\.partial has 2 finished parts .*other min_tokens; "):
+    before = all_bytes(tmp_path / ".out.partial")
+    with pytest.raises(UsageError, match=r"\.out\.partial has 2 finished segments .*differs in min_tokens; "):
         run(source, tmp_path / "out", min_tokens=7)
-    assert everything(tmp_path / ".out.partial") == before
+    assert all_bytes(tmp_path / ".out.partial") == before
 
 
 def test_long_documents_are_tokenized_concurrently(tmp_path, monkeypatch):
@@ -249,11 +249,11 @@ def test_long_documents_are_tokenized_concurrently(tmp_path, monkeypatch):
     from ropepp_lit.text.tokenizer import TextTokenizer
 
     monkeypatch.setenv("RAYON_NUM_THREADS", "4")
-    together, real = threading.Barrier(4, timeout=20), TextTokenizer.encode
+    all_running, real = threading.Barrier(4, timeout=20), TextTokenizer.encode
 
     def encode(self, texts):
         if texts and len(texts[0]) > 500:
-            together.wait()  # fails unless four run concurrently
+            all_running.wait()  # fails unless four run concurrently
         return real(self, texts)
 
     monkeypatch.setattr(TextTokenizer, "encode", encode)

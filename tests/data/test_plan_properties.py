@@ -16,13 +16,13 @@ CONTEXTS = st.integers(1, 15)
 
 
 def tokens_of(spans):
-    return [(span.chunk, place) for span in spans for place in range(span.start, span.start + span.num_tokens)]
+    return [(span.chunk, token) for span in spans for token in range(span.start, span.start + span.num_tokens)]
 
 
 @given(chunks=CHUNKS, context=CONTEXTS)
 def test_in_order_every_token_is_predicted_once(chunks, context):
     plan = BlockPlan(chunks, context_length=context, seed=None)
-    stream = [(chunk, place) for chunk, size in enumerate(chunks) for place in range(size)]
+    stream = [(chunk, token) for chunk, size in enumerate(chunks) for token in range(size)]
     samples = [tokens_of(plan.locate(sample)) for sample in range(plan.samples_per_pass)]
     assert [token for sample in samples for token in sample[1:]] == stream[1:]
     assert [token for sample in samples for token in sample[:-1]] == stream[:-1]
@@ -38,10 +38,10 @@ def test_a_shuffled_pass_predicts_every_token_at_most_once_and_misses_less_than_
     assert all(len(sample) == context + 1 for sample in samples)
     labels = [token for sample in samples for token in sample[1:]]
     assert len(set(labels)) == len(labels) == count * context > sum(chunks) - 1 - context
-    assert all(0 <= place < chunks[chunk] for sample in samples for chunk, place in sample)
+    assert all(0 <= token < chunks[chunk] for sample in samples for chunk, token in sample)
     # Tokens are consecutive within a chunk, and a chunk's last token is followed by the first of the next chunk.
-    for (chunk, place), (next_chunk, next_place) in (pair for sample in samples for pair in pairwise(sample)):
-        assert (chunk, place + 1) == (next_chunk, next_place) or (place == chunks[chunk] - 1 and next_place == 0)
+    for (chunk, token), (next_chunk, next_token) in (pair for sample in samples for pair in pairwise(sample)):
+        assert (chunk, token + 1) == (next_chunk, next_token) or (token == chunks[chunk] - 1 and next_token == 0)
     asked = permutation(count, seed)[:5].tolist()
     assert [other.locate(epoch * count + number) for number in asked] == [located[number] for number in asked]
 
@@ -101,7 +101,7 @@ def test_ranks_read_each_sample_once_and_runs_resume_after_the_last_sample(runs,
     identity = {"names": [], "contents": [], "context_length": 4, "seed": 0, "sources": []}
     read, state = [], {"samples": 0, "identity": identity}
     for ranks, batch_size, batches in runs:
-        taken, states = [], []
+        batches_of_ranks, states = [], []
         for rank in range(ranks):
             loader = TrainLoader(
                 Numbers(), batch_size=batch_size, num_batches=batches, num_replicas=ranks, rank=rank,
@@ -112,10 +112,10 @@ def test_ranks_read_each_sample_once_and_runs_resume_after_the_last_sample(runs,
             for batch, _ in zip(loader, range(min(stop, batches)), strict=False):
                 found.append(batch)
                 states.append(loader.state_dict())
-            taken.append(found)
+            batches_of_ranks.append(found)
             assert len(loader) == batches
         # In each step, the ranks' batches are consecutive.
-        step_samples = [sample for step in zip(*taken, strict=True) for batch in step for sample in batch]
+        step_samples = [sample for step in zip(*batches_of_ranks, strict=True) for batch in step for sample in batch]
         read += step_samples
         per_rank = len(states) // ranks
         assert all(states[rank * per_rank : (rank + 1) * per_rank] == states[:per_rank] for rank in range(ranks))

@@ -212,21 +212,21 @@ def test_damaged_shards_are_reported(tmp_path):
     folder = tmp_path / "out"
     manifest = Manifest.read(folder)
     chunk = folder / "train" / manifest.splits["train"].chunks[0].filename
-    whole = chunk.read_bytes()
-    flipped = bytearray(whole)
+    original = chunk.read_bytes()
+    flipped = bytearray(original)
     flipped[-10] ^= 1
     chunk.write_bytes(flipped)
     TokenShards(folder, manifest, "train")
     with pytest.raises(UsageError, match=f"{chunk}: its checksum differs from the manifest"):
         read_split(folder, "train")
     assert str(chunk) in verify(folder)[0]
-    chunk.write_bytes(whole[:-2])
-    with pytest.raises(UsageError, match=f"{chunk}: {len(whole) - 2} bytes instead of {len(whole)}"):
+    chunk.write_bytes(original[:-2])
+    with pytest.raises(UsageError, match=f"{chunk}: {len(original) - 2} bytes instead of {len(original)}"):
         TokenShards(folder, manifest, "train")
     chunk.unlink()
     with pytest.raises(UsageError, match=f"{chunk}: missing"):
         TokenShards(folder, manifest, "train")
-    chunk.write_bytes(whole)
+    chunk.write_bytes(original)
     assert verify(folder) == []
     (folder / "train" / "index.json").write_text("{")
     with pytest.raises(UsageError, match=f"{folder}/train/index.json: missing, garbled"):

@@ -71,9 +71,9 @@ def kill_and_resume(kill_at, uninterrupted, tmp_path, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.3, 0.99])
-def test_killed_and_resumed(kill_at, uninterrupted, tmp_path, share):
-    kill_and_resume(kill_at, uninterrupted, tmp_path, round(share * uninterrupted[2]))
+@pytest.mark.parametrize("fraction", [0.3, 0.99])
+def test_killed_and_resumed(kill_at, uninterrupted, tmp_path, fraction):
+    kill_and_resume(kill_at, uninterrupted, tmp_path, round(fraction * uninterrupted[2]))
 
 
 @pytest.mark.slow
@@ -94,12 +94,12 @@ def test_the_installed_command_is_killed_and_resumed(command_path, run_file, tmp
     process.wait()
     assert not (tmp_path / "out").exists()
     printed = run_file(*command, tmp_path / "out", cwd=tmp_path).stdout
-    run_file(*command, tmp_path / "whole", "--workers", "1", cwd=tmp_path)
+    run_file(*command, tmp_path / "complete", "--workers", "1", cwd=tmp_path)
     (tmp_path / "out/lengths.png").unlink()
-    (tmp_path / "whole/lengths.png").unlink()
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    (tmp_path / "complete/lengths.png").unlink()
+    assert contents(tmp_path / "out") == contents(tmp_path / "complete")
     assert "42,000" in printed
-    assert "share of tokens" in printed
+    assert "fraction of tokens" in printed
     verified = run_file(command_path, "prepare", "--verify", tmp_path / "out", cwd=tmp_path)
     assert "tokens are as they were written" in verified.stdout
 

@@ -100,8 +100,8 @@ def test_the_cache_size_is_bounded(server, shards, tmp_path):
     assert torch.equal(here, there)
     remote.train_samples._shards[0]._fetching[1].shutdown()
     kept = [path.stat().st_size for path in tmp_path.rglob("chunk-*.bin")]
-    whole = sum(path.stat().st_size for path in (shards / "train").glob("chunk-*.bin"))
-    assert 3000 < sum(kept) <= 5000 < whole
+    total = sum(path.stat().st_size for path in (shards / "train").glob("chunk-*.bin"))
+    assert 3000 < sum(kept) <= 5000 < total
 
 
 def test_packing_equals_that_from_disk_even_with_a_small_cache(server, tmp_path):

@@ -78,15 +78,15 @@ def test_ranks_and_workers_read_the_same_global_order(make, num_workers):
 
 
 def test_one_rank_resumes_a_run_of_two(make):
-    whole = torch.cat(rows(make(max_steps=12).train_dataloader(), 12))
+    uninterrupted = torch.cat(rows(make(max_steps=12).train_dataloader(), 12))
     first = [make(replicas=2, rank=rank).train_dataloader() for rank in range(2)]
-    begun = [rows(loader, 4) for loader in first]
+    before = [rows(loader, 4) for loader in first]
     states = [loader.state_dict() for loader in first]
     assert states[0] == states[1]
     rest = make(batch_size=4).train_dataloader()
     rest.load_state_dict(states[0])
-    order = [row for pair in zip(*begun, strict=True) for row in pair] + rows(rest, 4)
-    assert torch.equal(torch.cat(order), whole)
+    order = [row for pair in zip(*before, strict=True) for row in pair] + rows(rest, 4)
+    assert torch.equal(torch.cat(order), uninterrupted)
 
 
 def test_iterating_twice_does_not_rewind(make):
@@ -238,13 +238,13 @@ def test_a_mixture_has_exact_proportions_and_one_global_order(make, mixture):
 
 def test_one_rank_resumes_a_mixture_of_two(make, mixture):
     settings = {"source": mixture, "tokenizer": None, "max_steps": 99}
-    whole = torch.cat(rows(make(**settings).train_dataloader(), 30))
+    uninterrupted = torch.cat(rows(make(**settings).train_dataloader(), 30))
     loaders = [make(replicas=2, rank=rank, **settings).train_dataloader() for rank in range(2)]
-    begun = [rows(loader, 10) for loader in loaders]
+    before = [rows(loader, 10) for loader in loaders]
     rest = make(**settings).train_dataloader()
     rest.load_state_dict(loaders[1].state_dict())
-    order = [row for pair in zip(*begun, strict=True) for row in pair] + rows(rest, 10)
-    assert torch.equal(torch.cat(order), whole)
+    order = [row for pair in zip(*before, strict=True) for row in pair] + rows(rest, 10)
+    assert torch.equal(torch.cat(order), uninterrupted)
     heavier = make(**{**settings, "source": {**mixture, next(iter(mixture)): 0.7}}).train_dataloader()
     heavier.load_state_dict(loaders[1].state_dict())
     assert heavier.samples == 0

@@ -24,7 +24,7 @@ from ropepp_lit.inference.prompts import encode_messages
 from ropepp_lit.nn import Decoder
 from ropepp_lit.nn.sampling import Sampling
 from ropepp_lit.text.chat import ChatTemplate
-from ropepp_lit.text.conversations import conversation_of
+from ropepp_lit.text.conversations import parse_conversation
 
 
 class Terminal:
@@ -120,7 +120,7 @@ def test_a_conversation_in_a_terminal(terminal, talker, tmp_path):
     chat.type("\x04")
     assert chat.process.wait(60) == 0
     (line,) = (tmp_path / "talk.jsonl").read_text(encoding="utf-8").splitlines()
-    system, question, answer = conversation_of(json.loads(line)).messages  # as `prepare --format chat` reads it
+    system, question, answer = parse_conversation(json.loads(line)).messages  # as `prepare --format chat` reads it
     assert (system, question) == (
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a fox?"}
     )  # fmt: skip

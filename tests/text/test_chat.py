@@ -32,14 +32,14 @@ def call(name, arguments):
 @pytest.fixture(scope="session")
 def family(tmp_path_factory):
     """Function that returns the template of a family, with or without marks, and its folder for transformers."""
-    made = {}
+    families = {}
 
     def family(name, marks=False):
-        if (name, marks) not in made:
+        if (name, marks) not in families:
             folder = make_chat_folder(name, tmp_path_factory.mktemp("chat") / name, marks=marks)
             template = ChatTemplate.from_tokenizer(load_tokenizer(str(folder)))
-            made[name, marks] = SimpleNamespace(template=template, others=AutoTokenizer.from_pretrained(folder))
-        return made[name, marks]
+            families[name, marks] = SimpleNamespace(template=template, others=AutoTokenizer.from_pretrained(folder))
+        return families[name, marks]
 
     return family
 
@@ -195,11 +195,11 @@ TURNS = [user("a"), assistant("b"), user("c"), assistant("d")]
 PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 
 UNUSUAL = {
-    "another end mark behind the last turn": (
+    "another end mark after the last turn": (
         BEGIN + HEADER + "{{ m.content }}{{ '<|endoftext|>' if loop.last else '<|im_end|>' }}{% endfor %}" + PROMPT,
         TURNS, ["b<|im_end|>", "d<|endoftext|>"], ["<|endoftext|>", "<|im_end|>"],
     ),
-    "a token behind the whole": (
+    "a token after the conversation": (
         BEGIN + HEADER + "{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if not add_generation_prompt %}<|endoftext|>{% endif %}" + PROMPT,
         TURNS, ["b<|im_end|>", "d<|im_end|>"], ["<|im_end|>"],

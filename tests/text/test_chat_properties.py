@@ -39,12 +39,12 @@ def conversations(draw, name):
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
     """Templates of each family, without and with `{% generation %}` marks."""
-    made = {}
+    templates = {}
     for name in TEMPLATES:
         folders = [make_chat_folder(name, tmp_path_factory.mktemp(name) / "f", marks=marks) for marks in (False, True)]
         plain, marked = (ChatTemplate.from_tokenizer(load_tokenizer(str(folder))) for folder in folders)
-        made[name] = SimpleNamespace(plain=plain, marked=marked)
-    return made
+        templates[name] = SimpleNamespace(plain=plain, marked=marked)
+    return templates
 
 
 @given(name=st.sampled_from(sorted(TEMPLATES)), data=st.data())
@@ -62,14 +62,14 @@ ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"
 @pytest.fixture(scope="module")
 def by_bytes():
     """Templates with a tokenizer of bytes and special tokens, in which no token crosses the bounds of a turn."""
-    made = {}
+    templates = {}
     for name, end in ENDS.items():
         tokenizer = byte_tokenizer().tokenizer
         tokenizer.add_special_tokens([end, "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>"])
-        made[name] = ChatTemplate.from_tokenizer(
+        templates[name] = ChatTemplate.from_tokenizer(
             TextTokenizer(tokenizer=tokenizer, bos_token_id=0, eos_token_id=1), source_of(name, marks=False)
         )
-    return made
+    return templates
 
 
 @given(name=st.sampled_from(sorted(ENDS)), data=st.data())

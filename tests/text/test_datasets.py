@@ -36,7 +36,7 @@ def test_failing_datasets_are_reported_in_one_line(tmp_path, monkeypatch):
     for name, message in (
         ("script", r"Dataset scripts are no longer supported.*; prepare its files directly, after `hf download`"),
         ("split", r"at its beginning: .*; check its name, configuration and split and the connection, or prepare its"),
-        ("mixed", r"at row 2: .*; run the same command again \(finished parts are kept\)"),
+        ("mixed", r"at row 2: .*; run the same command again \(finished segments are kept\)"),
         ("connection", r"at row 2: ClientPayloadError: Response payload is not completed; run the same command again"),
     ):
         folder = tmp_path / name

@@ -123,28 +123,28 @@ def test_sources_are_identified_by_their_contents(tmp_path, monkeypatch):
     large = tmp_path / "one" / "c.txt"
     large.write_bytes(os.urandom(3 * 2**20))
 
-    def known(folder):
+    def identity(folder):
         return identify(find_files([str(tmp_path / folder)], key="text"), cache_dir=cache)
 
-    before = known("one")
+    before = identity("one")
     os.utime(large)
-    assert known("one") == before
+    assert identity("one") == before
     (tmp_path / "one").rename(tmp_path / "two")
-    assert known("two") == before
+    assert identity("two") == before
     large = tmp_path / "two" / "c.txt"
     data = bytearray(large.read_bytes())
     data[2**20 + 12345] ^= 1
     large.write_bytes(data)
-    assert known("two") != before
+    assert identity("two") != before
     data[2**20 + 12345] ^= 1
     large.write_bytes(data)
-    assert known("two") == before
+    assert identity("two") == before
     monkeypatch.setattr("ropepp_lit.text.sources.FULL_DIGEST_BYTES", 2**21)  # larger files are sampled
     monkeypatch.setattr("ropepp_lit.text.sources.SAMPLES", 4)
     cache = tmp_path / "other"
-    sampled = known("two")
+    sampled = identity("two")
     data[-1] ^= 1
     large.write_bytes(data)
-    assert known("two") != sampled
+    assert identity("two") != sampled
     (tmp_path / "two" / "a.txt").write_text("y")
-    assert known("two")[0] != sampled[0]
+    assert identity("two")[0] != sampled[0]

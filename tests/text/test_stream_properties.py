@@ -16,11 +16,11 @@ TEXTS = st.text(
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    made = {"bytes": byte_tokenizer()}
+    tokenizers = {"bytes": byte_tokenizer()}
     for kind in others.KINDS:
         others.make_tokenizer(kind, folder := tmp_path_factory.mktemp(kind))
-        made[kind] = load_tokenizer(str(folder))
-    return made
+        tokenizers[kind] = load_tokenizer(str(folder))
+    return tokenizers
 
 
 KINDS = st.sampled_from(["bytes", *others.KINDS])
@@ -50,10 +50,10 @@ def test_a_text_ends_before_the_first_stop_text(tokenizers, kind, stop_texts, da
     tokenizer = tokenizers[kind]
     ids = draw_ids(data, tokenizer)
     ends = set(data.draw(st.lists(st.sampled_from(ids), max_size=1))) if ids else set()
-    before = ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
-    whole = tokenizer.decode(before)
-    for start in data.draw(st.lists(st.integers(0, len(whole)), max_size=3)):  # strings that occur in the text
-        stop_texts = [*stop_texts, whole[start : start + 2] or "a"]
+    before = ids[: next((position for position, token in enumerate(ids) if token in ends), len(ids))]
+    full_text = tokenizer.decode(before)
+    for start in data.draw(st.lists(st.integers(0, len(full_text)), max_size=3)):  # strings that occur in the text
+        stop_texts = [*stop_texts, full_text[start : start + 2] or "a"]
     stream, given_text = StoppingStream(tokenizer, stop_token_ids=ends, stop_texts=stop_texts), ""
     count = 0
     for token in ids:
@@ -62,7 +62,7 @@ def test_a_text_ends_before_the_first_stop_text(tokenizers, kind, stop_texts, da
         if stream.is_stopped:
             break
     given_text += stream.finish()
-    places = [place for place in map(whole.find, stop_texts) if place >= 0]
-    assert given_text == whole[: min(places, default=len(whole))]
+    positions = [position for position in map(full_text.find, stop_texts) if position >= 0]
+    assert given_text == full_text[: min(positions, default=len(full_text))]
     assert stream.num_tokens == count <= len(before) + 1
-    assert stream.is_stopped == bool(places or set(ids) & ends)
+    assert stream.is_stopped == bool(positions or set(ids) & ends)

@@ -35,12 +35,12 @@ def read_settings(folder: Path) -> dict:
 
 def test_tokenizers_round_trip_any_text():
     text = "naïve – 漢字 🙂\t\r\n  def f(x):\n        return '''x'''\n\x00\x1f"
-    for made in (byte_tokenizer(), train_tokenizer(["abc abc abc", text], vocab_size=270)):
-        (ids,) = made.encode([text])
-        assert (ids[0], ids[-1]) == (made.bos_token_id, made.eos_token_id) == (0, 1)
-        assert made.decode(ids.tolist()) == text
-        assert ids[1:-1].tolist() == made.encode_text(text)  # the table look-up of bytes gives the same ids
-        assert added_around(made.tokenizer) == ((0,), ())
+    for tokenizer in (byte_tokenizer(), train_tokenizer(["abc abc abc", text], vocab_size=270)):
+        (ids,) = tokenizer.encode([text])
+        assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+        assert tokenizer.decode(ids.tolist()) == text
+        assert ids[1:-1].tolist() == tokenizer.encode_text(text)  # the table look-up of bytes gives the same ids
+        assert added_around(tokenizer.tokenizer) == ((0,), ())
     assert byte_tokenizer().vocab_size == 258
 
 
@@ -154,11 +154,11 @@ def test_a_tokenizer_that_appends_tokens_to_texts(tmp_path):
 
 
 def test_vocabulary_and_merges_without_tokenizer_json(tmp_path):
-    made = others.make_tokenizer("gpt2", tmp_path)
-    made.model.save(str(tmp_path))
+    tokenizer = others.make_tokenizer("gpt2", tmp_path)
+    tokenizer.model.save(str(tmp_path))
     (tmp_path / "tokenizer.json").unlink()
     loaded = load_tokenizer(str(tmp_path))
-    assert loaded.encode_text(others.LONG) == made.encode(others.LONG).ids
+    assert loaded.encode_text(others.LONG) == tokenizer.encode(others.LONG).ids
 
 
 def test_a_sentencepiece_model_without_tokenizer_json(tmp_path):
@@ -219,13 +219,13 @@ def test_damaged_files_are_reported(name, content, message, tmp_path):
 
 def test_bpe_dropout_is_disabled(tmp_path):
     """With dropout, each encoding of a text would give different tokens."""
-    made = others.make_tokenizer("qwen", tmp_path)
-    expected = made.encode(others.LONG).ids
-    made.model.dropout = 0.5
-    made.save(str(tmp_path / "mine.json"))
-    assert made.encode(others.LONG).ids != expected
+    tokenizer = others.make_tokenizer("qwen", tmp_path)
+    expected = tokenizer.encode(others.LONG).ids
+    tokenizer.model.dropout = 0.5
+    tokenizer.save(str(tmp_path / "mine.json"))
+    assert tokenizer.encode(others.LONG).ids != expected
     loaded = load_tokenizer(str(tmp_path / "mine.json"))
-    entry = {"tokenizer": made.to_str(), "bos_token_id": None, "eos_token_id": 300}
+    entry = {"tokenizer": tokenizer.to_str(), "bos_token_id": None, "eos_token_id": 300}
     for found in (loaded, TextTokenizer.from_entry(entry)):
         assert found.encode_text(others.LONG) == expected
         assert found.encode([others.LONG])[0].tolist() == [*expected, 300]
@@ -238,12 +238,12 @@ def test_special_tokens_that_are_not_strings_are_ignored(token, tmp_path):
     assert load_tokenizer(str(tmp_path)).eos_token_id == 300  # the first known EOS token
 
 
-@pytest.mark.parametrize("known", ["a", "b"])
-def test_encoding_errors_are_reported_in_one_line(known, tmp_path):
+@pytest.mark.parametrize("word", ["a", "b"])
+def test_encoding_errors_are_reported_in_one_line(word, tmp_path):
     """A word-level vocabulary without a token for unknown words."""
-    made = Tokenizer(models.WordLevel({known: 0, "</s>": 1}))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(models.WordLevel({word: 0, "</s>": 1}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UsageError, match=r"tokenizer: it cannot encode a text \(WordLevel error: Missing \[UNK\]"):
         load_tokenizer(str(tmp_path / "tokenizer.json")).encode(["a b"])
     with pytest.raises(UsageError, match=r"eos_token: .* is not in the vocabulary of bytes"):
@@ -253,14 +253,14 @@ def test_encoding_errors_are_reported_in_one_line(known, tmp_path):
 
 
 def test_a_bare_file_and_no_file(tmp_path):
-    made = train_tokenizer(DOCUMENTS, vocab_size=300).tokenizer
-    made.save(str(tmp_path / "mine.json"))
+    tokenizer = train_tokenizer(DOCUMENTS, vocab_size=300).tokenizer
+    tokenizer.save(str(tmp_path / "mine.json"))
     assert load_tokenizer(str(tmp_path / "mine.json")).description == (
         "texts begin with <|begin_of_text|>, documents end with <|end_of_text|>"
     )
     with pytest.raises(UsageError, match=r"tokenizer: nowhere: no such tokenizer"):
         load_tokenizer("nowhere")
-    plain = Tokenizer.from_str(made.to_str().replace("<|end_of_text|>", "<|stop|>"))
+    plain = Tokenizer.from_str(tokenizer.to_str().replace("<|end_of_text|>", "<|stop|>"))
     plain.post_processor = processors.ByteLevel()
     plain.save(str(tmp_path / "mine.json"))
     with pytest.raises(UsageError, match=r"eos_token: .* pass the token by ropepp-lit prepare --eos_token"):
@@ -268,7 +268,7 @@ def test_a_bare_file_and_no_file(tmp_path):
 
 
 def test_a_tokenizer_by_its_name_on_the_hub(tmp_path, monkeypatch):
-    """The tokenizer is in the local cache of the Hub's library: no connection is made."""
+    """The tokenizer is in the local cache of the Hub's library: no connection is tokenizer."""
     folder = tmp_path / "models--someone--model"
     snapshot = folder / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
