@@ -121,9 +121,9 @@ def test_where_there_is_no_flock_processes_wait_for_each_other_all_the_same(tmp_
 
 
 def test_a_complete_cache_that_is_read_only(texts, tmp_path, monkeypatch):
-    from ropepp_lit.data.prepare import Settings, prepare_cached
+    from ropepp_lit.data.prepare import PrepareSettings, prepare_cached
 
-    settings = Settings(tokenizer="bytes")
+    settings = PrepareSettings(tokenizer="bytes")
     folder = prepare_cached(str(texts), settings, cache_dir=tmp_path / "cache", show_progress=False)
     plain_open = os.open
 
