@@ -39,7 +39,7 @@ class TokenSource(NamedTuple):
     """Relative weight in the mixture."""
 
 
-NO_TOKEN = ~0
+PADDING = ~0
 """Padding: token 0, stored as not trained (:mod:`ropepp_lit.data.trained_tokens`)."""
 
 
@@ -160,7 +160,7 @@ class Samples(Dataset):
                 end = shards.read(plan.locate(number), row, row_starts)
                 if shards.is_remote:
                     shards.prefetch(plan.next_chunks(number))
-            row[end:] = NO_TOKEN
+            row[end:] = PADDING
             if isinstance(self.plans[source], PackedPlan) and row_starts is not None:
                 row_starts[end::PADDING_LENGTH] = True
         if starts is not None and self._holds_pairs:

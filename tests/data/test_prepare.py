@@ -229,9 +229,9 @@ def test_damaged_shards_are_reported(tmp_path):
     chunk.write_bytes(original)
     assert verify(folder) == []
     (folder / "train" / "index.json").write_text("{")
-    with pytest.raises(UsageError, match=f"{folder}/train/index.json: missing, garbled"):
+    with pytest.raises(UsageError, match=f"{folder}/train/index.json: missing, damaged"):
         TokenShards(folder, manifest, "train")
-    assert f"{folder}/train/index.json: missing, garbled" in verify(folder)[0]
+    assert f"{folder}/train/index.json: missing, damaged" in verify(folder)[0]
     for text in ("{", json.dumps({"format_version": 99})):
         (folder / "manifest.json").write_text(text)
         with pytest.raises(UsageError, match=r"manifest\.json: (not a manifest|format_version is 99)"):
