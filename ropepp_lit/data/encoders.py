@@ -38,7 +38,7 @@ BATCH_BYTES = 2**19
 """Minimum bytes of text in a tokenized batch."""
 
 PENDING_BYTES = 8 * 2**20
-"""Maximum bytes of text per core in pending batches, excluding one document."""
+"""Maximum bytes of text per core in pending batches, unless a single document is larger."""
 
 
 class TextEncoder:

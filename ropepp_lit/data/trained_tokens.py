@@ -1,4 +1,4 @@
-"""Stored form of documents of which only some tokens are trained: the sign marks them.
+"""Storage of the loss mask: the sign of a stored token marks whether it is trained.
 
 A trained token is stored as its id, any other token as its complement `~id` (-1 - id), in int32. So the mask is part of
 the shards and their checksums, and is read with the tokens. This form is used if the manifest sets
