@@ -1,4 +1,4 @@
-"""Chat templates as those of six families of models, with tokenizers like theirs."""
+"""Chat templates and tokenizers similar to those of six model families."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ PLAIN = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '### Answer: ' -}}{%- endif -%}
 """
-"""Trims white space, and writes an end mark only behind the last turn."""
+"""Template that trims white space, and writes an end mark only after the last turn."""
 
 REASONING = """\
 {%- if tools -%}
@@ -135,7 +135,7 @@ REASONING = """\
     {%- if enable_thinking is defined and not enable_thinking -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}
 {%- endif -%}
 """
-"""As Qwen 3: reasoning of the last turn alone, tools, tool responses within a user's turn."""
+"""Template similar to Qwen 3's: reasoning only in the last turn, tools, tool responses within a user's turn."""
 
 TEMPLATES = {
     "chatml": ("chat", [], CHATML),
@@ -145,11 +145,11 @@ TEMPLATES = {
     "plain": ("gpt2", [], PLAIN),
     "reasoning": ("qwen", [], REASONING),
 }
-"""By name: the kind of tokenizer in tests/others.py, tokens that are added to it, and the template."""
+"""By family: the kind of tokenizer in tests/others.py, its added tokens, and the template."""
 
 
 def template_of(name: str, *, marks: bool) -> str:
-    """A template, with or without `{% generation %}` marks."""
+    """Return a template, with or without `{% generation %}` marks."""
     text = TEMPLATES[name][2]
     for word, old, new in (
         ("BEGIN", "{{- BEGIN ", "{%- generation -%}{{- "),
@@ -161,7 +161,7 @@ def template_of(name: str, *, marks: bool) -> str:
 
 
 def make_chat_folder(name, folder, *, marks=False):
-    """Write a tokenizer of a family with its template into a folder."""
+    """Write the tokenizer of a family with its template into a folder."""
     kind, added, _ = TEMPLATES[name]
     tokenizer, settings, _ = getattr(others, f"make_{kind}")()
     tokenizer.add_special_tokens(added)

@@ -67,11 +67,11 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(texts, tmp_path_factory):
     """Options of `fit` and `validate` for a model of a few thousand parameters on a folder of text."""
-    from ropepp_lit.data.prepare import Settings, prepare_cached  # imports PyTorch
+    from ropepp_lit.data.prepare import PrepareSettings, prepare_cached  # imports PyTorch
 
     recipe = Path(__file__).parent / "train" / "tiny.yaml"
     cache = tmp_path_factory.mktemp("cache")
-    settings = Settings(tokenizer="bytes", validation_fraction=0.2)  # those of tiny.yaml
+    settings = PrepareSettings(tokenizer="bytes", validation_fraction=0.2)  # those of tiny.yaml
     prepare_cached(str(texts), settings, cache_dir=cache, show_progress=False)
     return ["--config", str(recipe), "--data.source", str(texts), "--data.cache_dir", str(cache)]
 

@@ -1,4 +1,4 @@
-"""Conversations in the ways to store them."""
+"""Conversations in all supported storage formats."""
 
 import csv
 import json
@@ -53,7 +53,7 @@ STORES = {
 
 
 def store(folder, name, rows):
-    """Rows in one of the ways to store them; returns what is to be named as the source."""
+    """Write rows in one of the storage formats; returns the name of the source."""
     path = folder / name
     if name in ("saved", "hf"):
         if name == "saved":

@@ -1,4 +1,4 @@
-"""Corpora in the ways to store them, and what prepared folders contain."""
+"""Corpora in all storage formats, and readers of prepared folders."""
 
 import dataclasses
 import gzip
@@ -9,17 +9,18 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from ropepp_lit.data.plan import Span
-from ropepp_lit.data.prepare import Settings, prepare
-from ropepp_lit.data.shards import Manifest, TokenShards
+from ropepp_lit.data.manifest import Manifest
+from ropepp_lit.data.plan import ChunkSlice
+from ropepp_lit.data.prepare import PrepareSettings, prepare
+from ropepp_lit.data.shards import TokenShards
 from ropepp_lit.text.tokenizer import byte_tokenizer
 
 DOCUMENTS = [f"Document {n}: " + "the quick brown fox – äöü 漢字 🙂\r\n" * (1 + n % 7) for n in range(60)]
-SETTINGS = Settings(tokenizer="bytes", validation_fraction=0.2)
+SETTINGS = PrepareSettings(tokenizer="bytes", validation_fraction=0.2)
 
 
 def store(folder, kind, documents=DOCUMENTS):
-    """A corpus in one of the ways to store it; returns what is to be named as the source."""
+    """Write a corpus in one of the storage formats; returns the name of the source."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps({"id": n, "text": text}) + "\n" for n, text in enumerate(documents)).encode()
     path = folder / f"corpus.{kind}"
@@ -44,19 +45,19 @@ def run(source, out, settings=SETTINGS, **changes):
     return prepare(sources, dataclasses.replace(settings, **changes), out=out, show_progress=False)
 
 
-def read_spans(shards, spans):
-    tokens = np.empty(sum(span.num_tokens for span in spans), dtype=np.int64)
-    assert shards.read(spans, tokens) == len(tokens)
+def read_slices(shards, slices):
+    tokens = np.empty(sum(each.num_tokens for each in slices), dtype=np.int64)
+    assert shards.read(slices, tokens) == len(tokens)
     return tokens.tolist()
 
 
 def read_split(folder, split):
     shards = TokenShards(folder, Manifest.read(folder), split)
-    return read_spans(shards, [Span(index, 0, chunk.tokens) for index, chunk in enumerate(shards.chunks)])
+    return read_slices(shards, [ChunkSlice(index, 0, chunk.tokens) for index, chunk in enumerate(shards.chunks)])
 
 
 def contents(folder):
-    """Every file of finished shards but for what names their sources."""
+    """Return the files and manifest of finished shards, except values that depend on the names of the sources."""
     files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
     manifest = json.loads(files.pop("manifest.json"))
     for key in ("fingerprint", "sources", "checksum"):
@@ -65,7 +66,7 @@ def contents(folder):
 
 
 def reference(documents, fraction=0.2):
-    """The tokens of each split, plainly."""
+    """Compute the tokens of each split by a simple loop."""
     tokenizer = byte_tokenizer().tokenizer
     splits = {"train": [], "validation": []}
     for text in documents:

@@ -1,24 +1,24 @@
-"""Sets of conversations of the byte tokenizer that mark which tokens are trained, written without `prepare`."""
+"""Token shards of conversations for the byte tokenizer with marked trained tokens, written without `prepare`."""
 
 import itertools
 
 import numpy as np
 
-from ropepp_lit.data.part_writer import write_index
-from ropepp_lit.data.shards import TOKENIZER, Chunk, Manifest, TokenSet
+from ropepp_lit.data.manifest import TOKENIZER, Chunk, Manifest, TokenSet
+from ropepp_lit.data.segment_writer import write_index
 from ropepp_lit.data.trained_tokens import join_pair, mark
 from ropepp_lit.files import checksum
 from ropepp_lit.text.identity import tokenizer_digest
 from ropepp_lit.text.tokenizer import byte_tokenizer
 
 END = 0
-"""Ends a turn of the assistant; also the token that stands where rows are padded."""
+"""Token that ends an assistant's turn; also the token that pads rows."""
 
 
 def conversations(count, *, longest=60, seed=0):
-    """Token ids of conversations, and which of them are trained: questions are not, answers and what ends them are."""
+    """Generate token ids of conversations with masks of the trained tokens: answers and their end tokens."""
     rng = np.random.default_rng(seed)
-    made = []
+    generated = []
     for number in range(count):
         ids, trained = [1], [False]
         for _ in range(int(rng.integers(1, 4))):
@@ -26,26 +26,26 @@ def conversations(count, *, longest=60, seed=0):
             ids += [*rng.integers(2, 258, question + answer).tolist(), END]
             trained += [False] * question + [True] * (answer + 1)
         ids[1] = 2 + number % 256
-        made.append((np.array(ids), np.array(trained)))
-    return made
+        generated.append((np.array(ids), np.array(trained)))
+    return generated
 
 
 def answer_pairs(count, *, longest=40, seed=0):
-    """Pairs of a chosen and a rejected answer to one prompt, each as one of :func:`conversations`."""
+    """Generate pairs of a chosen and a rejected answer to one prompt, each in the form of :func:`conversations`."""
     rng = np.random.default_rng(seed)
-    made = []
+    generated = []
     for number in range(count):
         prompt = [1, 2 + number % 256, *rng.integers(2, 258, int(rng.integers(0, longest // 4))).tolist()]
         pair = []
         for _ in range(2):
             answer = [*rng.integers(2, 258, int(rng.integers(1, longest // 3))).tolist(), END]
             pair.append((np.array(prompt + answer), np.arange(len(prompt + answer)) >= len(prompt)))
-        made.append(tuple(pair))
-    return made
+        generated.append(tuple(pair))
+    return generated
 
 
 def write_marked(folder, *, chunk_documents=40, template="{{ messages }}", **splits):
-    """Writes a folder of token shards; returns it. `splits` are conversations or pairs by the split's name."""
+    """Write a folder of token shards and return it. `splits` are conversations or pairs by the split's name."""
     holds_pairs = isinstance(next(iter(splits.values()))[0][0], tuple)
     tokenizer, sets = byte_tokenizer(), {}
     for split, documents in splits.items():
@@ -77,18 +77,18 @@ def write_marked(folder, *, chunk_documents=40, template="{{ messages }}", **spl
     return folder
 
 
-def trained_pairs(ids, trained, places=None):
-    """What a conversation is known by in a batch: what it reads, and each trained token with the one before it."""
-    ids, trained = ids[:places].tolist(), trained[:places].tolist()
-    pairs = [(place, ids[place]) for place in range(1, len(ids)) if trained[place]]
+def trained_pairs(ids, trained, length=None):
+    """Return a conversation's inputs, and its trained tokens as (position, id), to compare it with a batch."""
+    ids, trained = ids[:length].tolist(), trained[:length].tolist()
+    pairs = [(position, ids[position]) for position in range(1, len(ids)) if trained[position]]
     return (tuple(ids[: pairs[-1][0]]), tuple(pairs)) if pairs else None
 
 
 def found_pairs(batch):
-    """The same of each document of a batch that has labels."""
+    """Yield the same values for each document of a batch that has labels."""
     inputs, labels = batch.input_ids.flatten().tolist(), batch.labels.flatten().tolist()
     bounds = batch.documents.cu_seqlens.tolist()
     for start, end in itertools.pairwise(bounds):
-        pairs = [(place - start + 1, labels[place]) for place in range(start, end) if labels[place] != -100]
+        pairs = [(i - start + 1, labels[i]) for i in range(start, end) if labels[i] != -100]
         if pairs:
             yield tuple(inputs[start : start + pairs[-1][0]]), tuple(pairs)

@@ -1,4 +1,4 @@
-"""Documents, and how sources of text are read."""
+"""Sample documents, and functions that read sources."""
 
 import json
 

@@ -151,7 +151,7 @@ def test_an_error_is_silent_on_other_ranks_of_a_run_alone(monkeypatch, capsys, s
 
 def test_empty_folder(mistake, tmp_path):
     (tmp_path / "bare").mkdir()
-    assert "data.source: bare: no files there" in mistake("--data.source", "bare")
+    assert "data.source: bare: it contains no files to read" in mistake("--data.source", "bare")
 
 
 def test_validate_wants_a_checkpoint(mistake):

@@ -121,9 +121,9 @@ def test_where_there_is_no_flock_processes_wait_for_each_other_all_the_same(tmp_
 
 
 def test_a_complete_cache_that_is_read_only(texts, tmp_path, monkeypatch):
-    from ropepp_lit.data.prepare import Settings, prepare_cached
+    from ropepp_lit.data.prepare import PrepareSettings, prepare_cached
 
-    settings = Settings(tokenizer="bytes")
+    settings = PrepareSettings(tokenizer="bytes")
     folder = prepare_cached(str(texts), settings, cache_dir=tmp_path / "cache", show_progress=False)
     plain_open = os.open
 
@@ -201,7 +201,10 @@ def test_no_shards_are_verified_or_joined_at_a_url(mistake, words):
 def test_no_text_is_read_from_a_url(mistake, words, source):
     more = ["--tokenizer", "bytes", "--out", "out"] if words[0] == "prepare" else []
     said = mistake(*(word.replace("SOURCE", source) for word in words[1:]), *more, subcommand=words[0])
-    assert f"{source}: text is read from this machine; copy it here, or name a dataset as hf:NAME" in said
+    assert (
+        f"{source}: text can only be read from local files; copy it to this machine, or pass a dataset as hf:NAME"
+        in said
+    )
 
 
 @pytest.mark.parametrize("url", URLS)

@@ -13,7 +13,7 @@ from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint import metadata
 
 from ropepp_lit import checkpoint, sharded
-from ropepp_lit.data.shards import Manifest
+from ropepp_lit.data.manifest import Manifest
 from ropepp_lit.data.verify import verify
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.folder import open_checkpoint
@@ -164,18 +164,18 @@ MANIFESTS = {
     "documents": (chunk_changed(documents="7"), r"documents is '7'\)"),
     "checksum": (chunk_changed(sha256=7), r"sha256 is 7\)"),
     "chunks": (split_changed(chunks={}), "chunks is not a list"),
-    "totals": (split_changed(chunks=[]), "the documents of train are not those of its chunks together"),
+    "totals": (split_changed(chunks=[]), "the documents of train are not the sum over its chunks"),
     "lengths": (split_changed(lengths=[[1, None]]), "train lengths is None"),
     "vocabulary": (changed(vocab_size=-1), "vocab_size is -1"),
     "opening": (changed(opening=[99999]), "opening is 99999"),
     "no EOS": (changed(eos_token_id=None), "eos_token_id is None"),
-    "dtype": (changed(dtype="object"), "dtype 'object' is not one of token ids"),
+    "dtype": (changed(dtype="object"), "dtype 'object' is not an integer dtype"),
     "marks": (changed(marks_trained_tokens=1), "marks_trained_tokens is 1"),
-    "pairs": (changed(marks_trained_tokens=False, holds_pairs=True), "pairs of answers without marks of trained"),
+    "pairs": (changed(marks_trained_tokens=False, holds_pairs=True), "holds_pairs is set without marks_trained"),
     "reasons": (changed(skipped=[1]), "skipped is not an object"),
     "a source": (changed(sources=["x"]), "its checksum is wrong"),
     "another template": (changed(chat_template="x"), "its checksum is wrong"),
-    "version": (changed(format_version=99), "format_version 99, and this version reads 1"),
+    "version": (changed(format_version=99), "format_version is 99 instead of 1"),
 }
 
 

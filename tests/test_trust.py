@@ -14,8 +14,8 @@ from torch.distributed.checkpoint import filesystem, metadata
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ropepp_lit import checkpoint, sharded
-from ropepp_lit.data.prepare import Settings, prepare
-from ropepp_lit.data.shards import MANIFEST, Manifest
+from ropepp_lit.data.manifest import MANIFEST, Manifest
+from ropepp_lit.data.prepare import PrepareSettings, prepare
 from ropepp_lit.data.verify import verify
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPEPP
@@ -341,7 +341,7 @@ MANIFESTS = {
 @pytest.mark.parametrize("attack", MANIFESTS)
 def test_a_manifest_names_files_of_its_folder(texts, tmp_path, attack):
     folder = tmp_path / "shards"
-    prepare([str(texts)], Settings(tokenizer="bytes"), out=folder, show_progress=False)
+    prepare([str(texts)], PrepareSettings(tokenizer="bytes"), out=folder, show_progress=False)
     values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     MANIFESTS[attack](values)
     (folder / MANIFEST).write_text(json.dumps(values), encoding="utf-8")

@@ -28,7 +28,7 @@ import pyarrow
 import torch
 from litdata import TokensLoader, optimize
 
-from ropepp_lit.data.prepare import Settings, prepare
+from ropepp_lit.data.prepare import PrepareSettings, prepare
 from ropepp_lit.text.sources import Reader, find_files
 from ropepp_lit.text.tokenizer import load_tokenizer
 
@@ -50,7 +50,7 @@ def write_corpus(path: Path, num_bytes: int) -> int:
 
 
 def by_prepare(path: Path, out: Path, tokenizer: str) -> None:
-    prepare([str(path)], Settings(tokenizer=tokenizer), out=out, show_progress=False)
+    prepare([str(path)], PrepareSettings(tokenizer=tokenizer), out=out, show_progress=False)
 
 
 class Tokenize:
@@ -111,7 +111,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bpe = Settings(train_tokenizer=options.vocab_size)
+        bpe = PrepareSettings(train_tokenizer=options.vocab_size)
         prepare(["builtin"], bpe, out=folder / "builtin", show_progress=False)
         tokenizer = str(folder / "builtin" / "tokenizer.json")
         path = folder / ("corpus.jsonl.zst" if options.zst else "corpus.jsonl")

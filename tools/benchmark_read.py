@@ -19,9 +19,9 @@ import numpy as np
 import psutil
 import torch
 
+from ropepp_lit.data.manifest import Chunk, Manifest, TokenSet
 from ropepp_lit.data.plan import BlockPlan
-from ropepp_lit.data.prepare import Settings, prepare
-from ropepp_lit.data.shards import Chunk, Manifest, TokenSet
+from ropepp_lit.data.prepare import PrepareSettings, prepare
 from ropepp_lit.data.token_data import TokenData
 
 CONTEXT_LENGTH, BATCH_SIZE = 4096, 8
@@ -109,7 +109,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_text(folder / "text.jsonl", options.megabytes * 10**6)
-        settings = Settings(tokenizer="bytes", validation_fraction=0.01)
+        settings = PrepareSettings(tokenizer="bytes", validation_fraction=0.01)
         prepare([str(folder / "text.jsonl")], settings, out=folder / "shards", show_progress=False)
         tokens = options.batches * BATCH_SIZE * CONTEXT_LENGTH
         print(

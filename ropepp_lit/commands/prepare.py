@@ -9,7 +9,7 @@ from ropepp_lit.arguments import call, command
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ropepp_lit.data.shards import Manifest
+    from ropepp_lit.data.manifest import Manifest
 
 
 def prepare(
@@ -37,49 +37,49 @@ def prepare(
     merge: str | None = None,
     verify: str | None = None,
 ) -> None:
-    r"""Turn text into token shards, or check finished ones.
+    r"""Convert text to token shards, or verify finished shards.
 
-    Interrupted, the same command goes on where it was stopped. The shards depend on the documents and the options
-    alone, not on how the documents are stored or on the number of workers.
+    To resume an interrupted preparation, run the same command again. The shards depend only on the documents and the
+    options, not on the storage format of the documents or the number of workers.
 
     Args:
         sources: Files of text, JSON (.json, .jsonl, .ndjson) and tables (.parquet, .arrow, .feather, .csv, .tsv), plain
-            or compressed (.gz, .zst, .bz2, .xz); folders or globs of them, those of datasets' save_to_disk too;
-            `builtin`; or a Hugging Face dataset: hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with NAME@REVISION for
-            a certain revision.
+            or compressed (.gz, .zst, .bz2, .xz); folders or globs of them, including folders of datasets'
+            save_to_disk; `builtin` (the source code of Python's standard library); or a Hugging Face dataset: hf:NAME,
+            hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with NAME@REVISION for a specific revision.
         out: Folder of the shards: a new or empty one.
         tokenizer: `bytes`, a tokenizer.json, a .ckpt file, or a Hugging Face folder or name on the Hub
             (ORGANIZATION/MODEL).
-        train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with so many tokens on the documents.
-        bos_token: What stands before documents, instead of what the tokenizer itself puts there ("" for nothing).
-        eos_token: What ends documents, instead of what the tokenizer's folder says.
-        special_tokens: Whether special tokens spelt in a text are tokens; otherwise they are text like any other.
-        text_key: Key or column of the text in JSON and tables; with --format chat of the messages, where they have
-            another name; with --format completion both names, of prompt and completion, as in question,answer; for
-            pairs three names, of prompt, chosen and rejected answer.
-        split: What separates documents in text files, such as '\n\n' or '<|endoftext|>'; empty means that each text
-            file is one document. \n, \t, \r, \xNN, \uNNNN and \\ are escapes; a line end may be CRLF in the file.
-        min_tokens: Leave shorter documents out (the paper: 512).
-        max_tokens: Leave longer documents out.
-        validation_fraction: Share of the documents that is held out, chosen by a hash of their text.
-        limit: Stop after so many documents of the sources.
-        dedup: Leave a document out whose text is exactly that of an earlier one, found by a hash of 64 bits (takes some
-            60 bytes of memory for each document).
-        on_error: What a document that cannot be read, or a conversation that the chat template refuses, does: `stop`,
-            or `skip` it and count it.
-        chunk_size: Bytes of a chunk at most, such as 64MB; a document that is larger has a chunk of its own.
-        format: What the sources have: `text`; conversations (`chat`) in `messages` (role, content), `conversations`
-            (from, value), or `prompt` and `completion` as lists of messages, with `tools` and `system` where they are
-            there; or `prompt` and `completion` as texts (`completion`). Only what the assistant writes is trained. For
-            preference tuning: `prompt`, `chosen` and `rejected` as messages (`chat_pairs`; the prompt may stand at the
-            beginning of both answers instead) or as texts (`completion_pairs`). A pair counts as one document.
-        chat_template: A file with a Jinja template by which conversations become text, instead of the tokenizer's own.
-        train_on: What is trained of a conversation: every turn of the `assistant`, the `last` one, or `all` tokens.
-        workers: Threads that tokenize; empty means as many as there are cores.
-        part: Make only part K of N of the shards, to be joined by `merge`: K/N (from 1/N to N/N), auto (K and N from
-            SLURM's job array) or auto/N (K from SLURM's job array or a Kubernetes job's index).
-        merge: Instead of preparing, join the folders of all parts into `out`: --merge DIR… --out DIR.
-        verify: Instead of preparing, re-read folders of shards and check everything: --verify DIR….
+        train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with this vocabulary size on the documents.
+        bos_token: Token before documents, instead of the tokenizer's own ("" for none).
+        eos_token: Token that ends documents, instead of the one that the tokenizer's folder specifies.
+        special_tokens: Parse special tokens in the text of documents. By default they are plain text.
+        text_key: Key or column of the text in JSON and tables. With --format chat: key of the messages, if it is not a
+            default one. With --format completion: comma-separated keys of prompt and completion, such as
+            question,answer. For pairs: keys of prompt, chosen and rejected answer.
+        split: Separator of documents in text files, such as '\n\n' or '<|endoftext|>'; empty means that each text file
+            is one document. \n, \t, \r, \xNN, \uNNNN and \\ are escapes; a line end also matches CRLF.
+        min_tokens: Skip documents with fewer tokens (the paper: 512).
+        max_tokens: Skip documents with more tokens.
+        validation_fraction: Fraction of the documents to hold out for validation, selected by a hash of their text.
+        limit: Maximum number of documents to read from the sources.
+        dedup: Skip exact duplicates of earlier documents, detected by a 64-bit hash (about 60 bytes of memory per
+            document).
+        on_error: Action for a document that cannot be read, or a conversation that the chat template rejects: `stop`,
+            or `skip` and count it.
+        chunk_size: Maximum size of a chunk, such as 64MB; a larger document gets its own chunk.
+        format: Format of the sources: `text`; conversations (`chat`) in `messages` (role, content), `conversations`
+            (from, value), or `prompt` and `completion` as lists of messages, optionally with `tools` and `system`; or
+            `prompt` and `completion` as strings (`completion`). Only the assistant's turns or completions are trained.
+            For preference tuning: `prompt`, `chosen` and `rejected` as messages (`chat_pairs`; alternatively both
+            answers begin with the prompt) or as strings (`completion_pairs`). A pair counts as one document.
+        chat_template: File with a Jinja template for conversations, instead of the tokenizer's own chat template.
+        train_on: Tokens of a conversation to train on: all turns of the `assistant`, the `last` one, or `all` tokens.
+        workers: Number of threads for tokenizing; empty means the number of cores.
+        part: Prepare only part K of N, to be merged by --merge: K/N (from 1/N to N/N), auto (K and N from SLURM's job
+            array) or auto/N (K from SLURM's job array or a Kubernetes job's index).
+        merge: Instead of preparing, merge the folders of all parts into `out`: --merge DIR… --out DIR.
+        verify: Instead of preparing, read folders of shards and check everything: --verify DIR….
     """
     given = locals()
     import os
@@ -98,10 +98,10 @@ def prepare(
         _check_alone("merge", given, "out")
         if out is None:
             raise UsageError("out: name the folder of the joined shards by --out")
-        from ropepp_lit.data import shares
+        from ropepp_lit.data import parts
 
         _report(
-            Path(out), shares.merge([Path(local_path("merge", folder)) for folder in (merge, *sources)], out=Path(out))
+            Path(out), parts.merge([Path(local_path("merge", folder)) for folder in (merge, *sources)], out=Path(out))
         )
         return
     for name, value, least in (
@@ -122,9 +122,9 @@ def prepare(
         os.environ["RAYON_NUM_THREADS"] = str(workers)  # read when tokenizers is first used
 
     from ropepp_lit.data import prepare as work
-    from ropepp_lit.data.part_writer import MAX_CHUNK_BYTES
-    from ropepp_lit.data.report import left_out_lines
-    from ropepp_lit.data.shares import Share
+    from ropepp_lit.data.parts import Part
+    from ropepp_lit.data.report import skipped_lines
+    from ropepp_lit.data.segment_writer import MAX_CHUNK_BYTES
     from ropepp_lit.text.chat import read_template
     from ropepp_lit.text.tokenizer import check_choice
 
@@ -132,8 +132,8 @@ def prepare(
     chunk_bytes = parse_bytes("chunk_size", chunk_size)
     if chunk_bytes > MAX_CHUNK_BYTES:
         raise UsageError(f"chunk_size: {chunk_size} must be below 4GiB, which litdata's format has no room for")
-    share = None if part is None else Share.parse(part)
-    settings = work.Settings(
+    own_part = None if part is None else Part.parse(part)
+    settings = work.PrepareSettings(
         tokenizer=tokenizer,
         train_tokenizer=train_tokenizer,
         bos_token=bos_token,
@@ -153,14 +153,14 @@ def prepare(
         train_on=train_on,
     )
     folder = Path(out)
-    manifest = work.prepare(list(sources), settings, out=folder, share=share, tell=print)
-    if share is None:
+    manifest = work.prepare(list(sources), settings, out=folder, part=own_part, report=print)
+    if own_part is None:
         _report(folder, manifest, has_told=manifest.marks_trained_tokens)
         return
     documents, tokens = (sum(getattr(x, name) for x in manifest.splits.values()) for name in ("documents", "tokens"))
     if not manifest.marks_trained_tokens:  # conversations have been told of
-        print("\n".join(left_out_lines(manifest)), end="\n" if manifest.skipped else "")
-    print(f"Part {share.number} of {share.count} is in {folder}: {documents:,} documents, {tokens:,} tokens.")
+        print("\n".join(skipped_lines(manifest)), end="\n" if manifest.skipped else "")
+    print(f"Part {own_part.number} of {own_part.count} is in {folder}: {documents:,} documents, {tokens:,} tokens.")
     print("When all parts are there: ropepp-lit prepare --merge DIR… --out DIR")
 
 
@@ -176,7 +176,7 @@ def _check_alone(name: str, given: dict[str, Any], *beside: str) -> None:
 
 
 def _verify(folder: Path) -> None:
-    from ropepp_lit.data.shards import Manifest
+    from ropepp_lit.data.manifest import Manifest
     from ropepp_lit.data.verify import verify as check
     from ropepp_lit.errors import UsageError
 
@@ -196,7 +196,7 @@ def _report(folder: Path, manifest: Manifest, *, has_told: bool = False) -> None
         manifest: What they are.
         has_told: Whether the table stands in the terminal already.
     """
-    from ropepp_lit.data.report import conversation_lines, left_out_lines
+    from ropepp_lit.data.report import conversation_lines, skipped_lines
     from ropepp_lit.text.tokenizer import TextTokenizer
 
     if not manifest.marks_trained_tokens:
@@ -204,7 +204,7 @@ def _report(folder: Path, manifest: Manifest, *, has_told: bool = False) -> None
         for name, split in manifest.splits.items():
             ratio = split.bytes / split.tokens
             print(f"{name:<12}{split.documents:>14,}{split.tokens:>18,}{split.bytes:>18,}{ratio:>13.2f}")
-        for line in left_out_lines(manifest):
+        for line in skipped_lines(manifest):
             print(line)
         entry = {**vars(manifest), "tokenizer": manifest.read_tokenizer(folder)}
         description = TextTokenizer.from_entry(entry).description

@@ -1,4 +1,4 @@
-"""Text to token shards to batches."""
+"""Prepare text as token shards, and load token shards as batches."""
 
 from ropepp_lit.malicious import refuse_malicious
 

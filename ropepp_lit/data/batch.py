@@ -1,6 +1,6 @@
-"""What a training step reads, with all that a GPU would have to be waited for computed on the CPU.
+"""The batch of a training step. Values that would require a GPU synchronization are computed on the CPU.
 
-Shapes: B rows, T tokens of each row that this rank computes, M labels that count.
+Shapes: B rows, T tokens of each row that this rank computes, M labels that are not ignored.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from ropepp_lit.nn.loss import IGNORE_INDEX
 
 
 class AnswerPairs(NamedTuple):
-    """The pairs of a chosen and a rejected answer in whole rows. P pairs, of which each is two documents."""
+    """Pairs of a chosen and a rejected answer in full rows. P pairs, each of which is two documents."""
 
     keys: tuple[int, ...]
-    """[P]: a hash of 64 bits of each pair's tokens up to the last label, and of its labels."""
+    """[P]: 64-bit hash of each pair's labels and its tokens up to the last label."""
 
     lengths: Tensor
-    """[2P] int64: this rank's labels of each answer, as they follow each other; chosen and rejected in turn."""
+    """[2P] int64: number of this rank's labels of each answer in order; chosen and rejected alternate."""
 
     num_tokens: Tensor
-    """[P, 2] int64: labels of each answer, in whole rows."""
+    """[P, 2] int64: number of labels of each answer in full rows."""
 
     is_counted: Tensor
-    """[P] bool: whether this rank counts the pair: of ranks that share rows, the one with its first label does."""
+    """[P] bool: whether this rank counts the pair; of ranks that share rows, the one with its first label does."""
 
     num_counted: int
-    """How many those are."""
+    """Number of pairs that this rank counts."""
 
     @classmethod
     def find(cls, input_ids: Tensor, labels: Tensor, documents: Documents, shard: ContextShard | None) -> AnswerPairs:
-        """The pairs in a batch.
+        """Find the pairs in a batch.
 
         Args:
             input_ids: [B, row] int64.
-            labels: [B, row] int64; every answer has one that counts.
-            documents: Of which those with labels are chosen and rejected answers in turn.
-            shard: Which tokens of a row this rank computes; None means all.
+            labels: [B, row] int64; every answer has at least one label that is not ignored.
+            documents: Document bounds; documents with labels are alternately chosen and rejected answers.
+            shard: Tokens of a row that this rank computes; None means all.
 
         Raises:
-            UsageError: an answer is without the other one.
+            UsageError: The number of answers is odd.
         """
-        places = (labels != IGNORE_INDEX).flatten().nonzero().flatten()
+        positions = (labels != IGNORE_INDEX).flatten().nonzero().flatten()
         bounds = documents.cu_seqlens.long()
-        numbers, answers, counts = torch.bucketize(places, bounds[1:], right=True).unique_consecutive(
+        numbers, answers, counts = torch.bucketize(positions, bounds[1:], right=True).unique_consecutive(
             return_inverse=True, return_counts=True
         )
         num_pairs = len(numbers) // 2
@@ -62,13 +62,13 @@ class AnswerPairs(NamedTuple):
                 "data: a rejected answer does not follow each chosen one; see `ropepp-lit prepare --verify`"
             )
         content = torch.stack((input_ids.flatten(), labels.flatten()), dim=1).int().numpy()
-        # Up to the last label: a token behind it is an input only where the row does not end with it.
-        ends = places[counts.cumsum(0)[1::2] - 1] + 1
+        # Up to the last label: a token after it is an input only if the row does not end with it.
+        ends = positions[counts.cumsum(0)[1::2] - 1] + 1
         ranges = zip(bounds[numbers[::2]].tolist(), ends.tolist(), strict=True)
         keys = tuple(_hash(content[start:end].tobytes()) for start, end in ranges)
-        answer_of = torch.full((labels.numel(),), -1).index_copy(0, places, answers).view_as(labels)
+        answer_of = torch.full((labels.numel(),), -1).index_copy(0, positions, answers).view_as(labels)
         firsts = (answers != F.pad(answers[:-1], (1, 0), value=-1)) & (answers % 2 == 0)
-        is_first = torch.zeros(labels.numel(), dtype=torch.bool).index_copy(0, places, firsts).view_as(labels)
+        is_first = torch.zeros(labels.numel(), dtype=torch.bool).index_copy(0, positions, firsts).view_as(labels)
         if shard is not None:
             answer_of, is_first = shard.take(answer_of), shard.take(is_first)
         lengths = torch.bincount(answer_of[answer_of >= 0], minlength=2 * num_pairs)
@@ -88,34 +88,34 @@ class Batch(NamedTuple):
     """[B, T] int64."""
 
     labels: Tensor
-    """[B, T] int64: the next token at each place; -100 where none counts."""
+    """[B, T] int64: the next token of each position; -100 is ignored."""
 
     documents: Documents | ShardedDocuments | None
-    """Bounds of packed documents in whole rows; None where rows are plain causal ones. What this rank attends to, where
-    ranks gather keys and values."""
+    """Bounds of packed documents in full rows, or the keys that this rank attends to if ranks gather keys and values;
+    None if rows are plain causal ones."""
 
     places: Tensor | None
-    """[M] int64: where the labels count, in the flattened batch; None where all do."""
+    """[M] int64: positions of the labels that are not ignored, in the flattened batch; None if none is ignored."""
 
     num_labels: int
-    """M."""
+    """Number of labels that are not ignored (M)."""
 
     num_tokens: int
-    """Tokens of whole rows."""
+    """Number of tokens in full rows."""
 
     visible_pairs: int
-    """Pairs of a query and a key that it sees, in whole rows: Σ n (n + 1) / 2 over documents of n tokens."""
+    """Number of query-key pairs that attention computes, in full rows: Σ n (n + 1) / 2 over documents of n tokens."""
 
     weights: Tensor | None = None
-    """[B, T] float32: what each label weighs, where the loss is averaged over documents: one by the number of labels of
-    its document in the whole row. None weighs all alike."""
+    """[B, T] float32: weight of each label if the loss is averaged over documents: 1 / (labels of its document in the
+    full row). None means equal weights."""
 
     num_documents: int = 0
-    """Documents with labels, where they are averaged over. Of ranks that share rows, the one with the first label of a
-    document counts it."""
+    """Number of documents with labels, if the loss is averaged over documents. Of ranks that share rows, the one with
+    the first label of a document counts it."""
 
     pairs: AnswerPairs | None = None
-    """Which labels belong to which answers, where the documents are pairs of answers."""
+    """Pairs of answers, if the documents are pairs."""
 
     @classmethod
     def create(
@@ -128,15 +128,15 @@ class Batch(NamedTuple):
         weighs_documents: bool = False,
         holds_pairs: bool = False,
     ) -> Batch:
-        """A batch of whole rows on the CPU.
+        """Create a batch from full rows on the CPU.
 
         Args:
             input_ids: [B, row] int64.
             labels: [B, row] int64.
             documents: Bounds of packed documents.
-            shard: Which tokens of a row this rank computes; None means all.
-            weighs_documents: Weigh labels so that each of `documents` weighs the same.
-            holds_pairs: Whether documents with labels are chosen and rejected answers in turn.
+            shard: Tokens of a row that this rank computes; None means all.
+            weighs_documents: Whether to weight labels so that all documents have equal weight.
+            holds_pairs: Whether documents with labels are alternately chosen and rejected answers.
         """
         rows, length = input_ids.shape
         if documents is None:
@@ -148,7 +148,7 @@ class Batch(NamedTuple):
         weights, is_first = None, None
         if weighs_documents:
             assert documents is not None
-            weights, is_first = _weigh(labels, documents)
+            weights, is_first = _label_weights(labels, documents)
         pairs = None
         if holds_pairs:
             assert documents is not None
@@ -159,16 +159,16 @@ class Batch(NamedTuple):
                 weights, is_first = shard.take(weights), shard.take(is_first)
             input_ids, labels = shard.take(input_ids), shard.take(labels)
             sharded = shard.take_documents(documents, rows, length)
-        counts = (labels != IGNORE_INDEX).flatten()
-        num_labels = int(counts.sum())
-        places = None if num_labels == len(counts) else counts.nonzero().flatten()
+        is_label = (labels != IGNORE_INDEX).flatten()
+        num_labels = int(is_label.sum())
+        places = None if num_labels == len(is_label) else is_label.nonzero().flatten()
         num_documents = 0 if is_first is None else int(is_first.sum())
         return cls(
             input_ids, labels, sharded, places, num_labels, num_tokens, visible_pairs, weights, num_documents, pairs
         )
 
     def loss(self, decoder: Decoder, reduction: Reduction = "sum") -> Tensor:
-        """The loss of the labels, see :meth:`~ropepp_lit.nn.decoder.Decoder.loss`."""
+        """Compute the loss of the labels, see :meth:`~ropepp_lit.nn.decoder.Decoder.loss`."""
         return decoder.loss(
             self.input_ids,
             self.labels,
@@ -179,12 +179,12 @@ class Batch(NamedTuple):
         )
 
 
-def _weigh(labels: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
-    """What each label of whole rows weighs, float32, and whether it is the first of its document; of their shape."""
-    places = (labels != IGNORE_INDEX).flatten().nonzero().flatten()
-    numbers = torch.bucketize(places, documents.cu_seqlens[1:].long(), right=True)
+def _label_weights(labels: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
+    """Return the weight of each label of full rows, float32, and whether it is its document's first; same shape."""
+    positions = (labels != IGNORE_INDEX).flatten().nonzero().flatten()
+    numbers = torch.bucketize(positions, documents.cu_seqlens[1:].long(), right=True)
     weights = torch.zeros(labels.numel(), dtype=torch.float32)
-    weights[places] = 1 / torch.bincount(numbers).float()[numbers]
+    weights[positions] = 1 / torch.bincount(numbers).float()[numbers]
     is_first = torch.zeros(labels.numel(), dtype=torch.bool)
-    is_first[places] = numbers != F.pad(numbers[:-1], (1, 0), value=-1)
+    is_first[positions] = numbers != F.pad(numbers[:-1], (1, 0), value=-1)
     return weights.view_as(labels), is_first.view_as(labels)

@@ -1,4 +1,4 @@
-"""Sets of conversations: whether they go together, what is said of them, and what a checkpoint keeps of them."""
+"""Sets of conversations: compatibility checks, lines for reports, and the settings that checkpoints store."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ropepp_lit.data.manifest import Manifest
 from ropepp_lit.data.packing import PackedPlan, TooLong
-from ropepp_lit.data.shards import Manifest
 from ropepp_lit.errors import UsageError
 
-TEMPLATE = "chat_template"
+TEMPLATE_KEY = "chat_template"
+"""Key of the chat template in tokenizer_config.json."""
 
 
 def check_conversations(
@@ -20,17 +21,17 @@ def check_conversations(
     intra_document_masking: bool,
     too_long: TooLong,
 ) -> None:
-    """Check that sets can be read together.
+    """Check that training and validation sets are compatible with each other and with the options.
 
     Args:
-        train: The manifest of each training set.
-        validation: Each further validation set's name and manifest.
+        train: Manifest of each training set.
+        validation: Name and manifest of each additional validation set.
         intra_document_masking: See :class:`~ropepp_lit.data.token_data.TokenData`.
         too_long: See there.
 
     Raises:
-        UsageError: conversations would see each other, or were rendered by several templates; some sets hold pairs of
-            answers and others do not, or pairs would be cut.
+        UsageError: Conversations could attend to each other, or were rendered by different templates; only some sets
+            contain pairs of answers, or pairs would be truncated.
     """
     templates: dict[str, str] = {}
     first, ours = next(iter(train.items()))
@@ -38,17 +39,17 @@ def check_conversations(
         if manifest.holds_pairs != ours.holds_pairs:
             pairs, other = (name, first) if manifest.holds_pairs else (first, name)
             raise UsageError(
-                f"data: {pairs} holds pairs of answers and {other} does not; name sets of one kind for training and "
+                f"data: {pairs} contains pairs of answers and {other} does not; use sets of one kind for training and "
                 "validation"
             )
         if manifest.holds_pairs and too_long == "cut":
             raise UsageError(
-                f"data.too_long: {name} holds pairs of answers, which cannot be compared when they are cut; use drop"
+                f"data.too_long: {name} contains pairs of answers, which cannot be compared if they are cut; use drop"
             )
         if manifest.marks_trained_tokens and not intra_document_masking:
             raise UsageError(
-                f"data.intra_document_masking: false lets the conversations that are packed in one row see each other, "
-                f"and {name} holds conversations; set it to true"
+                f"data.intra_document_masking: with false, conversations packed in one row attend to each other, and "
+                f"{name} contains conversations; set it to true"
             )
     for name, manifest in train.items():
         if manifest.chat_template is not None:
@@ -56,84 +57,88 @@ def check_conversations(
     if len(templates) > 1:
         one, other = list(templates.values())[:2]
         raise UsageError(
-            f"data.source: {other} was rendered by another chat template than {one}, and a model has one; prepare one "
-            "of them again with the template of the other (--chat_template)"
+            f"data.source: {other} was rendered by a different chat template than {one}, but a model has only one; "
+            "prepare one of them again with the template of the other (--chat_template)"
         )
 
 
-def name_of_documents(manifest: Manifest) -> str:
-    """What a packed set's documents are called."""
+def document_kind(manifest: Manifest) -> str:
+    """Return the name of a packed set's documents in messages."""
     return "pairs of answers" if manifest.holds_pairs else "conversations"
 
 
-def left_out_line(name: str, plan: PackedPlan, manifest: Manifest, too_long: TooLong) -> str | None:
-    """What became of conversations that are longer than the context; None where none is.
+def too_long_line(name: str, plan: PackedPlan, manifest: Manifest, too_long: TooLong) -> str | None:
+    """Return a line about conversations that are longer than the context; None if there are none.
 
     Args:
-        name: Of the split and its source.
-        plan: Of the split.
-        manifest: Of the set.
-        too_long: What was asked for.
+        name: Name of the split and its source.
+        plan: Plan of the split.
+        manifest: Manifest of the set.
+        too_long: See :class:`~ropepp_lit.data.token_data.TokenData`.
     """
-    lengths, kind = plan.lengths, name_of_documents(manifest)
+    lengths, kind = plan.lengths, document_kind(manifest)
     if not lengths.too_long:
         return None
     count = plan.documents + lengths.too_long if too_long == "drop" else plan.documents + lengths.untrained
     line = f"data: {name}: {lengths.too_long:,} of {count:,} {kind} are longer than data.context_length "
-    line += f"{plan.places - 1:,} (the longest has {lengths.longest:,} tokens) and are "
+    line += f"{plan.row_length - 1:,} (the longest has {lengths.longest:,} tokens) and are "
     if too_long == "drop":
         return f"{line}left out" + ("" if manifest.holds_pairs else "; data.too_long cut keeps their beginnings")
-    left = f"; {lengths.untrained:,} of them keep no trained token and are left out" if lengths.untrained else ""
-    return f"{line}cut to their beginnings{left}"
+    skipped = f"; {lengths.untrained:,} of them keep no trained token and are left out" if lengths.untrained else ""
+    return f"{line}cut to their beginnings{skipped}"
 
 
 def packing_line(name: str, plan: PackedPlan, manifest: Manifest, *, rows_per_step: float) -> str:
-    """How the conversations of a training set are packed, and how much of them is trained.
+    """Return a line about the packing of a training set's conversations and their trained tokens.
 
     Args:
-        name: Of the set.
-        plan: Of its training split.
-        manifest: Of the set.
-        rows_per_step: Rows that an optimizer step reads of it, on average.
+        name: Name of the set.
+        plan: Plan of its training split.
+        manifest: Manifest of the set.
+        rows_per_step: Average number of its rows per optimizer step.
     """
-    train, left_out = manifest.splits["train"], manifest.splits["train"].documents - plan.documents
+    train, skipped = manifest.splits["train"], manifest.splits["train"].documents - plan.documents
     return (
-        f"{name}: {plan.documents:,} {name_of_documents(manifest)} in {plan.samples_per_pass:,} rows, "
+        f"{name}: {plan.documents:,} {document_kind(manifest)} in {plan.samples_per_pass:,} rows, "
         f"{plan.padding:.1%} padding"
-        + (f", {left_out:,} left out" if left_out else "")
+        + (f", {skipped:,} left out" if skipped else "")
         + f"; {train.trained_tokens / train.tokens:.1%} of the set's tokens are trained; "
         f"all are read once in {plan.samples_per_pass / rows_per_step:,.1f} steps"
     )
 
 
 def chat_settings(manifests: Sequence[Manifest]) -> dict[str, str]:
-    """The entries `tokenizer_config` and `generation_config` of a checkpoint (JSON) that conversations decide.
+    """Return the entries `tokenizer_config` and `generation_config` of a checkpoint (JSON) for sets of conversations.
 
     Args:
-        manifests: Of the training sets.
+        manifests: Manifests of the training sets.
 
     Returns:
-        The chat template, and the tokens that end an assistant's turn beside the one that ends a document; empty where
-        no set holds conversations.
+        The chat template, and the EOS token with the tokens that end an assistant's turn; empty if no set contains
+        conversations.
     """
-    found: dict[str, str] = {}
+    settings: dict[str, str] = {}
     if template := next((m.chat_template for m in manifests if m.chat_template is not None), None):
-        found["tokenizer_config"] = json.dumps({TEMPLATE: template})
+        settings["tokenizer_config"] = json.dumps({TEMPLATE_KEY: template})
     ends = [token for manifest in manifests for token in manifest.end_of_turn]
     if ends:
-        found["generation_config"] = json.dumps(
+        settings["generation_config"] = json.dumps(
             {"eos_token_id": list(dict.fromkeys([manifests[0].eos_token_id, *ends]))}
         )
-    return found
+    return settings
 
 
 def merge_settings(base: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the model that a run began with, with those of its conversations in them.
+    """Merge the settings of a base model with those of the run's conversations.
 
     Args:
-        base: The entries `tokenizer_config` and `generation_config` (JSON or None) of a checkpoint, and others.
-        data: What the data store, with what :func:`chat_settings` returned. The template replaces the base's; tokens
-            that end a text are those of both.
+        base: Entries of the base model's checkpoint, including `tokenizer_config` and `generation_config` (JSON or
+            None).
+        data: Entries of the data, including those of :func:`chat_settings`. Their template replaces the base's; the
+            tokens that end generation are those of both.
+
+    Returns:
+        The merged entries.
     """
     merged = dict(base)
     for key in data.keys() & {"tokenizer_config", "generation_config"}:
@@ -147,17 +152,17 @@ def merge_settings(base: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str
 
 
 def template_of(entry: Mapping[str, Any]) -> str | None:
-    """The chat template that a checkpoint or data store; of several the one named `default`."""
-    template = json.loads(entry.get("tokenizer_config") or "{}").get(TEMPLATE)
+    """Return the (default) chat template stored in a checkpoint's or data's entry; None if there is none."""
+    template = json.loads(entry.get("tokenizer_config") or "{}").get(TEMPLATE_KEY)
     if isinstance(template, list):
         return next((each["template"] for each in template if each.get("name") == "default"), None)
     return template
 
 
-def notes_on_special_ids(manifests: Sequence[tuple[str, Manifest]]) -> Iterator[str]:
-    """A line where documents open or close with other tokens than those of the first manifest.
+def special_token_notes(manifests: Sequence[tuple[str, Manifest]]) -> Iterator[str]:
+    """Iterate over notes about sets whose special tokens or chat template differ from those of the first manifest.
 
-    Bounds of documents do not depend on these tokens; what opens prompts and ends generated text does.
+    Document bounds do not depend on these tokens, but prompts and the end of generated text do.
     """
     first, ours = manifests[0]
     for name, manifest in manifests[1:]:
@@ -169,4 +174,4 @@ def notes_on_special_ids(manifests: Sequence[tuple[str, Manifest]]) -> Iterator[
                     f"{first}."
                 )
         if None not in (manifest.chat_template, ours.chat_template) and manifest.chat_template != ours.chat_template:
-            yield f"Note: {name} was rendered by another chat template than {first}."
+            yield f"Note: {name} was rendered by a different chat template than {first}."

@@ -1,4 +1,4 @@
-"""From records to tokens: texts, conversations, or prompts with completions; in order, on all cores."""
+"""Encoders that tokenize records (texts, conversations, prompts with completions), in order, on all cores."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ropepp_lit.text.conversations import (
     PAIR_COLUMNS,
     Conversation,
     RowError,
-    completion_of,
-    completion_pair_of,
-    conversation_of,
-    conversation_pair_of,
+    parse_completion,
+    parse_completion_pair,
+    parse_conversation,
+    parse_conversation_pair,
 )
 from ropepp_lit.text.formats import Record
 from ropepp_lit.text.sources import Cursor, Reader
@@ -32,50 +32,54 @@ from ropepp_lit.text.tokenizer import TextTokenizer
 from ropepp_lit.text.trained_spans import Span, SpanTokenizer
 
 Format = Literal["text", "chat", "completion", "chat_pairs", "completion_pairs"]
-"""What sources hold."""
+"""Format of the sources' records."""
 
 BATCH_BYTES = 2**19
-"""Bytes of text that are tokenized at once."""
+"""Minimum bytes of text in a tokenized batch."""
 
 PENDING_BYTES = 8 * 2**20
-"""Bytes of text per core that are tokenized at the same time at most, but for one document."""
+"""Maximum bytes of text per core in pending batches, unless a single document is larger."""
 
 
 class TextEncoder:
-    """Whole documents, all of whose tokens are trained.
+    """Encoder of text documents, all of whose tokens are trained.
 
     Args:
-        tokenizer: Of the texts.
+        tokenizer: Tokenizer of the texts.
     """
 
     columns: tuple[str, ...] = ()
-    """Keys or columns of the rows to read; none where texts are read."""
+    """Keys or columns of the rows to read; empty if texts are read."""
     marks_trained_tokens = False
+    """Whether only some tokens are trained, so that stored tokens are marked."""
     makes_pairs = False
+    """Whether documents are pairs of a chosen and a rejected answer."""
     chat_template: str | None = None
+    """Jinja template of conversations."""
     end_of_turn: Sequence[int] = ()
-    identity: dict[str, Any] = {}  # noqa: RUF012 (read alone)
-    """What the tokens depend on beside the settings and the tokenizer."""
+    """Token ids that end an assistant's turn."""
+    identity: dict[str, Any] = {}  # noqa: RUF012 (read-only)
+    """Values that affect the tokens, in addition to the settings and the tokenizer."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
 
     def render(self, record: Record) -> Record:
-        """The record with its text, or why it has none."""
+        """Return the record with its text, or with the problem of its row."""
         return record
 
     def encode(self, records: Sequence[Record]) -> list[np.ndarray]:
-        """The tokens of records that have a text, each as they are stored: [tokens] int32."""
+        """Tokenize records that have a text; returns the stored form of each document, [tokens] int32."""
         return self.tokenizer.encode([str(record.text) for record in records])
 
 
 class _RowEncoder(TextEncoder, ABC):
-    """Rows that become texts of which spans are trained; or pairs of such texts, a chosen and a rejected answer."""
+    """Encoder of rows that are rendered to texts with trained spans, or to pairs of them (chosen and rejected)."""
 
     marks_trained_tokens = True
     _tokens: SpanTokenizer
-    _around: tuple[Sequence[int], Sequence[int]] = ((), ())
-    """Tokens before a text, and those behind it, which are trained."""
+    _document_tokens: tuple[Sequence[int], Sequence[int]] = ((), ())
+    """Token ids before a text, and after it; the latter are trained."""
 
     def render(self, record: Record) -> Record:
         if record.row is None:
@@ -86,7 +90,7 @@ class _RowEncoder(TextEncoder, ABC):
                 text.text.encode("utf-8")
         except (RowError, ChatTemplateError) as error:
             return Record(None, str(error), record.where)
-        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        except UnicodeEncodeError:  # a lone surrogate, which JSON can contain as an escape
             return Record(None, "not UTF-8", record.where)
         first = texts[0]
         spans = [*first.spans]
@@ -99,54 +103,60 @@ class _RowEncoder(TextEncoder, ABC):
             record.where,
             spans=spans,
             notices=tuple(notices),
-            second=len(first.text) if self.makes_pairs else None,
+            rejected_start=len(first.text) if self.makes_pairs else None,
         )
 
     def encode(self, records: Sequence[Record]) -> list[np.ndarray]:
         parts = [part for record in records for part in _parts(record)]
         encoded = self._tokens.encode([text for text, _ in parts], [spans for _, spans in parts])
         stored = iter([self._stored(ids, is_trained) for ids, is_trained in encoded])
-        return [next(stored) if record.second is None else join_pair(next(stored), next(stored)) for record in records]
+        return [
+            next(stored) if record.rejected_start is None else join_pair(next(stored), next(stored))
+            for record in records
+        ]
 
     def _stored(self, ids: np.ndarray, is_trained: np.ndarray) -> np.ndarray:
-        before, behind = (np.asarray(ids, dtype=np.int32) for ids in self._around)
-        trained = np.concatenate((np.zeros(len(before), bool), is_trained, np.ones(len(behind), bool)))
-        trained[:1] = False  # nothing stands before it from which it could be predicted
-        return mark(np.concatenate((before, ids, behind)), trained)
+        opening, closing = (np.asarray(ids, dtype=np.int32) for ids in self._document_tokens)
+        trained = np.concatenate((np.zeros(len(opening), bool), is_trained, np.ones(len(closing), bool)))
+        trained[:1] = False  # the first token is never predicted
+        return mark(np.concatenate((opening, ids, closing)), trained)
 
     @abstractmethod
     def _render(self, row: dict[str, Any]) -> Rendered:
-        """A row that is one text."""
+        """Render a row to its text."""
 
     @abstractmethod
     def _render_pair(self, row: dict[str, Any]) -> list[Rendered]:
-        """The texts of a row's chosen and rejected answer, each with the prompt."""
+        """Render a row to the texts of its chosen and rejected answer, each with the prompt."""
 
 
 def _parts(record: Record) -> list[tuple[str, list[Span]]]:
-    """A record's texts, one or two, and what of each is trained."""
-    text, spans, second = str(record.text), record.spans or [], record.second
-    if second is None:
+    """Split a record into its texts, one or two, with their trained spans."""
+    text, spans, rejected_start = str(record.text), record.spans or [], record.rejected_start
+    if rejected_start is None:
         return [(text, spans)]
     return [
-        (text[:second], [span for span in spans if span.start < second]),
-        (text[second:], [Span(start - second, end - second) for start, end in spans if start >= second]),
+        (text[:rejected_start], [span for span in spans if span.start < rejected_start]),
+        (
+            text[rejected_start:],
+            [Span(start - rejected_start, end - rejected_start) for start, end in spans if start >= rejected_start],
+        ),
     ]
 
 
 class ChatEncoder(_RowEncoder):
-    """Conversations: what the assistant writes is trained.
+    """Encoder of conversations, of which the assistant's turns are trained.
 
     Args:
-        tokenizer: Of the conversations.
-        template: How they become text; None means the tokenizer's own chat template.
-        columns: The key of the messages, or those of prompt, chosen and rejected; empty means those of
+        tokenizer: Tokenizer of the conversations.
+        template: Jinja template; None means the tokenizer's own chat template.
+        columns: Key of the messages, or keys of prompt, chosen and rejected; empty means
             :data:`~ropepp_lit.text.conversations.CHAT_COLUMNS`.
         train_on: One of :data:`~ropepp_lit.text.chat.TRAIN_ON`.
-        makes_pairs: Whether rows hold a chosen and a rejected answer.
+        makes_pairs: Whether rows have a chosen and a rejected answer.
 
     Raises:
-        UsageError: there is no template, or it cannot render questions and answers.
+        UsageError: There is no template, or it cannot render questions and answers.
     """
 
     def __init__(
@@ -170,24 +180,26 @@ class ChatEncoder(_RowEncoder):
             self.identity["date"] = datetime.date.today().isoformat()
 
     def _render(self, row: dict[str, Any]) -> Rendered:
-        return self._rendered(conversation_of(row, *self._keys))
+        return self._rendered(parse_conversation(row, *self._keys))
 
     def _render_pair(self, row: dict[str, Any]) -> list[Rendered]:
         prompt, chosen, rejected = self._keys
-        return [self._rendered(conversation) for conversation in conversation_pair_of(row, (prompt, chosen, rejected))]
+        return [
+            self._rendered(conversation) for conversation in parse_conversation_pair(row, (prompt, chosen, rejected))
+        ]
 
     def _rendered(self, conversation: Conversation) -> Rendered:
         return self._template.render_trained(conversation, self._train_on)
 
 
 class CompletionEncoder(_RowEncoder):
-    """Prompts with their completions, which are trained, with the tokens that end documents.
+    """Encoder of prompts with completions, of which the completion and the tokens after it are trained.
 
     Args:
-        tokenizer: Of the texts.
-        columns: The keys of prompt and completion, or of prompt, chosen and rejected completion.
-        train_on: `all` trains the prompt too.
-        special_tokens: Whether special tokens spelt in a text are tokens.
+        tokenizer: Tokenizer of the texts.
+        columns: Keys of prompt and completion, or of prompt, chosen and rejected completion.
+        train_on: With `all`, the prompt is trained too.
+        special_tokens: Whether special tokens in a text are parsed.
     """
 
     def __init__(
@@ -197,15 +209,15 @@ class CompletionEncoder(_RowEncoder):
         self.columns, self.makes_pairs = columns, len(columns) == 3
         self._trains_prompt = train_on == "all"
         self._tokens = SpanTokenizer(tokenizer.json, special_tokens=special_tokens)
-        self._around = tokenizer.around
+        self._document_tokens = tokenizer.document_tokens
 
     def _render(self, row: dict[str, Any]) -> Rendered:
         prompt, completion = self.columns
-        return self._rendered(*completion_of(row, (prompt, completion)))
+        return self._rendered(*parse_completion(row, (prompt, completion)))
 
     def _render_pair(self, row: dict[str, Any]) -> list[Rendered]:
         prompt_key, *keys = self.columns
-        prompt, *answers = completion_pair_of(row, (prompt_key, keys[0], keys[1]))
+        prompt, *answers = parse_completion_pair(row, (prompt_key, keys[0], keys[1]))
         return [self._rendered(prompt, answer) for answer in answers]
 
     def _rendered(self, prompt: str, completion: str) -> Rendered:
@@ -216,27 +228,27 @@ class CompletionEncoder(_RowEncoder):
 def make_encoder(
     kind: Format, tokenizer: TextTokenizer, *, text_key: str, special_tokens: bool, template: str | None, train_on: str
 ) -> TextEncoder:
-    """The encoder of a format.
+    """Create the encoder of a format.
 
     Args:
-        kind: What the sources hold.
-        tokenizer: Of the documents.
-        text_key: `text`, or another key of the messages; for `completion` the keys of prompt and completion with a
-            comma between them, for pairs those of prompt, chosen and rejected.
-        special_tokens: Whether special tokens spelt in a text are tokens; in conversations they are.
-        template: A Jinja template instead of the tokenizer's own.
-        train_on: What is trained.
+        kind: Format of the sources' records.
+        tokenizer: Tokenizer of the documents.
+        text_key: `text`, or another key of the messages; for `completion` the comma-separated keys of prompt and
+            completion, for pairs those of prompt, chosen and rejected.
+        special_tokens: Whether special tokens in a text are parsed; in conversations they always are.
+        template: Jinja template that replaces the tokenizer's own.
+        train_on: One of :data:`~ropepp_lit.text.chat.TRAIN_ON`.
 
     Raises:
-        UsageError: an option does not fit the format, or the chat template is missing or fails.
+        UsageError: An option is not valid for the format, or the chat template is missing or fails.
     """
     is_chat, makes_pairs = kind in ("chat", "chat_pairs"), kind in ("chat_pairs", "completion_pairs")
     if not is_chat and template is not None:
-        raise UsageError(f"chat_template: of use for --format chat and chat_pairs, not for {kind}; leave it out")
-    meaningless = {"all"} if makes_pairs else set()
-    meaningless |= set() if is_chat else {"last"}
-    if train_on in meaningless or (kind == "text" and train_on != "assistant"):
-        raise UsageError(f"train_on: {train_on} has no meaning for --format {kind}; leave it out")
+        raise UsageError(f"chat_template: only valid with --format chat and chat_pairs, not with {kind}; remove it")
+    invalid = {"all"} if makes_pairs else set()
+    invalid |= set() if is_chat else {"last"}
+    if train_on in invalid or (kind == "text" and train_on != "assistant"):
+        raise UsageError(f"train_on: {train_on} is not valid with --format {kind}; remove it")
     if kind == "text":
         return TextEncoder(tokenizer)
     defaults = PAIR_COLUMNS if makes_pairs else () if is_chat else COMPLETION_COLUMNS
@@ -245,7 +257,7 @@ def make_encoder(
         columns = (text_key,) if kind == "chat" else tuple(name.strip() for name in text_key.split(","))
     if kind != "chat" and len(columns) != len(defaults):
         example = ",".join("ABC"[: len(defaults)])
-        raise UsageError(f"text_key: {text_key}: for --format {kind} name the keys of {_listed(defaults)}: {example}")
+        raise UsageError(f"text_key: {text_key}: for --format {kind} pass the keys of {_listed(defaults)}: {example}")
     if is_chat:
         return ChatEncoder(tokenizer, template=template, columns=columns, train_on=train_on, makes_pairs=makes_pairs)
     return CompletionEncoder(tokenizer, columns=columns, train_on=train_on, special_tokens=special_tokens)
@@ -255,18 +267,21 @@ def _listed(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def encoded(
+def encode_records(
     reader: Reader, encoder: TextEncoder, advance: Callable[[int], None]
 ) -> Iterator[tuple[Cursor, Record, np.ndarray | None]]:
-    """Records with their texts and tokens, in order; batches are tokenized while those before are written.
+    """Tokenize records in parallel and yield them in order, with their texts and tokens.
 
-    Short documents are spread over the cores within a batch, by the library; long ones, of which a batch has one, by as
-    many batches at the same time as there are cores.
+    Batches are tokenized while earlier ones are consumed. The library tokenizers parallelizes over the short documents
+    of a batch; long documents, of which a batch has one, are parallelized by concurrent batches, as many as cores.
 
     Args:
-        reader: Of the records.
-        encoder: What makes tokens of them.
-        advance: Gets the number of bytes read.
+        reader: Reader of the records.
+        encoder: Encoder that renders and tokenizes them.
+        advance: Called with the number of bytes read.
+
+    Yields:
+        The position after a record, the rendered record, and its stored tokens (None if it has no text).
     """
     cores = int(os.environ.get("RAYON_NUM_THREADS") or 0) or os.cpu_count() or 1
     pending: deque[tuple[list[tuple[Cursor, Record]], int, Future]] = deque()

@@ -1,4 +1,4 @@
-"""What the values of a manifest can be: it may be damaged, or come from elsewhere."""
+"""Check the types and ranges of a manifest's values, because the file can be damaged or untrusted."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from ropepp_lit.data.shards import Manifest, TokenSet
+    from ropepp_lit.data.manifest import Manifest, TokenSet
 
-MOST_BYTES = 2**32
-"""Of a chunk; litdata's format has no room for more."""
+CHUNK_BYTES_BOUND = 2**32
+"""Exclusive upper bound of the size of a chunk in litdata's format."""
 
 
 def check_values(manifest: Manifest) -> None:
-    """Raise ValueError where a value is not of its type, or out of the range that it can have."""
+    """Raise ValueError if a value has the wrong type or is out of range."""
     if np.dtype(manifest.dtype).kind not in "iu":
-        raise ValueError(f"dtype {manifest.dtype!r} is not one of token ids")
+        raise ValueError(f"dtype {manifest.dtype!r} is not an integer dtype")
     for name in ("marks_trained_tokens", "holds_pairs"):
         if not isinstance(getattr(manifest, name), bool):
             raise ValueError(f"{name} is {getattr(manifest, name)!r}")
     if manifest.holds_pairs and not manifest.marks_trained_tokens:
-        raise ValueError("it holds pairs of answers without marks of trained tokens")
+        raise ValueError("holds_pairs is set without marks_trained_tokens")
     check_number("vocab_size", manifest.vocab_size, least=1, below=2**31)
     for name, ids in (
         ("eos_token_id", [manifest.eos_token_id]),
@@ -33,7 +33,7 @@ def check_values(manifest: Manifest) -> None:
             check_number(name, token, below=manifest.vocab_size)
     for name, texts in (("sources", manifest.sources), ("examples", manifest.examples)):
         if not all(isinstance(text, str) for text in _list(name, texts)):
-            raise ValueError(f"{name} are not texts")
+            raise ValueError(f"{name} are not strings")
     for name, counts in (("skipped", manifest.skipped), ("notices", manifest.notices)):
         if not isinstance(counts, dict):
             raise ValueError(f"{name} is not an object")
@@ -52,16 +52,16 @@ def _check_split(split: str, tokens: TokenSet, itemsize: int) -> None:
     for chunk in tokens.chunks:
         where = f"{split}/{chunk.filename}"
         check_number(f"{where} documents", chunk.documents, least=1)
-        check_number(f"{where} tokens", chunk.tokens, least=chunk.documents, below=MOST_BYTES // itemsize)
+        check_number(f"{where} tokens", chunk.tokens, least=chunk.documents, below=CHUNK_BYTES_BOUND // itemsize)
         if not isinstance(chunk.sha256, str):
             raise ValueError(f"{where} sha256 is {chunk.sha256!r}")
     for name in ("documents", "tokens"):
         if getattr(tokens, name) != sum(getattr(chunk, name) for chunk in tokens.chunks):
-            raise ValueError(f"the {name} of {split} are not those of its chunks together")
+            raise ValueError(f"the {name} of {split} are not the sum over its chunks")
 
 
 def check_number(name: str, value: Any, *, least: int = 0, below: int = 2**63) -> None:
-    """Raise ValueError where a value is not a whole number within bounds."""
+    """Raise ValueError if a value is not an integer within bounds."""
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value < below:
         raise ValueError(f"{name} is {value!r}")
 

@@ -1,9 +1,9 @@
-"""Which conversations make up row k of a run: whole ones packed into rows, a pure function of seed, k and lengths.
+"""Packing of complete conversations into rows: row k of a run is a pure function of seed, k and lengths.
 
-Each chunk is packed by itself, best-fit decreasing: conversations from the longest to the shortest, each into the row
-with the least room that still holds it. That depends on lengths alone, so a pass has the same number of rows as any
-other. Passes differ in two ways: rows are permuted as :class:`~ropepp_lit.data.plan.BlockPlan` permutes blocks, and
-conversations of equal length change places, so that a row holds others. The position in the data stays one integer.
+Each chunk is packed separately, by best-fit decreasing: conversations from the longest to the shortest, each into the
+row with the least remaining space that fits it. This depends only on lengths, so all passes have the same number of
+rows. Passes differ in two ways: rows are permuted as :class:`~ropepp_lit.data.plan.BlockPlan` permutes blocks, and
+conversations of equal length are exchanged, so that rows contain different ones. The data position is one integer.
 """
 
 from __future__ import annotations
@@ -14,49 +14,49 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ropepp_lit.data.plan import WINDOW_CHUNKS, ShuffledChunks, Span, permutation
+from ropepp_lit.data.plan import WINDOW_CHUNKS, ChunkSlice, ShuffledChunks, permutation
 from ropepp_lit.data.shards import TokenShards
 from ropepp_lit.data.trained_tokens import is_trained
 
 TooLong = Literal["drop", "cut"]
-"""What becomes of conversations that are longer than a row: they are left out, or their beginning is kept."""
+"""Handling of conversations that are longer than a row: skip them, or keep_open their beginning."""
 
 PADDING_LENGTH = 128
-"""Tokens of a document of padding at most: attention over many short ones costs less than over one long one."""
+"""Maximum length of a padding document: attention over many short documents is cheaper than over a long one."""
 
 
 class Lengths(NamedTuple):
-    """Conversations of a split, by chunk, and what of them fits into rows."""
+    """Lengths of a split's conversations by chunk, and how much of each is read."""
 
     starts: list[np.ndarray]
-    """Of each chunk: [documents] int64, each one's first token in the chunk."""
+    """For each chunk: [documents] int64, index of each document's first token in the chunk."""
 
     kept: list[np.ndarray]
-    """Of each chunk: [documents] int64, the tokens that are read from its beginning; 0 where it is left out."""
+    """For each chunk: [documents] int64, number of tokens read of each document; 0 if it is skipped."""
 
     shortest: int
-    """Tokens of the shortest one."""
+    """Number of tokens of the shortest conversation."""
 
     longest: int
-    """Tokens of the longest one."""
+    """Number of tokens of the longest conversation."""
 
     too_long: int
-    """Those of more tokens than a row has places."""
+    """Number of conversations that are longer than a row."""
 
     untrained: int
-    """Those of them that were cut and kept no trained token, so that they are left out."""
+    """Number of those that have no trained token after truncation, so that they are skipped."""
 
     @classmethod
-    def read(cls, shards: TokenShards, *, places: int, too_long: TooLong) -> Lengths:
-        """Find the bounds of all conversations; reads each chunk's header, and cut conversations.
+    def read(cls, shards: TokenShards, *, row_length: int, too_long: TooLong) -> Lengths:
+        """Find the lengths of all conversations; reads each chunk's header, and truncated conversations.
 
         Args:
-            shards: That mark trained tokens. A remote set is fetched.
-            places: Tokens of a row.
-            too_long: What becomes of conversations of more tokens.
+            shards: Shards that mark trained tokens. A remote set is fetched.
+            row_length: Number of tokens of a row.
+            too_long: Handling of longer conversations.
 
         Raises:
-            UsageError: a chunk is damaged, or cannot be fetched.
+            UsageError: A chunk is damaged, or cannot be fetched.
         """
         all_starts, all_kept, all_lengths, num_long, untrained = [], [], [], 0, 0
         for index in range(len(shards.chunks)):
@@ -64,14 +64,14 @@ class Lengths(NamedTuple):
             bounds = (offsets.astype(np.int64) - int(offsets[0])) // tokens.itemsize
             starts, lengths = bounds[:-1], np.diff(bounds)
             all_lengths += [int(lengths.min()), int(lengths.max())]
-            long = np.flatnonzero(lengths > places)
+            long = np.flatnonzero(lengths > row_length)
             num_long += len(long)
             lengths[long] = 0
             if too_long == "cut":
                 for document in long:
                     start = starts[document]
-                    if is_trained(tokens[start + 1 : start + places]).any():  # the first token is never predicted
-                        lengths[document] = places
+                    if is_trained(tokens[start + 1 : start + row_length]).any():  # the first token is never predicted
+                        lengths[document] = row_length
                     else:
                         untrained += 1
             all_starts.append(starts)
@@ -80,57 +80,57 @@ class Lengths(NamedTuple):
 
 
 class _PackedChunk(NamedTuple):
-    """How a chunk's conversations fill rows. N conversations from the longest to the shortest."""
+    """Rows of a chunk's N conversations, which are sorted from the longest to the shortest."""
 
     slots: np.ndarray
-    """[N] int64: the conversations, in that order, of one row after the other."""
+    """[N] int64: index of each conversation in the sorted order, grouped by row."""
 
     bounds: np.ndarray
-    """[rows + 1] int64: where rows start among the slots, and the end."""
+    """[rows + 1] int64: start of each row in `slots`, and the end."""
 
 
 class PackedPlan:
-    """Rows of whole conversations, each read once per pass.
+    """Plan of rows of complete conversations, each read once per pass.
 
     Args:
-        lengths: Of the conversations.
-        places: Tokens of a row.
-        seed: Of the permutations; None reads rows in the order in which they were packed.
+        lengths: Lengths of the conversations.
+        row_length: Number of tokens of a row.
+        seed: Seed of the permutations; None means to read rows in the order in which they were packed.
     """
 
-    def __init__(self, lengths: Lengths, *, places: int, seed: int | None) -> None:
-        self.lengths, self.places, self._seed = lengths, places, seed
-        self._packed = [_pack(kept, places) for kept in lengths.kept]
+    def __init__(self, lengths: Lengths, *, row_length: int, seed: int | None) -> None:
+        self.lengths, self.row_length, self._seed = lengths, row_length, seed
+        self._packed = [_pack(kept, row_length) for kept in lengths.kept]
         rows = [len(chunk.bounds) - 1 for chunk in self._packed]
         self.samples_per_pass = sum(rows)
-        """Rows before the data come again."""
+        """Number of rows of a pass over the data."""
         self.documents = sum(len(chunk.slots) for chunk in self._packed)
-        """Conversations of a pass."""
+        """Number of conversations of a pass."""
         self.tokens = sum(int(kept.sum()) for kept in lengths.kept)
-        """Tokens of a pass, without padding."""
+        """Number of tokens of a pass, without padding."""
         self._chunks = ShuffledChunks(rows, step=1, samples=self.samples_per_pass, seed=seed)
-        self._placed: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._row_documents: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     @property
     def padding(self) -> float:
-        """Share of the places of all rows that hold no token."""
-        return 1 - self.tokens / (self.samples_per_pass * self.places)
+        """Fraction of padding in all rows."""
+        return 1 - self.tokens / (self.samples_per_pass * self.row_length)
 
-    def locate(self, sample: int) -> list[Span]:
-        """The conversations of a row: `places` tokens together, or fewer.
+    def locate(self, sample: int) -> list[ChunkSlice]:
+        """Return the slices of a row's conversations: `row_length` tokens in total, or fewer.
 
         Args:
-            sample: k, from 0; beyond one pass the next begins, shuffled anew.
+            sample: Number of the row, from 0; each pass after the first is shuffled differently.
         """
         epoch, number = divmod(sample, self.samples_per_pass)
         order, starts = self._chunks.order(epoch)
         row = self._chunks.shuffle(epoch, number)
-        place = bisect_right(starts, row) - 1
-        chunk, row = order[place], row - starts[place]
+        index = bisect_right(starts, row) - 1
+        chunk, row = order[index], row - starts[index]
         first, end = self._packed[chunk].bounds[row : row + 2]
         documents = self._documents(epoch, chunk)[first:end]
         return [
-            Span(chunk, start, num_tokens)
+            ChunkSlice(chunk, start, num_tokens)
             for start, num_tokens in zip(
                 self.lengths.starts[chunk][documents].tolist(),
                 self.lengths.kept[chunk][documents].tolist(),
@@ -138,54 +138,54 @@ class PackedPlan:
             )
         ]
 
-    def chunks_behind(self, sample: int) -> list[int]:
-        """Chunks of the window that follows the one of a sample, in the order in which they are read."""
-        return self._chunks.behind(*divmod(sample, self.samples_per_pass))
+    def next_chunks(self, sample: int) -> list[int]:
+        """Return the chunks of the window after that of a sample, in reading order."""
+        return self._chunks.next_window(*divmod(sample, self.samples_per_pass))
 
     def _documents(self, epoch: int, chunk: int) -> np.ndarray:
-        """Numbers of a chunk's conversations in a pass, of one row after the other."""
+        """Return the numbers of a chunk's conversations in a pass, grouped by row."""
         key = epoch, chunk
-        if key not in self._placed:
+        if key not in self._row_documents:
             kept = self.lengths.kept[chunk]
             documents = np.flatnonzero(kept)
-            if self._seed is not None:  # four numbers, where windows have three
+            if self._seed is not None:  # a key of four numbers; windows use three
                 documents = documents[permutation(len(documents), self._seed, epoch, chunk, 0)]
-            falling = documents[np.argsort(-kept[documents], kind="stable")]
-            self._placed[key] = falling[self._packed[chunk].slots]
-            if len(self._placed) > 2 * WINDOW_CHUNKS:
-                self._placed.popitem(last=False)
-        self._placed.move_to_end(key)
-        return self._placed[key]
+            longest_first = documents[np.argsort(-kept[documents], kind="stable")]
+            self._row_documents[key] = longest_first[self._packed[chunk].slots]
+            if len(self._row_documents) > 2 * WINDOW_CHUNKS:
+                self._row_documents.popitem(last=False)
+        self._row_documents.move_to_end(key)
+        return self._row_documents[key]
 
 
-def _pack(kept: np.ndarray, places: int) -> _PackedChunk:
-    falling = -np.sort(-kept[kept > 0])
-    rows = best_fit_decreasing(falling, places)
+def _pack(kept: np.ndarray, row_length: int) -> _PackedChunk:
+    longest_first = -np.sort(-kept[kept > 0])
+    rows = best_fit_decreasing(longest_first, row_length)
     counts = np.bincount(rows)
     return _PackedChunk(np.argsort(rows, kind="stable"), np.concatenate(([0], np.cumsum(counts))))
 
 
-def best_fit_decreasing(lengths: np.ndarray, places: int) -> np.ndarray:
-    """Pack documents into rows: each into the row with the least room that holds it, else into a new one.
+def best_fit_decreasing(lengths: np.ndarray, row_length: int) -> np.ndarray:
+    """Pack documents into rows: each into the row with the least remaining space that fits it, or into a new row.
 
-    Documents of equal length are placed together, and rows with equal room are filled together, so that a million
-    documents take seconds.
+    Documents of equal length, and rows with equal remaining space, are processed together, so that a million documents
+    take seconds.
 
     Args:
-        lengths: [documents] integers from the largest to the smallest, each 1 to `places`.
-        places: Of a row.
+        lengths: [documents] integers in descending order, each from 1 to `row_length`.
+        row_length: Number of tokens of a row.
 
     Returns:
-        [documents] int64: the row of each, from 0.
+        [documents] int64: the row of each document, from 0.
     """
     sizes, counts = np.unique(lengths, return_counts=True)
-    rooms: list[int] = []  # of open rows, rising
+    rooms: list[int] = []  # remaining spaces of open rows, ascending
     rows_with: dict[int, list[np.ndarray]] = {}
-    placed = [np.empty(0, dtype=np.int64)]
+    assigned = [np.empty(0, dtype=np.int64)]
     num_rows = 0
 
-    def keep(rows: np.ndarray, room: int) -> None:
-        """Rows stay open if they have room."""
+    def keep_open(rows: np.ndarray, room: int) -> None:
+        """Keep rows open if they have remaining space."""
         if not room or not len(rows):
             return
         if room not in rows_with:
@@ -194,24 +194,24 @@ def best_fit_decreasing(lengths: np.ndarray, places: int) -> np.ndarray:
         rows_with[room].append(rows)
 
     for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        left = count
-        while left:
+        remaining = count
+        while remaining:
             index = bisect_left(rooms, size)
             if index < len(rooms):
                 room = rooms.pop(index)
                 rows = np.concatenate(rows_with.pop(room))
             else:
-                room, needed = places, -(-left // (places // size))
+                room, needed = row_length, -(-remaining // (row_length // size))
                 rows = np.arange(num_rows, num_rows + needed)
                 num_rows += needed
-            each = room // size  # what a row holds: once it has one of them it has the least room of all
-            full = min(len(rows), left // each)
-            placed.append(np.repeat(rows[:full], each))
-            keep(rows[:full], room - each * size)
-            left -= full * each
+            each = room // size  # documents per row: once a row has one of them, it has the least space of all
+            full = min(len(rows), remaining // each)
+            assigned.append(np.repeat(rows[:full], each))
+            keep_open(rows[:full], room - each * size)
+            remaining -= full * each
             if full < len(rows):
-                placed.append(np.repeat(rows[full : full + 1], left))
-                keep(rows[full : full + 1], room - left * size)
-                keep(rows[full + 1 :], room)
-                left = 0
-    return np.concatenate(placed)
+                assigned.append(np.repeat(rows[full : full + 1], remaining))
+                keep_open(rows[full : full + 1], room - remaining * size)
+                keep_open(rows[full + 1 :], room)
+                remaining = 0
+    return np.concatenate(assigned)

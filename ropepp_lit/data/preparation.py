@@ -1,13 +1,14 @@
-"""From text to token shards: in parts that a kill leaves whole, and under their final name only when all is done.
+"""Convert text to token shards in segments, so that an interrupted preparation can resume.
 
-While it works, a folder beside the target (`.NAME.partial`) has the target's layout. A part's chunks are written into
-`writing/`, moved into the splits' folders, and then counted by `parts/N.json`, which also has the place where the next
-part begins. A part without its count is written again, to the same bytes.
+During the preparation, a folder next to the target (`.NAME.partial`) has the target's layout; it gets its final name
+when everything is complete. The chunks of a segment are written into `writing/`, moved into the splits' folders, and
+then recorded in `parts/N.json`, which also stores the position where the next segment begins. A segment without this
+record is written again, with the same bytes.
 
-Parts are cut where the documents say so: behind one whose hash is high for its length (on average every
-:data:`CUT_BYTES`), and where :data:`PART_BYTES` are reached since the last cut. So the shards depend on the documents
-alone and not on how they are stored, and a process that begins anywhere in the stream (`--part`, :mod:`.shares`) cuts
-as one that read everything, from the first document on that is cut by its hash.
+A segment ends after a document whose hash is high relative to its length (on average every :data:`CUT_BYTES`), or when
+:data:`SEGMENT_BYTES` are reached since the last cut. So the shards depend only on the documents, not on how they are
+stored. A process that starts at any position of the stream (`--part`, :mod:`.parts`) makes the same cuts as one that
+reads everything, from the first cut by hash on.
 """
 
 from __future__ import annotations
@@ -26,36 +27,37 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ropepp_lit.data.encoders import Format, TextEncoder, encoded, make_encoder
-from ropepp_lit.data.part_writer import SPLITS, Part, PartWriter, write_index
-from ropepp_lit.data.report import conversation_lines, shown
-from ropepp_lit.data.shards import FORMAT_VERSION, MANIFEST, TOKENIZER, Manifest, TokenSet, TokenShards
-from ropepp_lit.data.shares import Share, add_counts, check_splits, write_share
+from ropepp_lit.data.encoders import Format, TextEncoder, encode_records, make_encoder
+from ropepp_lit.data.manifest import FORMAT_VERSION, MANIFEST, TOKENIZER, Manifest, TokenSet
+from ropepp_lit.data.parts import Part, add_counts, check_splits, write_part
+from ropepp_lit.data.report import conversation_lines, highlight_trained
+from ropepp_lit.data.segment_writer import SPLITS, Segment, SegmentWriter, write_index
+from ropepp_lit.data.shards import TokenShards
 from ropepp_lit.data.trained_tokens import can_be_trained_on
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import write_whole
 from ropepp_lit.json_files import read_json, sealed, unsealed
 from ropepp_lit.text.formats import Record
 from ropepp_lit.text.identity import tokenizer_digest
-from ropepp_lit.text.sources import START, Cursor, Found, Reader
+from ropepp_lit.text.sources import START, Cursor, Inputs, Reader
 from ropepp_lit.text.tokenizer import BOS, EOS, TextTokenizer, load_tokenizer, train_tokenizer
 
-PART_BYTES = 128 * 2**20
-"""Bytes of text in a part at most, but for its last document: what a kill costs."""
+SEGMENT_BYTES = 128 * 2**20
+"""Maximum bytes of text in a segment, excluding its last document. At most one segment is lost by a kill."""
 
-CUT_BYTES = 2 * PART_BYTES
-"""Bytes of text, on average, between two documents behind which a part ends by their hash."""
+CUT_BYTES = 2 * SEGMENT_BYTES
+"""Average bytes of text between two cuts by hash."""
 
 TRAINING_BYTES = 256 * 2**20
-"""Bytes of text that a tokenizer is trained on at most, from the beginning of the stream."""
+"""Maximum bytes of text for training a tokenizer, from the beginning of the stream."""
 
 IDENTITY = "identity.json"
-"""In the folder of an unfinished preparation: what it is made from."""
+"""File in the folder of an unfinished preparation that identifies its inputs and settings."""
 
 
 @dataclass(kw_only=True)
-class Settings:
-    """What the shards depend on beside the sources: options of :func:`ropepp_lit.commands.prepare.prepare`."""
+class PrepareSettings:
+    """Options of a preparation that affect the shards, see :func:`ropepp_lit.commands.prepare.prepare`."""
 
     tokenizer: str | None = None
     train_tokenizer: int | None = None
@@ -74,11 +76,11 @@ class Settings:
     """`--chunk_size` in bytes."""
     format: Format = "text"
     chat_template: str | None = None
-    """The Jinja template in the file of `--chat_template`."""
+    """Content of the file `--chat_template` (Jinja)."""
     train_on: str = "assistant"
 
     def encoder(self, tokenizer: TextTokenizer) -> TextEncoder:
-        """What makes tokens of records."""
+        """Create the encoder that tokenizes records."""
         return make_encoder(
             self.format,
             tokenizer,
@@ -90,45 +92,58 @@ class Settings:
 
 
 class Preparation:
-    """One preparation, from its first part or from where an earlier one was stopped."""
+    """A preparation, from its first segment or resumed where an earlier run was interrupted.
+
+    Args:
+        sources: Names of the sources as given by the user.
+        inputs: Inputs that the sources resolve to.
+        settings: Options that affect the shards.
+        identity: Values that identify inputs and settings.
+        fingerprint: Hash of `identity`.
+        out: Folder of the shards.
+        key: Name of the option with the sources, for messages.
+        part: Part of the shards to prepare; None means all.
+        show_progress: Whether to show progress bars.
+        report: Called with information about conversations, for printing.
+    """
 
     def __init__(
         self,
         sources: list[str],
-        found: Found,
-        settings: Settings,
+        inputs: Inputs,
+        settings: PrepareSettings,
         identity: dict[str, Any],
         fingerprint: str,
         out: Path,
         key: str,
-        share: Share | None,
+        part: Part | None,
         show_progress: bool,
-        tell: Callable[[str], None] | None,
+        report: Callable[[str], None] | None,
     ) -> None:
-        self._sources, self._files, self._left_out = sources, found.files, found.left_out
+        self._sources, self._files, self._ignored = sources, inputs.files, inputs.ignored
         self._settings, self._identity, self._fingerprint, self._out = settings, identity, fingerprint, out
-        self._key, self._share, self._show_progress = key, share, show_progress
-        self._tell = tell
+        self._key, self._part, self._show_progress = key, part, show_progress
+        self._report = report
         self._range = 0, len(self._files)
-        if share is not None:
-            self._range = share.range_of([file.num_bytes for file in self._files])
+        if part is not None:
+            self._range = part.range_of([file.num_bytes for file in self._files])
         self._folder = out.with_name(f".{out.name}.partial")
 
     def run(self) -> Manifest:
-        """Make what is not made yet, and give the folder its name."""
-        if (self._folder / MANIFEST).is_file():  # stopped when all was written
+        """Write the missing segments, and rename the folder to its final name."""
+        if (self._folder / MANIFEST).is_file():  # interrupted after everything was written
             manifest = Manifest.read(self._folder)
             if manifest.fingerprint == self._fingerprint:
                 return self._publish(manifest)
-        self._begin()
-        self._tokenizer = self._find_tokenizer()
+        self._create_folder()
+        self._tokenizer = self._load_or_train_tokenizer()
         self._encoder = self._settings.encoder(self._tokenizer)
-        parts = self._finished_parts()
+        segments = self._finished_segments()
         self._seen: set[int] = set()
-        self._has_shown = False
+        self._has_shown_example = False
         if self._settings.dedup:
-            for number, part in enumerate(parts):
-                self._seen.update(self._read_digests(number, part))
+            for number, segment in enumerate(segments):
+                self._seen.update(segment.read_digests(self._digests_path(number)))
         with tqdm(
             total=sum(file.num_bytes for file in self._files[: self._range[1]]) or None,
             desc="Tokenizing",
@@ -138,44 +153,46 @@ class Preparation:
             leave=False,
         ) as self._bar:
             self._started = time.monotonic()
-            self._write_parts(parts)
-        return self._finish(parts)
+            self._write_segments(segments)
+        return self._finish(segments)
 
-    def _begin(self) -> None:
-        """Make the folder to work in, unless there is one that these sources and settings began.
+    def _create_folder(self) -> None:
+        """Create the working folder, unless one of the same inputs and settings exists.
 
         Raises:
-            UsageError: others began one, and parts of it are finished.
+            UsageError: The folder has finished segments of another preparation.
         """
-        mark = self._folder / IDENTITY
+        path = self._folder / IDENTITY
         try:
-            before = unsealed(read_json(mark), required=True)
+            existing = unsealed(read_json(path), required=True)
         except (OSError, ValueError):
-            before = {}
-        if before.get("fingerprint") == self._fingerprint:
+            existing = {}
+        if existing.get("fingerprint") == self._fingerprint:
             return
         if finished := len(list(self._folder.glob("parts/*.json"))):
-            names = {**before.get("identity", {}), **self._identity}
-            changed = [name for name in names if before.get("identity", {}).get(name) != self._identity.get(name)]
+            names = {**existing.get("identity", {}), **self._identity}
+            changed = [name for name in names if existing.get("identity", {}).get(name) != self._identity.get(name)]
             size = sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
             raise UsageError(
-                f"out: {self._folder} has {finished} finished parts ({size / 1e6:,.1f} MB) of another preparation, "
-                f"with other {', '.join(changed) or 'parts'}; go on with it by its own options, or remove that folder "
-                "to begin anew"
+                f"out: {self._folder} has {finished} finished segments ({size / 1e6:,.1f} MB) of another preparation, "
+                f"which differs in {', '.join(changed) or 'part'}; continue it with its own options, or remove that "
+                "folder to start over"
             )
         shutil.rmtree(self._folder, ignore_errors=True)
         for name in ("parts", *SPLITS):
             (self._folder / name).mkdir(parents=True)
-        write_whole(mark, json.dumps(sealed({"fingerprint": self._fingerprint, "identity": self._identity})))
+        write_whole(path, json.dumps(sealed({"fingerprint": self._fingerprint, "identity": self._identity})))
 
-    def _find_tokenizer(self) -> TextTokenizer:
+    def _load_or_train_tokenizer(self) -> TextTokenizer:
         settings = self._settings
         if settings.train_tokenizer is None:
             assert settings.tokenizer is not None
             tokenizer = load_tokenizer(settings.tokenizer, bos_token=settings.bos_token, eos_token=settings.eos_token)
             write_whole(self._folder / TOKENIZER, tokenizer.json)
             if settings.special_tokens:
-                tokenizer = dataclasses.replace(tokenizer, is_bytes=False)  # not by the look-up of bytes
+                tokenizer = dataclasses.replace(
+                    tokenizer, is_bytes=False
+                )  # the look-up of bytes does not parse special tokens
                 tokenizer.tokenizer.encode_special_tokens = False
             return tokenizer
         path = self._folder / TOKENIZER
@@ -189,41 +206,34 @@ class Preparation:
         return tokenizer
 
     def _training_texts(self, bar: tqdm) -> Iterator[str]:
-        """Documents that are not held out."""
-        left = TRAINING_BYTES
+        """Iterate over the documents that are not held out, up to :data:`TRAINING_BYTES`."""
+        remaining = TRAINING_BYTES
         for _, record in self._reader(START):
             if record.text is not None and not self._held_out(record.text.encode("utf-8")):
-                left -= len(record.text)
+                remaining -= len(record.text)
                 bar.update()
                 yield record.text
-                if left < 0:
+                if remaining < 0:
                     return
 
     def _reader(self, start: Cursor, columns: tuple[str, ...] = ()) -> Reader:
         settings = self._settings
         return Reader(self._files, text_key=settings.text_key, split=settings.split, columns=columns, start=start)
 
-    def _finished_parts(self) -> list[Part]:
-        parts: list[Part] = []
-        while (path := self._part_path(len(parts))).is_file():
-            parts.append(Part.read(path))
-        return parts
+    def _finished_segments(self) -> list[Segment]:
+        segments: list[Segment] = []
+        while (path := self._segment_path(len(segments))).is_file():
+            segments.append(Segment.read(path))
+        return segments
 
-    def _part_path(self, number: int) -> Path:
+    def _segment_path(self, number: int) -> Path:
         return self._folder / "parts" / f"{number:06}.json"
 
     def _digests_path(self, number: int) -> Path:
-        return self._part_path(number).with_suffix(".digests")
-
-    def _read_digests(self, number: int, part: Part) -> list[int]:
-        path = self._digests_path(number)
-        data = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(data).hexdigest() != part.digests_sha256:
-            raise UsageError(f"{path}: damaged; remove {self._folder} to begin anew")
-        return np.frombuffer(data, dtype=np.uint64).tolist()
+        return self._segment_path(number).with_suffix(".digests")
 
     def _first_cursor(self) -> Cursor | None:
-        """Where the share begins: behind the first document of its files that is cut by its hash."""
+        """Return where the part begins: after the first cut by hash in its files; None if there is none."""
         first, last = self._range
         if first == 0:
             return START if last else None
@@ -240,21 +250,21 @@ class Preparation:
         fits = self._tokenizer.vocab_size <= 2**16 and not self._encoder.marks_trained_tokens
         return "uint16" if fits else "int32"
 
-    def _write_parts(self, parts: list[Part]) -> None:
-        start = Cursor(*parts[-1].cursor) if parts else self._first_cursor()
-        if start is None or (parts and parts[-1].is_last):
+    def _write_segments(self, segments: list[Segment]) -> None:
+        start = Cursor(*segments[-1].cursor) if segments else self._first_cursor()
+        if start is None or (segments and segments[-1].is_last):
             return
-        limit, read, tokens = self._settings.limit, sum(part.documents_read for part in parts), 0
-        writer: PartWriter | None = None
+        limit, read, tokens = self._settings.limit, sum(segment.documents_read for segment in segments), 0
+        writer: SegmentWriter | None = None
         cursor = start
         reader = self._reader(start, self._encoder.columns)
-        for cursor, record, ids in encoded(reader, self._encoder, self._advance):
+        for cursor, record, ids in encode_records(reader, self._encoder, self._advance):
             if limit is not None and read >= limit:
                 break
             if writer is None:
-                writer = PartWriter(
+                writer = SegmentWriter(
                     self._folder,
-                    len(parts),
+                    len(segments),
                     dtype=self._dtype,
                     marks_trained_tokens=self._encoder.marks_trained_tokens,
                     chunk_bytes=self._settings.chunk_bytes,
@@ -267,23 +277,23 @@ class Preparation:
                 rate = tokens / (time.monotonic() - self._started)
                 self._bar.set_postfix_str(f"{read:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
             is_cut = _is_cut(data)
-            if is_cut or writer.num_bytes >= PART_BYTES:
+            if is_cut or writer.num_bytes >= SEGMENT_BYTES:
                 is_last = is_cut and cursor.file >= self._range[1]
-                parts.append(self._commit(writer, len(parts), cursor, is_last))
+                segments.append(self._commit(writer, len(segments), cursor, is_last))
                 writer = None
                 if is_last:
                     break
         if writer is not None:
-            parts.append(self._commit(writer, len(parts), cursor, is_last=False))
+            segments.append(self._commit(writer, len(segments), cursor, is_last=False))
 
     def _advance(self, bytes_read: int) -> None:
         self._bar.update(bytes_read - self._bar.n)
 
-    def _add(self, writer: PartWriter, record: Record, data: bytes, ids: np.ndarray | None) -> None:
+    def _add(self, writer: SegmentWriter, record: Record, data: bytes, ids: np.ndarray | None) -> None:
         settings = self._settings
         if record.text is None or ids is None:
             if record.problem != "empty" and settings.on_error == "stop":
-                raise stop(record, self._key)
+                raise record_error(record, self._key)
             writer.skip(record.problem or "", record.where)
         elif len(ids) < settings.min_tokens:
             writer.skip("shorter than min_tokens", None)
@@ -298,28 +308,28 @@ class Preparation:
                 self._seen.add(digest)
                 writer.digests.append(digest)
             writer.add("validation" if self._held_out(data) else "train", data, ids, record.notices)
-            if self._encoder.marks_trained_tokens and self._tell is not None and not self._has_shown:
-                self._has_shown = True
+            if self._encoder.marks_trained_tokens and self._report is not None and not self._has_shown_example:
+                self._has_shown_example = True
                 with tqdm.external_write_mode():
-                    self._tell(f"{record.where}, with what is trained marked:\n\n{shown(ids, self._tokenizer)}\n")
+                    text = highlight_trained(ids, self._tokenizer)
+                    self._report(f"{record.where}, with the trained tokens marked:\n\n{text}\n")
 
     def _held_out(self, data: bytes) -> bool:
-        share = self._settings.validation_fraction
-        return share > 0 and _digest(data) < share * 2**64
+        fraction = self._settings.validation_fraction
+        return fraction > 0 and _digest(data) < fraction * 2**64
 
-    def _commit(self, writer: PartWriter, number: int, cursor: Cursor, is_last: bool) -> Part:
-        part = writer.finish(cursor, is_last=is_last)
+    def _commit(self, writer: SegmentWriter, number: int, cursor: Cursor, is_last: bool) -> Segment:
+        segment = writer.finish(cursor, is_last=is_last)
         if self._settings.dedup:
-            data = np.asarray(writer.digests, dtype=np.uint64).tobytes()
-            self._digests_path(number).write_bytes(data)
-            part.digests_sha256 = hashlib.sha256(data).hexdigest()
-        part.write(self._part_path(number))
-        return part
+            segment.write_digests(self._digests_path(number), writer.digests)
+        segment.write(self._segment_path(number))
+        return segment
 
-    def _finish(self, parts: list[Part]) -> Manifest:
+    def _finish(self, segments: list[Segment]) -> Manifest:
+        """Write the manifest and litdata's indices, and publish the folder."""
         assert self._tokenizer.eos_token_id is not None
-        left_out = self._left_out if self._share is None or self._share.number == 1 else []
-        examples = [f"{name}: {reason}" for name, reason in left_out[:5]]
+        ignored = self._ignored if self._part is None or self._part.number == 1 else []
+        examples = [f"{name}: {reason}" for name, reason in ignored[:5]]
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             fingerprint=self._fingerprint,
@@ -330,57 +340,57 @@ class Preparation:
             opening=list(self._tokenizer.opening),
             dtype=self._dtype,
             skipped={},
-            examples=[*examples, *(example for part in parts for example in part.examples)][:20],
-            splits={name: TokenSet.sum([part.splits[name] for part in parts]) for name in SPLITS},
+            examples=[*examples, *(example for segment in segments for example in segment.examples)][:20],
+            splits={name: TokenSet.sum([segment.splits[name] for segment in segments]) for name in SPLITS},
             tokenizer_digest=tokenizer_digest(self._tokenizer.json),
             marks_trained_tokens=self._encoder.marks_trained_tokens,
             holds_pairs=self._encoder.makes_pairs,
             chat_template=self._encoder.chat_template,
             end_of_turn=list(self._encoder.end_of_turn),
         )
-        add_counts(manifest.skipped, ({reason: 1} for _, reason in left_out))
-        add_counts(manifest.skipped, (part.skipped for part in parts))
-        add_counts(manifest.notices, (part.notices for part in parts))
-        if self._share is None:
+        add_counts(manifest.skipped, ({reason: 1} for _, reason in ignored))
+        add_counts(manifest.skipped, (segment.skipped for segment in segments))
+        add_counts(manifest.notices, (segment.notices for segment in segments))
+        if self._part is None:
             check_splits(manifest, self._settings.validation_fraction, self._key, len(self._files))
-        config: dict[str, Any] = next((part.index_config for part in parts if part.index_config), {})
+        config: dict[str, Any] = next((segment.index_config for segment in segments if segment.index_config), {})
         for name in SPLITS:
             if manifest.splits[name].documents:
                 write_index(self._folder / name, manifest.splits[name], config)
             else:
                 del manifest.splits[name]
                 continue
-            TokenShards(self._folder, manifest, name)  # chunks of parts that an earlier process wrote
-        if self._share is not None:
-            write_share(self._folder, self._share, self._identity, parts=len(parts), index_config=config)
-        if manifest.marks_trained_tokens and self._tell is not None:
-            self._tell("\n".join(conversation_lines(manifest, self._folder)))
+            TokenShards(self._folder, manifest, name)  # raises where a chunk of an earlier process is missing or cut
+        if self._part is not None:
+            write_part(self._folder, self._part, self._identity, num_segments=len(segments), index_config=config)
+        if manifest.marks_trained_tokens and self._report is not None:
+            self._report("\n".join(conversation_lines(manifest, self._folder)))
         manifest.write(self._folder)
         return self._publish(manifest)
 
     def _publish(self, manifest: Manifest) -> Manifest:
-        """Give the finished folder its name."""
+        """Rename the finished folder to its final name."""
         for name in ("writing", "parts"):
             shutil.rmtree(self._folder / name, ignore_errors=True)
         (self._folder / IDENTITY).unlink(missing_ok=True)
         if self._out.exists():
-            self._out.rmdir()  # empty, as was checked
+            self._out.rmdir()  # known to be empty
         self._folder.rename(self._out)
         return manifest
 
 
-def stop(record: Record, key: str) -> UsageError:
-    """The error for a record without a text; `key` is what the user calls the sources."""
+def record_error(record: Record, key: str) -> UsageError:
+    """Create the error for a record that cannot be read; `key` is the option with the sources."""
     option = "--data.on_error" if key.startswith("data.") else "--on_error"
-    remedy = f"{record.remedy}, or leave such documents out and count them by {option} skip"
+    remedy = f"{record.remedy}, or skip and count such documents by {option} skip"
     return UsageError(f"{record.where}: {record.problem}; {remedy}")
 
 
 def _is_cut(data: bytes) -> bool:
-    """Whether a part ends behind a document, by its text in UTF-8 alone; the more often the longer it is."""
+    """Return whether a segment ends after a document, decided by its UTF-8 text; more likely for longer texts."""
     return bool(data) and zlib.crc32(data) >= 2**32 * (1 - len(data) / CUT_BYTES)
 
 
 def _digest(data: bytes) -> int:
-    """A hash of 64 bits of a text in UTF-8: decides what is held out and what is a repeat."""
+    """Return a 64-bit hash of a UTF-8 text, which selects held-out documents and detects duplicates."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())

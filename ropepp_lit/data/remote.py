@@ -1,4 +1,4 @@
-"""Token shards in an object store, through litdata's downloaders into a cache of bounded size."""
+"""Fetch token shards from object stores with litdata's downloaders, into a cache of bounded size."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.files import inside, locked, write_errors
 
 SCHEMES = ("s3://", "gs://")
+"""URL schemes of the supported object stores."""
 
 SECONDS_TO_FAIL = 25
-"""What a small file, the first thing asked of a store, may take; libraries would try for minutes."""
+"""Timeout for fetching a small file, the first request to a store; the libraries would retry for minutes."""
 
 
 def is_remote(source: str) -> bool:
-    """Whether a source is a URL of an object store."""
+    """Return whether a source is a URL of an object store."""
     return source.startswith(SCHEMES)
 
 
 def default_cache_dir() -> Path:
-    """Where prepared data lies unless told otherwise: `ropepp_lit` in the user's cache folder (XDG's convention)."""
+    """Return the default folder of prepared data: `ropepp_lit` in the user's cache folder (XDG convention)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ropepp_lit"
 
 
 class RemoteFolder:
-    """Files of a folder in an object store; each is fetched once and kept in a cache.
+    """A folder in an object store, whose files are fetched once and cached.
 
-    Credentials and endpoint are those of the environment: `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL` and the like for
+    Credentials and endpoint are read from the environment: `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL` and the like for
     `s3://`, Google's application default credentials for `gs://`.
 
     Args:
         url: `s3://BUCKET/FOLDER` or `gs://BUCKET/FOLDER`.
-        cache_dir: Holds a folder for each URL.
-        max_bytes: Chunks in the cache, of all URLs together; beyond that the least recently used are deleted.
+        cache_dir: Folder of the cache, with a subfolder for each URL.
+        max_bytes: Maximum size of all cached chunks, for all URLs together; the least recently used are deleted.
 
     Raises:
-        UsageError: the URL names no bucket.
+        UsageError: The URL has no bucket.
     """
 
     def __init__(self, url: str, cache_dir: Path, *, max_bytes: int) -> None:
@@ -53,30 +54,30 @@ class RemoteFolder:
         self._cache, self._max_bytes = cache_dir / "remote", max_bytes
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self.folder = self._cache / f"{urlsplit(self.url).path.rpartition('/')[2] or 'bucket'}-{digest}"
-        """Where the files lie once they are fetched."""
+        """Local folder of the fetched files."""
         self._downloader: tuple[int, Any] | None = None
 
     def fetch_small(self, name: str) -> None:
-        """Fetch a file that may have changed, within :data:`SECONDS_TO_FAIL`.
+        """Fetch a small file, even if it is cached, within :data:`SECONDS_TO_FAIL`.
 
         Raises:
-            UsageError: there is no such file or bucket, no access, no answer in time, no library for the store, or the
-                cache cannot be written.
+            UsageError: The file or bucket does not exist, access is denied, the store does not respond in time, its
+                library is missing, or the cache cannot be written.
         """
         errors: list[Exception] = []
         content = io.BytesIO()
 
-        def work() -> None:
+        def fetch() -> None:
             try:
                 self._copy(name, content)
             except Exception as error:
                 errors.append(error)
 
-        thread = threading.Thread(target=work, daemon=True)
+        thread = threading.Thread(target=fetch, daemon=True)
         thread.start()
         thread.join(SECONDS_TO_FAIL)
         if thread.is_alive():
-            raise UsageError(f"{self.url}/{name}: no answer within {SECONDS_TO_FAIL} seconds; check the endpoint")
+            raise UsageError(f"{self.url}/{name}: no response within {SECONDS_TO_FAIL} seconds; check the endpoint")
         if errors:
             raise errors[0]
         path = inside(self.folder, name, source=self.url, for_writing=True)
@@ -86,42 +87,42 @@ class RemoteFolder:
                 _write(path, lambda file: file.write(content.getvalue()))
 
     def fetch_chunk(self, name: str, num_bytes: int) -> tuple[Path, bool]:
-        """A chunk's file in the cache, downloaded unless one of the right size is there.
+        """Return a chunk's file in the cache, downloading it unless a file of the right size is cached.
 
         Args:
-            name: Path below the URL.
+            name: Path relative to the URL.
             num_bytes: Size of the file.
 
         Returns:
-            The file, and whether it was downloaded now.
+            The path of the file, and whether it was downloaded by this call.
 
         Raises:
-            UsageError: as for :meth:`fetch_small`.
+            UsageError: See :meth:`fetch_small`.
         """
         path = inside(self.folder, name, source=self.url, for_writing=True)
 
-        def is_kept() -> bool:
+        def is_cached() -> bool:
             return path.is_file() and path.stat().st_size == num_bytes
 
-        found = is_kept()  # without a lock, so that a complete cache may be read-only
-        if not found:
+        cached = is_cached()  # without a lock, so that a complete cache can be read-only
+        if not cached:
             with write_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with locked(path.with_name(f".{path.name}.lock")):
-                    found = is_kept()
-                    if not found:
+                    cached = is_cached()
+                    if not cached:
                         _write(path, lambda file: self._copy(name, file))
         with suppress(OSError):  # a read-only cache
             os.utime(path)
         self._evict(keep=path)
-        return path, not found
+        return path, not cached
 
     def _copy(self, name: str, file: IO[bytes]) -> None:
         try:
-            # Not download_file: it returns without the file where another process holds its lock.
+            # Not download_file: it returns without the file if another process holds its lock.
             self._connect().download_fileobj(f"{self.url}/{name}", file)
         except Exception as error:
-            if not _is_of_store(error):
+            if not _is_store_error(error):
                 raise
             problem = " ".join(str(error).split()) or type(error).__name__
             raise UsageError(
@@ -129,7 +130,7 @@ class RemoteFolder:
             ) from error
 
     def _connect(self) -> Any:
-        """A downloader of this process; connections don't survive a fork."""
+        """Return the downloader of this process; connections do not survive a fork."""
         if self._downloader is None or self._downloader[0] != os.getpid():
             from botocore.config import Config
             from litdata.streaming.downloader import get_downloader
@@ -142,17 +143,17 @@ class RemoteFolder:
                 self._downloader = os.getpid(), get_downloader(self.url, str(self.folder), [], options)
             except ModuleNotFoundError as error:
                 raise UsageError(
-                    f"{self.url}: gs:// needs google-cloud-storage: pip install 'ropepp-lit[gs]'"
+                    f"{self.url}: gs:// requires google-cloud-storage: pip install 'ropepp-lit[gs]'"
                 ) from error
         return self._downloader[1]
 
     def _evict(self, keep: Path) -> None:
-        """Delete chunks until the cache has its size; who has a deleted one open can read on."""
+        """Delete chunks until the cache is within its maximum size; processes can still read open files after that."""
         chunks = []
         for path in self._cache.rglob("chunk-*.bin"):
             try:
                 stat = path.stat()
-            except FileNotFoundError:  # another process was first
+            except FileNotFoundError:  # another process has deleted it
                 continue
             chunks.append((stat.st_mtime, stat.st_size, path))
         total = sum(size for _, size, _ in chunks)
@@ -169,7 +170,7 @@ class RemoteFolder:
 
 
 def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
-    """Write a file, which appears only when it is complete; several processes may do it at once."""
+    """Write a file, which appears only when it is complete; multiple processes can do this concurrently."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         with partial.open("wb") as file:
@@ -179,8 +180,8 @@ def _write(path: Path, fill: Callable[[IO[bytes]], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _is_of_store(error: Exception) -> bool:
-    """Whether the store or the way to it is at fault, and not this program; clients raise ValueError for endpoints."""
+def _is_store_error(error: Exception) -> bool:
+    """Return whether the store or connection caused an error; clients raise ValueError for invalid endpoints."""
     return isinstance(error, ValueError) or type(error).__module__.split(".")[0] in {
         "boto3",
         "botocore",

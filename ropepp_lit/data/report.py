@@ -1,4 +1,4 @@
-"""What a preparation kept and left out, for people."""
+"""Format reports about prepared shards: totals, skipped documents, notices and an example."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from pathlib import Path
 
 import numpy as np
 
-from ropepp_lit.data.shards import Manifest
+from ropepp_lit.data.manifest import Manifest
 from ropepp_lit.data.trained_tokens import is_trained, split_pair, token_ids
 from ropepp_lit.text.tokenizer import TextTokenizer
 
 SHOWN_TOKENS = 500
-"""Of the conversation that is shown, at most."""
+"""Maximum number of tokens of the example conversation."""
 
 
-def left_out_lines(manifest: Manifest) -> list[str]:
-    """What was left out: how many by reason, and the first of them."""
+def skipped_lines(manifest: Manifest) -> list[str]:
+    """Return lines with the number of skipped documents by reason, and the first of them."""
     lines = [f"left out: {count:,} ({reason})" for reason, count in manifest.skipped.items()]
     return lines + [f"  {example}" for example in manifest.examples[:5]]
 
 
 def conversation_lines(manifest: Manifest, folder: Path) -> list[str]:
-    """What a set of conversations or completions has: documents, tokens, how many are trained, what ends a turn.
+    """Return lines about a set of conversations or completions: documents, tokens, trained tokens, end of a turn.
 
     Args:
-        manifest: Of the set.
-        folder: With its tokenizer.
+        manifest: Manifest of the set.
+        folder: Folder with its tokenizer.
     """
     tokenizer = TextTokenizer.from_entry({**vars(manifest), "tokenizer": manifest.read_tokenizer(folder)})
     lines = [f"{'split':<12}{'documents':>14}{'tokens':>18}{'trained':>18}{'share':>8}{'longest':>12}"]
@@ -39,7 +39,7 @@ def conversation_lines(manifest: Manifest, folder: Path) -> list[str]:
                 f"{name:<12}{split.documents:>14,}{split.tokens:>18,}{split.trained_tokens:>18,}{share:>8.1%}"
                 f"{split.longest:>12,}"
             )
-    lines += left_out_lines(manifest)
+    lines += skipped_lines(manifest)
     lines += [f"Notice: {reason}: in {count:,} documents" for reason, count in manifest.notices.items()]
     if manifest.end_of_turn:
         names = " or ".join(str(tokenizer.token(token)) for token in manifest.end_of_turn)
@@ -47,31 +47,31 @@ def conversation_lines(manifest: Manifest, folder: Path) -> list[str]:
     elif manifest.chat_template is not None:
         eos = tokenizer.token(tokenizer.eos_token_id)
         lines.append(
-            "Notice: the chat template ends turns with no token of its own, so a model would not stop at their end; "
-            f"let it write eos_token ({eos}) behind answers"
+            "Notice: the chat template does not end turns with a dedicated token, so a model would not stop there; "
+            f"change it to write eos_token ({eos}) after answers"
         )
     return lines
 
 
-def shown(stored: np.ndarray, tokenizer: TextTokenizer) -> str:
-    """The text of a document, decoded, with what is trained in colour, or in brackets where there is none.
+def highlight_trained(stored: np.ndarray, tokenizer: TextTokenizer) -> str:
+    """Decode a document with its trained tokens in colour, or in brackets if the output is not a terminal.
 
     Args:
         stored: [tokens], see :mod:`.trained_tokens`.
-        tokenizer: Of the tokens.
+        tokenizer: Tokenizer of the document.
     """
-    return "\n--- rejected ---\n".join(_shown(part, tokenizer) for part in split_pair(stored))
+    return "\n--- rejected ---\n".join(_highlight(part, tokenizer) for part in split_pair(stored))
 
 
-def _shown(stored: np.ndarray, tokenizer: TextTokenizer) -> str:
+def _highlight(stored: np.ndarray, tokenizer: TextTokenizer) -> str:
     has_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    before, behind = ("\x1b[32m", "\x1b[0m") if has_colour else ("[[", "]]")
+    start, end = ("\x1b[32m", "\x1b[0m") if has_colour else ("[[", "]]")
     first = max(0, int(is_trained(stored).argmax()) - SHOWN_TOKENS // 2)
     part = stored[first : first + SHOWN_TOKENS]
     pieces = []
     for run in np.split(part, np.flatnonzero(np.diff(is_trained(part).astype(np.int8))) + 1):
         text = tokenizer.tokenizer.decode(token_ids(run).tolist(), skip_special_tokens=False)
         text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", lambda match: repr(match[0])[1:-1], text)
-        pieces.append(f"{before}{text}{behind}" if run[0] >= 0 else text)
-    left = len(stored) - first - len(part)
-    return f"{'… ' if first else ''}{''.join(pieces)}{f' … ({left:,} more tokens)' if left else ''}"
+        pieces.append(f"{start}{text}{end}" if run[0] >= 0 else text)
+    remaining = len(stored) - first - len(part)
+    return f"{'… ' if first else ''}{''.join(pieces)}{f' … ({remaining:,} more tokens)' if remaining else ''}"

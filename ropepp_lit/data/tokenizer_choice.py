@@ -1,4 +1,4 @@
-"""Which tokenizer text is prepared with: the recipe's, or that of the checkpoint which a run continues from."""
+"""Choose the tokenizer for preparing text: the recipe's, or that of the checkpoint from which a run resumes."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ropepp_lit.data.prepare import Settings, cached_folder
-from ropepp_lit.data.shards import MANIFEST, Manifest
+from ropepp_lit.data.manifest import MANIFEST, Manifest
+from ropepp_lit.data.prepare import PrepareSettings, cached_folder
 from ropepp_lit.errors import UsageError
 from ropepp_lit.text.identity import same_tokenizer
 from ropepp_lit.text.tokenizer import check_choice, load_tokenizer
 
 
 class TokenizerChoice:
-    """The tokenizer of a recipe. A checkpoint's own goes on where the recipe trains one, or names one that is gone.
+    """Choice of the tokenizer for a recipe.
+
+    If a run resumes from a checkpoint, the checkpoint's tokenizer is used when the recipe trains a tokenizer, or sets
+    one that can no longer be loaded.
 
     Args:
         tokenizer: See :class:`~ropepp_lit.data.token_data.TokenData`.
@@ -22,38 +25,38 @@ class TokenizerChoice:
     """
 
     def __init__(self, tokenizer: str | None, train_tokenizer: int | None) -> None:
-        self._name, self._train = tokenizer, train_tokenizer
+        self._name, self._train_tokenizer = tokenizer, train_tokenizer
         self._checkpoint: tuple[str, str] | None = None
         self._loaded: str | None = None
         self._is_loaded = False
         self.notices: list[str] = []
-        """Lines to print before the data are used."""
+        """Lines to print before the data is used."""
 
     def continue_from(self, path: str, entry: dict[str, Any]) -> None:
-        """Use the tokenizer of a checkpoint where it has one.
+        """Use the tokenizer of a checkpoint, if it stores one.
 
         Args:
-            path: The checkpoint.
-            entry: Its entry `ropepp_lit`.
+            path: Path of the checkpoint.
+            entry: Entry `ropepp_lit` of the checkpoint.
         """
         self._checkpoint = (path, entry["tokenizer"]) if entry.get("tokenizer") else None
 
     def check(self, *, shards: list[str], texts: list[str]) -> None:
-        """Load the tokenizer that the recipe names.
+        """Check the options, and load the tokenizer that the recipe sets.
 
         Args:
-            shards: Sources that are prepared.
+            shards: Sources that are token shards.
             texts: Sources that are text.
 
         Raises:
-            UsageError: none or two are chosen, the tokenizer cannot be loaded, or it is not the checkpoint's.
+            UsageError: Not exactly one tokenizer is set, it cannot be loaded, or it differs from the checkpoint's.
         """
-        is_free = self._checkpoint is not None and self._name is None  # text is read with the checkpoint's
-        if texts and not is_free:
-            check_choice("data.", self._name, self._train)
-        if not texts and self._train is not None:
+        uses_checkpoint = self._checkpoint is not None and self._name is None
+        if texts and not uses_checkpoint:
+            check_choice("data.", self._name, self._train_tokenizer)
+        if not texts and self._train_tokenizer is not None:
             raise UsageError(
-                f"data.train_tokenizer: {', '.join(shards)} holds token shards and their tokenizer; leave it out"
+                f"data.train_tokenizer: {', '.join(shards)} contains token shards with their tokenizer; remove it"
             )
         if self._name is None or self._is_loaded:
             return
@@ -70,39 +73,39 @@ class TokenizerChoice:
         path, stored = self._checkpoint
         if not same_tokenizer(self._loaded, stored):
             raise UsageError(
-                f"data.tokenizer: {self._name} is not the tokenizer of {path}; leave it as it was, or start another "
-                f"run from the weights by --model.init_from {path}"
+                f"data.tokenizer: {self._name} is not the tokenizer of {path}; restore the previous value, or start a "
+                f"new run from the weights by --model.init_from {path}"
             )
 
     def check_shards(self, source: str, tokenizer: str) -> None:
-        """Compare the tokenizer that the recipe names with that of prepared shards.
+        """Check that the recipe's tokenizer is that of token shards.
 
         Args:
-            source: Of the shards.
-            tokenizer: Their tokenizer.json.
+            source: Source of the shards.
+            tokenizer: Content of their tokenizer.json.
 
         Raises:
-            UsageError: they differ.
+            UsageError: The tokenizers differ.
         """
         if self._loaded is not None and not same_tokenizer(tokenizer, self._loaded):
             raise UsageError(
-                f"data.tokenizer: {self._name} is not the tokenizer that {source} was prepared with; leave "
-                "data.tokenizer out, or prepare the text again with it"
+                f"data.tokenizer: {self._name} is not the tokenizer that {source} was prepared with; remove "
+                "data.tokenizer, or prepare the text again with it"
             )
 
-    def settings(self, source: str, others: Settings, *, cache_dir: Path) -> Settings:
-        """How the text of a source is prepared.
+    def settings(self, source: str, base: PrepareSettings, *, cache_dir: Path) -> PrepareSettings:
+        """Return the settings for preparing a text source with the chosen tokenizer.
 
         Args:
-            source: The text.
-            others: The settings but for the tokenizer.
-            cache_dir: Of prepared text.
+            source: Text source.
+            base: Settings without a tokenizer.
+            cache_dir: Folder of prepared text.
         """
-        settings = dataclasses.replace(others, tokenizer=self._name, train_tokenizer=self._train)
+        settings = dataclasses.replace(base, tokenizer=self._name, train_tokenizer=self._train_tokenizer)
         if self._checkpoint is None or self._loaded is not None:
             return settings
         path, stored = self._checkpoint
-        if self._train is not None:
+        if self._train_tokenizer is not None:
             folder = cached_folder(source, settings, cache_dir=cache_dir)
             was_prepared = (folder / MANIFEST).is_file()
             if was_prepared and same_tokenizer(Manifest.read(folder).read_tokenizer(folder), stored):

@@ -1,11 +1,11 @@
-"""Which tokens of prepared conversations are trained: the sign of what is stored.
+"""Storage of the loss mask: the sign of a stored token marks whether it is trained.
 
-A token that is trained is stored as its id, one that is only read as its complement `~id` (-1 - id), in int32. So the
-mask is in the shards, under their checksums, and is read with the tokens. Only folders whose manifest says so
-(`marks_trained_tokens`) are stored this way.
+A trained token is stored as its id, any other token as its complement `~id` (-1 - id), in int32. So the mask is part of
+the shards and their checksums, and is read with the tokens. This form is used if the manifest sets
+`marks_trained_tokens`.
 
-A pair of answers is stored as one document: the tokens of the chosen one, with its prompt, and those of the rejected
-one, with the prompt again. The first token of the rejected one, which is never trained, is `~id - 2**30`.
+A pair of answers is stored as one document: the prompt and chosen answer, followed by the prompt and rejected answer.
+The first token of the latter, which is never trained, is stored as `~id - 2**30`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from __future__ import annotations
 import numpy as np
 
 REJECTED = -(2**30)
-"""What is stored is below this where a rejected answer (with its prompt) begins."""
+"""Offset of the first token of a rejected answer (with its prompt), which is stored below this value."""
 
 ID_BITS = 2**30 - 1
-"""The bits of what is stored, or of its complement, that are the token's id."""
+"""Bits of the token's id in a stored value or its complement."""
 
 
 def mark(ids: np.ndarray, is_trained: np.ndarray) -> np.ndarray:
-    """Token ids as they are stored.
+    """Mark token ids for storing.
 
     Args:
         ids: [tokens], integers of 0 or more and below 2^30.
@@ -34,11 +34,11 @@ def mark(ids: np.ndarray, is_trained: np.ndarray) -> np.ndarray:
 
 
 def join_pair(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
-    """A pair of answers as it is stored.
+    """Join a pair of answers for storing.
 
     Args:
-        chosen: [tokens] of :func:`mark`, with the prompt. The first token is not trained.
-        rejected: [tokens] of :func:`mark`, with the prompt. The first token is not trained.
+        chosen: [tokens] from :func:`mark`, with the prompt. The first token is not trained.
+        rejected: [tokens] from :func:`mark`, with the prompt. The first token is not trained.
 
     Returns:
         [tokens of both] int32.
@@ -49,20 +49,20 @@ def join_pair(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
 
 
 def split_pair(stored: np.ndarray) -> list[np.ndarray]:
-    """The chosen and the rejected answer of what is stored, as they are stored; a document that is no pair alone."""
+    """Split a stored document into its chosen and rejected answer, in stored form; other documents are not split."""
     return np.split(stored, np.flatnonzero(stored < REJECTED))
 
 
 def token_ids(stored: np.ndarray) -> np.ndarray:
-    """Token ids of what is stored, in the same dtype; plain token ids stay as they are."""
+    """Return the token ids of a stored document, in the same dtype; plain token ids are returned unchanged."""
     return stored if stored.dtype.kind == "u" else np.where(stored < 0, ~stored & ID_BITS, stored)
 
 
 def is_trained(stored: np.ndarray) -> np.ndarray:
-    """Which tokens of what is stored are trained: bool, of the same shape."""
+    """Return which tokens of a stored document are trained: bool, of the same shape."""
     return stored >= 0
 
 
 def can_be_trained_on(stored: np.ndarray) -> bool:
-    """Whether a document, or each answer of a pair, has a trained token behind its first, which is never predicted."""
+    """Return whether a stored document, or each answer of a pair, has a trained token after its first token."""
     return all(is_trained(part[1:]).any() for part in split_pair(stored))

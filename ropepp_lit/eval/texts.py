@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ropepp_lit.data.held_out import data_of_run
-from ropepp_lit.data.shards import MANIFEST, Manifest
+from ropepp_lit.data.manifest import MANIFEST, Manifest
+from ropepp_lit.data.run_data import data_of_run
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval.models import Model
 from ropepp_lit.text.sources import Reader, find_files

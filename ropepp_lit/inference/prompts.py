@@ -16,7 +16,7 @@ from ropepp_lit.inference.completion import Completion, complete
 from ropepp_lit.inference.model import Model, Writing
 from ropepp_lit.json_files import fits, json_line, parse_json, sealed, unsealed
 from ropepp_lit.text.chat import ChatTemplate, ChatTemplateError
-from ropepp_lit.text.conversations import RowError, conversation_of
+from ropepp_lit.text.conversations import RowError, parse_conversation
 from ropepp_lit.text.tokenizer import TextTokenizer
 
 WRITTEN = ("text", "finish_reason", "tokens")
@@ -199,7 +199,7 @@ def encode_messages(template: ChatTemplate, row: dict[str, Any]) -> list[int]:
         prompt = row["prompt"]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         row = {**row, "messages": messages}
-    conversation = conversation_of(row)
+    conversation = parse_conversation(row)
     if conversation.messages[-1]["role"] == "assistant":
         raise RowError("the last message is the assistant's, so there is nothing to answer; leave it out")
     text = template.render(

@@ -1,1 +1,1 @@
-"""What text is: the one entry of tokenizers, and where documents come from. Nothing here knows a model."""
+"""Tokenizers, chat templates and document readers. This package does not depend on models."""

@@ -1,4 +1,4 @@
-"""Conversations as text: a tokenizer's chat template, rendered as transformers renders it."""
+"""Render conversations by a tokenizer's chat template, as transformers does, and find their trained spans."""
 
 from __future__ import annotations
 
@@ -14,41 +14,42 @@ import numpy as np
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.text.chat_turns import Frame, find_turns
-from ropepp_lit.text.conversations import KNOWN_ROLES, Conversation, RowError, texts_of
+from ropepp_lit.text.conversations import KNOWN_ROLES, Conversation, RowError, content_texts
 from ropepp_lit.text.tokenizer import TextTokenizer
 from ropepp_lit.text.tokenizer_files import content_of
 from ropepp_lit.text.trained_spans import Span, SpanTokenizer
 
 Message = Mapping[str, Any]
-"""`role` and `content` (text, or a list of parts with a `type`), and whatever else a template reads."""
+"""Mapping with `role`, `content` (text, or a list of parts with a `type`) and other keys that templates read."""
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""Special tokens that a template can name, as in transformers."""
+"""Special tokens that a template can reference, as in transformers."""
 
 TRAIN_ON = ("assistant", "last", "all")
-"""What is trained of a conversation: every turn of the assistant, the last one, or every token."""
+"""Choices of the trained tokens: every turn of the assistant, the last one, or every token."""
 
 PROBE = "71071"
-"""A content by which a template is tried: whatever a template does to letters, it stays."""
+"""Message content for probing a template. It has digits only, so changes of letter case do not affect it."""
 
-SPELLS_SPECIAL, NO_END = "contents spell special tokens, which are read as such", "no end mark behind a trained turn"
-"""What is worth a notice in a conversation that is kept."""
+SPELLS_SPECIAL = "special tokens in message contents are parsed as special tokens"
+NO_END = "no end-of-turn token after a trained turn"
+"""Notices about conversations that are kept."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 _NO_TEMPLATE = (
-    "the tokenizer has no chat template; name a file with a Jinja template by --chat_template, or a tokenizer that "
+    "the tokenizer has no chat template; pass a file with a Jinja template by --chat_template, or a tokenizer that "
     "has one"
 )
 
 
 class ChatTemplateError(UsageError):
-    """A chat template cannot render a conversation; the message has the template's own."""
+    """Error of a chat template that cannot render a conversation; the message includes the template's own message."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and what of it is trained."""
+    """The text of a conversation and its trained spans."""
 
     text: str
     spans: list[Span]
@@ -56,12 +57,12 @@ class Rendered:
 
 
 class ChatTemplate:
-    """The template by which conversations become text.
+    """The chat template of a tokenizer.
 
     Args:
-        tokenizer: Of the text.
-        templates: Jinja templates by name: `default`, and where there is one `tool_use`, for conversations with tools.
-        special_tokens: Values of :data:`SPECIAL_NAMES` that templates may use.
+        tokenizer: Tokenizer of the rendered text.
+        templates: Jinja templates by name: `default` and optionally `tool_use`, for conversations with tools.
+        special_tokens: Values of :data:`SPECIAL_NAMES` that templates can use.
     """
 
     def __init__(
@@ -69,35 +70,37 @@ class ChatTemplate:
     ) -> None:
         self._tokenizer, self._templates, self._special_tokens = tokenizer, dict(templates), dict(special_tokens)
         self._frames: dict[tuple[str, str], Frame] = {}
-        self._kinds: dict[str, tuple[bool, bool]] = {}
+        self._content_type_cache: dict[str, tuple[bool, bool]] = {}
 
     @classmethod
     def from_tokenizer(cls, tokenizer: TextTokenizer, override: str | None = None) -> ChatTemplate:
-        """The template of a tokenizer's settings.
+        """Create the chat template that a tokenizer's settings define.
 
         Args:
-            tokenizer: With `settings`, unless there is an override.
-            override: A Jinja template instead of the tokenizer's own (see :func:`read_template`).
+            tokenizer: Tokenizer with `settings`, unless `override` is given.
+            override: Jinja template that replaces the tokenizer's own (see :func:`read_template`).
 
         Raises:
-            UsageError: there is none, or none that is called `default`.
+            UsageError: There is no template, or none named `default`.
         """
         settings = tokenizer.settings or {}
         names = {name: content_of(settings.get(name)) for name in SPECIAL_NAMES}
         names["bos_token"], names["eos_token"] = (
             tokenizer.token(token) for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
         )
-        found = settings.get("chat_template") if override is None else override
-        return cls(tokenizer, _by_name(found), {name: text for name, text in names.items() if text is not None})
+        template = settings.get("chat_template") if override is None else override
+        return cls(
+            tokenizer, _templates_by_name(template), {name: text for name, text in names.items() if text is not None}
+        )
 
     @property
     def source(self) -> str:
-        """The Jinja template; of several the one that is called `default`."""
+        """Jinja source of the `default` template."""
         return self._templates["default"]
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the text of conversations: templates and special tokens."""
+        """Values that determine the rendered text: templates and special tokens."""
         return {"templates": self._templates, "special_tokens": self._special_tokens}
 
     @property
@@ -107,23 +110,23 @@ class ChatTemplate:
 
     @cached_property
     def tokens(self) -> SpanTokenizer:
-        """The tokenizer of rendered conversations: special tokens in them are tokens, and nothing is added."""
+        """Tokenizer for rendered conversations: it parses special tokens in the text and adds no others."""
         return SpanTokenizer(self._tokenizer.json, special_tokens=True)
 
     @property
     def frame(self) -> Frame:
-        """What the template writes around the assistant's turns.
+        """Text that the template writes around the assistant's turns.
 
         Raises:
-            UsageError: it cannot render questions and answers.
+            UsageError: The template cannot render questions and answers.
         """
         return self._frame(self.source, {})
 
     @property
     def end_of_turn(self) -> list[int]:
-        """Tokens that end an assistant's turn; empty where nothing does, or text that is not a token of its own."""
-        found = (self.tokens.first_added(end) for end in self.frame.ends)
-        return list(dict.fromkeys(token for token in found if token is not None))
+        """Tokens that end an assistant's turn; empty if there is no end mark, or it is not a single added token."""
+        tokens = (self.tokens.leading_added_token(end) for end in self.frame.ends)
+        return list(dict.fromkeys(token for token in tokens if token is not None))
 
     def render(
         self,
@@ -133,35 +136,35 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         **options: Any,
     ) -> str:
-        """The text of a conversation: transformers' `apply_chat_template(…, tokenize=False)`.
+        """Return the text of a conversation: transformers' `apply_chat_template(…, tokenize=False)`.
 
         Args:
-            messages: At least one; contents in parts are joined where the template reads text alone.
-            tools: JSON schemas of the tools that the assistant may call.
-            add_generation_prompt: Whether what opens the assistant's next turn stands behind the conversation.
+            messages: One or more messages; content parts are joined if the template reads text only.
+            tools: JSON schemas of the tools that the assistant can call.
+            add_generation_prompt: Whether to append the text that opens the assistant's next turn.
             options: Further variables of the template, such as `enable_thinking`.
 
         Raises:
-            ChatTemplateError: the template raises an error.
-            RowError: a role that the template does not know.
+            ChatTemplateError: The template raises an error.
+            RowError: A role is not known to the template.
         """
         template, options = self._template_for(tools), {**options, "add_generation_prompt": add_generation_prompt}
         return self._render(self._readable(messages, template), template, tools, options)[0]
 
     def render_trained(self, conversation: Conversation, train_on: str = "assistant") -> Rendered:
-        """The text of a conversation, and what of it is trained.
+        """Return the text of a conversation and its trained spans.
 
-        Trained is what the assistant writes, with the end mark of its turn: where the template has
-        `{% generation %}` marks what stands between them, else what :func:`~.chat_turns.find_turns` finds.
+        The trained spans are the assistant's turns with their end marks: the text between `{% generation %}` marks if
+        the template has them, otherwise the turns that :func:`~.chat_turns.find_turns` finds.
 
         Args:
-            conversation: Contents in parts are joined where the template reads text alone.
-            train_on: One of :data:`TRAIN_ON`; answers within a prompt are trained with `all` alone.
+            conversation: Its content parts are joined if the template reads text only.
+            train_on: One of :data:`TRAIN_ON`; answers within a prompt are trained with `all` only.
 
         Raises:
-            ChatTemplateError: the template raises an error.
-            RowError: a role that the template does not know, or an answer that is not found in the text.
-            UsageError: the template cannot render questions and answers at all.
+            ChatTemplateError: The template raises an error.
+            RowError: A role is not known to the template, or an answer is not found in the text.
+            UsageError: The template cannot render questions and answers at all.
         """
         tools, options = conversation.tools, conversation.options
         template = self._template_for(tools)
@@ -188,14 +191,14 @@ class ChatTemplate:
         return Rendered(text, spans, tuple(notices))
 
     def encode(self, conversation: Conversation, train_on: str = "assistant") -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of a conversation, those of transformers' `apply_chat_template`, and which of them are trained.
+        """Tokenize a conversation, as transformers' `apply_chat_template` does, with a mask of the trained tokens.
 
         Args:
-            conversation: See :meth:`render_trained`, which also says what it raises.
+            conversation: Conversation; see :meth:`render_trained`, also for the errors raised.
             train_on: One of :data:`TRAIN_ON`.
 
         Returns:
-            [tokens] int32 and [tokens] bool.
+            Token ids, [tokens] int32, and the mask, [tokens] bool.
         """
         rendered = self.render_trained(conversation, train_on)
         return self.tokens.encode([rendered.text], [rendered.spans])[0]
@@ -203,10 +206,10 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Message], template: str, tools: Sequence[Any] | None, options: Mapping[str, Any]
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Text of a conversation, and where `{% generation %}` marks stand if `return_assistant_tokens_mask` asks."""
+        """Return the text and, if `return_assistant_tokens_mask` is set, the ranges of `{% generation %}` blocks."""
         from transformers.utils.chat_template_utils import render_jinja_template  # takes a second to import
 
-        render: Any = render_jinja_template  # its type is wrong
+        render: Any = render_jinja_template  # its annotation is wrong
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
             texts, marked = render(
@@ -217,7 +220,7 @@ class ChatTemplate:
             )
         except Exception as error:  # a template can raise anything, such as TypeError of None + text
             line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            line = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", line)  # it can repeat contents
+            line = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "?", line)  # it can quote message contents
             raise ChatTemplateError(f"the chat template cannot render it: {line}") from error
         return texts[0], marked[0] if marked else []
 
@@ -237,81 +240,81 @@ class ChatTemplate:
             except ChatTemplateError as error:
                 problem = str(error).removeprefix("the chat template cannot render it: ")
                 raise UsageError(
-                    f"chat_template: it cannot render two questions with answers ({problem}); name another template"
+                    f"chat_template: it cannot render two questions with answers ({problem}); use another template"
                 ) from error
         return self._frames[key]
 
     def _readable(self, messages: Sequence[Message], template: str) -> list[dict[str, Any]]:
-        """Messages as the template can read them: contents as text where it reads no parts, and the other way round.
+        """Convert message contents to the form that the template reads: text or parts.
 
         Raises:
-            RowError: a role that is not known and that the template does not name.
+            RowError: A role is neither a known one nor mentioned in the template.
         """
         for role in {message["role"] for message in messages} - KNOWN_ROLES:
             if role not in template:
-                raise RowError(f"a role {role[:50]!r}, which the chat template does not name")
-        reads_text, reads_parts = self._kinds_of_content(template)
+                raise RowError(f"unknown role {role[:50]!r}, which the chat template does not mention")
+        reads_text, reads_parts = self._content_types(template)
         return [_readable(message, reads_text=reads_text, reads_parts=reads_parts) for message in messages]
 
-    def _kinds_of_content(self, template: str) -> tuple[bool, bool]:
-        """Whether a template reads contents that are text, and contents in parts."""
-        if template not in self._kinds:
-            found = []
+    def _content_types(self, template: str) -> tuple[bool, bool]:
+        """Return whether a template reads text contents, and whether it reads lists of parts."""
+        if template not in self._content_type_cache:
+            accepted = []
             for content in (PROBE, [{"type": "text", "text": PROBE}]):
                 try:
                     text = self._render([{"role": "user", "content": content}], template, None, {})[0]
                 except ChatTemplateError:
                     text = ""
-                found.append(PROBE in text and not re.search(rf"""['"]text['"]\s*:\s*['"]{PROBE}""", text))
-            self._kinds[template] = found[0], found[1]
-        return self._kinds[template]
+                accepted.append(PROBE in text and not re.search(rf"""['"]text['"]\s*:\s*['"]{PROBE}""", text))
+            self._content_type_cache[template] = accepted[0], accepted[1]
+        return self._content_type_cache[template]
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
         return re.compile("|".join(map(re.escape, self.tokens.added(special=True))) or "(?!)")
 
     def _spells_special(self, messages: Sequence[Message]) -> bool:
-        return any(self._special.search(text) for message in messages for text in texts_of(message))
+        return any(self._special.search(text) for message in messages for text in content_texts(message))
 
 
 def _readable(message: Message, *, reads_text: bool, reads_parts: bool) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, list) and not reads_parts:
-        return {**message, "content": "".join(texts_of(message))}
+        return {**message, "content": "".join(content_texts(message))}
     if isinstance(content, str) and reads_parts and not reads_text:
         return {**message, "content": [{"type": "text", "text": content}]}
     return dict(message)
 
 
 def read_template(name: str) -> str:
-    """The Jinja template in a file.
+    """Read a Jinja template from a file.
 
     Raises:
-        UsageError: it cannot be read, or is empty.
+        UsageError: The file cannot be read, or is empty.
     """
     try:
-        text = Path(name).expanduser().read_bytes().decode()  # with its line ends, which a checkpoint keeps
+        text = Path(name).expanduser().read_bytes().decode()  # keeps line ends, which checkpoints preserve
     except (OSError, UnicodeDecodeError) as error:
         line = getattr(error, "strerror", None) or "not UTF-8"
-        raise UsageError(f"chat_template: {name}: {line}; name a file with a Jinja template") from error
+        raise UsageError(f"chat_template: {name}: {line}; pass a file with a Jinja template") from error
     if not text.strip():
-        raise UsageError(f"chat_template: {name}: empty; name a file with a Jinja template")
+        raise UsageError(f"chat_template: {name}: empty; pass a file with a Jinja template")
     return text
 
 
-def _by_name(found: Any) -> dict[str, str]:
-    """Templates by name, of the value of `chat_template` in tokenizer_config.json: a text, a list or an object."""
-    if isinstance(found, str) and found.strip():
-        return {"default": found}
-    if isinstance(found, list):
-        found = {item.get("name"): item.get("template") for item in found if isinstance(item, dict)}
-    if not isinstance(found, dict) or not found:
+def _templates_by_name(value: Any) -> dict[str, str]:
+    """Return templates by name from `chat_template` of tokenizer_config.json: a string, a list or an object."""
+    if isinstance(value, str) and value.strip():
+        return {"default": value}
+    if isinstance(value, list):
+        value = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+    if not isinstance(value, dict) or not value:
         raise UsageError(f"chat_template: {_NO_TEMPLATE}")
-    templates = {str(name): text for name, text in found.items() if isinstance(text, str)}
+    templates = {str(name): text for name, text in value.items() if isinstance(text, str)}
     if "default" not in templates:
         names = ", ".join(map(repr, templates)) or "none"
         raise UsageError(
-            f"chat_template: the tokenizer has templates by name, and none is called 'default' ({names}); write the "
-            "one to use into a file and name it by --chat_template"
+            f"chat_template: none of the tokenizer's named templates is 'default' ({names}); write the one to use into "
+            "a file and pass it by --chat_template"
         )
     return templates

@@ -1,4 +1,4 @@
-"""Rows of fine-tuning data: messages with roles, or a prompt and its completion."""
+"""Parse rows of fine-tuning data: messages with roles, or a prompt and its completion."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 from ropepp_lit.json_files import parse_json
 
 CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion", "tools", "system", "chat_template_kwargs")
-"""Keys or columns of rows that can be conversations."""
+"""Keys or columns of rows with conversations."""
 
 COMPLETION_COLUMNS = ("prompt", "completion")
+"""Keys or columns of rows with a prompt and its completion."""
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
 """Keys or columns of rows with a chosen and a rejected answer."""
@@ -21,60 +22,60 @@ ROLES = {
     "gpt": "assistant", "assistant": "assistant", "model": "assistant", "chatbot": "assistant", "bot": "assistant",
     "system": "system", "tool": "tool", "function": "tool", "observation": "tool",
 }  # fmt: skip
-"""Roles of messages with `from` and `value`, and how templates call them."""
+"""Roles of messages with `from` and `value`, mapped to the roles of chat templates."""
 
 KNOWN_ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
-"""Roles that messages with `role` and `content` may have, beside those that the template names itself."""
+"""Accepted roles of messages with `role` and `content`, in addition to those that the template mentions."""
 
 SPLIT_THINKING = "</think>"
-"""What ends reasoning that stands within an assistant's content."""
+"""Tag that ends the reasoning within an assistant's content."""
 
 
 class RowError(ValueError):
-    """A row is no conversation; the message says why."""
+    """Error of a row that is not a valid conversation; the message states the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """What a chat template renders."""
+    """The input of a chat template."""
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
     """Further variables of the template, such as `enable_thinking`."""
     prompt_messages: int = 0
-    """Messages at the beginning that are a prompt: answers among them are not trained."""
+    """Number of messages at the beginning that are the prompt: answers among them are not trained."""
 
 
-def conversation_of(row: Mapping[str, Any], column: str | None = None) -> Conversation:
-    """The conversation of a row.
+def parse_conversation(row: Mapping[str, Any], column: str | None = None) -> Conversation:
+    """Parse the conversation of a row.
 
     Args:
-        row: With one of `messages`, `conversations`, or `prompt` and `completion` (lists of messages), and where they
-            are there `tools`, `system` and `chat_template_kwargs`. Each may be a string of JSON.
-        column: The key of the messages, instead of those.
+        row: Row with `messages`, `conversations`, or `prompt` and `completion` (lists of messages), and optionally
+            `tools`, `system` and `chat_template_kwargs`. Each value can be a JSON string.
+        column: Key of the messages, instead of the default ones.
 
     Raises:
-        RowError: it has none, or a message is not one.
+        RowError: The row has no messages, or one is not valid.
     """
-    found = column or next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
+    key = column or next((name for name in ("messages", "conversations") if row.get(name) is not None), None)
     prompt_messages = 0
-    if found is not None:
-        if row.get(found) is None:
-            raise RowError(f"no key {found!r}")
-        messages = _messages(_parsed(row[found], found), found)
+    if key is not None:
+        if row.get(key) is None:
+            raise RowError(f"no key {key!r}")
+        messages = _messages(_parsed(row[key], key), key)
     elif row.get("prompt") is not None and row.get("completion") is not None:
         if isinstance(_parsed(row["prompt"]), str) or isinstance(_parsed(row["completion"]), str):
-            raise RowError("prompt and completion are texts, not lists of messages: use --format completion")
+            raise RowError("prompt and completion are strings, not lists of messages: use --format completion")
         prompt = _messages(_parsed(row["prompt"], "prompt"), "prompt")
         messages = prompt + _messages(_parsed(row["completion"], "completion"), "completion")
         prompt_messages = len(prompt)
     else:
-        raise RowError("neither messages, nor conversations, nor prompt and completion")
+        raise RowError("no key messages or conversations, and no keys prompt and completion")
     system = row.get("system")
     if isinstance(system, str) and system.strip():
         if messages[0]["role"] in ("system", "developer"):
-            raise RowError("a system message, and a key 'system' beside it")
+            raise RowError("both a system message and a key 'system'")
         messages, prompt_messages = [{"role": "system", "content": system}, *messages], prompt_messages + 1
     tools, options = (_parsed(row.get(name)) or None for name in ("tools", "chat_template_kwargs"))
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
@@ -84,34 +85,34 @@ def conversation_of(row: Mapping[str, Any], column: str | None = None) -> Conver
     return Conversation(messages=messages, tools=tools, options=options or {}, prompt_messages=prompt_messages)
 
 
-def completion_of(row: Mapping[str, Any], columns: tuple[str, str]) -> tuple[str, str]:
-    """The prompt and the completion of a row.
+def parse_completion(row: Mapping[str, Any], columns: tuple[str, str]) -> tuple[str, str]:
+    """Return the prompt and the completion of a row.
 
     Raises:
-        RowError: one of them is missing or not text, or the completion is empty.
+        RowError: One of them is missing or not a string, or the completion is empty.
     """
     texts = [row.get(name) for name in columns]
     for name, text in zip(columns, texts, strict=True):
         if text is None:
             raise RowError(f"no key {name!r}")
         if not isinstance(text, str):
-            raise RowError(f"{name} is not a text (lists of messages are for --format chat or chat_pairs)")
+            raise RowError(f"{name} is not a string (lists of messages are for --format chat or chat_pairs)")
     if not texts[1]:
         raise RowError(f"an empty {columns[1]}")
     return str(texts[0]), str(texts[1])
 
 
-def conversation_pair_of(row: Mapping[str, Any], columns: tuple[str, str, str]) -> tuple[Conversation, Conversation]:
-    """The conversations that end with the chosen and with the rejected answer of a row.
+def parse_conversation_pair(row: Mapping[str, Any], columns: tuple[str, str, str]) -> tuple[Conversation, Conversation]:
+    """Return the conversations that end with the chosen and with the rejected answer of a row.
 
     Args:
-        row: With the answers: lists of messages, or texts. The prompt is a list of messages or a text; where it is
-            missing, or the answers begin with it, the messages that both have in common at their beginning are the
-            prompt. And where they are there `tools`, `system` and `chat_template_kwargs`.
-        columns: The keys of prompt, chosen and rejected.
+        row: Row with the answers, lists of messages or strings, and optionally `tools`, `system` and
+            `chat_template_kwargs`. The prompt is a list of messages or a string; if it is missing, or the answers
+            begin with it, the prompt is the common prefix of both lists of messages.
+        columns: Keys of prompt, chosen and rejected answer.
 
     Raises:
-        RowError: one of them is missing or is neither, or the answers are the same.
+        RowError: One of them is missing or has another type, or the answers are equal.
     """
     prompt_key, *keys = columns
     prompt = _parsed(row.get(prompt_key), prompt_key)
@@ -140,27 +141,27 @@ def conversation_pair_of(row: Mapping[str, Any], columns: tuple[str, str, str]) 
             raise RowError(f"no answer in {key}")
     others = {name: row.get(name) for name in ("tools", "system", "chat_template_kwargs")}
     pair = (
-        conversation_of({"prompt": messages[:shared], "completion": messages[shared:], **others})
+        parse_conversation({"prompt": messages[:shared], "completion": messages[shared:], **others})
         for messages in (chosen, rejected)
     )
     return next(pair), next(pair)
 
 
-def completion_pair_of(row: Mapping[str, Any], columns: tuple[str, str, str]) -> tuple[str, str, str]:
-    """The prompt, the chosen and the rejected completion of a row.
+def parse_completion_pair(row: Mapping[str, Any], columns: tuple[str, str, str]) -> tuple[str, str, str]:
+    """Return the prompt, the chosen and the rejected completion of a row.
 
     Raises:
-        RowError: one of them is missing or not text, or a completion is empty, or they are the same.
+        RowError: One of them is missing or not a string, a completion is empty, or they are equal.
     """
     prompt, *keys = columns
-    (text, chosen), (_, rejected) = (completion_of(row, (prompt, key)) for key in keys)
+    (text, chosen), (_, rejected) = (parse_completion(row, (prompt, key)) for key in keys)
     if chosen == rejected:
         raise RowError(f"{keys[0]} and {keys[1]} are the same")
     return text, chosen, rejected
 
 
 def _parsed(value: Any, name: str = "") -> Any:
-    """A value, read as JSON where it is a string of it."""
+    """Parse a value that is a JSON string of an array or object; return other values unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return parse_json(value)
@@ -182,7 +183,7 @@ def _message(message: Any) -> dict[str, Any]:
     if "role" not in message and "from" in message:
         role, content = message["from"], message.get("value")
         if not isinstance(role, str) or role not in ROLES:
-            raise RowError(f"a message from {str(role)[:50]!r}, which is not known")
+            raise RowError(f"a message from an unknown role {str(role)[:50]!r}")
         others = {key: value for key, value in message.items() if key not in ("from", "value")}
         message = {"role": ROLES[role], "content": content, **others}
     role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
@@ -193,16 +194,16 @@ def _message(message: Any) -> dict[str, Any]:
             if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 raise RowError("a part of a message is not text")
     elif not isinstance(content, str | None):
-        raise RowError("a message's content is not a text")
+        raise RowError("a message's content is not a string")
     if calls is not None and not isinstance(calls, list):
         raise RowError("tool_calls is not a list")
-    if role == "assistant" and not calls and not "".join(texts_of(message)).strip():
+    if role == "assistant" and not calls and not "".join(content_texts(message)).strip():
         raise RowError("an empty answer")
     return dict(message)
 
 
-def texts_of(message: Mapping[str, Any]) -> Iterable[str]:
-    """The texts of a message's content."""
+def content_texts(message: Mapping[str, Any]) -> Iterable[str]:
+    """Return the texts of a message's content."""
     content = message.get("content")
     if isinstance(content, str):
         return [content]

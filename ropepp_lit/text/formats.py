@@ -1,4 +1,4 @@
-"""Formats of files of documents: a table of endings and compressions, checked against a file's first bytes."""
+"""File formats of documents: extensions and compressions, and detection by a file's first bytes."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ FORMATS = {
     ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
     ".csv": "csv", ".tsv": "tsv",
 }  # fmt: skip
-"""Formats by ending, in any case and before the ending of a compression. Every other file is text."""
+"""Format by file extension (case-insensitive, without that of a compression). All other files are text."""
 
 COMPRESSIONS = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz")
-"""Endings of compressed files. Whether a file is compressed, and how, is read from its first bytes."""
+"""Extensions of compressed files. The compression itself is detected from a file's first bytes."""
 
 MAX_DOCUMENT_BYTES = 2**28
-"""Bytes of a document in a text file at most: a larger one is a file of many documents."""
+"""Maximum bytes of a document in a text file; a larger file is assumed to contain many documents."""
 
 CONVERT = "extract its text into .txt or .jsonl files first"
 UNPACK = "unpack it first"
-_WEIGHTS = "it stores tensors: name files of text"
+_WEIGHTS = "it stores tensors: pass text files"
 
 _NOT_TEXT = {
     **dict.fromkeys(
@@ -76,7 +76,7 @@ _NOT_TEXT = {
         CONVERT,
     ),
 }  # fmt: skip
-"""Endings of files that are not text, and what to do with them."""
+"""Extensions of files that are not text, with the remedy for each."""
 
 _SIGNATURES = (
     (b"version https://git-lfs", "a git-lfs pointer instead of the file", "fetch the file by `git lfs pull`"),
@@ -96,7 +96,7 @@ _SIGNATURES = (
     (b"\xff\xd8\xff", "an image", CONVERT),
     (b"GIF8", "an image", CONVERT),
 )
-"""First bytes of files that are not what can be read, what these are, and what to do with them."""
+"""First bytes of unsupported files, with their description and the remedy."""
 
 _JSON = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:\[\s*)?\{\s*\"[^\"\n]*\"\s*:")
 """How a file of JSON objects begins."""
@@ -108,58 +108,58 @@ BROKEN = (
 
 
 class Record(NamedTuple):
-    """A document, or a row that one is made of, or why there is none."""
+    """A document, a row from which one is rendered, or the problem of a record that cannot be read."""
 
     text: str | None
     problem: str | None
     where: str
-    """The file, and the line, row or piece in it."""
+    """File, and line, row or piece number in it."""
     remedy: str = "correct it"
-    """What to do about the problem."""
+    """Instruction for fixing the problem."""
     row: dict[str, Any] | None = None
-    """Values by key or column, where :attr:`Options.columns` names them."""
+    """Values by key or column, if :attr:`ReadOptions.columns` is set."""
     spans: list[Span] | None = None
-    """What of the text is trained; None where all of it is."""
+    """Trained spans of the text; None if all of it is trained."""
     notices: tuple[str, ...] = ()
-    """What people should know of a document that is kept."""
-    second: int | None = None
-    """Where in the text that of the rejected answer begins, in a pair."""
+    """Notices about a document that is kept."""
+    rejected_start: int | None = None
+    """Index in the text at which the rejected answer's text begins; None if the record is not a pair."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    r"""How documents are read from files.
+class ReadOptions:
+    r"""Options for reading documents from files.
 
     Args:
         text_key: Key or column of the text in JSON and tables.
-        split: What separates documents in text files, with escapes such as `\n`; a line end in it stands for
-            CRLF too. Empty means that each text file is one document.
-        columns: Instead of texts, read rows with these keys or columns, as far as they are there.
+        split: Separator of documents in text files, with escapes such as `\n`; a line end in it also matches CRLF.
+            None means that each text file is one document.
+        columns: Instead of texts, read rows with those of these keys or columns that exist.
 
     Raises:
-        UsageError: `split` is empty text or ends within an escape.
+        UsageError: `split` is an empty string or is not valid Unicode.
     """
 
     text_key: str = "text"
     split: str | None = None
     columns: tuple[str, ...] = ()
 
-    def found(self, names: Iterable[object]) -> list[str]:
-        """Those of a row's keys or a table's columns that are read."""
-        wanted = self.columns or (self.text_key,)
+    def select(self, names: Iterable[object]) -> list[str]:
+        """Return those of a row's keys or a table's columns that are read."""
+        requested = self.columns or (self.text_key,)
         present = set(names)
-        return [name for name in wanted if name in present]
+        return [name for name in requested if name in present]
 
     def missing(self, names: Iterable[object], kind: str, where: str) -> Record:
-        """The record of a row or table with none of them; `kind` is what the names are called."""
-        wanted, what = (self.columns, "messages") if self.columns else ((self.text_key,), "text")
+        """Return the record of a row or table with none of them; `kind` is `key` or `column`."""
+        requested, content = (self.columns, "messages") if self.columns else ((self.text_key,), "text")
         listed = ", ".join(map(str, names)) or "none"
-        remedy = f"name the {kind} of the {what} by text_key ({kind}s: {listed})"
-        return Record(None, f"no {kind} {' or '.join(map(repr, wanted))}", where, remedy)
+        remedy = f"set text_key to the {kind} of the {content} ({kind}s: {listed})"
+        return Record(None, f"no {kind} {' or '.join(map(repr, requested))}", where, remedy)
 
     def __post_init__(self) -> None:
         if self.split is not None and not self._separator:
-            raise UsageError("split: an empty separator; name what stands between documents, such as '\\n\\n'")
+            raise UsageError("split: the separator is empty; pass the separator of documents, such as '\\n\\n'")
 
     @cached_property
     def _separator(self) -> bytes:
@@ -167,72 +167,74 @@ class Options:
         try:
             return unescape(self.split).encode("utf-8")
         except UnicodeError as error:
-            raise UsageError(f"split: {self.split!r} is not a text") from error
+            raise UsageError(f"split: {self.split!r} is not valid Unicode") from error
 
     @cached_property
     def separator(self) -> re.Pattern[bytes] | None:
-        """A pattern of what separates documents in text files, by bytes."""
+        """Byte pattern of the separator of documents in text files."""
         if self.split is None:
             return None
         return re.compile(re.escape(self._separator).replace(b"\\\n", b"\r?\n"))
 
 
 def unescape(text: str) -> str:
-    r"""A text of a command line, in which `\n`, `\r`, `\t`, `\f`, `\v`, `\\`, `\xNN` and `\uNNNN` are escapes."""
+    r"""Replace the escapes `\n`, `\r`, `\t`, `\f`, `\v`, `\\`, `\xNN` and `\uNNNN` of a command-line argument."""
     pattern = r"\\(?:[nrtfv\\]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4})"
     return re.sub(pattern, lambda match: codecs.decode(match[0], "unicode_escape"), text)
 
 
-def kind_of(name: str) -> str:
-    """The format that a file's name promises: json, parquet, arrow, csv, tsv or text."""
-    return FORMATS.get(ending_of(name), "text")
+def format_of(name: str) -> str:
+    """Return the format by a file's name: json, parquet, arrow, csv, tsv or text."""
+    return FORMATS.get(extension_of(name), "text")
 
 
-def ending_of(name: str) -> str:
-    """The ending of a file's name in small letters, without that of a compression."""
+def extension_of(name: str) -> str:
+    """Return the extension of a file's name in lower case, ignoring that of a compression."""
     path = Path(name.lower())
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
 def find_problem(path: Path, name: str) -> Record | None:
-    """Why a file cannot be one of documents, by its name and first bytes; empty where nothing is known against it."""
+    """Return why a file cannot contain documents, by its name and first bytes; None if no problem is found."""
     try:
         with ExitStack() as stack:
             raw = stack.enter_context(path.open("rb"))
             stream = stack.enter_context(decompressed(raw))
-            return problem_of(stream.peek(4096)[:4096], name)
+            return find_problem_in_head(stream.peek(4096)[:4096], name)
     except BROKEN as error:
-        return Record(None, f"unreadable: {line_of(error)}", name, "replace it by a whole copy")
+        return Record(None, f"unreadable: {first_line(error)}", name, "replace it by a complete copy")
 
 
 def decompressed(raw: IO[bytes]) -> io.BufferedReader:
-    """A stream of what a file contains, by the first bytes and not by the name."""
+    """Return a stream of a file's decompressed content; the compression is detected from the first bytes."""
     assert isinstance(raw, io.BufferedReader)
     head = raw.peek(6)[:6]
     stream: Any
     if head.startswith(b"\x1f\x8b"):
         stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "gzip")
     elif head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):
-        longest = {int(zstd.DecompressionParameter.window_log_max): 31}  # by `zstd --long=31`; by default 27
-        stream = zstd.ZstdFile(raw, options=longest)
+        options = {int(zstd.DecompressionParameter.window_log_max): 31}  # for `zstd --long=31`; the default is 27
+        stream = zstd.ZstdFile(raw, options=options)
     elif head.startswith(b"BZh"):
-        stream = _Streams(raw, bz2.BZ2Decompressor)
+        stream = _ConcatenatedStreams(raw, bz2.BZ2Decompressor)
     elif head.startswith(b"\xfd7zXZ\x00"):
-        stream = _Streams(raw, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ))
+        stream = _ConcatenatedStreams(raw, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ))
     else:
         return raw
     return io.BufferedReader(stream, 2**20)
 
 
-class _Streams(io.RawIOBase):
-    """What streams of bz2 or xz contain that stand one after the other, also with zero bytes between and behind them.
+class _ConcatenatedStreams(io.RawIOBase):
+    """Content of concatenated bz2 or xz streams, also with zero bytes between and after them.
 
-    The classes of Python's library end at what is no stream, such as such zeros, and say nothing of what follows.
+    The classes of Python's standard library stop silently at data that is not a stream, such as these zero bytes.
     """
 
-    def __init__(self, raw: io.BufferedReader, make: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]) -> None:
-        self._raw, self._make = raw, make
-        self._decompressor = make()
+    def __init__(
+        self, raw: io.BufferedReader, create: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor]
+    ) -> None:
+        self._raw, self._create = raw, create
+        self._decompressor = create()
 
     def readable(self) -> bool:
         return True
@@ -248,46 +250,46 @@ class _Streams(io.RawIOBase):
                     if not block:
                         return 0
                     more = block.lstrip(b"\0")
-                self._decompressor = self._make()
+                self._decompressor = self._create()
             elif self._decompressor.needs_input:
                 more = self._raw.read(2**16)
                 if not more:
-                    raise EOFError("it ends within a compressed stream")
+                    raise EOFError("the file ends within a compressed stream")
             data = self._decompressor.decompress(more, len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
 
-def problem_of(head: bytes, name: str) -> Record | None:
-    """Why a file cannot be one of documents, by its name and its first bytes behind a compression."""
+def find_problem_in_head(head: bytes, name: str) -> Record | None:
+    """Return why a file cannot contain documents, by its name and its first decompressed bytes."""
     for signature, problem, remedy in _SIGNATURES:
         if head.startswith(signature):
             return Record(None, problem, name, remedy)
-    if kind_by_content(head, name) in ("parquet", "arrow"):
+    if detect_format(head, name) in ("parquet", "arrow"):
         return None
-    if ending_of(name) in _NOT_TEXT:
-        return Record(None, f"a {ending_of(name)} file is not text", name, _NOT_TEXT[ending_of(name)])
+    if extension_of(name) in _NOT_TEXT:
+        return Record(None, f"a {extension_of(name)} file is not text", name, _NOT_TEXT[extension_of(name)])
     if b"\0" in head:
         return Record(None, "a binary file (NUL bytes)", name, CONVERT)
     return None
 
 
-def kind_by_content(head: bytes, name: str) -> str:
-    """The format of a file: tables by their first bytes, others by the name.
+def detect_format(head: bytes, name: str) -> str:
+    """Return the format of a file: of tables by their first bytes, of others by the name.
 
-    JSON is known by its first bytes too where the name has no ending of another format: Spark's `part-00000`,
+    JSON is also detected by its first bytes if the name has no extension of another format: Spark's `part-00000`,
     `rows.jsonl.1`, a `.txt` file.
     """
     if head.startswith(b"PAR1"):
         return "parquet"
     if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
         return "arrow"
-    ending = ending_of(name)
-    if (ending == ".txt" or not ending[1:].isalpha()) and kind_of(name) == "text" and _JSON.match(head):
+    ending = extension_of(name)
+    if (ending == ".txt" or not ending[1:].isalpha()) and format_of(name) == "text" and _JSON.match(head):
         return "json"
-    return kind_of(name)
+    return format_of(name)
 
 
-def line_of(error: Exception) -> str:
-    """The first line of an error's message."""
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
     return ((getattr(error, "strerror", None) or str(error)) or type(error).__name__).splitlines()[0]

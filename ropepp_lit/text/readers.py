@@ -1,4 +1,4 @@
-"""The documents of one file, in each of the formats."""
+"""Read the documents of one file, in each of the formats."""
 
 from __future__ import annotations
 
@@ -21,49 +21,49 @@ from ropepp_lit.text.formats import (
     CONVERT,
     MAX_DOCUMENT_BYTES,
     UNPACK,
-    Options,
+    ReadOptions,
     Record,
     decompressed,
-    kind_by_content,
-    line_of,
-    problem_of,
+    detect_format,
+    find_problem_in_head,
+    first_line,
 )
 
 
 def read_file(
-    path: Path, name: str, options: Options, *, skip: int = 0, progress: Callable[[int], None] = lambda _: None
+    path: Path, name: str, options: ReadOptions, *, skip: int = 0, progress: Callable[[int], None] = lambda _: None
 ) -> Iterator[Record]:
-    """The records of a file, in order. A damaged file's last record names the fault.
+    """Iterate over the records of a file, in order. The last record of a damaged file states the problem.
 
     Args:
-        path: The file.
-        name: What messages call it.
-        options: How to read.
-        skip: Leave out so many records from the beginning, at little cost.
-        progress: Gets the number of the file's bytes that are read, compressed as they are, after some records.
+        path: Path of the file.
+        name: Name of the file in messages.
+        options: Options for reading.
+        skip: Number of records at the beginning to skip, at little cost.
+        progress: Called at intervals with the number of bytes read from the file, before decompression.
     """
     try:
         with ExitStack() as stack:
             raw = stack.enter_context(path.open("rb"))
             stream = stack.enter_context(decompressed(raw))
             head = stream.peek(4096)[:4096]
-            if problem := problem_of(head, name):
+            if problem := find_problem_in_head(head, name):
                 if skip == 0:
                     yield problem
                 return
-            kind = kind_by_content(head, name)
+            kind = detect_format(head, name)
             for number, record in enumerate(_records(raw, stream, kind, name, options, skip)):
                 if number % 64 == 0:
                     progress(raw.tell())
                 yield record
     except BROKEN as error:
-        yield Record(None, f"unreadable: {line_of(error)}", name, "replace it by a whole copy")
+        yield Record(None, f"unreadable: {first_line(error)}", name, "replace it by a complete copy")
     except MemoryError:  # a length in a damaged table
-        yield Record(None, "unreadable: it states more than memory holds", name, "replace it by a whole copy")
+        yield Record(None, "unreadable: a stored length exceeds the memory", name, "replace it by a complete copy")
 
 
 def _records(
-    raw: IO[bytes], stream: io.BufferedReader, kind: str, name: str, options: Options, skip: int
+    raw: IO[bytes], stream: io.BufferedReader, kind: str, name: str, options: ReadOptions, skip: int
 ) -> Iterator[Record]:
     if kind in ("parquet", "arrow") and stream is not raw:
         return iter([Record(None, "a compressed table", name, UNPACK)][skip:])
@@ -76,14 +76,14 @@ def _records(
     if kind == "json":
         return _read_json(stream, name, options, skip)
     if options.columns:
-        return iter([Record(None, "a file of text, not of rows", name, "name JSON or tables")][skip:])
+        return iter([Record(None, "a text file, without rows", name, "pass JSON files or tables")][skip:])
     if options.separator is not None:
         return _read_pieces(stream, name, options.separator, skip)
-    return iter([_read_whole(stream, name)] if skip == 0 else [])
+    return iter([_read_document(stream, name)] if skip == 0 else [])
 
 
-def _read_json(stream: io.BufferedReader, name: str, options: Options, skip: int) -> Iterator[Record]:
-    """The values of JSON lines, of an array, or of objects that stand on several lines each."""
+def _read_json(stream: io.BufferedReader, name: str, options: ReadOptions, skip: int) -> Iterator[Record]:
+    """Read JSON lines, an array, or objects that span multiple lines."""
     number = 0
     if stream.peek(3).startswith(codecs.BOM_UTF8):
         stream.read(3)
@@ -106,9 +106,9 @@ def _read_json(stream: io.BufferedReader, name: str, options: Options, skip: int
 
 
 def _read_values(
-    first: bytes, stream: io.BufferedReader, name: str, options: Options, skip: int, before: int = 0
+    first: bytes, stream: io.BufferedReader, name: str, options: ReadOptions, skip: int, before: int = 0
 ) -> Iterator[Record]:
-    """The elements of arrays, and objects outside of them; `before` are counted in their places already."""
+    """Read the elements of arrays, and objects outside of them, numbered after the first `before` ones."""
     decode, text = json.JSONDecoder().raw_decode, codecs.getreader("utf-8")(stream)
     buffer, at, number, in_array, ended = first.decode(), 0, 0, False, False
     try:
@@ -128,13 +128,13 @@ def _read_values(
                 else:
                     number += 1
                     if number > skip:
-                        yield pick(value, f"{name}:{before + number}", options)
+                        yield record_of(value, f"{name}:{before + number}", options)
                     continue
             elif ended:
                 if in_array:
                     yield Record(None, "broken JSON: the array does not end", name)
                 return
-            more = text.read(max(2**20, len(buffer) - at))  # doubled, so that long values are not read again and again
+            more = text.read(max(2**20, len(buffer) - at))  # doubled, so that long values are not decoded many times
             buffer, at, ended = buffer[at:] + more, 0, not more
     except UnicodeDecodeError:
         yield Record(None, "not UTF-8", f"{name}:{before + number + 1}")
@@ -142,22 +142,22 @@ def _read_values(
         yield Record(None, "broken JSON", f"{name}:{before + number + 1}")
 
 
-def _parse(line: bytes, where: str, options: Options) -> Record:
+def _parse(line: bytes, where: str, options: ReadOptions) -> Record:
     try:
         value = parse_json(line)
     except UnicodeDecodeError:
         return Record(None, "not UTF-8", where)
     except ValueError:
         return Record(None, "broken JSON", where)
-    return pick(value, where, options)
+    return record_of(value, where, options)
 
 
-def pick(value: object, where: str, options: Options) -> Record:
-    """The text in a row, or the row's values."""
+def record_of(value: object, where: str, options: ReadOptions) -> Record:
+    """Return the record of a row: its text, or the values of the requested columns."""
     if not isinstance(value, dict):
         names = " or ".join(map(repr, options.columns or (options.text_key,)))
-        return Record(None, f"no key {names}", where, "write objects with a key for the text")
-    keys = options.found(value)
+        return Record(None, f"no key {names}", where, "store objects with a key for the text")
+    keys = options.select(value)
     if not keys:
         return options.missing(value, "key", where)
     if options.columns:
@@ -165,10 +165,10 @@ def pick(value: object, where: str, options: Options) -> Record:
     return _check(value[keys[0]], where)
 
 
-def _read_parquet(raw: IO[bytes], name: str, options: Options, skip: int) -> Iterator[Record]:
+def _read_parquet(raw: IO[bytes], name: str, options: ReadOptions, skip: int) -> Iterator[Record]:
     with pyarrow.parquet.ParquetFile(raw) as parquet:
         names = parquet.schema_arrow.names
-        columns = options.found(names)
+        columns = options.select(names)
         if not columns:
             yield options.missing(names, "column", name)
             return
@@ -181,12 +181,12 @@ def _read_parquet(raw: IO[bytes], name: str, options: Options, skip: int) -> Ite
             number += len(batch)
 
 
-def _read_arrow(raw: IO[bytes], name: str, options: Options, skip: int) -> Iterator[Record]:
-    """A file of Arrow's stream format, as `datasets` writes them, or of its file format (Feather)."""
+def _read_arrow(raw: IO[bytes], name: str, options: ReadOptions, skip: int) -> Iterator[Record]:
+    """Read a file in Arrow's streaming format, as `datasets` writes it, or in its file format (Feather)."""
     is_stream = raw.read(6) != b"ARROW1"
     raw.seek(0)
     with (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(raw) as reader:
-        columns = options.found(reader.schema.names)
+        columns = options.select(reader.schema.names)
         if not columns:
             yield options.missing(reader.schema.names, "column", name)
             return
@@ -198,8 +198,8 @@ def _read_arrow(raw: IO[bytes], name: str, options: Options, skip: int) -> Itera
             number += len(batch)
 
 
-def _rows(batch: pyarrow.RecordBatch, name: str, before: int, skip: int, options: Options) -> Iterator[Record]:
-    """Rows of a batch that begins behind `before` rows, but for the first `skip` of the file."""
+def _rows(batch: pyarrow.RecordBatch, name: str, before: int, skip: int, options: ReadOptions) -> Iterator[Record]:
+    """Read the rows of a batch that follows `before` rows of the file, except the file's first `skip` rows."""
     first = min(max(skip - before, 0), len(batch))
     values = (batch if options.columns else batch.column(0))[first:].to_pylist()
     for number, value in enumerate(values, start=before + first + 1):
@@ -211,13 +211,15 @@ def _rows(batch: pyarrow.RecordBatch, name: str, before: int, skip: int, options
 
 
 def without_nulls(value: Any) -> Any:
-    """A value of a table without null fields: the objects of a column have all keys that one of them has."""
+    """Remove null fields from a table's value: a column's objects all have the union of their keys."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _read_csv(stream: io.BufferedReader, name: str, options: Options, skip: int, delimiter: str) -> Iterator[Record]:
+def _read_csv(
+    stream: io.BufferedReader, name: str, options: ReadOptions, skip: int, delimiter: str
+) -> Iterator[Record]:
     csv.field_size_limit(2**31 - 1)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     try:
@@ -225,7 +227,7 @@ def _read_csv(stream: io.BufferedReader, name: str, options: Options, skip: int,
         header = next(rows, None)
         if header is None:
             return
-        columns = options.found(header)
+        columns = options.select(header)
         if not columns:
             yield options.missing(header, "column", name)
             return
@@ -234,7 +236,7 @@ def _read_csv(stream: io.BufferedReader, name: str, options: Options, skip: int,
                 continue
             where = f"{name}:{number}"
             if len(row) != len(header):
-                yield Record(None, "another number of columns than the first line", where)
+                yield Record(None, "the number of columns differs from that of the first line", where)
             elif options.columns:
                 yield Record(None, None, where, row={column: row[header.index(column)] for column in columns})
             else:
@@ -244,10 +246,10 @@ def _read_csv(stream: io.BufferedReader, name: str, options: Options, skip: int,
 
 
 def _read_pieces(stream: io.BufferedReader, name: str, separator: re.Pattern[bytes], skip: int) -> Iterator[Record]:
-    """What stands between separators; white space alone is no document."""
+    """Read the documents between separators; pieces of only white space are skipped."""
     if stream.peek(3).startswith(codecs.BOM_UTF8):
         stream.read(3)
-    longest = 2 * len(separator.pattern)
+    overlap = 2 * len(separator.pattern)
     number, buffer, searched, too_long, ended = 0, b"", 0, False, False
     while not ended:
         more = stream.read(max(2**20, min(len(buffer), 2**25)))  # grows, so that long documents are not copied often
@@ -271,18 +273,18 @@ def _read_pieces(stream: io.BufferedReader, name: str, separator: re.Pattern[byt
             begin = searched = match.end()
         buffer = buffer[begin:]
         if len(buffer) > MAX_DOCUMENT_BYTES:
-            too_long, buffer = True, buffer[-longest:]
-        searched = max(0, len(buffer) - longest)
+            too_long, buffer = True, buffer[-overlap:]
+        searched = max(0, len(buffer) - overlap)
 
 
-def _read_whole(stream: io.BufferedReader, name: str) -> Record:
+def _read_document(stream: io.BufferedReader, name: str) -> Record:
     data = stream.read(MAX_DOCUMENT_BYTES + 1)
     return _too_long(name) if len(data) > MAX_DOCUMENT_BYTES else _decode(data.removeprefix(codecs.BOM_UTF8), name)
 
 
 def _too_long(where: str) -> Record:
     problem = f"a document of more than {MAX_DOCUMENT_BYTES // 2**20} MiB"
-    return Record(None, problem, where, "name what separates its documents by split, such as '\\n\\n'")
+    return Record(None, problem, where, "set split to the separator of its documents, such as '\\n\\n'")
 
 
 def _decode(data: bytes, where: str) -> Record:
@@ -301,6 +303,6 @@ def _check(text: object, where: str) -> Record:
         return Record(None, "the text is not a string", where)
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell, or a byte that is not UTF-8
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can contain as an escape, or a byte that is not UTF-8
         return Record(None, "not UTF-8", where)
     return Record(text, None, where)

@@ -1,7 +1,7 @@
-"""The one entry of tokenizers: bytes, a byte-level BPE trained on documents, or one of Hugging Face's.
+"""Load or train tokenizers: bytes, a byte-level BPE trained on documents, or a Hugging Face tokenizer.
 
-Whatever a tokenizer comes from, truncation and padding are switched off, and the tokenizer itself is asked what it puts
-before and after a text (`encode(text, add_special_tokens=True)`, as transformers does).
+Truncation and padding are always disabled. The tokens before and after a text are determined by calling the tokenizer
+(`encode(text, add_special_tokens=True)`, as transformers does).
 """
 
 from __future__ import annotations
@@ -23,66 +23,67 @@ from ropepp_lit.files import escaped
 from ropepp_lit.text import tokenizer_files
 from ropepp_lit.text.identity import opening_of
 from ropepp_lit.text.tokenizer_files import (
-    Loaded,
+    LoadedTokenizer,
     added_around,
     encoding_errors,
-    exact,
+    make_deterministic,
     processor_around,
     stop_ids,
 )
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
-"""Special tokens of the tokenizers made here; every document stands between them."""
+"""BOS and EOS tokens of the tokenizers created here; every document begins and ends with them."""
 
 KNOWN_EOS = (EOS, "<|endoftext|>", "</s>", "<eos>")
-"""What ends documents where neither the tokenizer's files nor an option name a token."""
+"""Candidates for the EOS token if neither the tokenizer's files nor an option specify it."""
 
 MIN_VOCAB_SIZE = 256 + 2
-"""The bytes and the two special tokens."""
+"""Smallest vocabulary: the 256 bytes and the two special tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTokenizer:
-    """A tokenizer, and the tokens that stand before, behind and between texts."""
+    """A tokenizer, and the special tokens before and after texts and documents."""
 
     tokenizer: Tokenizer
+    """Tokenizer of the library tokenizers."""
 
     bos_token_id: int | None = None
-    """The token that is named as the beginning of a text; whether texts begin with it, :attr:`opening` says."""
+    """Id of the BOS token; whether texts begin with it is defined by :attr:`opening`."""
 
     eos_token_id: int | None = None
-    """The token that ends a document; None where nobody names one."""
+    """Id of the token that ends a document; None if it is not specified."""
 
     opening: tuple[int, ...] = ()
-    """What stands before every text."""
+    """Token ids before every text."""
 
     closing: tuple[int, ...] = ()
-    """What the tokenizer itself puts behind every text."""
+    """Token ids that the tokenizer's post-processor appends to every text."""
 
     stop_token_ids: frozenset[int] = frozenset()
-    """Tokens that end what a model writes: `eos_token_id`, and those of generation_config.json."""
+    """Token ids that end generation: `eos_token_id`, and those of generation_config.json."""
 
     settings: dict[str, Any] | None = None
-    """tokenizer_config.json with special_tokens_map.json merged into it; None where there is neither."""
+    """Values of tokenizer_config.json merged with special_tokens_map.json; None if there is neither file."""
 
     is_bytes: bool = False
-    """Made by :func:`byte_tokenizer`: encoded by a look-up, a hundred times faster."""
+    """Whether this is a :func:`byte_tokenizer`, which encodes by table look-up, about 100 times faster."""
 
     def __post_init__(self) -> None:
-        exact(self.tokenizer)
-        self.tokenizer.encode_special_tokens = True  # a text that spells a special token does not end its document
+        make_deterministic(self.tokenizer)
+        self.tokenizer.encode_special_tokens = True  # special tokens in a text are plain text, and do not end it
         stops = self.stop_token_ids | ({self.eos_token_id} if self.eos_token_id is not None else set())
         object.__setattr__(self, "stop_token_ids", frozenset(stops))
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> TextTokenizer:
-        """The tokenizer that a checkpoint or prepared data store.
+        """Create the tokenizer that is stored in a checkpoint or in prepared data.
 
         Args:
-            entry: `tokenizer` (JSON), `bos_token_id`, `eos_token_id`, and where they are known `opening` (token ids),
-                `generation_config` and `tokenizer_config` (JSON).
+            entry: Mapping with `tokenizer` (JSON), `bos_token_id`, `eos_token_id`, and optionally `opening` (token
+                ids), `generation_config` and `tokenizer_config` (JSON).
         """
-        tokenizer = tokenizer_files.parse(entry["tokenizer"], "tokenizer.json that is stored")
+        tokenizer = tokenizer_files.parse(entry["tokenizer"], "stored tokenizer.json")
         return cls(
             tokenizer=tokenizer,
             bos_token_id=entry["bos_token_id"],
@@ -94,8 +95,8 @@ class TextTokenizer:
         )
 
     @classmethod
-    def from_files(cls, loaded: Loaded) -> TextTokenizer:
-        """The tokenizer of a file or a Hugging Face folder."""
+    def from_files(cls, loaded: LoadedTokenizer) -> TextTokenizer:
+        """Create a tokenizer from a loaded file or Hugging Face folder."""
         opening, closing = added_around(loaded.tokenizer)
         bos, eos = loaded.bos_token_id, loaded.eos_token_id
         if bos is None and len(opening) == 1:
@@ -115,29 +116,32 @@ class TextTokenizer:
 
     @property
     def json(self) -> str:
-        """The tokenizer in the format of tokenizer.json."""
+        """Content of tokenizer.json."""
         return self.tokenizer.to_str()
 
     @property
     def vocab_size(self) -> int:
-        """Largest token id + 1, added tokens included."""
+        """Largest token id + 1, including added tokens."""
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text alone, without what stands before and behind it; special tokens in it are plain text."""
+        """Tokenize a text without the tokens before and after it; special tokens in the text are plain text."""
         with encoding_errors():
             return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
-        """Characters of the text (start:end) that each token of :meth:`encode_text` stands for."""
+        """Return the character range (start, end) of each token of :meth:`encode_text`."""
         with encoding_errors():
             return self.tokenizer.encode(text, add_special_tokens=False).offsets
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a text that a model continues, with what stands before every text.
+        """Tokenize a text that a model continues, with the tokens before every text.
 
-        Special tokens in the text are tokens, and what it begins with already is not added again. Where nothing stands
-        before texts and the text is empty, the token that ends documents stands there.
+        Special tokens in the text are parsed, and opening tokens that the text already begins with are not repeated. If
+        the text is empty and there are no opening tokens, the result is the EOS token.
+
+        Raises:
+            UsageError: The result would be empty because there is no EOS token either.
         """
         self.tokenizer.encode_special_tokens = False
         try:
@@ -148,15 +152,15 @@ class TextTokenizer:
         if not opening or ids[: len(opening)] != opening:
             ids = opening + ids
         if not ids and self.eos_token_id is None:
-            raise UsageError("prompt: nothing stands before the texts of this tokenizer; give a prompt")
+            raise UsageError("prompt: it is empty, and this tokenizer has no BOS or EOS token; pass a prompt")
         return ids or [int(self.eos_token_id or 0)]
 
     def encode_whole(self, text: str) -> list[int]:
-        """Token ids of a text with what stands before and behind it: transformers' `tokenizer(text).input_ids`."""
+        """Tokenize a text with the tokens before and after it: transformers' `tokenizer(text).input_ids`."""
         return [*self.opening, *self.encode_text(text), *self.closing]
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of whole documents, opening and closing tokens and EOS included; int32, one array per text."""
+        """Tokenize complete documents, with opening and closing tokens and EOS; returns one int32 array per text."""
         if self.is_bytes:
             bodies = [self._byte_ids[np.frombuffer(text.encode("utf-8"), dtype=np.uint8)] for text in texts]
         else:
@@ -164,14 +168,14 @@ class TextTokenizer:
                 encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             encodings.reverse()
             bodies = []
-            while encodings:  # each takes a hundred bytes a token: let it go at once
+            while encodings:  # each takes about 100 bytes per token: free it at once
                 bodies.append(np.asarray(encodings.pop().ids, dtype=np.int32))
-        before, behind = (np.asarray(ids, dtype=np.int32) for ids in self.around)
-        return [np.concatenate((before, body, behind)) for body in bodies]
+        opening, closing = (np.asarray(ids, dtype=np.int32) for ids in self.document_tokens)
+        return [np.concatenate((opening, body, closing)) for body in bodies]
 
     @property
-    def around(self) -> tuple[Sequence[int], Sequence[int]]:
-        """Tokens before and behind whole documents: opening, and closing with EOS."""
+    def document_tokens(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Token ids before and after complete documents: the opening tokens, and the closing tokens with EOS."""
         assert self.eos_token_id is not None
         end = self.closing if self.closing[-1:] == (self.eos_token_id,) else (*self.closing, self.eos_token_id)
         return self.opening, end
@@ -182,39 +186,39 @@ class TextTokenizer:
         return np.asarray(ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, without special tokens."""
+        """Decode token ids to text, skipping special tokens."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def token(self, token_id: int | None) -> str | None:
-        """The token of an id as it is written in the vocabulary."""
+        """Return the vocabulary entry of a token id; None for None."""
         return None if token_id is None else self.tokenizer.id_to_token(token_id)
 
     @property
     def description(self) -> str:
-        """What texts begin with and documents end with, in words."""
+        """Description of the tokens at the beginning of texts and the end of documents."""
         before = " ".join(str(self.token(token)) for token in self.opening)
         end = self.token(self.eos_token_id) or "no token"
         return f"texts begin with {before or 'no token'}, documents end with {end}"
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the tokenizer's content and of :attr:`opening` and EOS, whatever the white space of its file."""
+        """Hash of the tokenizer's content and its opening, closing and EOS tokens, independent of white space."""
         contents = [json.loads(self.json), list(self.opening), list(self.closing), self.eos_token_id]
         return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def byte_tokenizer() -> TextTokenizer:
-    """A tokenizer whose tokens are the 256 bytes and the two special tokens."""
+    """Create a tokenizer whose tokens are the 256 bytes and the two special tokens."""
     vocabulary = {token: index for index, token in enumerate([BOS, EOS, *sorted(_byte_characters())])}
     return _byte_level(models.BPE(vocab=vocabulary, merges=[]), is_bytes=True)
 
 
 def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> TextTokenizer:
-    """A byte-level BPE (GPT-2's kind) trained on documents.
+    """Train a byte-level BPE (as in GPT-2) on documents.
 
     Args:
         documents: Texts.
-        vocab_size: Tokens in all, at least 258. Fewer come out where the texts are too short for so many merges.
+        vocab_size: Size of the vocabulary, at least 258. It is smaller if the texts do not have enough merges.
     """
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -228,54 +232,52 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> TextTokeniz
 
 
 def load_tokenizer(name: str, *, bos_token: str | None = None, eos_token: str | None = None) -> TextTokenizer:
-    """A tokenizer by name, with a token that ends documents.
+    """Load a tokenizer by name, and check that it has an EOS token.
 
     Args:
-        name: `bytes`, a tokenizer.json, a checkpoint of ours, or a Hugging Face folder or name on the Hub
+        name: `bytes`, a tokenizer.json, a checkpoint of this package, or a Hugging Face folder or name on the Hub
             (ORGANIZATION/MODEL).
-        bos_token: What stands before texts instead of what the tokenizer itself puts there; empty ("") means nothing.
-        eos_token: What ends documents instead of what the folder says.
+        bos_token: Token before texts, instead of the tokenizer's opening tokens; an empty string means none.
+        eos_token: Token that ends documents, instead of the one that the tokenizer's files specify.
 
     Raises:
-        UsageError: no such tokenizer, an unknown token, or none that ends documents.
+        UsageError: There is no such tokenizer, a token is unknown, or no EOS token is specified.
     """
     path = Path(name).expanduser()
     if name == "bytes":
-        found = byte_tokenizer()
+        tokenizer = byte_tokenizer()
     elif path.suffix == ".ckpt":
-        found = _of_checkpoint(path)
+        tokenizer = _load_from_checkpoint(path)
     else:
         if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             path = tokenizer_files.fetch(name)
         loaded = tokenizer_files.load(path)
         if loaded is None:
             raise UsageError(
-                f"tokenizer: {name}: no such tokenizer; name bytes, a tokenizer.json, a folder with one, or one on the "
+                f"tokenizer: {name}: no such tokenizer; pass bytes, a tokenizer.json, a folder with one, or one on the "
                 "Hub"
             )
-        found = TextTokenizer.from_files(loaded)
+        tokenizer = TextTokenizer.from_files(loaded)
     if bos_token is not None:
-        bos = None if bos_token == "" else _id_of(found.tokenizer, bos_token, key="bos_token", name=name)
-        found = replace(found, bos_token_id=bos, opening=() if bos is None else (bos,))
+        bos = None if bos_token == "" else _token_id(tokenizer.tokenizer, bos_token, key="bos_token", name=name)
+        tokenizer = replace(tokenizer, bos_token_id=bos, opening=() if bos is None else (bos,))
     if eos_token is not None:
-        eos = _id_of(found.tokenizer, eos_token, key="eos_token", name=name)
-        found = replace(found, eos_token_id=eos)
-    if found.eos_token_id is None:
-        raise UsageError(
-            f"eos_token: {name} does not say what ends a document; name the token by ropepp-lit prepare --eos_token"
-        )
-    return found
+        eos = _token_id(tokenizer.tokenizer, eos_token, key="eos_token", name=name)
+        tokenizer = replace(tokenizer, eos_token_id=eos)
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"eos_token: {name} defines no EOS token; pass the token by ropepp-lit prepare --eos_token")
+    return tokenizer
 
 
-def _id_of(tokenizer: Tokenizer, token: str, *, key: str, name: str) -> int:
-    found = None if escaped(token) != token else tokenizer.token_to_id(token)
-    if found is None:
+def _token_id(tokenizer: Tokenizer, token: str, *, key: str, name: str) -> int:
+    token_id = None if escaped(token) != token else tokenizer.token_to_id(token)
+    if token_id is None:
         raise UsageError(f"{key}: {token!r} is not in the vocabulary of {name}")
-    return found
+    return token_id
 
 
-def _of_checkpoint(path: Path) -> TextTokenizer:
-    """The tokenizer that a checkpoint stores."""
+def _load_from_checkpoint(path: Path) -> TextTokenizer:
+    """Load the tokenizer that a checkpoint stores."""
     from ropepp_lit.checkpoint import KEY, read_checkpoint  # imports torch
 
     entry = read_checkpoint(path, shapes_only=True)[KEY]
@@ -285,10 +287,10 @@ def _of_checkpoint(path: Path) -> TextTokenizer:
 
 
 def check_choice(prefix: str, tokenizer: str | None, train_tokenizer: int | None) -> None:
-    """Raise UsageError, naming the keys after `prefix`, unless just one tokenizer is chosen and can be."""
+    """Check that exactly one valid tokenizer option is set; raise UsageError with the keys after `prefix` if not."""
     if (tokenizer is None) == (train_tokenizer is None):
         raise UsageError(
-            f"{prefix}tokenizer: give either {prefix}tokenizer or {prefix}train_tokenizer (a vocabulary size)"
+            f"{prefix}tokenizer: set either {prefix}tokenizer or {prefix}train_tokenizer (a vocabulary size)"
         )
     if train_tokenizer is not None and train_tokenizer < MIN_VOCAB_SIZE:
         raise UsageError(
@@ -306,7 +308,7 @@ def _byte_level(model: models.Model, *, is_bytes: bool = False) -> TextTokenizer
 
 
 def _byte_characters() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's convention)."""
+    """Return the character that represents each byte in a byte-level vocabulary (GPT-2's convention)."""
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte if byte in visible else next(others)) for byte in range(256)]

@@ -1,4 +1,4 @@
-"""Pairs of a chosen and a rejected answer: from every kind of row, as shards, and packed into rows."""
+"""Pairs of a chosen and a rejected answer: parsed from all row formats, stored in shards, and packed into rows."""
 
 import itertools
 
@@ -10,15 +10,16 @@ from conversation_stores import write
 from marked import answer_pairs, trained_pairs, write_marked
 from transformers import AutoTokenizer
 
-from ropepp_lit.data.prepare import Settings, prepare
-from ropepp_lit.data.report import shown
-from ropepp_lit.data.shards import Manifest, TokenShards
+from ropepp_lit.data.manifest import Manifest
+from ropepp_lit.data.prepare import PrepareSettings, prepare
+from ropepp_lit.data.report import highlight_trained
+from ropepp_lit.data.shards import TokenShards
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.data.trained_tokens import join_pair, mark, split_pair, token_ids
 from ropepp_lit.data.verify import verify
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.context_parallel import ContextShard
-from ropepp_lit.text.conversations import PAIR_COLUMNS, RowError, conversation_pair_of
+from ropepp_lit.text.conversations import PAIR_COLUMNS, RowError, parse_conversation_pair
 from ropepp_lit.text.tokenizer import load_tokenizer
 
 
@@ -52,8 +53,8 @@ TALK = [user("Hi"), assistant("Hello"), user("And?")]
         ),
     ],
 )
-def test_rows(row, prompt):
-    chosen, rejected = conversation_pair_of(row, PAIR_COLUMNS)
+def test_parsing_rows(row, prompt):
+    chosen, rejected = parse_conversation_pair(row, PAIR_COLUMNS)
     assert (chosen.messages, rejected.messages) == (prompt + GOOD, prompt + BAD)
     assert chosen.prompt_messages == rejected.prompt_messages == len(prompt)
 
@@ -71,9 +72,9 @@ def test_rows(row, prompt):
         ({"prompt": PROMPT, "chosen": [{"content": "a"}], "rejected": BAD}, "a message without a role"),
     ],
 )
-def test_rows_that_are_no_pairs(row, problem):
+def test_invalid_rows(row, problem):
     with pytest.raises(RowError, match=problem):
-        conversation_pair_of(row, PAIR_COLUMNS)
+        parse_conversation_pair(row, PAIR_COLUMNS)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def model(tmp_path_factory):
 
 
 def run(rows, folder, model, **options):
-    settings = Settings(**{"tokenizer": str(model), "format": "chat_pairs", **options})
+    settings = PrepareSettings(**{"tokenizer": str(model), "format": "chat_pairs", **options})
     return prepare([write(folder, rows)], settings, out=folder / "out", show_progress=False)
 
 
@@ -91,7 +92,7 @@ def stored(folder, split="train"):
     return np.split(tokens, (offsets[1:-1].astype(np.int64) - offsets[0]) // 4)
 
 
-def test_what_is_stored(model, tmp_path):
+def test_stored_tokens(model, tmp_path):
     rows = [{"prompt": TALK, "chosen": f"Good {n} 🙂", "rejected": "Bad " * (n % 4 + 1)} for n in range(40)]
     manifest = run([*rows, {"prompt": TALK, "chosen": "a", "rejected": "a"}], tmp_path, model, on_error="skip",
                    validation_fraction=0.2)  # fmt: skip
@@ -99,16 +100,16 @@ def test_what_is_stored(model, tmp_path):
     assert manifest.skipped == {"chosen and rejected are the same": 1}
     assert sum(split.documents for split in manifest.splits.values()) == 40
     tokenizer, kept = AutoTokenizer.from_pretrained(model), stored(tmp_path / "out")
-    wanted = {
+    expected = {
         tuple(token for name in ("chosen", "rejected") for token in tokenizer.apply_chat_template(
             [*row["prompt"], assistant(row[name])], return_dict=False))
         for row in rows
     }  # fmt: skip
-    assert {tuple(token_ids(one)) for one in kept} < wanted
-    (first,) = (one for one in kept if "Good 0 " in shown(one, load_tokenizer(str(model))))
+    assert {tuple(token_ids(one)) for one in kept} < expected
+    (first,) = (one for one in kept if "Good 0 " in highlight_trained(one, load_tokenizer(str(model))))
     head = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n"
     head += "<|im_start|>assistant\n"
-    assert shown(first, load_tokenizer(str(model))) == (
+    assert highlight_trained(first, load_tokenizer(str(model))) == (
         f"{head}[[<think>\n\n</think>\n\nGood 0 🙂<|im_end|>]]\n\n--- rejected ---\n"
         f"{head}[[<think>\n\n</think>\n\nBad <|im_end|>]]\n"
     )
@@ -121,13 +122,13 @@ def test_completions(model, tmp_path):
     rows = [{"q": "2 + 2 =", "good": " 4", "bad": " 5<|im_end|>"}]
     run(rows, tmp_path, model, format="completion_pairs", text_key="q,good,bad")
     (pair,) = stored(tmp_path / "out")
-    assert shown(pair, load_tokenizer(str(model))) == (
+    assert highlight_trained(pair, load_tokenizer(str(model))) == (
         "2 + 2 =[[ 4<|endoftext|>]]\n--- rejected ---\n2 + 2 =[[ 5<|im_end|><|endoftext|>]]"
     )
     for options, message in (
-        ({"text_key": "q,good"}, "text_key: q,good: for --format completion_pairs name the keys of prompt, chosen and"),
-        ({"train_on": "all"}, "train_on: all has no meaning for --format completion_pairs"),
-        ({"format": "chat_pairs", "train_on": "all"}, "train_on: all has no meaning for --format chat_pairs"),
+        ({"text_key": "q,good"}, "text_key: q,good: for --format completion_pairs pass the keys of prompt, chosen and"),
+        ({"train_on": "all"}, "train_on: all is not valid with --format completion_pairs"),
+        ({"format": "chat_pairs", "train_on": "all"}, "train_on: all is not valid with --format chat_pairs"),
         ({"text_key": "q,good,other"}, "rows.jsonl:1: no key 'other'"),
         ({"text_key": "q,good,good"}, "rows.jsonl:1: good and good are the same"),
     ):
@@ -137,7 +138,7 @@ def test_completions(model, tmp_path):
             run(rows, other, model, **{"format": "completion_pairs", "text_key": "q,good,bad", **options})
 
 
-def test_marks_hold_any_token():
+def test_join_and_split_pairs_with_any_token_ids():
     for last in (0, 2**30 - 1):
         ids = np.array([last, 5, last])
         pair = join_pair(mark(ids, ids == 5), mark(ids, np.array([False, True, True])))
@@ -154,18 +155,18 @@ def pairs(tmp_path_factory):
     return write_marked(tmp_path_factory.mktemp("marked") / "pairs", train=TRAIN, validation=HELD_OUT)
 
 
-def known(pair):
+def pair_key(pair):
     return tuple(trained_pairs(*answer) for answer in pair)
 
 
-def found(batch):
-    """The pairs of a batch by their keys, as :func:`known` knows them."""
+def batch_pairs(batch):
+    """Return the pairs of a batch by their keys, each in the form of :func:`pair_key`."""
     bounds, answers = batch.documents.cu_seqlens.tolist(), []
     inputs, labels = batch.input_ids.flatten().tolist(), batch.labels.flatten().tolist()
     for start, end in itertools.pairwise(bounds):
-        places = [place for place in range(start, end) if labels[place] != -100]
-        if places:
-            trained = tuple((place - start + 1, labels[place]) for place in places)
+        positions = [position for position in range(start, end) if labels[position] != -100]
+        if positions:
+            trained = tuple((position - start + 1, labels[position]) for position in positions)
             answers.append((tuple(inputs[start : start + trained[-1][0]]), trained))
     assert batch.pairs.num_tokens.flatten().tolist() == [len(trained) for _, trained in answers]
     assert batch.pairs.lengths.tolist() == [len(trained) for _, trained in answers]
@@ -173,22 +174,22 @@ def found(batch):
 
 
 @pytest.mark.parametrize("context", [30, 31, 97])
-def test_every_pair_is_whole_and_read_once_in_a_pass(pairs, context):
+def test_every_pair_is_complete_and_read_once_per_pass(pairs, context):
     data = TokenData(source=str(pairs), context_length=context, batch_size=3)
     data.setup("fit")
     fitting = [pair for pair in TRAIN if sum(len(ids) for ids, _ in pair) <= context + 1]
     assert len(fitting) < len(TRAIN) or context == 97
     rows, keys, seen = len(data.train_samples), [], {}
     for epoch in range(2):
-        met = []
+        read = []
         for first in range(epoch * rows, (epoch + 1) * rows):
             batch = data.train_samples.collate(data.train_samples.__getitems__([first]))
             assert batch.pairs.num_counted == len(batch.pairs.keys)
-            one = found(batch)
-            met += one.values()
-            assert all(seen.setdefault(key, pair) == pair for key, pair in one.items())
+            by_key = batch_pairs(batch)
+            read += by_key.values()
+            assert all(seen.setdefault(key, pair) == pair for key, pair in by_key.items())
         keys.append(sorted(seen))
-        assert sorted(met) == sorted(known(pair) for pair in fitting)
+        assert sorted(read) == sorted(pair_key(pair) for pair in fitting)
     assert keys[0] == keys[1]
     assert len(keys[0]) == len(fitting)
     if len(fitting) < len(TRAIN):
@@ -201,41 +202,41 @@ def test_ranks_that_share_rows_count_each_pair_once(pairs):
     data.setup("fit")
     samples = data.train_samples
     for first in range(0, 20, 2):
-        whole = samples.collate(samples.__getitems__([first, first + 1]))
+        full = samples.collate(samples.__getitems__([first, first + 1]))
         for mode in ("heads", "gather"):
             shards = [ContextShard(2, rank, mode) for rank in (0, 1)]
             parts = [samples.collate(samples.__getitems__([first, first + 1]), shard=shard) for shard in shards]
-            assert all(part.pairs.keys == whole.pairs.keys for part in parts)
-            assert all(torch.equal(part.pairs.num_tokens, whole.pairs.num_tokens) for part in parts)
-            assert torch.equal(sum(part.pairs.lengths for part in parts), whole.pairs.lengths)
-            assert sum(part.pairs.is_counted.int() for part in parts).tolist() == [1] * len(whole.pairs.keys)
-            assert sum(part.pairs.num_counted for part in parts) == whole.pairs.num_counted
+            assert all(part.pairs.keys == full.pairs.keys for part in parts)
+            assert all(torch.equal(part.pairs.num_tokens, full.pairs.num_tokens) for part in parts)
+            assert torch.equal(sum(part.pairs.lengths for part in parts), full.pairs.lengths)
+            assert sum(part.pairs.is_counted.int() for part in parts).tolist() == [1] * len(full.pairs.keys)
+            assert sum(part.pairs.num_counted for part in parts) == full.pairs.num_counted
 
 
-def test_what_is_no_pair(pairs):
-    """A manifest from elsewhere may say of any documents that they are pairs."""
+def test_incomplete_pairs_are_refused(pairs):
+    """An untrusted manifest can claim that any documents are pairs."""
     data = TokenData(source=str(pairs), context_length=80, batch_size=1)
     data.setup("fit")
     tokens, starts = data.train_samples.__getitems__([0])
-    place = int(starts[0].nonzero()[1])
-    tokens[0, place : int(starts[0].nonzero()[2])] = ~0
+    second = int(starts[0].nonzero()[1])
+    tokens[0, second : int(starts[0].nonzero()[2])] = ~0
     with pytest.raises(UsageError, match="data: a rejected answer does not follow each chosen one"):
         data.train_samples.collate((tokens, starts))
 
 
-def test_sets_that_do_not_go_together(pairs, tmp_path):
+def test_incompatible_sets_are_refused(pairs, tmp_path):
     chats = write_marked(tmp_path / "chats", train=[answer for pair in TRAIN[:9] for answer in pair],
                          validation=[answer for pair in HELD_OUT[:9] for answer in pair])  # fmt: skip
     for options, message in (
-        ({"source": {str(pairs): 1, str(chats): 1}}, "data: pairs holds pairs of answers and chats does not"),
-        ({"source": {str(chats): 1, str(pairs): 1}}, "data: pairs holds pairs of answers and chats does not"),
-        ({"validation": {"other": str(chats)}}, "data: pairs holds pairs of answers and other does not"),
+        ({"source": {str(pairs): 1, str(chats): 1}}, "data: pairs contains pairs of answers and chats does not"),
+        ({"source": {str(chats): 1, str(pairs): 1}}, "data: pairs contains pairs of answers and chats does not"),
+        ({"validation": {"other": str(chats)}}, "data: pairs contains pairs of answers and other does not"),
         (
             {"context_length": 8},
             "all pairs of answers of train in .* are longer than 8 tokens; set it to [0-9]+ or more$",
         ),
-        ({"too_long": "cut"}, "data.too_long: pairs holds pairs of answers, which cannot be compared"),
-        ({"intra_document_masking": False}, "data.intra_document_masking: false lets the conversations"),
+        ({"too_long": "cut"}, "data.too_long: pairs contains pairs of answers, which cannot be compared"),
+        ({"intra_document_masking": False}, "data.intra_document_masking: with false, conversations"),
     ):
         data = TokenData(**{"source": str(pairs), "context_length": 97, **options})
         with pytest.raises(UsageError, match=message):

@@ -1,4 +1,4 @@
-"""Where documents begin and end: by what was written, whatever tokens are in them."""
+"""Document bounds are those of the written documents, independent of the tokens in them."""
 
 import dataclasses
 import itertools
@@ -10,8 +10,9 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from ropepp_lit.data.prepare import Settings, prepare
-from ropepp_lit.data.shards import Manifest, TokenShards
+from ropepp_lit.data.manifest import Manifest
+from ropepp_lit.data.prepare import PrepareSettings, prepare
+from ropepp_lit.data.shards import TokenShards
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.data.verify import verify
 from ropepp_lit.errors import UsageError
@@ -27,12 +28,12 @@ DOCUMENTS = [
     "<e>",
     *(f"text {n} <e> " * (1 + n % 7) for n in range(40)),
 ]
-"""`<e>` is what closes documents."""
+"""Documents of different lengths, with the EOS token `<e>` at different positions."""
 
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory):
-    """A tokenizer of bytes with two more tokens, which are not special: texts that spell them have them."""
+    """Write a byte tokenizer with two added tokens that are not special, so that texts can contain them."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
@@ -45,7 +46,7 @@ def tokenizer_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prepared(tokenizer_file, tmp_path_factory):
-    """Prepares the documents; returns the folder."""
+    """Function that prepares the documents and returns the folder."""
     folder = tmp_path_factory.mktemp("prepared")
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS))
@@ -53,14 +54,14 @@ def prepared(tokenizer_file, tmp_path_factory):
     def prepared(name, **settings):
         out = folder / name
         settings = {"tokenizer": str(tokenizer_file), "eos_token": "<e>", "validation_fraction": 0.4, **settings}
-        settings.setdefault("on_error", "skip")  # of the empty one
-        prepare([str(text)], Settings(**settings), out=out, show_progress=False)
+        settings.setdefault("on_error", "skip")  # for the empty document
+        prepare([str(text)], PrepareSettings(**settings), out=out, show_progress=False)
         return out
 
     return prepared
 
 
-OPENINGS = {"none": None, "of its own": "<f>", "the same as the end": "<e>"}
+OPENINGS = {"none": None, "separate token": "<f>", "same as EOS": "<e>"}
 
 
 @pytest.fixture(params=OPENINGS.values(), ids=OPENINGS)
@@ -76,13 +77,13 @@ def open_data(source, **settings):
 
 
 def plain_documents(shards, split, tokenizer_file):
-    """Each document's ids, as a loop over the texts gives them."""
+    """Return the ids of each document, computed by a loop over the texts."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     manifest = Manifest.read(shards)
     opening = [] if manifest.bos_token_id is None else [manifest.bos_token_id]
-    known = [[*opening, *tokenizer.encode(text).ids, manifest.eos_token_id] for text in DOCUMENTS if text]
+    expected_documents = [[*opening, *tokenizer.encode(text).ids, manifest.eos_token_id] for text in DOCUMENTS if text]
     stored = [document.tolist() for document in TokenShards(shards, manifest, split).documents()]
-    assert all(document in known for document in stored)
+    assert all(document in expected_documents for document in stored)
     return stored
 
 
@@ -93,8 +94,8 @@ def test_every_document_is_stored_once_and_verified(shards, tokenizer_file):
 
 
 @pytest.mark.parametrize("rank", [None, 0, 1])
-def test_every_token_behind_the_first_of_a_document_is_predicted_once(shards, tokenizer_file, rank):
-    """Against a plain loop over documents: the pairs of input and label, which documents see, and bits per byte."""
+def test_every_token_after_the_first_of_a_document_is_predicted_once(shards, tokenizer_file, rank):
+    """Compare inputs with labels, visible tokens and bytes per token with a plain loop over documents."""
     documents = plain_documents(shards, "validation", tokenizer_file)
     expected = sorted(pair for document in documents for pair in itertools.pairwise(document))
     data = open_data(shards, batch_size=3, num_workers=0 if rank is None else 1)
@@ -107,16 +108,16 @@ def test_every_token_behind_the_first_of_a_document_is_predicted_once(shards, to
     (tokens,) = data.validation_sets.values()
     assert tokens.predicted(documents_apart=data.intra_document_masking) == len(expected)
     assert data.bytes_per_token(next(iter(data.validation_sets))) == tokens.bytes / len(expected)
-    if rank is not None:  # each of two ranks has half of the places, and the same documents
+    if rank is not None:  # each of two ranks has half of the tokens of the same documents
         shard = ContextShard(2, rank, "gather")
         samples = data.train_samples.__getitems__(list(range(4)))
-        whole, part = data.train_samples.collate(samples), data.train_samples.collate(samples, shard=shard)
-        assert torch.equal(part.labels, shard.take(whole.labels))
-        assert torch.equal(part.documents.positions, shard.take(whole.documents.positions))
+        full, part = data.train_samples.collate(samples), data.train_samples.collate(samples, shard=shard)
+        assert torch.equal(part.labels, shard.take(full.labels))
+        assert torch.equal(part.documents.positions, shard.take(full.documents.positions))
 
 
-def test_documents_of_rows_are_those_that_were_written(shards):
-    """In shuffled training rows too: positions restart where a document of the shards starts, and nowhere else."""
+def test_document_bounds_in_rows(shards):
+    """Also in shuffled training rows, positions restart exactly at the starts of the stored documents."""
     data = open_data(shards)
     manifest = data.manifest
     blocks = data.train_samples
@@ -130,9 +131,9 @@ def test_documents_of_rows_are_those_that_were_written(shards):
     tokens, found = blocks.__getitems__(list(range(30)))
     for sample in range(30):
         expected = [
-            place in starts[span.chunk]
+            token in starts[span.chunk]
             for span in plan.locate(sample)
-            for place in range(span.start, span.start + span.num_tokens)
+            for token in range(span.start, span.start + span.num_tokens)
         ]
         assert found[sample].tolist() == expected
     batch = blocks.collate((tokens, found))
@@ -142,7 +143,7 @@ def test_documents_of_rows_are_those_that_were_written(shards):
     assert restarts[:, 0].all()
 
 
-def test_a_mixture_of_other_special_tokens_has_its_bounds_and_says_so(prepared):
+def test_a_mixture_with_different_special_tokens_keeps_bounds_and_prints_a_note(prepared):
     one, other = prepared("ends with e"), prepared("ends with f", eos_token="<f>", bos_token="<e>")
     data = open_data({str(one): 0.5, str(other): 0.5})
     assert len(data.notices) == 2
@@ -156,10 +157,10 @@ def test_a_mixture_of_other_special_tokens_has_its_bounds_and_says_so(prepared):
     ]
 
 
-def test_bytes_per_token_of_a_mixture_are_those_of_what_is_read(prepared, tmp_path):
-    """Documents of a few letters have fewer labels per token than long ones."""
+def test_bytes_per_token_of_a_mixture_match_the_batches(prepared, tmp_path):
+    """Short documents have fewer labels per token than long ones."""
     (tmp_path / "short.jsonl").write_text('{"text": "ab"}\n' * 3000)
-    settings = Settings(tokenizer="bytes", validation_fraction=0)
+    settings = PrepareSettings(tokenizer="bytes", validation_fraction=0)
     prepare([str(tmp_path / "short.jsonl")], settings, out=tmp_path / "short", show_progress=False)
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "cd" * 5000}) + "\n")
     (tmp_path / "more.jsonl").write_text('{"text": "xy"}\n' * 300)
@@ -169,17 +170,17 @@ def test_bytes_per_token_of_a_mixture_are_those_of_what_is_read(prepared, tmp_pa
     data = open_data(weights, validation={"more": str(tmp_path / "more")}, batch_size=25)
     read = labels = 0
     for batch in data.train_dataloader():
-        read += int((batch.input_ids > 1).sum())  # each is a byte
+        read += int((batch.input_ids > 1).sum())  # each token is a byte
         labels += batch.num_labels
     assert data.bytes_per_token() == pytest.approx(read / labels, rel=0.01)
 
 
 def test_held_out_documents_are_read_once(prepared, tmp_path):
-    """A document of 5 million tokens: seconds, where a loop that joined rows took hours."""
+    """A document of 5 million tokens takes seconds; a loop that concatenated rows took hours."""
     with (tmp_path / "long.jsonl").open("w") as file:
         file.write(json.dumps({"text": "ab" * 2_500_000}) + "\n" + json.dumps({"text": "short"}) + "\n")
     out = tmp_path / "long"
-    prepare([str(tmp_path / "long.jsonl")], Settings(tokenizer="bytes"), out=out, show_progress=False)
+    prepare([str(tmp_path / "long.jsonl")], PrepareSettings(tokenizer="bytes"), out=out, show_progress=False)
     data = open_data(out, validation={"all": str(out)})
     assert [len(document) for document in data.held_out_documents("all")] == [5_000_002, 7]
 
@@ -196,7 +197,7 @@ def set_first(contents, value):
 
 def move_bound(contents):
     offsets = np.frombuffer(contents, dtype=np.uint32, count=3, offset=4).copy()
-    offsets[1] += 1  # not at a token
+    offsets[1] += 1  # not at a token boundary
     contents[4:16] = offsets.tobytes()
 
 
@@ -209,13 +210,13 @@ def move_document(contents):
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        (lambda contents: set_first(contents, 3), "its header does not give the bounds of"),
-        (move_bound, "its header does not give the bounds of"),
+        (lambda contents: set_first(contents, 3), "its header does not have valid offsets of"),
+        (move_bound, "its header does not have valid offsets of"),
         (move_document, "1 documents do not end with the token"),
     ],
 )
-def test_verify_finds_bounds_that_are_not_those_of_documents(prepared, request, change, fault):
-    """Even where checksums were made anew."""
+def test_verify_finds_wrong_document_bounds(prepared, request, change, fault):
+    """Also if the checksums have been recomputed."""
     folder = prepared(request.node.name.replace("/", " "))
     manifest = Manifest.read(folder)
     chunk = manifest.splits["train"].chunks[0]
@@ -228,7 +229,7 @@ def test_verify_finds_bounds_that_are_not_those_of_documents(prepared, request, 
     assert fault in faults[0]
 
 
-def test_a_tokenizer_that_is_not_that_of_the_shards(prepared):
+def test_another_tokenizer_than_that_of_the_shards_is_refused(prepared):
     one = prepared("its tokenizer")
     path = one / "tokenizer.json"
     original = path.read_text()
@@ -242,8 +243,8 @@ def test_a_tokenizer_that_is_not_that_of_the_shards(prepared):
     values["model"]["vocab"]["a"], values["model"]["vocab"]["b"] = values["model"]["vocab"]["b"], 0
     path.write_text(json.dumps(values))
     assert verify(one) == [
-        f"{path}: not the tokenizer that the shards were made with; put that file back, or remove {one} to prepare it "
-        "again"
+        f"{path}: not the tokenizer with which the shards were prepared; restore that file, "
+        f"or remove {one} to prepare it again"
     ]
-    with pytest.raises(UsageError, match="not the tokenizer that the shards were made with"):
+    with pytest.raises(UsageError, match="not the tokenizer with which the shards were prepared"):
         open_data(one)

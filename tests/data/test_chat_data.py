@@ -1,4 +1,4 @@
-"""Conversations and completions as shards: from every kind of row, in parts, after a stop, and what is reported."""
+"""Conversations and completions as shards: row formats, parts, resuming, and reports."""
 
 import dataclasses
 import itertools
@@ -12,10 +12,10 @@ from conversation_stores import ROWS, STORES, messages, sharegpt, store, write
 from corpora import contents
 
 from ropepp_lit.data import encoders, preparation
-from ropepp_lit.data.prepare import Settings, fingerprint_of, prepare
-from ropepp_lit.data.report import shown
-from ropepp_lit.data.shards import Manifest
-from ropepp_lit.data.shares import Share, merge
+from ropepp_lit.data.manifest import Manifest
+from ropepp_lit.data.parts import Part, merge
+from ropepp_lit.data.prepare import PrepareSettings, fingerprint_of, prepare
+from ropepp_lit.data.report import highlight_trained
 from ropepp_lit.data.trained_tokens import is_trained, mark, token_ids
 from ropepp_lit.errors import UsageError
 from ropepp_lit.text.sources import find_files
@@ -24,17 +24,17 @@ from ropepp_lit.text.tokenizer import load_tokenizer
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder of a tokenizer with a chat template that knows tools."""
+    """Create a folder of a tokenizer with a chat template that supports tools."""
     return make_chat_folder("reasoning", tmp_path_factory.mktemp("model") / "qwen")
 
 
 def run(source, out, model, **options):
-    settings = Settings(**{"tokenizer": str(model), "format": "chat", **options})
+    settings = PrepareSettings(**{"tokenizer": str(model), "format": "chat", **options})
     return prepare([source], settings, out=out, show_progress=False)
 
 
 def documents(folder, split="train"):
-    """The stored tokens of each document, by litdata's format: a count, offsets, tokens."""
+    """Read the stored tokens of each document in litdata's format: a count, offsets, tokens."""
     found = []
     for chunk in Manifest.read(folder).splits[split].chunks:
         data = (folder / split / chunk.filename).read_bytes()
@@ -45,13 +45,13 @@ def documents(folder, split="train"):
 
 
 def texts(folder, model, split="train"):
-    """Each document, decoded, with what is trained in brackets."""
-    return [shown(stored, load_tokenizer(str(model))) for stored in documents(folder, split)]
+    """Decode each document, with its trained tokens in brackets."""
+    return [highlight_trained(stored, load_tokenizer(str(model))) for stored in documents(folder, split)]
 
 
 @pytest.fixture(scope="module")
 def reference(model, tmp_path_factory):
-    """The shards of the rows by what is trained, from JSON lines."""
+    """Shards of the rows from JSON lines, by `train_on`."""
     folder = tmp_path_factory.mktemp("reference")
     source = write(folder, messages(ROWS))
     for train_on in ("assistant", "last"):
@@ -60,18 +60,18 @@ def reference(model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", STORES)
-def test_every_store_gives_the_same_shards(kind, model, reference, tmp_path, monkeypatch):
+def test_all_row_formats_result_in_the_same_shards(kind, model, reference, tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     name, rows, options = STORES[kind]
-    # Of prompt and completion the last answer alone is trained, whatever train_on is.
+    # Of prompt and completion, only the last answer is trained, for any train_on.
     trained = options.pop("train_on", "assistant") if kind == "prompt and completion" else "assistant"
     run(store(tmp_path, name, rows), tmp_path / "out", model, validation_fraction=0.2, **options)
     assert contents(tmp_path / "out") == contents(reference / trained)
 
 
-def test_what_is_stored(model, reference):
+def test_stored_tokens(model, reference):
     manifest = Manifest.read(reference / "assistant")
     tokenizer = load_tokenizer(str(model))
     assert (manifest.dtype, manifest.marks_trained_tokens) == ("int32", True)
@@ -92,8 +92,8 @@ def test_what_is_stored(model, reference):
     ]
 
 
-def test_tools_and_further_columns(model, tmp_path):
-    """Keys that only one row has are null in the others of a table, and no template sees them."""
+def test_tools_and_other_columns(model, tmp_path):
+    """Keys of only one row are null in the other rows of a table, and are not passed to templates."""
     tools = [{"type": "function", "function": {"name": "add", "description": "Adds."}}]
     call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     rows = [
@@ -124,27 +124,27 @@ def test_tools_and_further_columns(model, tmp_path):
     ]
 
 
-def test_what_is_shown_in_a_terminal(model, monkeypatch):
-    """In colour, without control characters that a text has, and no more than fits."""
+def test_highlighting_in_a_terminal(model, monkeypatch):
+    """Trained tokens are in colour, control characters are escaped, and long texts are truncated."""
     tokenizer = load_tokenizer(str(model))
     ids = np.array(tokenizer.encode_text("read\x1b[31m" + "written"), dtype=np.int32)
     stored = mark(ids, np.arange(len(ids)) >= len(tokenizer.encode_text("read\x1b[31m")))
-    assert shown(stored, tokenizer) == "read\\x1b[31m[[written]]"
+    assert highlight_trained(stored, tokenizer) == "read\\x1b[31m[[written]]"
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert shown(stored, tokenizer) == "read\\x1b[31m\x1b[32mwritten\x1b[0m"
+    assert highlight_trained(stored, tokenizer) == "read\\x1b[31m\x1b[32mwritten\x1b[0m"
     monkeypatch.setenv("NO_COLOR", "1")
     long = mark(np.full(5000, ids[0]), np.arange(5000) == 3000)
-    assert shown(long, tokenizer).startswith("… ")
-    assert shown(long, tokenizer).count("[[") == 1
-    assert shown(long, tokenizer).endswith(" … (1,750 more tokens)")
+    assert highlight_trained(long, tokenizer).startswith("… ")
+    assert highlight_trained(long, tokenizer).count("[[") == 1
+    assert highlight_trained(long, tokenizer).endswith(" … (1,750 more tokens)")
 
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-WRONG = {
+INVALID_ROWS = {
     "no messages": (
         {"text": "a"},
-        "no key 'messages' or 'conversations' or .*; name the key of the messages by text_key",
+        "no key 'messages' or 'conversations' or .*; set text_key to the key of the messages",
     ),
     "empty": ({"messages": []}, "messages has no messages"),
     "not a list": ({"messages": 3}, "messages is not a list of messages"),
@@ -153,36 +153,36 @@ WRONG = {
     "no role": ({"messages": [{"content": "a"}]}, "a message without a role"),
     "a wrong role": (
         {"messages": [{"role": "asistant", "content": "a"}]},
-        "a role 'asistant', which the chat template",
+        "unknown role 'asistant', which the chat template",
     ),
     "another sender": (
         {"conversations": [{"from": "bing", "value": "a"}]},
-        "a message from 'bing', which is not known",
+        "a message from an unknown role 'bing'",
     ),
     "a sender that is a list": (
         {"conversations": [{"from": [], "value": "a"}]},
-        r"a message from '\[\]', which is not",
+        r"a message from an unknown role '\[\]'",
     ),
     "an empty answer": ({"messages": [USER, {"role": "assistant", "content": " "}]}, "an empty answer"),
     "a null answer": ({"messages": [USER, {"role": "assistant", "content": None}]}, "an empty answer"),
-    "a number": ({"messages": [USER, {"role": "assistant", "content": 3}]}, "a message's content is not a text"),
+    "a number": ({"messages": [USER, {"role": "assistant", "content": 3}]}, "a message's content is not a string"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of a message is not text"),
     "tools": ({"messages": [USER, ANSWER], "tools": ["add"]}, "tools is not a list of objects"),
     "two systems": (
         {"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "system": "b"},
-        "a system message, and",
+        "both a system message and",
     ),
     "variables": ({"messages": [USER, ANSWER], "chat_template_kwargs": [1]}, "chat_template_kwargs is not an object"),
-    "texts": ({"prompt": "a", "completion": "b"}, "prompt and completion are texts.*: use --format completion"),
-    "one alone": ({"prompt": [USER]}, "neither messages, nor conversations, nor prompt and completion"),
+    "texts": ({"prompt": "a", "completion": "b"}, "prompt and completion are strings.*: use --format completion"),
+    "one alone": ({"prompt": [USER]}, "no key messages or conversations, and no keys prompt and completion"),
     "a surrogate": ({"messages": [{"role": "user", "content": "\ud800"}, ANSWER]}, "not UTF-8"),
     "the template": ({"messages": [USER, {**ANSWER, "tool_calls": [1]}]}, "the chat template cannot render it: "),
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_a_row_that_is_no_conversation(case, model, tmp_path):
-    row, message = WRONG[case]
+@pytest.mark.parametrize("case", INVALID_ROWS)
+def test_invalid_rows(case, model, tmp_path):
+    row, message = INVALID_ROWS[case]
     source = write(tmp_path, [*messages(ROWS[:1]), row, *messages(ROWS[1:2])])
     with pytest.raises(UsageError, match=f"rows.jsonl:2: {message}") as stop:
         run(source, tmp_path / "out", model)
@@ -193,7 +193,7 @@ def test_a_row_that_is_no_conversation(case, model, tmp_path):
     assert len(manifest.examples) == 1
 
 
-def test_conversations_without_a_trained_token_are_left_out(model, tmp_path):
+def test_conversations_without_trained_tokens_are_skipped(model, tmp_path):
     source = write(tmp_path, [*messages(ROWS[:3]), {"messages": ROWS[0][:1]}, {"messages": [USER, USER]}])
     manifest = run(source, tmp_path / "out", model)
     assert (manifest.splits["train"].documents, manifest.skipped) == (3, {"no trained token": 2})
@@ -208,8 +208,8 @@ def test_conversations_without_a_trained_token_are_left_out(model, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_template_whose_messages_all_differ(model, tmp_path):
-    """What it says is counted by itself, but not without end."""
+def test_the_number_of_skip_reasons_is_limited(model, tmp_path):
+    """Each message of a template is counted separately, up to a maximum."""
     template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     template += "{% if 'Q' in messages[0].content %}{{ raise_exception(messages[0].content * 100) }}{% endif %}"
     rows = [{"messages": [{"role": "user", "content": f"Q{n}"}, ANSWER]} for n in range(60)]
@@ -226,7 +226,7 @@ def test_completions(model, tmp_path):
     assert texts(tmp_path / "out", model) == [
         'def add(a, b):[[ "Add."<|endoftext|>]]',
         "<[[|im_end|> 🙂<|endoftext|>]]",
-    ]  # the first token of a document is never trained, and special tokens that a text spells are text
+    ]  # the first token of a document is never trained, and special tokens in a text are plain text
     assert (manifest.chat_template, manifest.end_of_turn, manifest.marks_trained_tokens) == (None, [], True)
     named = write(tmp_path, [{"question": row["prompt"], "answer": row["completion"]} for row in rows], "named.jsonl")
     run(named, tmp_path / "named", model, format="completion", text_key="question,answer")
@@ -238,7 +238,7 @@ def test_completions(model, tmp_path):
     for row, message in (
         ({"prompt": "a"}, "no key 'completion'"),
         ({"prompt": "a", "completion": ""}, "an empty completion"),
-        ({"prompt": [USER], "completion": [ANSWER]}, "prompt is not a text .lists of messages are for --format chat"),
+        ({"prompt": [USER], "completion": [ANSWER]}, "prompt is not a string .lists of messages are for --format chat"),
     ):
         with pytest.raises(UsageError, match=f"rows.jsonl:1: {message}"):
             run(write(tmp_path, [row]), tmp_path / "wrong", model, format="completion")
@@ -249,20 +249,20 @@ def test_completions(model, tmp_path):
     [
         (
             {"tokenizer": "bytes"},
-            "chat_template: the tokenizer has no chat template; name a file with a Jinja template",
+            "chat_template: the tokenizer has no chat template; pass a file with a Jinja template",
         ),
-        ({"tokenizer": None, "train_tokenizer": 300}, "train_tokenizer: not with --format chat"),
-        ({"format": "text", "train_on": "last"}, "train_on: last has no meaning for --format text"),
-        ({"format": "completion", "train_on": "last"}, "train_on: last has no meaning for --format completion"),
-        ({"format": "completion", "chat_template": "a"}, "chat_template: of use for --format chat and chat_pairs"),
+        ({"tokenizer": None, "train_tokenizer": 300}, "train_tokenizer: cannot be used with --format chat"),
+        ({"format": "text", "train_on": "last"}, "train_on: last is not valid with --format text"),
+        ({"format": "completion", "train_on": "last"}, "train_on: last is not valid with --format completion"),
+        ({"format": "completion", "chat_template": "a"}, "chat_template: only valid with --format chat and chat_pairs"),
         (
             {"format": "completion", "text_key": "a"},
-            "text_key: a: for --format completion name the keys of prompt and completion: A,B",
+            "text_key: a: for --format completion pass the keys of prompt and completion: A,B",
         ),
         ({"chat_template": "{% if %}"}, "chat_template: it cannot render two questions with answers"),
     ],
 )
-def test_options_that_do_not_fit(options, message, model, tmp_path):
+def test_invalid_options(options, message, model, tmp_path):
     source = write(tmp_path, messages(ROWS))
     with pytest.raises(UsageError, match=message):
         run(source, tmp_path / "out", model, **options)
@@ -271,10 +271,10 @@ def test_options_that_do_not_fit(options, message, model, tmp_path):
 
 def test_the_template_is_part_of_the_fingerprint(model, tmp_path):
     files = find_files([write(tmp_path, messages(ROWS))], key="text")
-    plain = Settings(tokenizer=str(model), format="chat")
+    plain = PrepareSettings(tokenizer=str(model), format="chat")
     other = make_chat_folder("reasoning", tmp_path / "other", marks=True)  # the same tokenizer
     template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    found = {
+    fingerprints = {
         fingerprint_of(files, dataclasses.replace(plain, **changes))
         for changes in (
             {},
@@ -284,7 +284,7 @@ def test_the_template_is_part_of_the_fingerprint(model, tmp_path):
             {"format": "text"},
         )
     }
-    assert len(found) == 5
+    assert len(fingerprints) == 5
     dated = template + "{{ strftime_now('%Y') }}"
     tokenizer = load_tokenizer(str(model))
     assert "date" not in plain.encoder(tokenizer).identity
@@ -293,8 +293,8 @@ def test_the_template_is_part_of_the_fingerprint(model, tmp_path):
 
 @pytest.fixture
 def many(tmp_path, monkeypatch):
-    """A folder of conversations in several files, some repeated or not kept, and parts that are small."""
-    monkeypatch.setattr(preparation, "PART_BYTES", 1500)
+    """Write conversations to multiple files, with duplicates and skipped rows; set a small segment size."""
+    monkeypatch.setattr(preparation, "SEGMENT_BYTES", 1500)
     monkeypatch.setattr(preparation, "CUT_BYTES", 2500)
     monkeypatch.setattr(encoders, "BATCH_BYTES", 700)
     rows = [*messages(ROWS), {"messages": [USER]}, *messages(ROWS[:9]), *sharegpt(ROWS[20:])]
@@ -306,25 +306,25 @@ def many(tmp_path, monkeypatch):
     return str(folder)
 
 
-def test_parts_merged_are_one_run(many, model, tmp_path):
+def test_merged_parts_equal_a_single_run(many, model, tmp_path):
     options = {"validation_fraction": 0.2, "chunk_bytes": 1500}
     manifest = run(many, tmp_path / "one", model, **options)
-    settings = Settings(tokenizer=str(model), format="chat", **options)
-    told = []
+    settings = PrepareSettings(tokenizer=str(model), format="chat", **options)
+    reported = []
     for number in (2, 1, 3):
-        share = Share(number, 3)
-        prepare([many], settings, out=tmp_path / f"{number}", share=share, show_progress=False, tell=told.append)
+        part = Part(number, 3)
+        prepare([many], settings, out=tmp_path / f"{number}", part=part, show_progress=False, report=reported.append)
     merge([tmp_path / f"{number}" for number in (3, 2, 1)], out=tmp_path / "merged")
     assert contents(tmp_path / "merged") == contents(tmp_path / "one")
     assert len(manifest.splits["train"].chunks) > 2
-    assert sum("what is trained marked" in text for text in told) == 2  # the third has no documents
+    assert sum("with the trained tokens marked" in text for text in reported) == 2  # the third part has no documents
 
 
 KILLED = """
 import os, pathlib, signal, sys
-from ropepp_lit.data import encoders, part_writer, prepare, preparation
-preparation.PART_BYTES, preparation.CUT_BYTES, encoders.BATCH_BYTES = 1500, 2500, 700
-real, calls = part_writer.PartWriter.finish, []
+from ropepp_lit.data import encoders, segment_writer, prepare, preparation
+preparation.SEGMENT_BYTES, preparation.CUT_BYTES, encoders.BATCH_BYTES = 1500, 2500, 700
+real, calls = segment_writer.SegmentWriter.finish, []
 
 def finish(*arguments, **keywords):
     calls.append(arguments)
@@ -332,8 +332,8 @@ def finish(*arguments, **keywords):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments, **keywords)
 
-part_writer.PartWriter.finish = finish
-settings = prepare.Settings(tokenizer=sys.argv[2], format="chat", validation_fraction=0.2, dedup=True)
+segment_writer.SegmentWriter.finish = finish
+settings = prepare.PrepareSettings(tokenizer=sys.argv[2], format="chat", validation_fraction=0.2, dedup=True)
 prepare.prepare([sys.argv[1]], settings, out=pathlib.Path("out"), show_progress=False)
 """
 
@@ -346,7 +346,7 @@ def test_killed_and_resumed(run_file, many, model, tmp_path):
     (tmp_path / "killed.py").write_text(KILLED)
     run_file(tmp_path / "killed.py", many, model, cwd=tmp_path, returncode=-9)
     assert len(list((tmp_path / ".out.partial" / "parts").glob("*.json"))) == 2
-    with pytest.raises(UsageError, match=r"finished parts .* of another preparation, with other train_on;"):
+    with pytest.raises(UsageError, match=r"finished segments .* of another preparation, which differs in train_on;"):
         run(many, tmp_path / "out", model, train_on="last", **options)
     run(many, tmp_path / "out", model, **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
@@ -359,7 +359,7 @@ def test_the_command(run_file, command_path, model, tmp_path):
     options = ["prepare", source, "--tokenizer", model, "--format", "chat"]
     printed = run_file(command_path, *options, "--out", "out", cwd=tmp_path).stdout
     example, _, report = printed.partition("split ")
-    assert "rows.jsonl:1, with what is trained marked:" in example
+    assert "rows.jsonl:1, with the trained tokens marked:" in example
     assert "<|im_start|>assistant\n[[Answer 0 <|im_end|>]]\n<|im_start|>user\nAnd then?<|im_end|>\n" in example
     split = Manifest.read(tmp_path / "out").splits["train"]
     share = f"{split.trained_tokens / split.tokens:.1%}"
@@ -367,16 +367,16 @@ def test_the_command(run_file, command_path, model, tmp_path):
         report.split()
     )
     assert "left out: 1 (no trained token)" in report
-    assert "Notice: contents spell special tokens, which are read as such: in 1 documents" in report
+    assert "Notice: special tokens in message contents are parsed as special tokens: in 1 documents" in report
     assert "A turn ends with <|im_end|>." in report
     again = run_file(command_path, *options, "--out", "out", "--workers", "1", cwd=tmp_path).stdout
     assert again.partition("split ")[2] == report
     (tmp_path / "template").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     named = ["--chat_template", "template", "--out", "named", "--validation_fraction", "0.2"]
     printed = run_file(command_path, *options, *named, cwd=tmp_path).stdout
-    assert "Notice: the chat template ends turns with no token of its own" in printed
-    assert "let it write eos_token (<|endoftext|>) behind answers" in printed
-    assert "Notice: no end mark behind a trained turn: in 41 documents" in printed
+    assert "Notice: the chat template does not end turns with a dedicated token" in printed
+    assert "change it to write eos_token (<|endoftext|>) after answers" in printed
+    assert "Notice: no end-of-turn token after a trained turn: in 41 documents" in printed
     failed = run_file(
         command_path, *options[:-2], "--format", "chat", "--text_key", "b", "--out", "x", cwd=tmp_path, returncode=2
     )

@@ -1,4 +1,4 @@
-"""Conversations in rows: whole, each once per pass, the same for any ranks, workers and starts."""
+"""Packing of conversations: complete, once per pass, independent of ranks, workers and the resumed position."""
 
 import dataclasses
 import json
@@ -12,9 +12,9 @@ from marked import conversations, found_pairs, trained_pairs, write_marked
 
 from ropepp_lit.data.comparison import CHAT_TEMPLATE, compare, continued_at
 from ropepp_lit.data.conversations import merge_settings
+from ropepp_lit.data.manifest import Manifest
 from ropepp_lit.data.packing import Lengths, PackedPlan
-from ropepp_lit.data.prepare import Settings, prepare
-from ropepp_lit.data.shards import Manifest
+from ropepp_lit.data.prepare import PrepareSettings, prepare
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.data.verify import verify
 from ropepp_lit.errors import UsageError
@@ -39,9 +39,9 @@ def open_data(source, *, max_steps=10, replicas=1, rank=0, **settings):
     return data
 
 
-def test_rows_of_another_pass_hold_other_conversations():
+def test_passes_pack_different_conversations_together():
     lengths = Lengths([np.arange(400) * 20], [np.repeat([7, 9, 11, 13], 100)], 7, 13, 0, 0)
-    plan = PackedPlan(lengths, places=40, seed=0)
+    plan = PackedPlan(lengths, row_length=40, seed=0)
     count = plan.samples_per_pass
     first, second = ({frozenset(plan.locate(k + epoch * count)) for k in range(count)} for epoch in range(2))
     assert len(first & second) < count / 10
@@ -51,7 +51,7 @@ def test_the_order_never_changes():
     # A change here makes running experiments read other data after they resume.
     kept = [np.array([3, 9, 4, 5, 3, 6]), np.array([9, 2, 2, 7])]
     lengths = Lengths([np.arange(len(each)) * 9 for each in kept], kept, 2, 9, 0, 0)
-    plan = PackedPlan(lengths, places=9, seed=3)
+    plan = PackedPlan(lengths, row_length=9, seed=3)
     rows = [[tuple(span) for span in plan.locate(k)] for k in range(plan.samples_per_pass)]
     assert rows == [
         [(1, 0, 9)],
@@ -65,8 +65,8 @@ def test_the_order_never_changes():
 
 
 @pytest.mark.parametrize(("replicas", "num_workers"), [(1, 0), (2, 0), (3, 2)])
-def test_every_trained_token_once_per_pass_for_any_ranks_workers_and_starts(chats, replicas, num_workers):
-    """From a start in the middle of the first pass, a whole pass later everything was read once."""
+def test_every_trained_token_once_per_pass_for_any_ranks_and_workers(chats, replicas, num_workers):
+    """Starting in the middle of the first pass, one pass of samples reads everything once."""
     (plan,) = open_data(chats).train_samples.plans
     batches, rest = divmod(plan.samples_per_pass, replicas)
     loaders = [
@@ -92,10 +92,10 @@ def test_labels_are_the_trained_tokens_and_padding_costs_little(chats):
         assert batch.num_labels == int((batch.labels != -100).sum())
         assert torch.equal(batch.places, (batch.labels != -100).flatten().nonzero().flatten())
         starts = batch.documents.positions == 0
-        assert (batch.labels[:, :-1][starts[:, 1:]] == -100).all()  # none foresees another
+        assert (batch.labels[:, :-1][starts[:, 1:]] == -100).all()  # no label in another document
     assert found == Counter(trained_pairs(*document) for document in HELD_OUT)
     ends = sum(int((batch.labels == 0).sum()) for batch in data.val_dataloader()[0])
-    assert ends == sum(int((ids[trained] == 0).sum()) for ids, trained in HELD_OUT)  # what pads is trained elsewhere
+    assert ends == sum(int((ids[trained] == 0).sum()) for ids, trained in HELD_OUT)  # padding is not trained
     wide = open_data(chats, context_length=8192, batch_size=2)
     (batch,) = wide.val_dataloader()[0]
     assert batch.documents.longest <= 128
@@ -103,12 +103,12 @@ def test_labels_are_the_trained_tokens_and_padding_costs_little(chats):
 
 
 @pytest.mark.parametrize("too_long", ["drop", "cut"])
-def test_conversations_that_are_longer_are_counted(chats, too_long):
+def test_conversations_longer_than_a_row(chats, too_long):
     data = open_data(chats, context_length=12, too_long=too_long)
-    places = 13
-    long = [document for document in TRAIN if len(document[0]) > places]
-    short = [document for document in TRAIN if len(document[0]) <= places]
-    kept = [pairs for document in long if (pairs := trained_pairs(*document, places))] if too_long == "cut" else []
+    row_length = 13
+    long = [document for document in TRAIN if len(document[0]) > row_length]
+    short = [document for document in TRAIN if len(document[0]) <= row_length]
+    kept = [pairs for document in long if (pairs := trained_pairs(*document, row_length))] if too_long == "cut" else []
     (plan,) = data.train_samples.plans
     assert plan.documents == len(short) + len(kept)
     rows = [data.train_samples.collate(data.train_samples.__getitems__([k])) for k in range(plan.samples_per_pass)]
@@ -125,8 +125,10 @@ def test_conversations_that_are_longer_are_counted(chats, too_long):
         assert line.endswith("left out; data.too_long cut keeps their beginnings")
 
 
-def test_what_cannot_be(chats, texts, tmp_path):
-    with pytest.raises(UsageError, match=r"data\.intra_document_masking: false lets .* and chats holds conversations"):
+def test_invalid_settings_and_sets(chats, texts, tmp_path):
+    with pytest.raises(
+        UsageError, match=r"data\.intra_document_masking: with false, .* and chats contains conversations"
+    ):
         open_data(chats, intra_document_masking=False)
     shortest = min(len(ids) for ids, _ in TRAIN)
     with pytest.raises(
@@ -137,38 +139,38 @@ def test_what_cannot_be(chats, texts, tmp_path):
         open_data(chats, context_length=2)
     untrained = [(np.arange(30), np.arange(30) > 20)]
     late = write_marked(tmp_path / "late", train=untrained, validation=untrained)
-    with pytest.raises(UsageError, match=r"no conversation of train in .*late keeps a trained token when it is cut to"):
+    with pytest.raises(UsageError, match=r"no conversation of train in .*late has a trained token after truncation to"):
         open_data(late, context_length=10, too_long="cut")
     other = write_marked(tmp_path / "other", train=TRAIN[:9], validation=TRAIN[:9], template="other")
-    with pytest.raises(UsageError, match=r"data\.source: other was rendered by another chat template than chats"):
+    with pytest.raises(UsageError, match=r"data\.source: other was rendered by a different chat template than chats"):
         open_data({str(chats): 1, str(other): 1})
     notes = open_data(chats, validation={"others": str(other)}).notices
-    assert "Note: others was rendered by another chat template than chats." in notes
-    prepare([str(texts)], Settings(tokenizer="bytes"), out=tmp_path / "text", show_progress=False)
+    assert "Note: others was rendered by a different chat template than chats." in notes
+    prepare([str(texts)], PrepareSettings(tokenizer="bytes"), out=tmp_path / "text", show_progress=False)
     mixed = open_data({str(chats): 1, str(tmp_path / "text"): 1})
-    with pytest.raises(UsageError, match=r"model\.loss_average: conversations needs .* train in .*text is text;"):
+    with pytest.raises(UsageError, match=r"model\.loss_average: conversations requires .* train in .*text is text;"):
         mixed.train_samples.average_conversations()
 
 
 def test_a_mixture_with_text(chats, texts, tmp_path):
-    """Text is trained whole, conversations where they are marked; shares are of rows."""
+    """All tokens of text are trained, and marked ones of conversations; weights apply to rows."""
     out = tmp_path / "text"
-    prepare([str(texts)], Settings(tokenizer="bytes"), out=out, show_progress=False)
+    prepare([str(texts)], PrepareSettings(tokenizer="bytes"), out=out, show_progress=False)
     data = open_data({str(chats): 0.5, str(out): 0.5}, batch_size=10, max_steps=100)
-    known = {trained_pairs(*document) for document in TRAIN}
+    expected_conversations = {trained_pairs(*document) for document in TRAIN}
     packed = 0
     for batch in data.train_dataloader():
         for row in range(10):
             labels, starts = batch.labels[row], batch.documents.positions[row] == 0
             is_text = bool(((labels != -100) | torch.cat((starts[1:], torch.ones(1).bool()))).all())
             packed += not is_text
-        assert set(found_pairs(batch)) & known
+        assert set(found_pairs(batch)) & expected_conversations
     assert packed == 500
     assert data.bytes_per_token() is None
     assert data.bytes_per_token("chats") is None
 
 
-def test_a_position_belongs_to_what_is_left_out(chats):
+def test_a_position_depends_on_too_long(chats):
     state = {**open_data(chats).train_dataloader().state_dict(), "samples": 12}
     assert continued_at(state, open_data(chats).identity) == (12, "")
     reason = "data.too_long is cut instead of drop"
@@ -204,7 +206,7 @@ def test_verify_counts_trained_tokens(tmp_path):
     manifest = Manifest.read(folder)
     manifest.splits["train"].trained_tokens += 1
     manifest.write(folder)
-    assert verify(folder) == [f"{folder}/manifest.json: the totals of train are not those of its chunks"]
+    assert verify(folder) == [f"{folder}/manifest.json: the totals of train differ from its chunks"]
     path = folder / "train" / manifest.splits["train"].chunks[0].filename
     stored = np.fromfile(path, dtype=np.int32)
     tokens = stored[22 : 22 + len(TRAIN[0][0])]
@@ -213,10 +215,10 @@ def test_verify_counts_trained_tokens(tmp_path):
     chunk = manifest.splits["train"].chunks[0]
     manifest.splits["train"].chunks[0] = dataclasses.replace(chunk, sha256=checksum(path))
     manifest.write(folder)
-    assert verify(folder) == [f"{path}: 1 documents have no trained token behind their first"]
+    assert verify(folder) == [f"{path}: 1 documents have no trained token after the first one"]
 
 
-def test_settings_of_a_model_get_those_of_its_conversations(chats):
+def test_merging_chat_settings_into_those_of_a_base_model(chats):
     entry = open_data(chats).entry
     base = {
         "tokenizer_config": json.dumps({"chat_template": "older", "pad_token": "<pad>"}),

@@ -1,4 +1,4 @@
-from ropepp_lit.data.plan import WINDOW_CHUNKS, BlockPlan, Span, permutation
+from ropepp_lit.data.plan import WINDOW_CHUNKS, BlockPlan, ChunkSlice, permutation
 
 CHUNKS = [1000, 37, 2500, 1, 640, 999, 1280, 50, 3000, 770, 12, 1111]
 
@@ -27,4 +27,4 @@ def test_blocks_stay_within_a_window_of_chunks():
 def test_the_order_never_changes():
     # A change here makes running experiments read other data after they resume: it needs a new format version.
     assert permutation(8, 0).tolist() == [5, 7, 1, 4, 2, 0, 6, 3]
-    assert BlockPlan(CHUNKS, context_length=64, seed=3).locate(10) == [Span(11, 1068, 43), Span(6, 0, 22)]
+    assert BlockPlan(CHUNKS, context_length=64, seed=3).locate(10) == [ChunkSlice(11, 1068, 43), ChunkSlice(6, 0, 22)]

@@ -1,4 +1,4 @@
-"""The order of data, for any sizes of chunks, seeds, ranks, batch sizes and places at which a run goes on."""
+"""Property-based tests of the data order, for any chunk sizes, seeds, ranks, batch sizes and resumed positions."""
 
 from itertools import pairwise
 
@@ -16,13 +16,13 @@ CONTEXTS = st.integers(1, 15)
 
 
 def tokens_of(spans):
-    return [(span.chunk, place) for span in spans for place in range(span.start, span.start + span.num_tokens)]
+    return [(span.chunk, token) for span in spans for token in range(span.start, span.start + span.num_tokens)]
 
 
 @given(chunks=CHUNKS, context=CONTEXTS)
 def test_in_order_every_token_is_predicted_once(chunks, context):
     plan = BlockPlan(chunks, context_length=context, seed=None)
-    stream = [(chunk, place) for chunk, size in enumerate(chunks) for place in range(size)]
+    stream = [(chunk, token) for chunk, size in enumerate(chunks) for token in range(size)]
     samples = [tokens_of(plan.locate(sample)) for sample in range(plan.samples_per_pass)]
     assert [token for sample in samples for token in sample[1:]] == stream[1:]
     assert [token for sample in samples for token in sample[:-1]] == stream[:-1]
@@ -38,10 +38,10 @@ def test_a_shuffled_pass_predicts_every_token_at_most_once_and_misses_less_than_
     assert all(len(sample) == context + 1 for sample in samples)
     labels = [token for sample in samples for token in sample[1:]]
     assert len(set(labels)) == len(labels) == count * context > sum(chunks) - 1 - context
-    assert all(0 <= place < chunks[chunk] for sample in samples for chunk, place in sample)
-    # Tokens follow each other within a chunk, and a chunk's last one is followed by the first of the next.
-    for (chunk, place), (next_chunk, next_place) in (pair for sample in samples for pair in pairwise(sample)):
-        assert (chunk, place + 1) == (next_chunk, next_place) or (place == chunks[chunk] - 1 and next_place == 0)
+    assert all(0 <= token < chunks[chunk] for sample in samples for chunk, token in sample)
+    # Tokens are consecutive within a chunk, and a chunk's last token is followed by the first of the next chunk.
+    for (chunk, token), (next_chunk, next_token) in (pair for sample in samples for pair in pairwise(sample)):
+        assert (chunk, token + 1) == (next_chunk, next_token) or (token == chunks[chunk] - 1 and next_token == 0)
     asked = permutation(count, seed)[:5].tolist()
     assert [other.locate(epoch * count + number) for number in asked] == [located[number] for number in asked]
 
@@ -55,7 +55,7 @@ def test_samples_of_a_window_are_read_before_those_of_the_next(chunks, context, 
     windows = [order.index(plan.locate(sample)[0].chunk) // WINDOW_CHUNKS for sample in samples]
     assert windows == sorted(windows)
     for sample, window in zip(samples, windows, strict=True):
-        assert plan.chunks_behind(sample) == order[(window + 1) * WINDOW_CHUNKS :][:WINDOW_CHUNKS]
+        assert plan.next_chunks(sample) == order[(window + 1) * WINDOW_CHUNKS :][:WINDOW_CHUNKS]
 
 
 @given(count=st.integers(0, 300), key=st.lists(st.integers(-(2**63), 2**63 - 1), max_size=4))
@@ -67,7 +67,7 @@ WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=6)
 
 
 @given(weights=WEIGHTS, seed=SEEDS, patterns=st.integers(0, 10**6))
-def test_shares_of_a_mixture_are_exact_over_a_pattern_and_no_sample_of_a_source_is_left_out(weights, seed, patterns):
+def test_proportions_of_a_mixture_are_exact_over_a_pattern_and_no_sample_is_skipped(weights, seed, patterns):
     mixture = Mixture(weights, seed=seed)
     first = patterns * PATTERN_SAMPLES
     located = [mixture.locate(sample) for sample in range(first, first + PATTERN_SAMPLES)]
@@ -82,11 +82,11 @@ def test_shares_of_a_mixture_are_exact_over_a_pattern_and_no_sample_of_a_source_
 
 
 RUNS = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=4)
-"""Ranks, samples of a batch, and batches, of a run and of those that go on from its checkpoints."""
+"""Number of ranks, batch size and number of batches of a run, and of the runs that resume from its checkpoints."""
 
 
 class Numbers(torch.utils.data.Dataset):
-    """Samples that are their numbers, in place of shards."""
+    """Dataset whose samples are their numbers."""
 
     def __getitems__(self, samples):
         return samples
@@ -96,12 +96,12 @@ class Numbers(torch.utils.data.Dataset):
 
 
 @given(runs=RUNS, stop=st.integers(1, 4))
-def test_ranks_read_each_sample_once_and_runs_go_on_behind_the_last(runs, stop):
+def test_ranks_read_each_sample_once_and_runs_resume_after_the_last_sample(runs, stop):
     loading = {"num_workers": 0, "shard": None, "pin_memory": False}
     identity = {"names": [], "contents": [], "context_length": 4, "seed": 0, "sources": []}
     read, state = [], {"samples": 0, "identity": identity}
     for ranks, batch_size, batches in runs:
-        taken, states = [], []
+        batches_of_ranks, states = [], []
         for rank in range(ranks):
             loader = TrainLoader(
                 Numbers(), batch_size=batch_size, num_batches=batches, num_replicas=ranks, rank=rank,
@@ -112,10 +112,10 @@ def test_ranks_read_each_sample_once_and_runs_go_on_behind_the_last(runs, stop):
             for batch, _ in zip(loader, range(min(stop, batches)), strict=False):
                 found.append(batch)
                 states.append(loader.state_dict())
-            taken.append(found)
+            batches_of_ranks.append(found)
             assert len(loader) == batches
-        # Of each step, the ranks' batches follow each other.
-        step_samples = [sample for step in zip(*taken, strict=True) for batch in step for sample in batch]
+        # In each step, the ranks' batches are consecutive.
+        step_samples = [sample for step in zip(*batches_of_ranks, strict=True) for batch in step for sample in batch]
         read += step_samples
         per_rank = len(states) // ranks
         assert all(states[rank * per_rank : (rank + 1) * per_rank] == states[:per_rank] for rank in range(ranks))

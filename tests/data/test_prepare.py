@@ -1,4 +1,4 @@
-"""Token shards: the same from every way to store a corpus, whole after every kill, and every fault told."""
+"""Preparation of token shards: independent of the storage format, options, caching and damaged inputs."""
 
 import dataclasses
 import json
@@ -8,22 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import DOCUMENTS, SETTINGS, contents, read_spans, read_split, reference, run, store
+from corpora import DOCUMENTS, SETTINGS, contents, read_slices, read_split, reference, run, store
 from tokenizers import Tokenizer
 
 from ropepp_lit.data import encoders
 from ropepp_lit.data import preparation as module
-from ropepp_lit.data.plan import Span
-from ropepp_lit.data.prepare import Settings, prepare_cached
-from ropepp_lit.data.shards import Manifest, TokenShards
+from ropepp_lit.data.manifest import Manifest
+from ropepp_lit.data.plan import ChunkSlice
+from ropepp_lit.data.prepare import PrepareSettings, prepare_cached
+from ropepp_lit.data.shards import TokenShards
 from ropepp_lit.data.verify import verify
 from ropepp_lit.errors import UsageError
 from ropepp_lit.text.tokenizer import train_tokenizer
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"])
-def test_every_way_to_store_a_corpus_gives_the_same_shards(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PART_BYTES", 1500)
+def test_all_storage_formats_result_in_the_same_shards(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 1500)
     monkeypatch.setattr(encoders, "BATCH_BYTES", 700)
     run(store(tmp_path / "jsonl", "jsonl"), tmp_path / "first")
     run(store(tmp_path / kind, kind), tmp_path / "out")
@@ -37,17 +38,17 @@ def test_every_way_to_store_a_corpus_gives_the_same_shards(kind, tmp_path, monke
 def test_litdata_reads_the_shards(tmp_path, monkeypatch):
     from litdata import StreamingDataset, TokensLoader
 
-    monkeypatch.setattr(module, "PART_BYTES", 3000)
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 3000)
     run(store(tmp_path, "jsonl"), tmp_path / "out")
     blocks = StreamingDataset(str(tmp_path / "out" / "train"), item_loader=TokensLoader(block_size=50), shuffle=False)
     shards = TokenShards(tmp_path / "out", Manifest.read(tmp_path / "out"), "train")
     expected = []
-    for index, chunk in enumerate(shards.chunks):  # litdata loses the tail of each chunk
-        expected += read_spans(shards, [Span(index, 0, chunk.tokens // 50 * 50)])
+    for index, chunk in enumerate(shards.chunks):  # litdata drops the remainder of each chunk
+        expected += read_slices(shards, [ChunkSlice(index, 0, chunk.tokens // 50 * 50)])
     assert np.concatenate([np.asarray(block) for block in blocks]).tolist() == expected
 
 
-def test_a_trained_tokenizer_decodes_back_to_the_very_text(tmp_path):
+def test_a_trained_tokenizer_round_trips_text(tmp_path):
     run(store(tmp_path, "jsonl"), tmp_path / "out", tokenizer=None, train_tokenizer=300)
     tokenizer = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     decoded = []
@@ -80,8 +81,8 @@ def test_lengths_limit_and_min_and_max_tokens(tmp_path):
     assert first.splits["train"].documents == 7
 
 
-def test_exact_repeats_are_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PART_BYTES", 1500)
+def test_exact_duplicates_are_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SEGMENT_BYTES", 1500)
     source = store(tmp_path, "jsonl", [*DOCUMENTS, *DOCUMENTS[:20], "new", "new"])
     manifest = run(source, tmp_path / "out", dedup=True)
     assert manifest.skipped == {"repeats an earlier one": 21}
@@ -106,13 +107,13 @@ def test_a_hugging_face_dataset_is_streamed(tmp_path):
         run(dataset, tmp_path / "none", on_error="skip")
 
 
-def test_a_dataset_that_the_hub_does_not_have(tmp_path, monkeypatch):
+def test_a_dataset_that_is_not_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match=r"hf:someone/nothing: .*; check the name and the connection"):
         run("hf:someone/nothing", tmp_path / "none")
 
 
-def test_prepared_once_and_found_again(tmp_path):
+def test_prepared_shards_are_reused(tmp_path):
     source, cache = store(tmp_path / "texts", "jsonl"), tmp_path / "cache"
     found = []
 
@@ -136,7 +137,7 @@ def test_prepared_once_and_found_again(tmp_path):
     assert find() != found[0]
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
+def test_a_folder_with_other_content_is_not_changed(tmp_path):
     source = store(tmp_path / "texts", "jsonl")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.bin").write_text("weights")
@@ -145,7 +146,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.bin"]
     (tmp_path / "empty").mkdir()
     run(source, tmp_path / "empty")
-    with pytest.raises(UsageError, match=r"holds shards of other sources or settings"):
+    with pytest.raises(UsageError, match=r"contains shards of other sources or settings"):
         run(source, tmp_path / "empty", min_tokens=5)
 
 
@@ -190,7 +191,7 @@ def test_damaged_files(tmp_path, kind):
     manifest = run([str(path), good], tmp_path / "out", on_error="skip")
     assert sum(count for reason, count in manifest.skipped.items() if reason.startswith(problem)) == 1
     tail = reference(DOCUMENTS)["train"]
-    assert read_split(tmp_path / "out", "train")[-len(tail) :] == tail  # nothing lost of the rest
+    assert read_split(tmp_path / "out", "train")[-len(tail) :] == tail  # all other documents are kept
 
 
 def test_missing_columns_and_sources(tmp_path):
@@ -198,7 +199,7 @@ def test_missing_columns_and_sources(tmp_path):
         run(store(tmp_path / "a", "parquet"), tmp_path / "out", text_key="content")
     with pytest.raises(UsageError, match=r"SOURCE: .*nowhere: no such file or folder"):
         run(str(tmp_path / "nowhere"), tmp_path / "out")
-    with pytest.raises(UsageError, match=r"SOURCE: .*\*\.none: no files there"):
+    with pytest.raises(UsageError, match=r"SOURCE: .*\*\.none: it contains no files to read"):
         run(str(tmp_path / "*.none"), tmp_path / "out")
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(UsageError, match=r"SOURCE: no documents for train in 1 files \(1 empty\)"):
@@ -206,43 +207,43 @@ def test_missing_columns_and_sources(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_shards_are_named(tmp_path):
+def test_damaged_shards_are_reported(tmp_path):
     run(store(tmp_path, "jsonl"), tmp_path / "out")
     folder = tmp_path / "out"
     manifest = Manifest.read(folder)
     chunk = folder / "train" / manifest.splits["train"].chunks[0].filename
-    whole = chunk.read_bytes()
-    flipped = bytearray(whole)
+    original = chunk.read_bytes()
+    flipped = bytearray(original)
     flipped[-10] ^= 1
     chunk.write_bytes(flipped)
     TokenShards(folder, manifest, "train")
-    with pytest.raises(UsageError, match=f"{chunk}: its checksum is not the manifest's"):
+    with pytest.raises(UsageError, match=f"{chunk}: its checksum differs from the manifest"):
         read_split(folder, "train")
     assert str(chunk) in verify(folder)[0]
-    chunk.write_bytes(whole[:-2])
-    with pytest.raises(UsageError, match=f"{chunk}: {len(whole) - 2} bytes instead of {len(whole)}"):
+    chunk.write_bytes(original[:-2])
+    with pytest.raises(UsageError, match=f"{chunk}: {len(original) - 2} bytes instead of {len(original)}"):
         TokenShards(folder, manifest, "train")
     chunk.unlink()
     with pytest.raises(UsageError, match=f"{chunk}: missing"):
         TokenShards(folder, manifest, "train")
-    chunk.write_bytes(whole)
+    chunk.write_bytes(original)
     assert verify(folder) == []
     (folder / "train" / "index.json").write_text("{")
-    with pytest.raises(UsageError, match=f"{folder}/train/index.json: missing, garbled"):
+    with pytest.raises(UsageError, match=f"{folder}/train/index.json: missing, damaged"):
         TokenShards(folder, manifest, "train")
-    assert f"{folder}/train/index.json: missing, garbled" in verify(folder)[0]
+    assert f"{folder}/train/index.json: missing, damaged" in verify(folder)[0]
     for text in ("{", json.dumps({"format_version": 99})):
         (folder / "manifest.json").write_text(text)
-        with pytest.raises(UsageError, match=r"manifest\.json: (not a manifest|format_version 99)"):
+        with pytest.raises(UsageError, match=r"manifest\.json: (not a manifest|format_version is 99)"):
             Manifest.read(folder)
     os.remove(folder / "manifest.json")
     with pytest.raises(UsageError, match=r"manifest\.json: No such file"):
         Manifest.read(folder)
 
 
-def test_a_text_that_spells_a_special_token_does_not_end_its_document(tmp_path):
+def test_special_tokens_in_a_text_do_not_end_its_document(tmp_path):
     text = "before <|end_of_text|> after <|begin_of_text|>"
-    for settings in (SETTINGS, Settings(train_tokenizer=300)):
+    for settings in (SETTINGS, PrepareSettings(train_tokenizer=300)):
         out = tmp_path / str(settings.train_tokenizer)
         source = store(tmp_path, "jsonl", [text, *DOCUMENTS])
         run(source, out, dataclasses.replace(settings, validation_fraction=0.0))
@@ -251,10 +252,10 @@ def test_a_text_that_spells_a_special_token_does_not_end_its_document(tmp_path):
         assert Tokenizer.from_file(str(out / "tokenizer.json")).decode(ids[1 : ids.index(1)]) == text
 
 
-def test_another_tokenizer_of_the_same_name_is_no_resume(tmp_path):
+def test_a_changed_tokenizer_file_does_not_resume(tmp_path):
     source, path = store(tmp_path / "texts", "jsonl"), tmp_path / "tokenizer.json"
     train_tokenizer(DOCUMENTS, vocab_size=300).tokenizer.save(str(path))
     run(source, tmp_path / "out", tokenizer=str(path))
     train_tokenizer(DOCUMENTS, vocab_size=280).tokenizer.save(str(path))
-    with pytest.raises(UsageError, match=r"holds shards of other sources or settings"):
+    with pytest.raises(UsageError, match=r"contains shards of other sources or settings"):
         run(source, tmp_path / "out", tokenizer=str(path))

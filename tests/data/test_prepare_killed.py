@@ -1,4 +1,4 @@
-"""Preparations that are killed, or run out of space: resumed, they end as undisturbed ones."""
+"""Preparations that are killed or run out of disk space: resumed, they write the same bytes as uninterrupted ones."""
 
 import random
 import resource
@@ -10,13 +10,13 @@ import time
 import pytest
 from corpora import DOCUMENTS, contents, run, store
 
-from ropepp_lit.data.prepare import Settings
+from ropepp_lit.data.prepare import PrepareSettings
 
 KILLED = """
 import os, signal, sys, pathlib
 from ropepp_lit.data import prepare
-from ropepp_lit.data import encoders, part_writer, preparation as module
-module.PART_BYTES, encoders.BATCH_BYTES, module.CUT_BYTES = 1500, 400, 3000
+from ropepp_lit.data import encoders, segment_writer, preparation as module
+module.SEGMENT_BYTES, encoders.BATCH_BYTES, module.CUT_BYTES = 1500, 400, 3000
 left = int(sys.argv[1])
 
 def counting(function):
@@ -28,14 +28,14 @@ def counting(function):
         return function(*arguments, **keywords)
     return counted
 
-# Kill at any of the places where the state on the disk changes.
+# Kill at any point where the state on disk changes.
 os.replace = counting(os.replace)
-part_writer.PartWriter.add = counting(part_writer.PartWriter.add)
-part_writer.checksum = counting(part_writer.checksum)
+segment_writer.SegmentWriter.add = counting(segment_writer.SegmentWriter.add)
+segment_writer.checksum = counting(segment_writer.checksum)
 module.shutil.rmtree = counting(module.shutil.rmtree)
 pathlib.Path.rename = counting(pathlib.Path.rename)
 pathlib.Path.unlink = counting(pathlib.Path.unlink)
-settings = prepare.Settings(tokenizer="bytes", validation_fraction=0.2, dedup=True)
+settings = prepare.PrepareSettings(tokenizer="bytes", validation_fraction=0.2, dedup=True)
 prepare.prepare([sys.argv[2]], settings, out=pathlib.Path(sys.argv[3]), show_progress=False)
 print("left", left)
 """
@@ -43,48 +43,48 @@ print("left", left)
 
 @pytest.fixture(scope="module")
 def kill_at(run_file, tmp_path_factory):
-    """Prepares a source in a process that is killed at a moment; returns the moments left if it was not reached."""
+    """Function that prepares a source in a process that is killed at a step; returns the steps left if not reached."""
     folder = tmp_path_factory.mktemp("script")
     (folder / "killed.py").write_text(KILLED)
 
-    def kill_at(moment, source, out, *, returncode=0):
-        printed = run_file(folder / "killed.py", moment, source, out, cwd=folder, returncode=returncode).stdout
+    def kill_at(step, source, out, *, returncode=0):
+        printed = run_file(folder / "killed.py", step, source, out, cwd=folder, returncode=returncode).stdout
         return int(printed.split()[-1]) if returncode == 0 else 0
 
     return kill_at
 
 
 @pytest.fixture(scope="module")
-def undisturbed(kill_at, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(kill_at, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
     source = store(folder / "texts", "jsonl.zst", [*DOCUMENTS, *DOCUMENTS[:30]])
     left = kill_at(10_000, source, folder / "out")
     return source, contents(folder / "out"), 10_000 - left
 
 
-def kill_and_resume(kill_at, undisturbed, tmp_path, moment):
-    source, expected, _ = undisturbed
-    kill_at(moment, source, tmp_path / "out", returncode=-signal.SIGKILL)
+def kill_and_resume(kill_at, uninterrupted, tmp_path, step):
+    source, expected, _ = uninterrupted
+    kill_at(step, source, tmp_path / "out", returncode=-signal.SIGKILL)
     kill_at(10_000, source, tmp_path / "out")
     assert contents(tmp_path / "out") == expected
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["out"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", [0.3, 0.99])
-def test_killed_and_resumed(kill_at, undisturbed, tmp_path, share):
-    kill_and_resume(kill_at, undisturbed, tmp_path, round(share * undisturbed[2]))
+@pytest.mark.parametrize("fraction", [0.3, 0.99])
+def test_killed_and_resumed(kill_at, uninterrupted, tmp_path, fraction):
+    kill_and_resume(kill_at, uninterrupted, tmp_path, round(fraction * uninterrupted[2]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(40))
-def test_killed_at_any_moment_and_resumed(kill_at, undisturbed, tmp_path, number):
-    kill_and_resume(kill_at, undisturbed, tmp_path, random.Random(number).randrange(1, undisturbed[2] + 1))
+def test_killed_at_any_step_and_resumed(kill_at, uninterrupted, tmp_path, number):
+    kill_and_resume(kill_at, uninterrupted, tmp_path, random.Random(number).randrange(1, uninterrupted[2] + 1))
 
 
 @pytest.mark.end_to_end
 @pytest.mark.slow
-def test_the_installed_command_is_killed_and_goes_on(command_path, run_file, tmp_path):
+def test_the_installed_command_is_killed_and_resumed(command_path, run_file, tmp_path):
     source = store(tmp_path / "texts", "jsonl", DOCUMENTS * 700)
     command = [command_path, "prepare", source, "--tokenizer", "bytes", "--chunk_size", "400KB", "--out"]
     process = subprocess.Popen([*command, tmp_path / "out"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -94,19 +94,19 @@ def test_the_installed_command_is_killed_and_goes_on(command_path, run_file, tmp
     process.wait()
     assert not (tmp_path / "out").exists()
     printed = run_file(*command, tmp_path / "out", cwd=tmp_path).stdout
-    run_file(*command, tmp_path / "whole", "--workers", "1", cwd=tmp_path)
+    run_file(*command, tmp_path / "complete", "--workers", "1", cwd=tmp_path)
     (tmp_path / "out/lengths.png").unlink()
-    (tmp_path / "whole/lengths.png").unlink()
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    (tmp_path / "complete/lengths.png").unlink()
+    assert contents(tmp_path / "out") == contents(tmp_path / "complete")
     assert "42,000" in printed
-    assert "share of tokens" in printed
+    assert "fraction of tokens" in printed
     verified = run_file(command_path, "prepare", "--verify", tmp_path / "out", cwd=tmp_path)
     assert "tokens are as they were written" in verified.stdout
 
 
 @pytest.mark.end_to_end
-def test_variables_of_a_launcher_change_nothing(run, tmp_path, monkeypatch):
-    """Under torchrun each rank has them while one prepares the data; litdata would wait for the others, for ever."""
+def test_launcher_variables_have_no_effect(run, tmp_path, monkeypatch):
+    """torchrun sets them on each rank, but one rank prepares the data; litdata would wait forever for the others."""
     source = store(tmp_path / "texts", "jsonl", DOCUMENTS)
     command = ["prepare", source, "--tokenizer", "bytes", "--out"]
     run(*command, "alone", cwd=tmp_path, timeout=60)
@@ -120,9 +120,9 @@ def test_variables_of_a_launcher_change_nothing(run, tmp_path, monkeypatch):
 def test_no_space_left(tmp_path):
     source = store(tmp_path / "texts", "jsonl", DOCUMENTS * 200)
     code = (
-        "import sys; from pathlib import Path; from ropepp_lit.data.prepare import Settings, prepare\n"
+        "import sys; from pathlib import Path; from ropepp_lit.data.prepare import PrepareSettings, prepare\n"
         "from ropepp_lit.errors import UsageError\n"
-        "try: prepare([sys.argv[1]], Settings(tokenizer='bytes'), out=Path(sys.argv[2]), show_progress=False)\n"
+        "try: prepare([sys.argv[1]], PrepareSettings(tokenizer='bytes'), out=Path(sys.argv[2]), show_progress=False)\n"
         "except UsageError as error: sys.exit(str(error))\n"
     )
     limited = subprocess.run(
@@ -136,8 +136,8 @@ def test_no_space_left(tmp_path):
         ),
     )
     assert limited.returncode == 1
-    assert "make room and run the same command again: finished parts are kept" in limited.stderr
+    assert "make room and run the same command again: finished segments are kept" in limited.stderr
     assert "Traceback" not in limited.stderr
     assert not (tmp_path / "out").exists()
-    manifest = run(source, tmp_path / "out", Settings(tokenizer="bytes"))
+    manifest = run(source, tmp_path / "out", PrepareSettings(tokenizer="bytes"))
     assert manifest.splits["train"].documents == 200 * len(DOCUMENTS)

@@ -12,9 +12,9 @@ import torch
 from marked import conversations, write_marked
 from moto.server import ThreadedMotoServer
 
-from ropepp_lit.data.prepare import Settings, prepare
+from ropepp_lit.data.manifest import Manifest
+from ropepp_lit.data.prepare import PrepareSettings, prepare
 from ropepp_lit.data.remote import RemoteFolder
-from ropepp_lit.data.shards import Manifest
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
 from ropepp_lit.json_files import sealed, unsealed
@@ -24,20 +24,20 @@ BUCKET = "tokens"
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """A prepared folder of many small chunks."""
+    """Prepare a folder with many small chunks."""
     folder = tmp_path_factory.mktemp("remote")
     texts = folder / "texts"
     texts.mkdir()
     for number in range(80):
         (texts / f"{number:02}.txt").write_text(f"text {number} " * (20 + number % 11))
-    settings = Settings(tokenizer="bytes", validation_fraction=0.2, chunk_bytes=1000)
+    settings = PrepareSettings(tokenizer="bytes", validation_fraction=0.2, chunk_bytes=1000)
     prepare([str(texts)], settings, out=folder / "shards", show_progress=False)
     return folder / "shards"
 
 
 @pytest.fixture(scope="module")
 def server(shards):
-    """Address of a local S3 server that holds the folder at s3://tokens/shards."""
+    """Start a local S3 server with the folder at s3://tokens/shards; returns its address."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
@@ -85,7 +85,7 @@ def make(source, cache, *, num_workers=0, **settings):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_the_same_batches_as_from_disk(server, shards, tmp_path, num_workers):
+def test_batches_equal_those_from_disk(server, shards, tmp_path, num_workers):
     local = make(shards, tmp_path)
     remote = make(f"s3://{BUCKET}/shards", tmp_path, num_workers=num_workers)
     for get in (TokenData.train_dataloader, lambda data: data.val_dataloader()[0]):
@@ -94,17 +94,17 @@ def test_the_same_batches_as_from_disk(server, shards, tmp_path, num_workers):
     assert remote.identity == local.identity
 
 
-def test_a_cache_of_bounded_size(server, shards, tmp_path):
+def test_the_cache_size_is_bounded(server, shards, tmp_path):
     local, remote = make(shards, tmp_path), make(f"s3://{BUCKET}/shards", tmp_path, max_cache_size="5kB")
     here, there = (torch.cat([b.input_ids for b in data.train_dataloader()]) for data in (local, remote))
     assert torch.equal(here, there)
     remote.train_samples._shards[0]._fetching[1].shutdown()
     kept = [path.stat().st_size for path in tmp_path.rglob("chunk-*.bin")]
-    whole = sum(path.stat().st_size for path in (shards / "train").glob("chunk-*.bin"))
-    assert 3000 < sum(kept) <= 5000 < whole
+    total = sum(path.stat().st_size for path in (shards / "train").glob("chunk-*.bin"))
+    assert 3000 < sum(kept) <= 5000 < total
 
 
-def test_conversations_are_packed_as_from_disk_also_with_a_small_cache(server, tmp_path):
+def test_packing_equals_that_from_disk_even_with_a_small_cache(server, tmp_path):
     splits = {"train": conversations(60), "validation": conversations(20, seed=1)}
     upload(server, write_marked(tmp_path / "chats", chunk_documents=10, **splits))
     local, remote = make(tmp_path / "chats", tmp_path), make(f"s3://{BUCKET}/chats", tmp_path, max_cache_size="3kB")
@@ -113,7 +113,7 @@ def test_conversations_are_packed_as_from_disk_also_with_a_small_cache(server, t
     assert remote.identity == local.identity
 
 
-def test_a_damaged_chunk_is_named_and_not_kept(server, shards, tmp_path):
+def test_a_damaged_chunk_is_reported_and_not_cached(server, shards, tmp_path):
     chunk = Manifest.read(shards).splits["train"].chunks[0].filename
     content = bytearray((shards / "train" / chunk).read_bytes())
     content[-5] ^= 4
@@ -122,7 +122,7 @@ def test_a_damaged_chunk_is_named_and_not_kept(server, shards, tmp_path):
     for name in ("manifest.json", "tokenizer.json"):
         client.upload_file(str(shards / name), BUCKET, f"damaged/{name}")
     data = make(f"s3://{BUCKET}/damaged", tmp_path)
-    with pytest.raises(UsageError, match=rf"{chunk}: its checksum is not the manifest's.*s3://{BUCKET}/damaged"):
+    with pytest.raises(UsageError, match=rf"{chunk}: its checksum differs from the manifest.*s3://{BUCKET}/damaged"):
         data.train_samples._shards[0].open_chunk(0)
     assert not list(tmp_path.rglob(chunk))
     with pytest.raises(UsageError, match=rf"s3://{BUCKET}/damaged/train/.*Not Found.*check the URL"):
@@ -130,8 +130,8 @@ def test_a_damaged_chunk_is_named_and_not_kept(server, shards, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["split", "chunk"])
-def test_a_manifest_cannot_name_files_outside_the_cache(server, shards, tmp_path, kind):
-    """They were written there, and deleted where their checksum was another."""
+def test_a_manifest_cannot_refer_to_files_outside_the_cache(server, shards, tmp_path, kind):
+    """Otherwise such files would be written, and deleted if their checksum differed."""
     client = boto3.client("s3", endpoint_url=server)
     victim = tmp_path / "victim.bin"
     values = json.loads((shards / "manifest.json").read_text())
@@ -154,7 +154,7 @@ def test_a_manifest_cannot_name_files_outside_the_cache(server, shards, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "victim.bin"]
 
 
-def test_a_complete_cache_may_be_read_only(server, shards, tmp_path, monkeypatch):
+def test_a_complete_cache_can_be_read_only(server, shards, tmp_path, monkeypatch):
     expected = [batch.input_ids for batch in make(f"s3://{BUCKET}/shards", tmp_path).train_dataloader()]
 
     def refuse(*arguments, **keywords):
@@ -168,7 +168,7 @@ def test_a_complete_cache_may_be_read_only(server, shards, tmp_path, monkeypatch
         make(f"s3://{BUCKET}/shards", tmp_path / "other")
 
 
-def test_a_kept_chunk_of_an_older_set_is_fetched_again(server, shards, tmp_path):
+def test_a_cached_chunk_of_an_older_set_is_fetched_again(server, shards, tmp_path):
     data = make(f"s3://{BUCKET}/shards", tmp_path)
     expected = data.train_samples._shards[0].open_chunk(0)[0].tolist()
     (kept,) = tmp_path.rglob("chunk-*.bin")
@@ -176,7 +176,7 @@ def test_a_kept_chunk_of_an_older_set_is_fetched_again(server, shards, tmp_path)
     assert make(f"s3://{BUCKET}/shards", tmp_path).train_samples._shards[0].open_chunk(0)[0].tolist() == expected
 
 
-def test_a_changed_manifest_is_seen(server, shards, tmp_path):
+def test_a_changed_manifest_is_detected(server, shards, tmp_path):
     client = boto3.client("s3", endpoint_url=server)
     values = unsealed(json.loads((shards / "manifest.json").read_text()))
     for name in ("manifest.json", "tokenizer.json"):
@@ -204,7 +204,7 @@ def test_missing_buckets_and_folders(server, tmp_path):
         ("s3://tokens/shards", "no URL", r"Invalid endpoint: no URL; check the URL, the endpoint"),
     ],
 )
-def test_urls_and_endpoints_that_are_none(tmp_path, monkeypatch, url, endpoint, message):
+def test_invalid_urls_and_endpoints(tmp_path, monkeypatch, url, endpoint, message):
     if endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     with pytest.raises(UsageError, match=message):
@@ -217,22 +217,22 @@ def test_dead_endpoints_fail_in_time(tmp_path, monkeypatch, kind):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         if kind == "silent":
-            listener.listen()  # takes the connection and never answers
+            listener.listen()  # accepts the connection and never responds
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
         started = time.monotonic()
-        expected = "Could not connect" if kind == "refused" else "no answer within 4 seconds"
+        expected = "Could not connect" if kind == "refused" else "no response within 4 seconds"
         with pytest.raises(UsageError, match=f"s3://{BUCKET}/shards/manifest.json: {expected}"):
             make(f"s3://{BUCKET}/shards", tmp_path)
         assert time.monotonic() - started < 10
 
 
-def test_google_storage_needs_its_library(tmp_path, monkeypatch):
+def test_google_storage_requires_its_library(tmp_path, monkeypatch):
     monkeypatch.setattr("litdata.streaming.downloader._GOOGLE_STORAGE_AVAILABLE", "")
-    with pytest.raises(UsageError, match=r"gs://bucket/shards: gs:// needs google-cloud-storage: pip install"):
+    with pytest.raises(UsageError, match=r"gs://bucket/shards: gs:// requires google-cloud-storage: pip install"):
         make("gs://bucket/shards", tmp_path)
 
 
-def test_workers_make_connections_of_their_own(tmp_path):
+def test_workers_create_their_own_connections(tmp_path):
     folder = RemoteFolder("s3://bucket/shards/", tmp_path, max_bytes=10**9)
     folder._connect()
     assert folder._downloader[0] == os.getpid()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ropepp_lit.data.comparison import continued_at
-from ropepp_lit.data.prepare import Settings, prepare
+from ropepp_lit.data.prepare import PrepareSettings, prepare
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
 from ropepp_lit.text.tokenizer import _byte_characters, train_tokenizer
@@ -58,7 +58,7 @@ def test_labels_are_the_next_tokens(make):
     assert batch.documents is None
 
 
-def test_documents_do_not_foresee_each_other(make):
+def test_documents_do_not_predict_each_other(make):
     for batch in make(max_steps=20).train_dataloader():
         ends = batch.input_ids == EOS
         assert (batch.labels[ends] == -100).all()
@@ -77,16 +77,16 @@ def test_ranks_and_workers_read_the_same_global_order(make, num_workers):
     assert torch.equal(alone, torch.cat(together, dim=1))
 
 
-def test_two_ranks_continued_by_one(make):
-    whole = torch.cat(rows(make(max_steps=12).train_dataloader(), 12))
+def test_one_rank_resumes_a_run_of_two(make):
+    uninterrupted = torch.cat(rows(make(max_steps=12).train_dataloader(), 12))
     first = [make(replicas=2, rank=rank).train_dataloader() for rank in range(2)]
-    begun = [rows(loader, 4) for loader in first]
+    before = [rows(loader, 4) for loader in first]
     states = [loader.state_dict() for loader in first]
     assert states[0] == states[1]
     rest = make(batch_size=4).train_dataloader()
     rest.load_state_dict(states[0])
-    order = [row for pair in zip(*begun, strict=True) for row in pair] + rows(rest, 4)
-    assert torch.equal(torch.cat(order), whole)
+    order = [row for pair in zip(*before, strict=True) for row in pair] + rows(rest, 4)
+    assert torch.equal(torch.cat(order), uninterrupted)
 
 
 def test_iterating_twice_does_not_rewind(make):
@@ -95,7 +95,7 @@ def test_iterating_twice_does_not_rewind(make):
     assert torch.equal(torch.cat(first + second), torch.cat(rows(make().train_dataloader(), 6)))
 
 
-def test_other_data_start_at_the_first_sample(make):
+def test_different_data_restarts_at_the_first_sample(make):
     state = {**make().train_dataloader().state_dict(), "samples": 40}
     for changed in ({"context_length": 16}, {"seed": 5}, {"validation_fraction": 0.3}):
         loader = make(**changed).train_dataloader()
@@ -111,8 +111,8 @@ def copy_texts(source, folder):
     return folder
 
 
-def test_a_position_belongs_to_contents_wherever_they_lie(make, source, tmp_path, monkeypatch):
-    """Files that were touched, moved or named otherwise are the same; other bytes are not."""
+def test_a_position_depends_on_contents_not_on_paths(make, source, tmp_path, monkeypatch):
+    """Touched, moved or renamed files keep the position; changed bytes do not."""
     folder = copy_texts(source, tmp_path / "texts")
     state = {**make(source=folder).train_dataloader().state_dict(), "samples": 40}
 
@@ -128,18 +128,18 @@ def test_a_position_belongs_to_contents_wherever_they_lie(make, source, tmp_path
     assert samples(source="texts") == 40
     assert samples(source=copy_texts(folder, tmp_path / "moved" / "other name")) == 40
     weight = {str(folder): 7.0}
-    assert samples(source=weight) == 40  # one source has the whole weight, whatever the number
+    assert samples(source=weight) == 40  # a single source has the full weight, for any value
     (folder / "0.txt").write_text("Other text " * 5)
     assert samples(source=folder) == 0
 
 
-def test_why_a_position_is_not_kept(make):
+def test_reasons_for_restarting_the_data(make):
     state = {**make().train_dataloader().state_dict(), "samples": 40}
     (name,) = state["identity"]["names"]
     for settings, reason in (
         ({"context_length": 16}, "data.context_length is 16 instead of 32"),
         ({"seed": 5}, "data.seed is 5 instead of 0"),
-        ({"validation_fraction": 0.3}, f"the training documents of {name} have other contents"),
+        ({"validation_fraction": 0.3}, f"the training documents of {name} have different contents"),
         ({"seed": 5, "context_length": 16}, "data.context_length is 16 instead of 32; data.seed is 5 instead of 0"),
     ):
         assert continued_at(state, make(**settings).identity) == (0, reason)
@@ -172,8 +172,8 @@ def test_validation_predicts_every_token_once(make, source, masking):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tokenizer": None}, r"data\.tokenizer: give either"),
-        ({"train_tokenizer": 300}, r"data\.tokenizer: give either"),
+        ({"tokenizer": None}, r"data\.tokenizer: set either"),
+        ({"train_tokenizer": 300}, r"data\.tokenizer: set either"),
         ({"tokenizer": "words"}, r"tokenizer: words: no such tokenizer"),
         ({"tokenizer": None, "train_tokenizer": 100}, r"data\.train_tokenizer: 100 must be 258 or more"),
         ({"context_length": 0}, r"data\.context_length: 0 must be 1 or more"),
@@ -183,44 +183,44 @@ def test_validation_predicts_every_token_once(make, source, masking):
         ({"context_length": 100_000}, r"data\.context_length: 100000 is longer than the .* tokens of train"),
     ],
 )
-def test_settings_that_cannot_be(make, settings, message):
+def test_invalid_settings(make, settings, message):
     with pytest.raises(UsageError, match=message):
         make(**settings)
 
 
 def test_a_prepared_folder_gives_the_same_batches(make, source, tmp_path):
-    settings = Settings(tokenizer="bytes", validation_fraction=0.2)
+    settings = PrepareSettings(tokenizer="bytes", validation_fraction=0.2)
     prepare([str(source)], settings, out=tmp_path / "shards", show_progress=False)
     prepared = make(source=tmp_path / "shards", tokenizer=None)
     assert torch.equal(torch.cat(rows(prepared.train_dataloader(), 5)), torch.cat(rows(make().train_dataloader(), 5)))
-    again = make(source=tmp_path / "shards", tokenizer="bytes")  # the same one, as in a recipe that import writes
+    again = make(source=tmp_path / "shards", tokenizer="bytes")  # as in a recipe by `convert`
     assert torch.equal(torch.cat(rows(again.train_dataloader(), 5)), torch.cat(rows(prepared.train_dataloader(), 5)))
     other = tmp_path / "other.json"
     train_tokenizer(["one two three"], vocab_size=300).tokenizer.save(str(other))
     with pytest.raises(UsageError, match=r"data\.tokenizer: .*other.json is not the tokenizer that .*shards was prep"):
         make(source=tmp_path / "shards", tokenizer=str(other))
-    with pytest.raises(UsageError, match=r"data\.train_tokenizer: .*shards holds token shards and their tokenizer"):
+    with pytest.raises(UsageError, match=r"data\.train_tokenizer: .*shards contains token shards with their tokenizer"):
         make(source=tmp_path / "shards", tokenizer=None, train_tokenizer=300)
-    prepare([str(source)], Settings(tokenizer="bytes"), out=tmp_path / "none", show_progress=False)
-    with pytest.raises(UsageError, match=r"data\.source: no source holds validation documents"):
+    prepare([str(source)], PrepareSettings(tokenizer="bytes"), out=tmp_path / "none", show_progress=False)
+    with pytest.raises(UsageError, match=r"data\.source: no source has validation documents"):
         make(source=tmp_path / "none", tokenizer=None)
 
 
 @pytest.fixture(scope="module")
 def mixture(source, tmp_path_factory):
-    """Weights of two prepared folders."""
+    """Prepare two folders; returns their weights."""
     folder = tmp_path_factory.mktemp("mixture")
     other = folder / "other"
     other.mkdir()
     for number in range(30):
         (other / f"{number}.txt").write_text(f"OTHER {number} " * 40)
-    settings = Settings(tokenizer="bytes", validation_fraction=0.2)
+    settings = PrepareSettings(tokenizer="bytes", validation_fraction=0.2)
     for name, text in (("long", other), ("short", source)):
         prepare([str(text)], settings, out=folder / name, show_progress=False)
     return {str(folder / "long"): 0.6, str(folder / "short"): 0.4}
 
 
-def test_a_mixture_has_its_shares_exactly_and_is_read_in_one_order_by_all(make, mixture):
+def test_a_mixture_has_exact_proportions_and_one_global_order(make, mixture):
     def read(count, **settings):
         return torch.cat(
             rows(make(source=mixture, tokenizer=None, max_steps=999, **settings).train_dataloader(), count)
@@ -228,7 +228,7 @@ def test_a_mixture_has_its_shares_exactly_and_is_read_in_one_order_by_all(make, 
 
     alone = read(250)
     longs = (alone == 2 + sorted(_byte_characters()).index("O")).any(dim=1)
-    assert longs.sum() == 600  # of 1,000 samples; only the long source has capitals such as O
+    assert longs.sum() == 600  # of 1,000 samples; only the long source has capital letters such as O
     with_workers = read(25, batch_size=8, num_workers=2)
     assert torch.equal(with_workers, alone[:200])
     ranks = [read(25, replicas=2, rank=rank, num_workers=rank) for rank in range(2)]
@@ -236,15 +236,15 @@ def test_a_mixture_has_its_shares_exactly_and_is_read_in_one_order_by_all(make, 
     assert torch.equal(together, alone[:200])
 
 
-def test_a_mixture_begun_by_two_ranks_is_continued_by_one(make, mixture):
+def test_one_rank_resumes_a_mixture_of_two(make, mixture):
     settings = {"source": mixture, "tokenizer": None, "max_steps": 99}
-    whole = torch.cat(rows(make(**settings).train_dataloader(), 30))
+    uninterrupted = torch.cat(rows(make(**settings).train_dataloader(), 30))
     loaders = [make(replicas=2, rank=rank, **settings).train_dataloader() for rank in range(2)]
-    begun = [rows(loader, 10) for loader in loaders]
+    before = [rows(loader, 10) for loader in loaders]
     rest = make(**settings).train_dataloader()
     rest.load_state_dict(loaders[1].state_dict())
-    order = [row for pair in zip(*begun, strict=True) for row in pair] + rows(rest, 10)
-    assert torch.equal(torch.cat(order), whole)
+    order = [row for pair in zip(*before, strict=True) for row in pair] + rows(rest, 10)
+    assert torch.equal(torch.cat(order), uninterrupted)
     heavier = make(**{**settings, "source": {**mixture, next(iter(mixture)): 0.7}}).train_dataloader()
     heavier.load_state_dict(loaders[1].state_dict())
     assert heavier.samples == 0
@@ -266,10 +266,13 @@ def test_validation_sets_of_a_mixture(make, mixture):
         )
 
 
-def test_validation_sets_of_their_own(make, source, tmp_path):
-    prepare([str(source)], Settings(tokenizer="bytes"), out=tmp_path / "all", show_progress=False)
+def test_additional_validation_sets(make, source, tmp_path):
+    prepare([str(source)], PrepareSettings(tokenizer="bytes"), out=tmp_path / "all", show_progress=False)
     prepare(
-        [str(source)], Settings(tokenizer="bytes", validation_fraction=0.3), out=tmp_path / "some", show_progress=False
+        [str(source)],
+        PrepareSettings(tokenizer="bytes", validation_fraction=0.3),
+        out=tmp_path / "some",
+        show_progress=False,
     )
     sets = {"everything": str(tmp_path / "all"), "held out": str(tmp_path / "some")}
     data = make(source=tmp_path / "all", tokenizer=None, validation=sets)
@@ -280,24 +283,24 @@ def test_validation_sets_of_their_own(make, source, tmp_path):
         assert sum((batch.labels >= 0).sum() for batch in loader) == tokens.predicted(
             documents_apart=data.intra_document_masking
         )
-    with pytest.raises(UsageError, match=r"data\.validation: .*nowhere holds no token shards; make them by"):
+    with pytest.raises(UsageError, match=r"data\.validation: .*nowhere contains no token shards; prepare them by"):
         make(validation={"text": str(tmp_path / "nowhere")})
-    with pytest.raises(UsageError, match=r"data\.validation: a source holds out documents as some"):
+    with pytest.raises(UsageError, match=r"data\.validation: some is already the name of a source"):
         make(source=tmp_path / "some", tokenizer=None, validation={"some": str(tmp_path / "all")})
 
 
-def test_mixtures_that_cannot_be(make, mixture, source, tmp_path):
+def test_invalid_mixtures(make, mixture, source, tmp_path):
     long, short = mixture
     with pytest.raises(UsageError, match=r"data\.source: .*short: weight 0 must be at least a thousandth"):
         make(source={long: 1, short: 0}, tokenizer=None)
-    prepare([str(source)], Settings(train_tokenizer=300), out=tmp_path / "bpe", show_progress=False)
+    prepare([str(source)], PrepareSettings(train_tokenizer=300), out=tmp_path / "bpe", show_progress=False)
     with pytest.raises(UsageError, match=r"data\.source: bpe was tokenized by another tokenizer than long"):
         make(source={long: 1, str(tmp_path / "bpe"): 1}, tokenizer=None)
-    with pytest.raises(UsageError, match=rf"data\.source: two sources are called {source.name}"):
+    with pytest.raises(UsageError, match=rf"data\.source: two sources have the name {source.name}"):
         make(source={str(source): 1, str(source) + "/": 1})
 
 
-def test_held_out_documents_are_the_very_documents(tmp_path, texts):
+def test_held_out_documents(tmp_path, texts):
     data = TokenData(
         source=str(texts), tokenizer="bytes", context_length=64, batch_size=2, validation_fraction=0.2,
         cache_dir=str(tmp_path),

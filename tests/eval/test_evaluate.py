@@ -8,7 +8,8 @@ import time
 import others
 import pytest
 
-from ropepp_lit.data.shards import Manifest, TokenShards
+from ropepp_lit.data.manifest import Manifest
+from ropepp_lit.data.shards import TokenShards
 
 pytestmark = pytest.mark.end_to_end
 
@@ -108,7 +109,7 @@ def test_text_held_out_by_the_run_and_a_hugging_face_folder(run, tiny, tmp_path)
     }
     assert values["hf"] == pytest.approx(values["trained"], abs=1e-5)
     failed = run("evaluate", "hf", *options, "three", cwd=tmp_path, returncode=2).stderr
-    assert "text: hf does not say what text was held out from it; name files by --text" in failed
+    assert "text: hf does not store which text was held out; pass files by --text" in failed
 
 
 def held_out_lengths(shards):
@@ -242,7 +243,7 @@ def test_a_checkpoint_that_is_replaced_after_the_beginning_is_refused(small_chec
         (["--dtype", "int8"], "dtype: 'int8' must be float32 or bfloat16"),
         (["--text", "nowhere"], "text: nowhere: no such file or folder"),
         (["--text", "empty.txt"], "text: empty.txt holds no document"),
-        (["--text", "empty.txt,"], "text: an empty name among the sources"),
+        (["--text", "empty.txt,"], "text: a source has an empty name"),
         (
             ["--text", "latin.txt"],
             "text: latin.txt: not UTF-8; convert it by `iconv -f ENCODING -t UTF-8`, or leave the file out",

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ropepp_lit.data.plan import Span
-from ropepp_lit.data.shards import Manifest, TokenShards
+from ropepp_lit.data.manifest import Manifest
+from ropepp_lit.data.plan import ChunkSlice
+from ropepp_lit.data.shards import TokenShards
 from ropepp_lit.data.verify import verify
 
 pytestmark = pytest.mark.end_to_end
@@ -85,7 +86,7 @@ def test_prepared_tokens(run, work, theirs):
     run("prepare", "text.txt", "--out", "shards", "--tokenizer", "model.ckpt", cwd=work)
     folder, manifest = work / "shards", Manifest.read(work / "shards")
     tokens = np.empty(manifest.splits["train"].tokens, dtype=np.int64)
-    TokenShards(folder, manifest, "train").read([Span(0, 0, len(tokens))], tokens)
+    TokenShards(folder, manifest, "train").read([ChunkSlice(0, 0, len(tokens))], tokens)
     assert tokens.tolist() == [*tokenizer(TEXT).input_ids, tokenizer.eos_token_id]
     assert verify(folder) == []
 

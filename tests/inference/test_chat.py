@@ -24,7 +24,7 @@ from ropepp_lit.inference.prompts import encode_messages
 from ropepp_lit.nn import Decoder
 from ropepp_lit.nn.sampling import Sampling
 from ropepp_lit.text.chat import ChatTemplate
-from ropepp_lit.text.conversations import conversation_of
+from ropepp_lit.text.conversations import parse_conversation
 
 
 class Terminal:
@@ -120,7 +120,7 @@ def test_a_conversation_in_a_terminal(terminal, talker, tmp_path):
     chat.type("\x04")
     assert chat.process.wait(60) == 0
     (line,) = (tmp_path / "talk.jsonl").read_text(encoding="utf-8").splitlines()
-    system, question, answer = conversation_of(json.loads(line)).messages  # as `prepare --format chat` reads it
+    system, question, answer = parse_conversation(json.loads(line)).messages  # as `prepare --format chat` reads it
     assert (system, question) == (
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a fox?"}
     )  # fmt: skip
@@ -259,7 +259,7 @@ def test_an_interrupted_reply(made, tmp_path):
 
 
 def test_templates(mistake, base, tmp_path, capsys, type_lines):
-    assert "chat_template: the tokenizer has no chat template; name a file" in mistake(base, subcommand="chat", base=[])
+    assert "chat_template: the tokenizer has no chat template; pass a file" in mistake(base, subcommand="chat", base=[])
     missing = mistake(base, "--chat_template", "none.jinja", subcommand="chat", base=[])
     assert "chat_template: none.jinja: No such file" in missing
     template = tmp_path / "own.jinja"

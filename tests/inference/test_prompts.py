@@ -175,7 +175,7 @@ BAD_CHATS = {
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
         "the last message is the assistant's",
     ),
-    "neither": ('{"id": 1}', "neither messages, nor"),
+    "neither": ('{"id": 1}', "no key messages or conversations"),
     "a role": ('{"messages": [{"role": "robot", "content": "a"}]}', "a role 'robot', which the chat template does not"),
 }
 

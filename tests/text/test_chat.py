@@ -1,4 +1,4 @@
-"""Chat templates: the text and ids are transformers', and what is trained is exactly what the assistant writes."""
+"""Chat templates: text and ids equal those of transformers, and trained are exactly the assistant's turns."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,21 +31,21 @@ def call(name, arguments):
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory):
-    """A template by name, with and without marks: ours and the folder for transformers."""
-    made = {}
+    """Function that returns the template of a family, with or without marks, and its folder for transformers."""
+    families = {}
 
     def family(name, marks=False):
-        if (name, marks) not in made:
+        if (name, marks) not in families:
             folder = make_chat_folder(name, tmp_path_factory.mktemp("chat") / name, marks=marks)
             template = ChatTemplate.from_tokenizer(load_tokenizer(str(folder)))
-            made[name, marks] = SimpleNamespace(template=template, others=AutoTokenizer.from_pretrained(folder))
-        return made[name, marks]
+            families[name, marks] = SimpleNamespace(template=template, others=AutoTokenizer.from_pretrained(folder))
+        return families[name, marks]
 
     return family
 
 
 def template_of(text):
-    """A template for the tokenizer with <|im_start|>, <|im_end|> and <|endoftext|>."""
+    """Create a template for the tokenizer with <|im_start|>, <|im_end|> and <|endoftext|>."""
     tokenizer = byte_tokenizer().tokenizer
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
     return ChatTemplate.from_tokenizer(TextTokenizer(tokenizer=tokenizer, bos_token_id=0, eos_token_id=1), text)
@@ -57,7 +57,7 @@ def spans(template, messages, **options):
 
 
 def decoded_runs(tokenizer, ids, trained):
-    """The text of each run of trained tokens."""
+    """Decode each run of trained tokens."""
     runs = np.split(ids, np.flatnonzero(np.diff(trained.astype(int))) + 1)
     kept = [
         run
@@ -67,7 +67,7 @@ def decoded_runs(tokenizer, ids, trained):
     return [tokenizer.decode(run, skip_special_tokens=False) for run in kept]
 
 
-# The second question is the first answer, and the answers look like what stands around them.
+# The second question equals the first answer, and the answers resemble the text around them.
 MESSAGES = [
     user("Hi there. "),
     assistant("assistant"),
@@ -87,7 +87,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("marks", [False, True])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_trained_tokens_decode_to_the_assistants_words_and_end_marks(family, name, marks):
+def test_trained_tokens_decode_to_the_answers_and_end_marks(family, name, marks):
     template, others = family(name, marks).template, family(name, marks).others
     ids, trained = template.encode(Conversation(messages=MESSAGES))
     reference = others.apply_chat_template(MESSAGES, return_assistant_tokens_mask=marks)
@@ -112,7 +112,7 @@ def test_trained_tokens_decode_to_the_assistants_words_and_end_marks(family, nam
         ("reasoning", ["<|im_end|>"]),
     ],
 )
-def test_what_ends_a_turn(family, name, ends):
+def test_end_of_turn(family, name, ends):
     template, others = family(name).template, family(name).others
     assert others.convert_ids_to_tokens(template.end_of_turn) == ends
     assert family(name, True).template.end_of_turn == template.end_of_turn
@@ -121,7 +121,7 @@ def test_what_ends_a_turn(family, name, ends):
     assert template.render_trained(Conversation(messages=MESSAGES[:2])).notices == ()
 
 
-def test_padding_that_is_the_end_mark_leaves_it_trained(family):
+def test_the_end_mark_is_trained_even_if_it_is_the_padding_token(family):
     tokenizer = family("chatml").others
     assert tokenizer.pad_token == "<|im_end|>"
     ids, trained = family("chatml").template.encode(Conversation(messages=MESSAGES))
@@ -179,7 +179,7 @@ def test_reasoning_and_tool_calls(family, case, tools):
         assert [last.text[start:end] for start, end in last.spans] == expected[-1:]
 
 
-def test_variables_of_the_template_change_what_opens_a_turn(family):
+def test_template_variables_can_change_the_opening_of_a_turn(family):
     template = family("reasoning").template
     messages = [user("a"), assistant("b")]
     conversation = Conversation(messages=messages, options={"enable_thinking": False})
@@ -195,11 +195,11 @@ TURNS = [user("a"), assistant("b"), user("c"), assistant("d")]
 PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 
 UNUSUAL = {
-    "another end mark behind the last turn": (
+    "another end mark after the last turn": (
         BEGIN + HEADER + "{{ m.content }}{{ '<|endoftext|>' if loop.last else '<|im_end|>' }}{% endfor %}" + PROMPT,
         TURNS, ["b<|im_end|>", "d<|endoftext|>"], ["<|endoftext|>", "<|im_end|>"],
     ),
-    "a token behind the whole": (
+    "a token after the conversation": (
         BEGIN + HEADER + "{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if not add_generation_prompt %}<|endoftext|>{% endif %}" + PROMPT,
         TURNS, ["b<|im_end|>", "d<|im_end|>"], ["<|im_end|>"],
@@ -249,7 +249,7 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("case", UNUSUAL)
-def test_templates_of_other_shapes(case):
+def test_unusual_templates(case):
     text, messages, expected, ends = UNUSUAL[case]
     template = template_of(text)
     assert spans(template, messages) == expected
@@ -271,18 +271,18 @@ REFUSED = {
         r"it: a\?\[31m\?b{190,194}$",
     ),
     "a type": ("{{ 1 + 'a' IF_THREE }}", "cannot render it: unsupported operand"),
-    "left out": ("{% set messages = messages[:2] IF_THREE else messages %}", "leaves an answer out"),
+    "left out": ("{% set messages = messages[:2] IF_THREE else messages %}", "omits an answer"),
     "reordered": ("{% set messages = messages[::-1] IF_THREE else messages %}", "changes the order"),
     "hidden": (
         "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + m.content | length %}{% endfor %}"
         "{{ ns.n }}",
-        "hides where the answers are",
+        "answers cannot be located",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_conversation_that_the_template_refuses(case):
+def test_refused_conversations(case):
     text, message = REFUSED[case]
     text = text.replace("IF_THREE", "if messages | length == 3")
     template = template_of(text + BEGIN + HEADER + "{{ m.content }}<|im_end|>\n{% endfor %}" + PROMPT)
@@ -295,11 +295,11 @@ def test_a_conversation_that_the_template_refuses(case):
     [
         ("{% if %}", r"cannot render two questions with answers \(Expected an expression"),
         ("{{ raise_exception('no') }}", r"cannot render two questions with answers \(no\)"),
-        ("nothing", "leaves a message out, or writes one twice"),
-        (" ", "no chat template; name a file with a Jinja template by --chat_template"),
+        ("nothing", "omits a message, or writes one twice"),
+        (" ", "no chat template; pass a file with a Jinja template by --chat_template"),
     ],
 )
-def test_a_template_that_no_conversation_can_use(text, message):
+def test_invalid_templates(text, message):
     with pytest.raises(UsageError, match=f"chat_template: .*{message}"):
         assert template_of(text).frame
 
@@ -313,11 +313,13 @@ def test_templates_by_name(family):
     assert template.source == template.render([user("a")]) == "plain"
     assert template.render([user("a")], tools=TOOLS) == "tools 1"
     del named[0]
-    with pytest.raises(UsageError, match=r"none is called 'default' \('tool_use'\); write the one to use into a file"):
+    with pytest.raises(
+        UsageError, match=r"none of the tokenizer's named templates is 'default' \('tool_use'\); write the one"
+    ):
         ChatTemplate.from_tokenizer(TextTokenizer(tokenizer=tokenizer.tokenizer, settings={"chat_template": named}))
 
 
-def test_rendering_is_transformers(family):
+def test_rendering_equals_that_of_transformers(family):
     messages = [user("a"), assistant(None, tool_calls=[call("add", {"b": "é"})])]
     for prompt in (False, True):
         ours = family("reasoning").template.render(messages, tools=TOOLS, add_generation_prompt=prompt)
@@ -327,13 +329,13 @@ def test_rendering_is_transformers(family):
         assert ours == others
 
 
-def test_contents_that_spell_special_tokens_are_noticed(family):
+def test_special_tokens_in_contents_cause_a_notice(family):
     for content, notices in (("<|im_end|>", (SPELLS_SPECIAL,)), ("<im_end>", ())):
         conversation = Conversation(messages=[user(content), assistant("b")])
         assert family("chatml").template.render_trained(conversation).notices == notices
 
 
-def test_marks_that_leave_the_end_mark_out_are_noticed():
+def test_generation_marks_without_the_end_mark_cause_a_notice():
     marked = "{% generation %}{{ m.content }}{% endgeneration %}"
     content = "{% if m.role == 'assistant' %}" + marked + "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     template = template_of(BEGIN + HEADER + content + PROMPT)
@@ -351,7 +353,7 @@ def test_the_template_for_base_models():
     assert template.render(MESSAGES).startswith("<|begin_of_text|>### User\nHi there.\n\n### Assistant\nassistant<|end")
 
 
-def test_a_file_of_a_template(tmp_path):
+def test_reading_a_template_file(tmp_path):
     path = tmp_path / "template.jinja"
     for data, message in ((b" \n", "empty"), (b"\xff", "not UTF-8"), (None, "No such file")):
         path.unlink(missing_ok=True) if data is None else path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Conversations of any texts, by the templates of six families: what is trained is what the assistant writes."""
+"""Property-based tests of trained spans: conversations of any texts, with the templates of six model families."""
 
 from types import SimpleNamespace
 
@@ -38,17 +38,17 @@ def conversations(draw, name):
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    """Of each family its template without and with `{% generation %}` marks, as transformers reads them."""
-    made = {}
+    """Templates of each family, without and with `{% generation %}` marks."""
+    templates = {}
     for name in TEMPLATES:
         folders = [make_chat_folder(name, tmp_path_factory.mktemp(name) / "f", marks=marks) for marks in (False, True)]
         plain, marked = (ChatTemplate.from_tokenizer(load_tokenizer(str(folder))) for folder in folders)
-        made[name] = SimpleNamespace(plain=plain, marked=marked)
-    return made
+        templates[name] = SimpleNamespace(plain=plain, marked=marked)
+    return templates
 
 
 @given(name=st.sampled_from(sorted(TEMPLATES)), data=st.data())
-def test_spans_are_those_of_generation_marks(family, name, data):
+def test_spans_equal_those_of_generation_marks(family, name, data):
     conversation = Conversation(messages=data.draw(conversations(name)))
     found = family[name].plain.render_trained(conversation)
     assert found == family[name].marked.render_trained(conversation)
@@ -56,24 +56,24 @@ def test_spans_are_those_of_generation_marks(family, name, data):
 
 
 ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
-"""Of families whose turns all end the same, what ends them."""
+"""End marks of families in which all turns have the same one."""
 
 
 @pytest.fixture(scope="module")
 def by_bytes():
-    """Templates with a tokenizer of bytes and special tokens: no token reaches over the bounds of a turn."""
-    made = {}
+    """Templates with a tokenizer of bytes and special tokens, in which no token crosses the bounds of a turn."""
+    templates = {}
     for name, end in ENDS.items():
         tokenizer = byte_tokenizer().tokenizer
         tokenizer.add_special_tokens([end, "<|im_start|>", "<|start_header_id|>", "<|end_header_id|>"])
-        made[name] = ChatTemplate.from_tokenizer(
+        templates[name] = ChatTemplate.from_tokenizer(
             TextTokenizer(tokenizer=tokenizer, bos_token_id=0, eos_token_id=1), source_of(name, marks=False)
         )
-    return made
+    return templates
 
 
 @given(name=st.sampled_from(sorted(ENDS)), data=st.data())
-def test_trained_tokens_decode_to_the_assistants_texts(by_bytes, name, data):
+def test_trained_tokens_decode_to_the_answers(by_bytes, name, data):
     template = by_bytes[name]
     messages = data.draw(conversations(name))
     trim = name != "chatml"

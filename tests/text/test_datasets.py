@@ -1,4 +1,4 @@
-"""Texts of the Hugging Face Hub and of the library datasets."""
+"""Documents of datasets on the Hugging Face Hub and of the library datasets."""
 
 import json
 
@@ -32,11 +32,11 @@ def broken_connection(folder, monkeypatch):
     monkeypatch.setattr(datasets.IterableDataset, "__iter__", rows)
 
 
-def test_datasets_that_fail_end_in_one_line(tmp_path, monkeypatch):
+def test_failing_datasets_are_reported_in_one_line(tmp_path, monkeypatch):
     for name, message in (
-        ("script", r"Dataset scripts are no longer supported.*; prepare its files by themselves, after `hf download`"),
+        ("script", r"Dataset scripts are no longer supported.*; prepare its files directly, after `hf download`"),
         ("split", r"at its beginning: .*; check its name, configuration and split and the connection, or prepare its"),
-        ("mixed", r"at row 2: .*; run the same command again \(finished parts are kept\)"),
+        ("mixed", r"at row 2: .*; run the same command again \(finished segments are kept\)"),
         ("connection", r"at row 2: ClientPayloadError: Response payload is not completed; run the same command again"),
     ):
         folder = tmp_path / name
@@ -54,7 +54,7 @@ def test_datasets_that_fail_end_in_one_line(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
-def test_a_stream_goes_on_by_its_own_state(tmp_path, monkeypatch):
+def test_a_stream_resumes_from_its_state(tmp_path, monkeypatch):
     monkeypatch.setattr("ropepp_lit.text.hub.STATE_ROWS", 50)
     for number in range(3):
         rows = pyarrow.table({"text": DOCUMENTS[200 * number : 200 * number + 200]})
@@ -64,7 +64,7 @@ def test_a_stream_goes_on_by_its_own_state(tmp_path, monkeypatch):
     cursor = cursors[470]
     cursor = Cursor(*json.loads(json.dumps(list(cursor))))
     data = bytearray((tmp_path / "0.parquet").read_bytes())
-    data[4:500] = bytes(496)  # the first rows; their file is not read again, but for its schema
+    data[4:500] = bytes(496)  # the first rows; their file is not read again, except for its schema
     (tmp_path / "0.parquet").write_bytes(data)
     assert [record.text for _, record in Reader(files, start=cursor)] == DOCUMENTS[471:]
 
@@ -86,8 +86,8 @@ def test_revisions(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: Info)
     assert [record.text for _, record in Reader(find_files(["hf:org/name@main"], key="text"))] == ["a"]
-    assert loaded["revision"] == "b" * 40  # what `main` was when the work began
+    assert loaded["revision"] == "b" * 40  # the commit of `main` at the start
     with pytest.raises(UsageError, match="write hf:NAME"):
         find_files(["hf:org/name@"], key="text")
-    with pytest.raises(UsageError, match="is a folder here, which has no revisions; leave @main out"):
+    with pytest.raises(UsageError, match="is a local folder, which has no revisions; remove @main"):
         find_files([f"hf:{tmp_path}@main"], key="text")

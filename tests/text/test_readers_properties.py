@@ -1,4 +1,4 @@
-"""Any documents, in files of any line ends and layouts, are read as they were written."""
+"""Property-based tests of readers: documents are read as written, with any line ends and layouts."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ def expected(documents):
     return [(None, "empty") if text == "" else (text, None) for text in documents]
 
 
-def found(path, start=0, **options):
+def read_texts(path, start=0, **options):
     return [(record.text, record.problem) for record in read(path, start=Cursor(0, start), **options)]
 
 
@@ -49,8 +49,8 @@ def test_json(folder, documents, layout, ascii_only, indent, line_end, mark, las
         text = line_end.join(json.dumps(row, indent=indent, **options) for row in rows)
     path = folder / "rows.jsonl"
     path.write_bytes(mark + text.encode() + (line_end.encode() if last else b""))
-    assert found(path) == expected(documents)
-    assert found(path, skip) == expected(documents)[skip:]
+    assert read_texts(path) == expected(documents)
+    assert read_texts(path, skip) == expected(documents)[skip:]
 
 
 @given(
@@ -61,14 +61,14 @@ def test_json(folder, documents, layout, ascii_only, indent, line_end, mark, las
 def test_tables(folder, documents, delimiter, quoting, line_end, mark, skip):
     documents = [text.replace("\0", "") for text in documents]
     if line_end == "\n":
-        quoting = csv.QUOTE_ALL  # the writer leaves a lone \r as it is, which no reader can tell from a line end
+        quoting = csv.QUOTE_ALL  # the writer does not quote a lone \r, which readers cannot distinguish from a line end
     file = io.StringIO(newline="")
     rows = csv.writer(file, delimiter=delimiter, quoting=quoting, lineterminator=line_end)
     rows.writerows([["id", "text"], *enumerate(documents)])
     path = folder / ("rows.csv" if delimiter == "," else "rows.tsv")
     path.write_bytes(mark + file.getvalue().encode())
-    assert found(path) == expected(documents)
-    assert found(path, skip) == expected(documents)[skip:]
+    assert read_texts(path) == expected(documents)
+    assert read_texts(path, skip) == expected(documents)[skip:]
 
 
 @given(
@@ -81,7 +81,7 @@ def test_pieces_of_a_text_file(folder, pieces, separator, skip):
     documents = [piece.decode() for piece in re.split(pattern, data) if piece.strip()]
     path = folder / "pieces.txt"
     path.write_bytes(data)
-    assert found(path, split=separator) == expected(documents)
-    assert found(path, skip, split=separator) == expected(documents)[skip:]
+    assert read_texts(path, split=separator) == expected(documents)
+    assert read_texts(path, skip, split=separator) == expected(documents)[skip:]
     if data and b"\0" not in data:
-        assert found(path) == [(data.decode(), None)]
+        assert read_texts(path) == [(data.decode(), None)]

@@ -1,4 +1,4 @@
-"""Text as people have it: a table of formats and compressions, folders, links, names, and what is not text."""
+"""Reading of documents: formats and compressions, separators, and files that are not text."""
 
 import bz2
 import csv
@@ -17,7 +17,7 @@ import pytest
 from backports import zstd
 from sources import DOCUMENTS, json_lines, read, texts
 
-from ropepp_lit.data.prepare import Settings, prepare
+from ropepp_lit.data.prepare import PrepareSettings, prepare
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
 from ropepp_lit.text import formats
@@ -49,11 +49,11 @@ PLAIN = {
 
 
 def zst(data):
-    """Frames with windows that need a decoder's leave, between frames to be skipped, as pzstd writes them."""
+    """Compress to frames with large windows, which decoders must allow, between skippable frames as pzstd writes."""
     long = {zstd.CompressionParameter.window_log: 28}
     compressor = zstd.ZstdCompressor(options=long)
     skipped = struct.pack("<II", 0x184D2A51, 5) + b"hello"
-    # In pieces, as from a pipe: the frame does not say how long it is, so the decoder needs the whole window.
+    # In pieces, as from a pipe: the frame does not store its length, so the decoder requires the full window.
     first = compressor.compress(data[:500]) + compressor.compress(data[500:900]) + compressor.flush()
     return skipped + first + skipped + zstd.compress(data[900:]) + skipped
 
@@ -68,7 +68,7 @@ COMPRESSED = {
 
 
 def check_file(path, **options):
-    """Read from the beginning, and from any place."""
+    """Check reading from the beginning, and from any position."""
     assert texts(path, **options) == DOCUMENTS
     for skip in (1, 256, 599, 600):
         assert texts(path, start=Cursor(0, skip), **options) == DOCUMENTS[skip:]
@@ -80,7 +80,7 @@ def test_formats_and_compressions(tmp_path, name, compression):
     path = tmp_path / (name + compression)
     path.write_bytes(COMPRESSED[compression](PLAIN[name](DOCUMENTS)))
     check_file(path)
-    # The bytes decide whether a file is compressed, and whether one without an ending of its own is JSON.
+    # The bytes determine whether a file is compressed, and whether one without a known extension is JSON.
     is_json = Path(name.lower()).suffix in (".json", ".jsonl", ".ndjson")
     for other in (name.lower(), *(["part-00000", "rows.jsonl-1", "rows.txt"] if is_json else [])):
         mislabelled = tmp_path / other
@@ -113,7 +113,7 @@ def test_rows_without_a_text_are_empty(tmp_path):
         assert [(r.text, r.problem) for r in read(tmp_path / name)] == [("a", None), (None, "empty"), ("b", None)]
 
 
-def test_parquet_goes_on_by_row_groups(tmp_path, monkeypatch):
+def test_parquet_resumes_by_row_groups(tmp_path, monkeypatch):
     rows = pyarrow.table({"text": DOCUMENTS})
     pyarrow.parquet.write_table(rows, tmp_path / "rows.parquet", row_group_size=100)
     groups = []
@@ -140,7 +140,7 @@ def test_many_documents_in_a_text_file(tmp_path, option, compression):
     check_file(path, split=option)
 
 
-def test_a_line_end_in_a_separator_is_that_of_windows_too(tmp_path):
+def test_a_line_end_in_a_separator_matches_crlf(tmp_path):
     (tmp_path / "all.txt").write_bytes(b"one\r\ntwo\r\n\r\nthree\n\nfour\r\n")
     assert texts(tmp_path / "all.txt", split="\n\n") == ["one\r\ntwo", "three", "four\r\n"]
 
@@ -151,7 +151,7 @@ def test_separators_across_blocks(tmp_path):
     assert texts(tmp_path / "all.txt", split=r"\n--\n") == documents
 
 
-def test_a_piece_that_is_not_text_costs_no_other(tmp_path, monkeypatch):
+def test_an_invalid_piece_does_not_affect_others(tmp_path, monkeypatch):
     monkeypatch.setattr("ropepp_lit.text.readers.MAX_DOCUMENT_BYTES", 2 * 2**20)
     monkeypatch.setattr(formats, "MAX_DOCUMENT_BYTES", 2 * 2**20)
     (tmp_path / "all.txt").write_bytes(b"one|caf\xe9|" + b"long" * 2**21 + b"|a\0b|last")
@@ -161,19 +161,21 @@ def test_a_piece_that_is_not_text_costs_no_other(tmp_path, monkeypatch):
     assert [records[0].text, records[-1].text, records[-1].where] == ["one", "last", f"{tmp_path}/all.txt:5"]
     (record,) = read(tmp_path / "all.txt")
     assert record.problem == "a document of more than 2 MiB"
-    assert "by split" in record.remedy
+    assert "set split to" in record.remedy
 
 
 def test_split_is_checked(tmp_path):
     (tmp_path / "lines.jsonl").write_bytes(json_lines(DOCUMENTS))
     with pytest.raises(UsageError, match="split: SOURCE has no text files"):
-        prepare([str(tmp_path)], Settings(tokenizer="bytes", split="|"), out=tmp_path / "out", show_progress=False)
-    with pytest.raises(UsageError, match="split: an empty separator"):
+        prepare(
+            [str(tmp_path)], PrepareSettings(tokenizer="bytes", split="|"), out=tmp_path / "out", show_progress=False
+        )
+    with pytest.raises(UsageError, match="split: the separator is empty"):
         read(tmp_path, split="")
 
 
 def test_a_large_text_file_is_a_stream(tmp_path):
-    """100 MB in one file: what grows is a few blocks."""
+    """Memory grows by a few blocks for a file of 100 MB."""
     path = tmp_path / "all.txt"
     with path.open("w") as file:
         for _ in range(100):
@@ -201,34 +203,40 @@ NOT_TEXT = {
     "utf16.txt": ("text".encode("utf-16"), "UTF-16 text; convert it by `iconv -f UTF-16"),
     "utf32.txt": ("text".encode("utf-32"), "UTF-32 text; convert it by `iconv -f UTF-32"),
     "end.jsonl": (json_lines(DOCUMENTS) + b"{", ":601: broken JSON"),
-    "no key.txt": (b'{"content": "a"}\n', ":1: no key 'text'; name the key"),
+    "no key.txt": (b'{"content": "a"}\n', ":1: no key 'text'; set text_key to the key"),
     "latin1.txt": (b"caf\xe9", "not UTF-8; convert it by `iconv -f ENCODING -t UTF-8`"),
     "pointer.parquet": (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer .*`git lfs pull`"),
     "crawl.gz": (gzip.compress(b"WARC/1.0\r\n"), "a web archive"),
     "rows.parquet.gz": (gzip.compress(b"PAR1..."), "a compressed table; unpack"),
     "cut.json": (b'[{"text": "a"}', "broken JSON: the array does not end"),
     "broken.json": (b'{\n "text": "a",\n', ":1: broken JSON"),
-    "columns.csv": (b"id,content\n1,a\n", r"no column 'text'; name the column .* by text_key \(columns: id, content\)"),
-    "ragged.csv": (b"id,text\n1,a\n2\n", ":2: another number of columns"),
-    "keys.jsonl": (b'{"id": 1, "content": "a"}\n', r"no key 'text'; name the key .* by text_key \(keys: id, content\)"),
-    "cut.jsonl.gz": (gzip.compress(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a whole copy"),
-    "cut.jsonl.zst": (zst(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a whole copy"),
-    "cut.jsonl.bz2": (bz2.compress(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a whole copy"),
-    "cut.jsonl.xz": (lzma.compress(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a whole copy"),
-    "second.jsonl.bz2": (bz2.compress(json_lines(DOCUMENTS)) + b"oops", "unreadable: .*; replace it by a whole copy"),
-    "second.jsonl.xz": (lzma.compress(json_lines(DOCUMENTS)) + b"oops", "unreadable: .*; replace it by a whole copy"),
+    "columns.csv": (b"id,content\n1,a\n", r"no column 'text'; set text_key to the column .* \(columns: id, content\)"),
+    "ragged.csv": (b"id,text\n1,a\n2\n", ":2: the number of columns differs"),
+    "keys.jsonl": (b'{"id": 1, "content": "a"}\n', r"no key 'text'; set text_key to the key .* \(keys: id, content\)"),
+    "cut.jsonl.gz": (gzip.compress(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a complete copy"),
+    "cut.jsonl.zst": (zst(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a complete copy"),
+    "cut.jsonl.bz2": (bz2.compress(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a complete copy"),
+    "cut.jsonl.xz": (lzma.compress(json_lines(DOCUMENTS))[:-50], "unreadable: .*; replace it by a complete copy"),
+    "second.jsonl.bz2": (
+        bz2.compress(json_lines(DOCUMENTS)) + b"oops",
+        "unreadable: .*; replace it by a complete copy",
+    ),
+    "second.jsonl.xz": (
+        lzma.compress(json_lines(DOCUMENTS)) + b"oops",
+        "unreadable: .*; replace it by a complete copy",
+    ),
     "cut.arrow": (b"\xff\xff\xff\xff\x10\0\0\0", "unreadable: "),
 }
 
 
 @pytest.mark.parametrize("name", NOT_TEXT)
-def test_what_is_not_text_is_refused(tmp_path, name):
+def test_unsupported_files_are_refused(tmp_path, name):
     data, message = NOT_TEXT[name]
     path = tmp_path / name
     path.write_bytes(data)
     (tmp_path / "good.txt").write_text("good")
     sources = [str(tmp_path / "good.txt"), str(path)]
-    settings = Settings(tokenizer="bytes")
+    settings = PrepareSettings(tokenizer="bytes")
     with pytest.raises(UsageError, match=rf"{path}.*{message}.*--on_error skip"):
         prepare(sources, settings, out=tmp_path / "out", show_progress=False)
     settings.on_error = "skip"
@@ -240,7 +248,7 @@ def test_what_is_not_text_is_refused(tmp_path, name):
         data.prepare_data()
 
 
-def test_options_of_text_in_fit(tmp_path, capsys):
+def test_text_options_of_fit(tmp_path, capsys):
     documents = [f"text {n}" * 9 for n in range(60)]
     (tmp_path / "rows.csv").write_text("body\n" + "".join(f"{text}\n" for text in documents))
     (tmp_path / "README.md").write_text("about")

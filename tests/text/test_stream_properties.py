@@ -1,4 +1,4 @@
-"""Any tokens one by one, of every kind of tokenizer: together the text of one decode, and nothing is taken back."""
+"""Property-based tests of streaming: for any tokens and tokenizer, the joined text equals that of one decode."""
 
 import others
 import pytest
@@ -16,18 +16,18 @@ TEXTS = st.text(
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    made = {"bytes": byte_tokenizer()}
+    tokenizers = {"bytes": byte_tokenizer()}
     for kind in others.KINDS:
         others.make_tokenizer(kind, folder := tmp_path_factory.mktemp(kind))
-        made[kind] = load_tokenizer(str(folder))
-    return made
+        tokenizers[kind] = load_tokenizer(str(folder))
+    return tokenizers
 
 
 KINDS = st.sampled_from(["bytes", *others.KINDS])
 
 
 def draw_ids(data, tokenizer):
-    """Tokens of a text, or any tokens at all: bytes that are no text, special ones."""
+    """Draw the tokens of a text, or arbitrary tokens, such as invalid bytes and special tokens."""
     if data.draw(st.booleans()):
         return tokenizer.encode_text(data.draw(TEXTS))
     # Ids below 270 are special tokens and bytes in every kind.
@@ -36,7 +36,7 @@ def draw_ids(data, tokenizer):
 
 
 @given(kind=KINDS, prompt=TEXTS, data=st.data())
-def test_streamed_text_is_that_of_one_decode(tokenizers, kind, prompt, data):
+def test_streamed_text_equals_that_of_one_decode(tokenizers, kind, prompt, data):
     tokenizer = tokenizers[kind]
     prompt_ids = tokenizer.encode_prompt(prompt) if data.draw(st.booleans()) else []
     ids = draw_ids(data, tokenizer)
@@ -50,10 +50,10 @@ def test_a_text_ends_before_the_first_stop_text(tokenizers, kind, stop_texts, da
     tokenizer = tokenizers[kind]
     ids = draw_ids(data, tokenizer)
     ends = set(data.draw(st.lists(st.sampled_from(ids), max_size=1))) if ids else set()
-    before = ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
-    whole = tokenizer.decode(before)
-    for start in data.draw(st.lists(st.integers(0, len(whole)), max_size=3)):  # texts that do occur
-        stop_texts = [*stop_texts, whole[start : start + 2] or "a"]
+    before = ids[: next((position for position, token in enumerate(ids) if token in ends), len(ids))]
+    full_text = tokenizer.decode(before)
+    for start in data.draw(st.lists(st.integers(0, len(full_text)), max_size=3)):  # strings that occur in the text
+        stop_texts = [*stop_texts, full_text[start : start + 2] or "a"]
     stream, given_text = StoppingStream(tokenizer, stop_token_ids=ends, stop_texts=stop_texts), ""
     count = 0
     for token in ids:
@@ -62,7 +62,7 @@ def test_a_text_ends_before_the_first_stop_text(tokenizers, kind, stop_texts, da
         if stream.is_stopped:
             break
     given_text += stream.finish()
-    places = [place for place in map(whole.find, stop_texts) if place >= 0]
-    assert given_text == whole[: min(places, default=len(whole))]
+    positions = [position for position in map(full_text.find, stop_texts) if position >= 0]
+    assert given_text == full_text[: min(positions, default=len(full_text))]
     assert stream.num_tokens == count <= len(before) + 1
-    assert stream.is_stopped == bool(places or set(ids) & ends)
+    assert stream.is_stopped == bool(positions or set(ids) & ends)

@@ -77,7 +77,7 @@ def test_a_run_goes_on_with_its_own_tokenizer(run, copied, change, starts_over):
     assert after["global_step"] == 3
     assert after[KEY]["tokenizer"] == before[KEY]["tokenizer"]
     assert samples(after) == (0 if starts_over else 4) + 2
-    line = "Note: the data start over at sample 0 instead of 4: the training documents of texts have other contents"
+    line = "Note: the data start over at sample 0 instead of 4: the training documents of texts have different contents"
     assert (line in printed) == starts_over
     held_out = "held out other documents than texts; it may have been trained on these"
     assert (held_out in printed) == starts_over
@@ -90,7 +90,7 @@ def test_text_held_out_is_that_of_the_run(run, copied, tmp_path):
     for number in range(40):
         (elsewhere / "texts" / f"{number}.txt").write_text(f"Something else {number}. " * 9)
     failed = run("evaluate", *arguments, "--out", "out", cwd=elsewhere, returncode=2).stderr
-    assert "text: the documents held out of texts here are not those of the run that made" in failed
+    assert "text: the documents held out of texts here differ from those of the run that created" in failed
     lose_cache(copied)
     touch_text(copied)
     shutil.rmtree(elsewhere / "texts")
@@ -100,7 +100,7 @@ def test_text_held_out_is_that_of_the_run(run, copied, tmp_path):
     del checkpoint[KEY]["held_out"]
     torch.save(checkpoint, elsewhere / "old.ckpt")
     printed = run("evaluate", "old.ckpt", *arguments[1:], "--out", "old", cwd=elsewhere).stdout
-    assert "Note: old.ckpt is of an earlier version and does not store what was held out from it; the" in printed
+    assert "Note: old.ckpt is of an earlier version and does not store its held-out documents; those" in printed
 
 
 REFUSED, NOTED, ACCEPTED = "refused", "noted", "accepted"
@@ -169,7 +169,10 @@ def test_another_tokenizer_in_the_recipe_of_a_run_that_goes_on(copied, capsys, s
     with pytest.raises(SystemExit) as stop:
         main([subcommand, *options("run"), *more])
     assert stop.value.code == 2
-    assert f"data.tokenizer: bytes is not the tokenizer of {path}; leave it as it was, or" in capsys.readouterr().err
+    assert (
+        f"data.tokenizer: bytes is not the tokenizer of {path}; restore the previous value, or"
+        in capsys.readouterr().err
+    )
     assert sorted(copied.rglob("*")) == before
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from runs import KillError, assert_same, curves
 
 from ropepp_lit.checkpoint import read_checkpoint
-from ropepp_lit.data.loader import RankBatches
+from ropepp_lit.data.sampler import RankBatches
 from ropepp_lit.errors import UsageError
 from ropepp_lit.train.run_log import read_run_log
 from ropepp_lit.train.spikes import SpikeDetector, forget_skipped, skipped_samples
@@ -23,7 +23,7 @@ def test_samples_that_are_left_out(replicas, rank):
     kept = [number for number in range(2, 60) if not any(first <= number < end for first, end in skipped)]
     ours = [kept[index : index + 2] for index in range(2 * rank, len(kept), 2 * replicas)][:6]
     assert list(batches) == ours
-    assert [samples[-1] for samples in batches.of_all()] == kept[2 * replicas - 1 :: 2 * replicas][:6]
+    assert [samples[-1] for samples in batches.global_batches()] == kept[2 * replicas - 1 :: 2 * replicas][:6]
 
 
 def test_what_a_spike_is():

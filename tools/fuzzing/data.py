@@ -14,8 +14,7 @@ from fuzzing.judges import hash_of
 from fuzzing.models import TEMPLATE, TEXTS
 from ropepp_lit.commands import prepare as prepare_command
 from ropepp_lit.data.encoders import make_encoder
-from ropepp_lit.data.prepare import Settings as PrepareSettings
-from ropepp_lit.data.prepare import prepare
+from ropepp_lit.data.prepare import PrepareSettings, prepare
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
 from ropepp_lit.text.identity import tokenizer_digest

@@ -1,4 +1,4 @@
-"""Unfinished preparations and finished shares of one: created, and continued or merged as `prepare` does."""
+"""Unfinished preparations and finished parts of one: created, and continued or merged as `prepare` does."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from unittest import mock
 from fuzzing.models import TEXTS
 from ropepp_lit.commands import prepare as prepare_command
 from ropepp_lit.data import encoders, preparation
-from ropepp_lit.data.prepare import Settings as PrepareSettings
+from ropepp_lit.data.manifest import Manifest
+from ropepp_lit.data.parts import Part, merge
+from ropepp_lit.data.preparation import PrepareSettings
 from ropepp_lit.data.prepare import prepare
-from ropepp_lit.data.shards import Manifest
-from ropepp_lit.data.shares import Share, merge
 
 SETTINGS = {"tokenizer": "bytes", "validation_fraction": 0.3, "chunk_bytes": 512}
 
 
 @contextlib.contextmanager
 def _small_parts() -> Iterator[None]:
-    """Cut a few kilobytes into several parts."""
-    sizes = mock.patch.multiple(preparation, PART_BYTES=600, CUT_BYTES=1200)
+    """Cut a few kilobytes into several segments."""
+    sizes = mock.patch.multiple(preparation, SEGMENT_BYTES=600, CUT_BYTES=1200)
     with sizes, mock.patch.object(encoders, "BATCH_BYTES", 300):
         yield
 
@@ -36,7 +36,7 @@ def _write_source(folder: Path) -> str:
 
 
 def make_unfinished(folder: Path) -> None:
-    """Interrupt a preparation after its third part."""
+    """Interrupt a preparation after its third segment."""
     source = _write_source(folder)
     commit = preparation.Preparation._commit
 
@@ -62,21 +62,21 @@ def read_unfinished(folder: Path, changed: Path) -> Any:
     return _verified(folder / "shards")
 
 
-def make_shares(folder: Path) -> None:
-    """Prepare a source in two shares."""
+def make_parts(folder: Path) -> None:
+    """Prepare a source in two parts."""
     source = _write_source(folder)
     second = folder / "second.jsonl"
     second.write_text("".join(json.dumps({"text": f"second {text}"}) + "\n" for text in TEXTS))
     for number in (1, 2):
         with _small_parts():
-            prepare([source, str(second)], PrepareSettings(**SETTINGS), out=folder / f"share-{number}",
-                    share=Share(number, 2), show_progress=False)  # fmt: skip
-        (folder / f".share-{number}.lock").unlink(missing_ok=True)
+            prepare([source, str(second)], PrepareSettings(**SETTINGS), out=folder / f"part-{number}",
+                    part=Part(number, 2), show_progress=False)  # fmt: skip
+        (folder / f".part-{number}.lock").unlink(missing_ok=True)
 
 
-def read_shares(folder: Path, changed: Path) -> Any:
-    """Merge the shares, and verify the result."""
-    merge([folder / "share-1", folder / "share-2"], out=folder / "shards")
+def read_parts(folder: Path, changed: Path) -> Any:
+    """Merge the parts, and verify the result."""
+    merge([folder / "part-1", folder / "part-2"], out=folder / "shards")
     return _verified(folder / "shards")
 
 

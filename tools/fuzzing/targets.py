@@ -28,7 +28,7 @@ from fuzzing.models import (
     read_tokenizer,
 )
 from fuzzing.parsers import kept_parsers
-from fuzzing.preparations import make_shares, make_unfinished, read_shares, read_unfinished
+from fuzzing.preparations import make_parts, make_unfinished, read_parts, read_unfinished
 from fuzzing.training import judge_run, make_adapter, make_run, read_adapter, read_run
 from fuzzing.writing import judge_prompts, make_evaluation, make_prompts, read_evaluation, read_prompts
 from ropepp_lit.cli import main
@@ -161,8 +161,8 @@ TARGETS = {
                ".shards.partial/tokenizer.json": "json"},
         read=read_unfinished, judge=same,
     ),
-    "shares": Target(
-        make=make_shares, files={"share-*/*.json": "json", "share-*/*/*.bin": "bytes"}, read=read_shares, judge=same
+    "parts": Target(
+        make=make_parts, files={"part-*/*.json": "json", "part-*/*/*.bin": "bytes"}, read=read_parts, judge=same
     ),
     "adapters": Target(
         make=make_adapter, files={"adapters.ckpt": "entries", "*s.ckpt": "bytes"}, read=read_adapter, judge=any_success

@@ -1,9 +1,10 @@
-"""One part of a preparation: its documents as litdata's token chunks, and what is counted over them."""
+"""Write the segments of a preparation: documents as litdata's token chunks, and their totals."""
 
 from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from litdata.streaming import Cache, TokensLoader
 
-from ropepp_lit.data.shards import INDEX, Chunk, TokenSet
+from ropepp_lit.data.manifest import INDEX, Chunk, TokenSet
 from ropepp_lit.data.trained_tokens import is_trained, token_ids
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import checksum, write_whole
@@ -24,60 +25,83 @@ from ropepp_lit.json_files import read_json, sealed, unsealed
 from ropepp_lit.text.sources import Cursor
 
 SPLITS = ("train", "validation")
+"""Names of the splits, which are the names of their folders."""
 
 MAX_REASONS = 50
-"""Reasons to leave documents out that a part counts one by one."""
+"""Maximum number of skip reasons that a segment counts separately."""
 
 MAX_CHUNK_BYTES = 2**32 - 1
-"""Litdata's header counts a chunk's bytes in 32 bits."""
+"""Maximum bytes of a chunk: litdata's header has 32-bit offsets."""
 
 
 @dataclass
-class Part:
-    """What a finished part contains, and where the stream goes on."""
+class Segment:
+    """Record of a finished segment: the unit of progress in which a preparation is written and resumed."""
 
     cursor: list[Any]
+    """Position in the document stream after the segment."""
     documents_read: int
+    """Number of documents read, including skipped ones."""
     splits: dict[str, TokenSet]
+    """Chunks and totals of each split."""
     skipped: dict[str, int]
+    """Number of skipped documents by reason."""
     examples: list[str]
+    """The first skipped documents, with the reason."""
     index_config: dict[str, Any]
-    """litdata's description of the chunks; empty where the part has none."""
+    """litdata's description of the chunks; empty if there are none."""
     is_last: bool
-    """Whether it is the last one of a share of the stream (`--part`)."""
+    """Whether this is the last segment of a part of the stream (`--part`)."""
     notices: dict[str, int] = dataclasses.field(default_factory=dict)
-    """What people should know of documents that are kept, and of how many it is true."""
+    """Number of kept documents by notice."""
     digests_sha256: str = ""
-    """SHA-256 of the file of the documents' digests; empty without `--dedup`."""
+    """SHA-256 of the file of document digests; empty without `--dedup`."""
 
     @classmethod
-    def read(cls, path: Path) -> Part:
-        """Read what :meth:`write` wrote.
+    def read(cls, path: Path) -> Segment:
+        """Read a record written by :meth:`write`.
 
         Raises:
-            UsageError: it is damaged.
+            UsageError: The file is damaged.
         """
         try:
             values = unsealed(read_json(path), required=True)
             values["splits"] = {name: TokenSet.from_dict(split) for name, split in values["splits"].items()}
             return cls(**values)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UsageError(f"{path}: damaged; remove {path.parent.parent} to begin anew") from error
+            raise UsageError(f"{path}: damaged; remove {path.parent.parent} to start over") from error
 
     def write(self, path: Path) -> None:
-        """Write the part into a file that appears only when it is complete."""
+        """Write the record to a file that appears only when it is complete."""
         write_whole(path, json.dumps(sealed(dataclasses.asdict(self))))
 
+    def write_digests(self, path: Path, digests: list[int]) -> None:
+        """Write the 64-bit digests of documents, and set their SHA-256; call this before :meth:`write`."""
+        data = np.asarray(digests, dtype=np.uint64).tobytes()
+        path.write_bytes(data)
+        self.digests_sha256 = hashlib.sha256(data).hexdigest()
 
-class PartWriter:
-    """Writes the documents of one part by litdata.
+    def read_digests(self, path: Path) -> list[int]:
+        """Read what :meth:`write_digests` wrote.
+
+        Raises:
+            UsageError: The file is missing or damaged.
+        """
+        data = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(data).hexdigest() != self.digests_sha256:
+            raise UsageError(f"{path}: damaged; remove {path.parent.parent} to start over")
+        return np.frombuffer(data, dtype=np.uint64).tolist()
+
+
+class SegmentWriter:
+    """Writes the documents of one segment with litdata.
 
     Args:
-        folder: Of the splits; chunks are written into `writing/` there first.
-        number: Of the part, for the chunks' names.
-        dtype: numpy's name of the stored tokens' type.
-        marks_trained_tokens: Whether the tokens are those that :func:`~.trained_tokens.mark` returned.
-        chunk_bytes: Size of a chunk's file at most; a document that is larger has a chunk of its own.
+        folder: Folder of the splits; chunks are first written into `writing/` in it.
+        number: Number of the segment, for the chunks' names.
+        dtype: numpy's name of the stored tokens' dtype.
+        marks_trained_tokens: Whether documents are stored as returned by :func:`~.trained_tokens.mark`.
+        chunk_bytes: Maximum size of a chunk's file; a larger document gets its own chunk.
     """
 
     def __init__(self, folder: Path, number: int, *, dtype: str, marks_trained_tokens: bool, chunk_bytes: int) -> None:
@@ -93,14 +117,16 @@ class PartWriter:
         self._examples: list[str] = []
         self._read = 0
         self.digests: list[int] = []
-        """Hashes of the documents that were kept, where repeats are left out."""
+        """Hashes of the kept documents, if duplicates are skipped."""
         self.num_bytes = 0
-        """UTF-8 bytes of the documents that were kept."""
+        """UTF-8 bytes of the kept documents."""
 
     def skip(self, reason: str, where: str | None) -> None:
-        """Count a document that is left out."""
+        """Count a skipped document."""
         self._read += 1
-        if reason not in self._skipped and len(self._skipped) >= MAX_REASONS:  # messages of templates can name contents
+        if (
+            reason not in self._skipped and len(self._skipped) >= MAX_REASONS
+        ):  # messages of templates can quote contents
             reason = "for other reasons"
         self._skipped[reason] = self._skipped.get(reason, 0) + 1
         if where is not None and len(self._examples) < 20:
@@ -111,9 +137,9 @@ class PartWriter:
 
         Args:
             split: `train` or `validation`.
-            data: Its text in UTF-8.
-            stored: [tokens], integers: token ids, or those that :func:`~.trained_tokens.mark` returned.
-            notices: What people should know of it.
+            data: UTF-8 text of the document.
+            stored: [tokens], integers: token ids, or the result of :func:`~.trained_tokens.mark`.
+            notices: Notices about the document.
         """
         self._chunks[split].add(torch.from_numpy(stored).to(self._dtype))
         self._sets[split].add(
@@ -128,8 +154,8 @@ class PartWriter:
         self._read += 1
         self.num_bytes += len(data)
 
-    def finish(self, cursor: Cursor, *, is_last: bool) -> Part:
-        """Give the chunks their names, and return what was written."""
+    def finish(self, cursor: Cursor, *, is_last: bool) -> Segment:
+        """Move the chunks to their final names, and return the record of the segment."""
         config: dict[str, Any] = {}
         for name, chunks in self._chunks.items():
             totals = self._sets[name]
@@ -147,12 +173,20 @@ class PartWriter:
                 os.replace(written, target)
             counted = sum(chunk.documents for chunk in totals.chunks), sum(chunk.tokens for chunk in totals.chunks)
             assert counted == (totals.documents, totals.tokens), f"litdata wrote {counted} documents and tokens"
-        counted_over = self._sets, self._skipped, self._examples, config, is_last, self._notices
-        return Part(list(cursor), self._read, *counted_over)
+        return Segment(
+            cursor=list(cursor),
+            documents_read=self._read,
+            splits=self._sets,
+            skipped=self._skipped,
+            examples=self._examples,
+            index_config=config,
+            is_last=is_last,
+            notices=self._notices,
+        )
 
 
 class _Chunks:
-    """The chunks of one split, each by a litdata cache of its own: litdata does not count its header as size."""
+    """Chunks of one split. Each has its own litdata cache, because litdata excludes the header from the chunk size."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder, self._max_bytes = folder, max_bytes
@@ -177,7 +211,7 @@ class _Chunks:
             return
         folder = self._folder / f"{len(self._finished):06}"
         self._cache.done()
-        # Not litdata's merged index: where a launcher sets WORLD_SIZE, litdata waits for one of each rank, for ever.
+        # Not litdata's merged index: if a launcher sets WORLD_SIZE, litdata waits forever for the index of each rank.
         (own_index,) = folder.glob(f"*.{INDEX}")
         index = json.loads(own_index.read_text())
         (chunk,) = index["chunks"]
@@ -186,13 +220,13 @@ class _Chunks:
         self._documents = 0
 
     def finish(self) -> list[tuple[Path, dict[str, Any], dict[str, Any]]]:
-        """Each chunk's file, and litdata's entries for it and for its format."""
+        """Return each chunk's file, and litdata's index entries for the chunk and its format."""
         self._close()
         return self._finished
 
 
 def write_index(folder: Path, tokens: TokenSet, config: dict[str, Any]) -> None:
-    """Litdata's index of a folder of token chunks, so that its own loaders read them too."""
+    """Write litdata's index of a folder of token chunks, so that litdata's loaders can read it."""
     chunks = [
         {
             "chunk_bytes": (folder / chunk.filename).stat().st_size,
