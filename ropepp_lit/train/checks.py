@@ -25,7 +25,7 @@ from ropepp_lit.hf.adapters import fingerprint, is_adapter
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoints import damaged_since, folder_of, newest
+from ropepp_lit.train.checkpoints import folder_of, later_checkpoints, newest
 from ropepp_lit.train.diagnostics import Diagnostics
 from ropepp_lit.train.disk_space import checkpoint_bytes
 from ropepp_lit.train.evaluation import Evaluation
@@ -54,7 +54,7 @@ def checkpoint_to_continue(options: Any) -> str | None:
         return options.ckpt_path
     folder = folder_of(options.trainer.default_root_dir or ".")
     found = newest(folder, checksums=True)
-    damaged = damaged_since(folder, found)
+    damaged = later_checkpoints(folder, found)
     if damaged and found is None:
         names = ", ".join(path.name for path in damaged)
         raise UsageError(f"ckpt_path: {folder} holds damaged checkpoints only ({names}); move them away to begin anew")

@@ -31,7 +31,7 @@ from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of, saved_steps
 from ropepp_lit.train.checks import Checks, checkpoint_to_continue, require_a_step
 from ropepp_lit.train.classes import CLASSES, check_classes, check_nulls, check_sections
-from ropepp_lit.train.curves import go_on_from
+from ropepp_lit.train.curves import truncate_logs
 from ropepp_lit.train.diagnostics import Diagnostics
 from ropepp_lit.train.disk_space import check_first
 from ropepp_lit.train.evaluation import Evaluation
@@ -41,7 +41,7 @@ from ropepp_lit.train.garbage import GarbageCollection
 from ropepp_lit.train.recipe import write_recipe
 from ropepp_lit.train.refusals import check_launcher, in_one_line
 from ropepp_lit.train.run_log import describe_start
-from ropepp_lit.train.spikes import LossSpikes, RollBack, SpikeError, forget_skipped, go_back, skipped_samples
+from ropepp_lit.train.spikes import LossSpikes, RollBack, SpikeError, forget_skipped, roll_back, skipped_samples
 from ropepp_lit.train.summary import (
     divergence_summary,
     rank_zero_print,
@@ -170,7 +170,7 @@ class RecipeCLI(LightningCLI):
         checkpoints.stop.uninstall()
         path = folder / f"step={rollback.to_step}.ckpt"
         if self.trainer.is_global_zero:
-            go_back(path, rollback, self.model)
+            roll_back(path, rollback, self.model)
         self.trainer.strategy.barrier("rollback")  # before another rank looks into the folder
         self.goes_on_from = str(path)
 
@@ -242,7 +242,7 @@ class RecipeCLI(LightningCLI):
                 forget_skipped(folder_of(folder))
             write_recipe(folder / "recipe.yaml", self.model.recipe, self._read_recipe)
             self._log_start(folder, notes)
-        self._go_on_with_curves(before)
+        self._truncate_logs(before)
 
     def _log_start(self, folder: Path, notes: list[str]) -> None:
         """Write the first events of the run's log.
@@ -311,12 +311,12 @@ class RecipeCLI(LightningCLI):
     def _read_recipe(self, path: Path) -> dict[str, Any]:
         return self._as_plain(self.parser.parse_args(["fit", f"--config={path}"]))
 
-    def _go_on_with_curves(self, checkpoint: dict[str, Any] | None) -> None:
+    def _truncate_logs(self, checkpoint: dict[str, Any] | None) -> None:
         """Let the curves be those of the run up to the checkpoint; empty where it begins."""
         trainer = self.trainer
         folder = Path(trainer.default_root_dir)
         if checkpoint is None:
-            go_on_from(trainer.loggers, 0, run_folder=folder, validates=False)
+            truncate_logs(trainer.loggers, 0, run_folder=folder, validates=False)
             return
         accumulated = trainer.accumulate_grad_batches
         interval = self.config_init.fit.trainer.val_check_interval or trainer.max_steps * accumulated
@@ -327,7 +327,7 @@ class RecipeCLI(LightningCLI):
             accumulate_grad_batches=accumulated,
             interval=interval,
         )
-        go_on_from(trainer.loggers, step, run_folder=folder, validates=validates)
+        truncate_logs(trainer.loggers, step, run_folder=folder, validates=validates)
 
     def after_fit(self) -> None:
         """Validate the last step unless that is done, and print the summary.

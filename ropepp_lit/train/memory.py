@@ -133,7 +133,7 @@ class StepMemory:
         yield Line("optimizer", "optimizer states", self.optimizer_states * self.trained / shards, self.weight)
         if setup.strategy == "ddp":
             yield Line("gradients", "buckets of DDP", self.trained, self.weight)
-        if setup.keeps_whole_gradients:
+        if setup.keeps_full_gradients:
             yield Line("gradients", "gradients of earlier micro-batches", self.trained, self.reduced)
         elif setup.accumulate_grad_batches > 1:
             yield Line("gradients", "gradients of earlier micro-batches", self.trained / shards, self.weight)
@@ -328,7 +328,7 @@ class StepMemory:
     @property
     def _reduces(self) -> bool:
         """Whether gradients are reduced layer by layer in the micro-batch of the peak."""
-        return not self.setup.keeps_whole_gradients
+        return not self.setup.keeps_full_gradients
 
     def _begin(self) -> Iterator[Line]:
         """With FSDP2, when the first parameters were gathered: in the buffer of the collective, and copied out."""

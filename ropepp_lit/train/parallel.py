@@ -1,6 +1,7 @@
-"""What is applied to a decoder before it trains: memory options, compilation, sharding and weights, a function each.
+"""Preparation of a decoder for training: memory options, kernel selection, compilation, sharding, and weights.
 
-:func:`build_decoder` calls them in the order in which they must be called.
+:func:`build_decoder` applies them in the required order. Weights are initialized (:func:`init_weights`,
+:func:`init_adapters`) or loaded (:func:`load_weights`).
 """
 
 from __future__ import annotations
@@ -29,28 +30,28 @@ from ropepp_lit.sharded import tensor_shapes
 
 
 class ParallelDims(NamedTuple):
-    """How the ranks of a run share the work; consecutive ranks share the tokens of a row."""
+    """Dimensions of parallelism of a run; consecutive ranks share the tokens of a row."""
 
     mesh: DeviceMesh
-    """Ranks for `fully_shard`: `fsdp`, or with several replicas (HSDP) `replicate` and `fsdp`."""
+    """Mesh for `fully_shard`: `fsdp`, or `replicate` and `fsdp` with multiple replicas (HSDP)."""
 
     replica: int
-    """Which rows this rank reads, of `num_replicas`."""
+    """Index of the rows that this rank reads, below `num_replicas`."""
 
     num_replicas: int
-    """Groups of ranks that read different rows."""
+    """Number of groups of ranks that read different rows."""
 
     context_group: dist.ProcessGroup | None
-    """Ranks that share the tokens of a row; None where each rank computes whole rows."""
+    """Ranks that share the tokens of a row; None if each rank computes full rows."""
 
     @classmethod
     def create(cls, device_type: str, *, context_parallel_size: int = 1, replicate_size: int = 1) -> ParallelDims:
-        """Make the process groups; all ranks must call it.
+        """Create the process groups. Every rank must call it.
 
         Args:
-            device_type: Of the mesh, such as `cuda`.
-            context_parallel_size: Ranks that share the tokens of each row.
-            replicate_size: Copies of the sharded model.
+            device_type: Device type of the mesh, such as `cuda`.
+            context_parallel_size: Number of ranks that share the tokens of each row.
+            replicate_size: Number of replicas of the sharded model.
         """
         world_size, rank, context = dist.get_world_size(), dist.get_rank(), context_parallel_size
         shape: tuple[int, ...] = (world_size,)
@@ -63,7 +64,7 @@ class ParallelDims(NamedTuple):
 
 
 def build_decoder(
-    make: Callable[[], Decoder],
+    create: Callable[[], Decoder],
     *,
     device: torch.device,
     shard: Callable[[Decoder], None] | None = None,
@@ -77,36 +78,38 @@ def build_decoder(
     loads_checkpoint: bool = False,
     lora: LoRA | None = None,
 ) -> Decoder:
-    """A decoder that is ready to train.
+    """Build a decoder that is ready to train.
 
     Args:
-        make: Makes the decoder with its first weights on the default device.
-        device: Of this rank.
-        shard: Shards a decoder without weights, such as :func:`shard_decoder` with its arguments; None keeps it whole.
-        activation_checkpointing: See :class:`~ropepp_lit.train.causal_lm.CausalLM`.
-        offload_activations: See there.
-        mlp_chunk_tokens: See there.
-        attention_head_groups: See there.
-        compile: See there.
-        attention: See there.
-        init_from: See there.
-        loads_checkpoint: A checkpoint will be loaded: allocate the weights, and leave them uninitialized.
-        lora: What trains beside the weights of `init_from`, which are loaded in any case; None trains them themselves.
+        create: Function that creates the decoder, with initial weights, on the default device.
+        device: Device of this rank.
+        shard: Function that shards a decoder on the meta device, such as :func:`shard_decoder` with its arguments; None
+            disables sharding.
+        activation_checkpointing: Option of :class:`~ropepp_lit.train.causal_lm.CausalLM`.
+        offload_activations: Likewise.
+        mlp_chunk_tokens: Likewise.
+        attention_head_groups: Likewise.
+        compile: Likewise.
+        attention: Likewise.
+        init_from: Likewise.
+        loads_checkpoint: Whether the weights are loaded from a checkpoint later: they are allocated but not
+            initialized.
+        lora: LoRA settings; the weights of `init_from`, the base, are then loaded in any case. None trains all weights.
 
     Returns:
-        The decoder. A whole one with weights that were drawn is on the CPU, others are on `device`.
+        The decoder, on `device`; on the CPU if its weights are initialized and it is not sharded.
 
     Raises:
-        UsageError: `init_from` cannot be read, `attention` cannot run here, or `attention_head_groups` does not divide
-            the key/value heads.
+        UsageError: `init_from` cannot be read, the kernel `attention` is not available, or `attention_head_groups` does
+            not divide the key/value heads.
     """
     assert lora is None or init_from is not None, "adapters need a base"
-    is_drawn = init_from is None and not loads_checkpoint
-    if is_drawn and shard is None:
-        decoder = draw_weights(make)
+    initializes = init_from is None and not loads_checkpoint
+    if initializes and shard is None:
+        decoder = init_weights(create)
     else:
         with torch.device("meta"):
-            decoder = make()
+            decoder = create()
             if lora is not None:
                 inject(decoder, lora)
     decoder.save_memory(
@@ -121,30 +124,30 @@ def build_decoder(
         compile_blocks(decoder)
     if shard is not None:
         shard(decoder)
-    if not is_drawn or shard is not None:
+    if not initializes or shard is not None:
         allocate(decoder, device)
-    if is_drawn and shard is not None:
-        distribute_weights(decoder, draw_weights(make).state_dict() if dist.get_rank() == 0 else {})
+    if initializes and shard is not None:
+        distribute_weights(decoder, init_weights(create).state_dict() if dist.get_rank() == 0 else {})
     elif init_from is not None and (lora is not None or not loads_checkpoint):
         load_weights(decoder, init_from)
     if lora is not None and not loads_checkpoint:
-        draw_adapters(decoder)
+        init_adapters(decoder)
     return decoder
 
 
-def draw_weights(make: Callable[[], Decoder]) -> Decoder:
-    """A decoder on the CPU whose weights depend on the run's seed alone: the same for any device and strategy.
+def init_weights(create: Callable[[], Decoder]) -> Decoder:
+    """Create a decoder on the CPU with weights that depend only on the run's seed, not on device or strategy.
 
-    Random numbers of a CPU and a GPU differ. The state of torch's generators is left as it is.
+    The CPU is used because random numbers of a CPU and a GPU differ. The state of torch's generators is preserved.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(torch.initial_seed())
-        return make()
+        return create()
 
 
 def compile_blocks(decoder: Decoder) -> None:
-    """Compile each block by torch.compile; blocks are alike, so they share one graph."""
-    # It would warn of operations in place under selective checkpointing; blocks have none.
+    """Compile each block with torch.compile; the blocks have the same structure and share one graph."""
+    # Suppress a warning about in-place operations under selective checkpointing; blocks have none.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for block in decoder.model.layers:
         block.compile()
@@ -158,23 +161,23 @@ def shard_decoder(
     reshard_after_forward: bool = True,
     context_mode: Mode | None = None,
 ) -> None:
-    """Shard a decoder by FSDP2: embedding, each block, output layer, and the rest.
+    """Shard a decoder with FSDP2: the embedding, each block, the output layer, and the remaining parameters.
 
-    Embedding and output layer that share a weight stay with the rest, which is gathered during a whole step.
+    A tied embedding and output layer belong to the remaining parameters, which are gathered during the complete step.
 
     Args:
-        decoder: On the meta device; changed in place.
-        dims: How the ranks share the work.
-        mixed_dtype: What parameters are cast to as they are gathered, so that all activations have it too; gradients
+        decoder: Decoder on the meta device; modified in place.
+        dims: Dimensions of parallelism.
+        mixed_dtype: Dtype to which parameters are cast as they are gathered, and so the dtype of activations; gradients
             are then reduced in float32. None computes in the parameters' dtype.
         reshard_after_forward: Free the gathered parameters after the forward pass and gather them again in the backward
             pass.
-        context_mode: How ranks share the tokens of a row; None chooses the mode that moves less.
+        context_mode: Mode of context parallelism; None chooses the mode that sends fewer bytes.
 
     Raises:
         UsageError: see :func:`~ropepp_lit.nn.context_parallel.choose_mode`.
     """
-    # A position scheme's float32 tables are inputs of the blocks and must stay float32.
+    # The float32 tables of a position scheme are inputs of the blocks and must not be cast.
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if mixed_dtype is not None:
         policy = MixedPrecisionPolicy(mixed_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -182,9 +185,9 @@ def shard_decoder(
     for module in (embedding, *decoder.model.layers, output):
         if module in (embedding, output) and decoder.config.tie_word_embeddings:
             continue
-        # The backward pass begins with the output layer, so to free it would only mean to gather it at once again.
-        frees = reshard_after_forward and module is not output
-        fully_shard(module, mesh=dims.mesh, mp_policy=policy, reshard_after_forward=frees)
+        # The backward pass starts with the output layer, so it would be gathered again immediately.
+        reshards = reshard_after_forward and module is not output
+        fully_shard(module, mesh=dims.mesh, mp_policy=policy, reshard_after_forward=reshards)
     fully_shard(decoder, mesh=dims.mesh, mp_policy=policy)
     if isinstance(embedding, FSDPModule):
         embedding.set_unshard_in_backward(False)  # its gradient does not depend on its weights
@@ -199,15 +202,15 @@ def shard_decoder(
 def set_gradient_reduction(
     decoder: FSDPModule, *, is_last: bool, reduce_each_micro_batch: bool, reshard_after_forward: bool
 ) -> None:
-    """Say what the next backward pass of a sharded decoder does with gradients and gathered parameters.
+    """Configure how the next backward pass of a sharded decoder handles gradients and gathered parameters.
 
     Args:
-        decoder: Sharded by :func:`shard_decoder`.
+        decoder: Decoder sharded by :func:`shard_decoder`.
         is_last: Whether an optimizer step follows.
-        reduce_each_micro_batch: Reduce-scatter gradients in each backward pass instead of the last one alone. Replicas
-            (HSDP) are averaged over in the last one in either case.
-        reshard_after_forward: As given to :func:`shard_decoder`. Parameters that stay gathered after a forward pass
-            stay so until the last backward pass.
+        reduce_each_micro_batch: Reduce-scatter gradients in each backward pass instead of only in the last one. The
+            all-reduce over replicas (HSDP) is in the last one in either case.
+        reshard_after_forward: As passed to :func:`shard_decoder`. If False, parameters remain gathered until the last
+            backward pass.
     """
     decoder.set_requires_gradient_sync(is_last or reduce_each_micro_batch)
     decoder.set_requires_all_reduce(is_last)
@@ -215,19 +218,19 @@ def set_gradient_reduction(
 
 
 def allocate(decoder: Decoder, device: torch.device) -> None:
-    """Give a decoder on the meta device memory, without initial values."""
+    """Allocate the uninitialized weights of a decoder on the meta device."""
     decoder.to_empty(device=device)
     if decoder.config.tie_word_embeddings:
         decoder.lm_head.weight = decoder.model.embed_tokens.weight
 
 
 def distribute_weights(decoder: nn.Module, weights: dict[str, Any], *, strict: bool = True) -> None:
-    """Copy rank 0's weights into a sharded module, one tensor at a time; what other ranks give is not read.
+    """Copy rank 0's weights into a sharded module, one tensor at a time; `weights` of other ranks are ignored.
 
     Args:
-        decoder: Sharded by :func:`shard_decoder`, or a module around it.
-        weights: By name.
-        strict: Whether a weight may not be missing; those that are stay as they are.
+        decoder: Decoder sharded by :func:`shard_decoder`, or a module that contains it.
+        weights: Full tensors by name.
+        strict: Whether all weights are required; otherwise missing ones are unchanged.
     """
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=strict)
     set_model_state_dict(decoder, dict(weights), options=options)
@@ -236,8 +239,8 @@ def distribute_weights(decoder: nn.Module, weights: dict[str, Any], *, strict: b
 def load_weights(decoder: Decoder, path: str) -> None:
     """Load the weights of a checkpoint or a Hugging Face folder into a decoder, sharded or not.
 
-    From a sharded checkpoint each rank reads its own shards; anything else is read by rank 0, which distributes it.
-    Adapters stay as they are. Norms of queries and keys that the checkpoint lacks begin at one.
+    From a sharded checkpoint each rank reads its own shards; otherwise rank 0 reads the weights and distributes them.
+    Adapters are unchanged. Weights of query and key norms that the checkpoint lacks are set to 1.
 
     Raises:
         UsageError: the checkpoint is missing or damaged.
@@ -253,7 +256,7 @@ def load_weights(decoder: Decoder, path: str) -> None:
         return
     weights = decoder_weights(open_checkpoint(path)) if not is_distributed or dist.get_rank() == 0 else {}
     weights = {names.get(name, name): value for name, value in weights.items()}
-    if weights:  # of rank 0
+    if weights:  # on rank 0
         shapes = {name: value.shape for name, value in decoder.state_dict().items()}
         weights |= {name: torch.ones(shapes[name]) for name in qk_norms(shapes) - set(weights)}
     if is_distributed:
@@ -263,16 +266,16 @@ def load_weights(decoder: Decoder, path: str) -> None:
 
 
 def qk_norms(names: Iterable[str]) -> set[str]:
-    """Of weights' names those of the norms of queries and keys."""
+    """Return those names that are weights of query and key norms."""
     return {name for name in names if name.endswith((".q_norm.weight", ".k_norm.weight"))}
 
 
 @torch.no_grad()
-def draw_adapters(decoder: Decoder) -> None:
-    """Give adapters their first values, with which the decoder computes what its base does.
+def init_adapters(decoder: Decoder) -> None:
+    """Initialize adapters such that the decoder's outputs equal those of its base.
 
-    A is drawn as peft does, by the run's seed alone (see :func:`draw_weights`); B and columns of imaginary heads are
-    zero; norms of DoRA are those of the base, whose weights must be there.
+    A is initialized as in peft, from the run's seed only (see :func:`init_weights`); B and columns of imaginary heads
+    are zero; norms of DoRA are those of the base, whose weights must be loaded.
     """
     parameters = dict(decoder.named_parameters())
     with torch.random.fork_rng(devices=[]):
@@ -280,9 +283,9 @@ def draw_adapters(decoder: Decoder) -> None:
         for name, own in trained_names(decoder).items():
             parameter, local = parameters[own], local_part(parameters[own])
             if name.endswith(".lora_A.weight"):
-                drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
-                local.copy_(_shard_like(parameter, drawn))
+                full = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                nn.init.kaiming_uniform_(full, a=math.sqrt(5))
+                local.copy_(_shard_like(parameter, full))
             elif name.endswith((".lora_B.weight", ".imaginary")):
                 local.zero_()
             elif name.endswith(".lora_magnitude_vector.weight"):
@@ -293,14 +296,14 @@ def draw_adapters(decoder: Decoder) -> None:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What of a tensor is on this rank."""
+    """Return this rank's shard of a DTensor; other tensors unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _shard_like(parameter: Tensor, whole: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank has."""
+def _shard_like(parameter: Tensor, full: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor that every rank has, placed like a parameter."""
     if not isinstance(parameter, DTensor):
-        return whole
+        return full
     mesh, placements = parameter.device_mesh, parameter.placements
-    shards = distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
+    shards = distribute_tensor(full.to(parameter.device), mesh, placements, src_data_rank=None)
     return shards.to_local()

@@ -33,7 +33,7 @@ from ropepp_lit.nn.context_parallel import ContextGroup
 from ropepp_lit.nn.generation import generate
 from ropepp_lit.nn.sampling import Sampling
 from ropepp_lit.text.tokenizer import byte_tokenizer
-from ropepp_lit.train.fsdp import whole
+from ropepp_lit.train.fsdp import full_tensor
 from ropepp_lit.train.loss_average import StepAverage
 from ropepp_lit.train.optimizer import Muon, _ShardedMuon
 from ropepp_lit.train.parallel import (
@@ -70,7 +70,7 @@ def sharded(dims, make=make, **options):
 
 
 def full(decoder):
-    return {name: whole(value) for name, value in decoder.state_dict().items()}
+    return {name: full_tensor(value) for name, value in decoder.state_dict().items()}
 
 
 def first_weights(folder, dims):
@@ -128,7 +128,7 @@ def gradients(folder, dims):
                 is_kept = [isinstance(parameter.grad, DTensor) for parameter in decoder.parameters()]
                 assert all(is_kept) if each and ranks is dims else not any(is_kept)
         for parameter, value in zip(decoder.parameters(), expected[tied], strict=True):
-            torch.testing.assert_close(whole(parameter.grad), value, atol=1e-12, rtol=0)
+            torch.testing.assert_close(full_tensor(parameter.grad), value, atol=1e-12, rtol=0)
         groups = layers + (1 if tied else 3)  # the root, and by themselves embedding and output layer
         if ranks is replicas:  # averaged over once per step
             assert [count[2] for count in counts] == [0, 0, groups], counts
@@ -200,11 +200,11 @@ def loss_averages(folder, dims):
             trainer = SimpleNamespace(
                 world_size=ranks, accumulate_grad_batches=micro_batches, strategy=SimpleNamespace(root_device=CPU)
             )
-            average.rescale(decoder.parameters(), trainer, places=places)
+            average.rescale(decoder.parameters(), trainer, num_positions=places)
             for parameter, other in zip(decoder.parameters(), one.parameters(), strict=True):
                 # The weights of conversations are float32.
-                torch.testing.assert_close(whole(parameter.grad), other.grad, atol=1e-8, rtol=1e-7)
-            (count,) = average.since_read(CPU)
+                torch.testing.assert_close(full_tensor(parameter.grad), other.grad, atol=1e-8, rtol=1e-7)
+            (count,) = average.read_count(CPU)
             assert count == (len(torch.cat(means)) if over == "trained_tokens" else len(means))
 
 
@@ -310,7 +310,7 @@ def muon(folder, dims):
                     for optimizer in optimizers:
                         optimizer.step()
             for a, b in zip(one.parameters(), several.parameters(), strict=True):
-                assert torch.equal(a, whole(b)), (a - whole(b)).abs().max()
+                assert torch.equal(a, full_tensor(b)), (a - full_tensor(b)).abs().max()
             size = ranks.mesh.size(ranks.mesh.ndim - 1)
             rounds = -(-len(shapes) // size)
             counts = {str(kind): count for kind, count in communication.get_comm_counts().items()}

@@ -67,7 +67,7 @@ def test_room_for_the_next_checkpoints(tmp_path, monkeypatch, capsys, keep, save
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(free * 2**20)))
     space = DiskSpace(keep)
     for step in (1, 2):
-        space.look(tmp_path, size=2**20, saved=saved, step=step, run_log=RunLog())
+        space.check(tmp_path, size=2**20, saved=saved, step=step, run_log=RunLog())
     errors = capsys.readouterr().err
     assert errors.count(f"Notice: {tmp_path}: {said}: it takes 1.0 MiB, and ") == errors.count("Notice") == bool(said)
 

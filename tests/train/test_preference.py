@@ -191,7 +191,7 @@ def test_a_reference_is_found_by_the_tokens_of_a_pair():
     assert reference.look_up([8, 5, 5, -3]).tolist() == [[6, 7], [0, 1], [0, 1], [2, 3]]
     assert reference.look_up([]).shape == (0, 2)
     for unknown in ([7], [9], [-4]):
-        with pytest.raises(UsageError, match="pairs of answers that were not there when the run began"):
+        with pytest.raises(UsageError, match="pairs of answers that were not there when the run started"):
             reference.look_up(unknown)
 
 
@@ -253,10 +253,10 @@ def test_mistakes(run, pairs, tmp_path):
     data = ["--data.source", str(pairs), "--data.tokenizer", "null"]
     tune = ["--model.preference", "DPO"]
     for options, message in (
-        (data, "model.preference: the data hold pairs of answers; choose the loss of these: DPO, SimPO or ORPO"),
-        (["--data.source", str(chats), *data[2:], *tune], "model.preference: the data hold no pairs of answers; make"),
-        ([*data, *tune], "model.preference: DPO begins with a model that answers; name it by model.init_from"),
-        ([*data, *tune, "--ckpt_path", base], "stores no reference for model.preference; begin from its weights by"),
+        (data, "model.preference: the data are pairs of answers; choose their loss: DPO, SimPO or ORPO"),
+        (["--data.source", str(chats), *data[2:], *tune], "model.preference: the data are not pairs of answers; prep"),
+        ([*data, *tune], "model.preference: DPO starts from a fine-tuned model; set model.init_from"),
+        ([*data, *tune, "--ckpt_path", base], "stores no reference for model.preference; initialize from its"),
         ([*data, *tune, "--model.init_from", base, "--model.loss_average", "all_tokens"], "model.loss_average: all_to"),
         ([*data, *tune, "--model.preference.beta", "0"], "model.preference.beta: 0.0 must be above 0"),
         ([*data, *tune, "--model.preference.gamma", "0"], "DPO': Option 'gamma' is not accepted"),
@@ -273,4 +273,4 @@ def test_mistakes(run, pairs, tmp_path):
     run(*fit, *options, "--trainer.max_steps", 2, cwd=tmp_path)
     wrong = [*options, "--ckpt_path", "auto", "--data.source", other]
     printed = run(*fit, *wrong, cwd=tmp_path, returncode=2).stderr
-    assert "pairs of answers that were not there when the run began" in printed
+    assert "pairs of answers that were not there when the run started" in printed

@@ -67,11 +67,11 @@ def test_a_cut_line_and_a_full_disk(tmp_path, capsys):
         ("start", None), ("resume", 1), ("end", 4)
     ]  # fmt: skip
     assert next(event for event in read_run_log(tmp_path) if event["event"] == "resume")["loss"] is None
-    assert capsys.readouterr().err.count("run.jsonl: File too large; the run goes on, and events may be missing") == 1
+    assert capsys.readouterr().err.count("run.jsonl: File too large; the run continues, and events may be missing") == 1
 
 
 def test_a_folder_that_cannot_take_the_log(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("run/run.jsonl").mkdir(parents=True)
     main(["fit", *tiny, "--trainer.max_steps", "1", "--trainer.default_root_dir", "run"])
-    assert capsys.readouterr().err.count("Notice: run/run.jsonl: Is a directory; the run goes on") == 1
+    assert capsys.readouterr().err.count("Notice: run/run.jsonl: Is a directory; the run continues") == 1

@@ -89,7 +89,10 @@ def test_a_spike_is_left_out(fit, capsys):
     """In one command; killed before the next checkpoint, it is left out all the same."""
     folder = fit("spike", *RISE, callbacks=[Rise()])
     printed = capsys.readouterr().out
-    assert printed.count(": back to spike/checkpoints/step=20.ckpt, without samples 40 to 51 of the data\n") == 1
+    assert (
+        printed.count(": rolling back to spike/checkpoints/step=20.ckpt and skipping samples 40 to 51 of the data\n")
+        == 1
+    )
     assert printed.count("Next:") == 1
     (event,) = (event for event in read_run_log(folder) if event["event"] == "rollback")
     assert (event["step"], event["to_step"], event["spike"]["step"], event["skipped_samples"]) == (26, 20, 24, [40, 52])
@@ -132,14 +135,14 @@ def test_a_loss_that_rises_again_and_again(fit, capsys):
     with pytest.raises(SystemExit):
         fit("often", *RISE, *often, callbacks=[Rise(for_ever=True)])
     captured = capsys.readouterr()
-    assert "back to often/checkpoints/step=16.ckpt, without samples 32 to" in captured.out
+    assert "back to often/checkpoints/step=16.ckpt and skipping samples 32 to" in captured.out
     assert "; deleted: step=20.ckpt, step=24.ckpt\n" in captured.out
     line = captured.err.strip().splitlines()[-1]
-    assert "at step 24, and the run has gone back as often as spikes.max_rollbacks allows (1). Lower model.opt" in line
-    typed = line.partition(" before it: ")[2]
+    assert "at step 24, and the run has rolled back as often as spikes.max_rollbacks allows (1). Lower model." in line
+    typed = line.partition(" before the spike: ")[2]
     assert "--ckpt_path often/checkpoints/step=20.ckpt --trainer.default_root_dir often-20" in typed
     folder = fit("none", *RISE, "--checkpoints.every_n_steps", 100, callbacks=[Rise()])
-    assert "and there is no checkpoint before it to go back to." in capsys.readouterr().out
+    assert "and there is no checkpoint before it to roll back to." in capsys.readouterr().out
     assert [event["event"] for event in read_run_log(folder)].count("warning") == 1
 
 
@@ -193,7 +196,7 @@ def test_two_processes_go_back(run, tiny, tmp_path, kind):
         1,
     ]
     finished = run("fit", *tiny, *options, "--trainer.accumulate_grad_batches", 2, cwd=tmp_path)
-    assert finished.stdout.count("back to run/checkpoints/step=20.ckpt, without samples 80 to 103 of") == 1
+    assert finished.stdout.count("back to run/checkpoints/step=20.ckpt and skipping samples 80 to 103 of") == 1
     assert "Traceback" not in finished.stderr
     last = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")
     (position,) = last["loops"]["fit_loop"]["state_dict"]["combined_loader"]
