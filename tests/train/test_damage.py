@@ -25,18 +25,18 @@ def test_a_damaged_newest_checkpoint(fit, capsys):
     fit("damaged", "--ckpt_path", "auto", "--trainer.max_steps", 7)
     printed = capsys.readouterr().out
     for step in (6, 8):
-        assert f"{folder}/step={step}.ckpt is damaged: going on from {folder}/step=4.ckpt; it is" in printed
+        assert f"{folder}/step={step}.ckpt is damaged: continuing from {folder}/step=4.ckpt; it is" in printed
     assert read_checkpoint(folder / "step=6.ckpt")["global_step"] == 6
     assert (folder / "step=8.ckpt").stat().st_size == 1000
     (folder / "step=8.ckpt").write_bytes(b"")
     fit("damaged", "--ckpt_path", "auto")
-    assert f"{folder}/step=8.ckpt is damaged: going on from {folder}/step=7.ckpt" in capsys.readouterr().out
+    assert f"{folder}/step=8.ckpt is damaged: continuing from {folder}/step=7.ckpt" in capsys.readouterr().out
     assert read_checkpoint(folder / "step=8.ckpt")["global_step"] == 8
     for path in folder.iterdir():
         path.write_bytes(b"")
     with pytest.raises(SystemExit):
         fit("damaged", "--ckpt_path", "auto")
-    assert f"{folder} holds damaged checkpoints only (step=2.ckpt, step=4.ckpt" in capsys.readouterr().err
+    assert f"{folder} has only damaged checkpoints (step=2.ckpt, step=4.ckpt" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_not_one_of_those_that_are_kept(tmp_path):
@@ -55,7 +55,7 @@ def test_a_damaged_folder_of_shards(fit, capsys):
     (shard,) = (folder / "step=4.ckpt").glob("*.distcp")
     os.truncate(shard, shard.stat().st_size // 2)
     fit("shards", *SHARDED, "--ckpt_path", "auto", "--trainer.max_steps", 4)
-    assert "step=4.ckpt is damaged: going on from shards/checkpoints/step=2.ckpt" in capsys.readouterr().out
+    assert "step=4.ckpt is damaged: continuing from shards/checkpoints/step=2.ckpt" in capsys.readouterr().out
     (shard,) = (folder / "step=4.ckpt").glob("*.distcp")
     shard.unlink()
     fit("shards", *SHARDED, "--ckpt_path", "auto", "--trainer.max_steps", 4)
@@ -96,7 +96,7 @@ def test_a_weight_that_has_changed_on_the_disk(fit, tiny, capsys):
         assert refused in capsys.readouterr().err
     assert not Path("another").exists()
     fit("changed", "--ckpt_path", "auto")
-    assert f"{path} is damaged: going on from changed/checkpoints/step=2.ckpt" in capsys.readouterr().out
+    assert f"{path} is damaged: continuing from changed/checkpoints/step=2.ckpt" in capsys.readouterr().out
     assert read_checkpoint(folder / "step=8.ckpt")["global_step"] == 8
     read_checkpoint(path, checksums=True)  # saved again
 

@@ -192,7 +192,7 @@ def test_auto_starts_where_nothing_is_and_goes_on_where_something_is(run, tiny, 
     second = run("fit", *tiny, *options, "--trainer.max_steps", "4", cwd=tmp_path).stdout
     assert "Continuing from run/checkpoints/step=2.ckpt at step 2 of 4" in second
     third = run("fit", *tiny, *options, "--trainer.max_steps", "4", cwd=tmp_path).stdout
-    assert "raise --trainer.max_steps to go on" in third
+    assert "raise --trainer.max_steps to continue" in third
 
 
 ROOT = Path(__file__).parents[2]

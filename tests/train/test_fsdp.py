@@ -231,7 +231,7 @@ def test_a_sharded_folder_is_a_checkpoint_everywhere(fit, run, tmp_path):
     run("export", last, "hf", "--check", "false", cwd=tmp_path)
     failed = run("fit", "--config", folder / "recipe.yaml", "--trainer.strategy", "auto", "--trainer.devices", 1,
                  "--ckpt_path", "auto", cwd=tmp_path, returncode=2)  # fmt: skip
-    assert "is in shards; continue it by --trainer.strategy fsdp2, on any devices" in failed.stderr
+    assert "is sharded; continue it by --trainer.strategy fsdp2, on any devices" in failed.stderr
     shard = next(last.resolve().glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:100])
     assert f"the shard {shard.name} is damaged or missing" in run("generate", last, cwd=tmp_path, returncode=2).stderr

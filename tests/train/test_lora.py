@@ -142,7 +142,7 @@ def test_mistakes_are_one_line(runs, adapters, mistake):
     muon = ["--model.optimizer", "Muon"]
     sharded = ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.save_distributed_checkpoint", "true"]
     for options, expected in (
-        (["--model.lora", "{}"], "model.lora: adapters are trained beside a model's weights; name it by model.init_f"),
+        (["--model.lora", "{}"], "model.lora: adapters require a base model; set model.init_from"),
         ([*base, "--model.lora.targets", "[qkv]"], "model.lora.targets: the decoder has no 'qkv'; choose of q_proj"),
         ([*base, "--model.lora.train_fully", "[imaginary]", "--model.positions", "RoPE"], "no imaginary heads"),
         ([*base, *LORA[:2], *muon], "model.optimizer: Muon orthogonalizes"),

@@ -121,7 +121,7 @@ def test_a_plan_shows_the_first_batch_where_data_are_prepared(texts, tmp_path, c
     monkeypatch.chdir(tmp_path)
     plan(options(texts, tmp_path, "--device", "A100", "--utilization", "0.5", "--data.context_length", "64"))
     first = capsys.readouterr().out
-    assert "The data are not here, or not prepared yet." in first
+    assert "The data are not on this machine, or not prepared yet." in first
     main(["fit", *options(texts, tmp_path, "--trainer.max_steps", "1", "--trainer.accelerator", "cpu",
                           "--data.context_length", "64", "--trainer.limit_val_batches", "0")])  # fmt: skip
     capsys.readouterr()

@@ -150,7 +150,7 @@ def test_a_dry_run_leaves_nothing(fit, capsys):
 def test_a_run_without_a_step_is_no_success(fit, capsys):
     for options, callbacks, expected in (
         ([], [At("on_train_start", stop)], "the run ended without a step"),
-        (["--trainer.max_time", "00:00:00:00"], [], "trainer.max_time: all of it is used up before a step"),
+        (["--trainer.max_time", "00:00:00:00"], [], "trainer.max_time: used up before the first step"),
         (["--trainer.max_steps", 0], [], "trainer.max_steps: give the number of optimizer steps"),
     ):
         with pytest.raises(SystemExit) as ended:
