@@ -85,7 +85,7 @@ def test_plan(stack, tmp_path, capsys, monkeypatch):
     base = ["--model.init_from", "base.ckpt"] if stack in FINE_TUNING else []
     main(["plan", *configs(stack), *base, "--data.cache_dir", "cache"])
     printed = capsys.readouterr().out
-    for expected in ("tokens in all", "RoPE++ EH", "KV cache", "memory per device", "The data are not here, or not"):
+    for expected in ("tokens in all", "RoPE++ EH", "KV cache", "memory per device", "The data are not on this machine"):
         assert expected in printed
 
 

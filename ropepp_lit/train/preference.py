@@ -78,7 +78,7 @@ class DPO(Preference):
 
     def __str__(self) -> str:
         smoothing = f", label smoothing {self.label_smoothing:g}" if self.label_smoothing else ""
-        return f"DPO, beta {self.beta:g}{smoothing}; the reference is the model that the run began with"
+        return f"DPO, beta {self.beta:g}{smoothing}; the reference is the model at the start of the run"
 
 
 class SimPO(Preference):

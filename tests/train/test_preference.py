@@ -216,7 +216,7 @@ def test_killed_and_continued_it_is_the_same_run(lora, run, pairs, tmp_path):
     ]  # fmt: skip
     options += ["--model.lora.rank", 4, "--model.lora.dropout", 0.2] if lora else []
     printed = fit("whole", *options)
-    assert "DPO, beta 0.1; the reference is the model that the run began with" in printed
+    assert "DPO, beta 0.1; the reference is the model at the start of the run" in printed
     assert "Held-out pairs of pairs at step 4, " in printed
     killer = ["--trainer.callbacks", "killer.Kill", "--trainer.callbacks.at", 5]
     fit("killed", *options, *killer, returncode=-signal.SIGKILL)
