@@ -27,9 +27,9 @@ class DivergedError(UsageError):
 class FiniteSteps:
     """Check of the gradient norm of each step.
 
-    The norm is the same on every rank, so all ranks make the same decision. With `stop` the number of the first bad step is
-    recorded on the device, and read when the host waits for the device anyway: when logging, validating or saving a
-    checkpoint. With `skip` the host waits for the norm of each step.
+    The norm is the same on every rank, so all ranks make the same decision. With `stop` the number of the first bad
+    step is recorded on the device, and read when the host waits for the device anyway: when logging, validating or
+    saving a checkpoint. With `skip` the host waits for the norm of each step.
 
     Args:
         mode: `stop` or `skip`.

@@ -1,6 +1,6 @@
-"""Checks that need several processes, all in one start of them: `python on_ranks.py FOLDER RANKS CHECK…`.
+"""Checks that require multiple processes, run in one launch: `python on_ranks.py FOLDER RANKS CHECK…`.
 
-Every rank writes what failed, or an empty text, for each check into FOLDER/RANK.json.
+Every rank writes the traceback of each check, or an empty string, to FOLDER/RANK.json.
 """
 
 import json
@@ -74,14 +74,14 @@ def full(decoder):
 
 
 def first_weights(folder, dims):
-    """Those of one process, whatever the default device is and however many random numbers were drawn before."""
+    """Initial weights equal those of one process, with any default device and random state."""
     for change in ({}, {"tie_word_embeddings": True}, {"scheme": FoPE(context_length=64)}):
         torch.manual_seed(5)
         expected = make(**change).state_dict()
         torch.manual_seed(5)
         torch.rand(3)
         before = torch.get_rng_state()
-        with torch.device("meta"):  # as Lightning makes a GPU the default device
+        with torch.device("meta"):  # Lightning makes a GPU the default device
             one = build_decoder(partial(make, **change), device=CPU)
         several = sharded(dims, partial(make, **change))
         assert torch.equal(before, torch.get_rng_state())
@@ -94,7 +94,7 @@ def first_weights(folder, dims):
 
 
 def gradients(folder, dims):
-    """Every choice of reduction gives the gradients of one process, with the collectives that it promises."""
+    """Every reduction option gives the gradients of one process, with the expected collectives."""
     torch.set_default_dtype(torch.float64)
     replicas, micro_batches, layers = ParallelDims.create("cpu", replicate_size=2), 3, 2
     expected = {}
@@ -129,19 +129,19 @@ def gradients(folder, dims):
                 assert all(is_kept) if each and ranks is dims else not any(is_kept)
         for parameter, value in zip(decoder.parameters(), expected[tied], strict=True):
             torch.testing.assert_close(full_tensor(parameter.grad), value, atol=1e-12, rtol=0)
-        groups = layers + (1 if tied else 3)  # the root, and by themselves embedding and output layer
-        if ranks is replicas:  # averaged over once per step
+        groups = layers + (1 if tied else 3)  # the root, and separately embedding and output layer
+        if ranks is replicas:  # all-reduced once per step
             assert [count[2] for count in counts] == [0, 0, groups], counts
         if ranks is replicas and dist.get_world_size() == 2:
             continue  # each rank holds all parameters
-        # Embedding, output layer and root are gathered once, blocks twice if they are freed.
+        # Embedding, output layer and root are gathered once, blocks twice if they are resharded.
         gathered = groups + (layers if frees else 0)
         assert [count[0] for count in counts] == ([gathered] * 3 if frees else [gathered, 0, 0]), counts
         assert [count[1] for count in counts] == ([groups] * 3 if each else [0, 0, groups]), counts
 
 
 def marked_batch(rows, shard=None, *, weighs_documents):
-    """Rows of two conversations each, of which few tokens are trained; in every third row none of the second one."""
+    """Create rows of two conversations with few trained tokens; every third row has none in the second one."""
     batches = []
     for number in rows:
         generator = torch.Generator().manual_seed(number)
@@ -158,7 +158,7 @@ def marked_batch(rows, shard=None, *, weighs_documents):
 
 
 def loss_averages(folder, dims):
-    """Gradients of a step are those of a plain mean over all of its rows, however these are spread."""
+    """Gradients of a step equal those of a mean over all rows, however these are distributed."""
     torch.set_default_dtype(torch.float64)
     ranks, rank, micro_batches = dist.get_world_size(), dist.get_rank(), 2
     context, copies = ParallelDims.create("cpu", context_parallel_size=2), ParallelDims.create("cpu", replicate_size=2)
@@ -166,7 +166,7 @@ def loss_averages(folder, dims):
     for over in ("trained_tokens", "conversations"):
         torch.manual_seed(0)
         one = make()
-        means = []  # plainly: conversation by conversation
+        means = []  # reference: one conversation at a time
         for number in rows:
             marked = marked_batch([number], weighs_documents=False)
             losses = torch.nn.functional.cross_entropy(
@@ -218,7 +218,7 @@ class _Loss(nn.Module):
 
 
 def dtypes(folder, dims):
-    """Without autocast everything between the blocks is bfloat16, a scheme's tables are not, and the loss agrees."""
+    """Without autocast, hidden states are bfloat16, tables of a scheme are float32, and the loss agrees."""
     for scheme in (RoPEPP(), FoPE(context_length=64)):
         torch.manual_seed(0)
         one, several = make(scheme), sharded(dims, partial(make, scheme), mixed_dtype=torch.bfloat16)
@@ -252,7 +252,7 @@ def dtypes(folder, dims):
 
 
 def shards(folder, dims):
-    """Weights in shards are read in parts by a sharded decoder, and whole by one that is not."""
+    """A sharded decoder reads only its shards of the weights; an unsharded one reads all of them."""
     for tied in (False, True):
         torch.manual_seed(dist.get_world_size())
         path = Path(folder) / f"{tied}.ckpt"
@@ -287,7 +287,7 @@ def shards(folder, dims):
 
 
 def muon(folder, dims):
-    """The very matrices of one process, with odd sizes, more and fewer matrices than ranks."""
+    """Updates equal those of one process, with odd sizes and with more and fewer matrices than ranks."""
     world_size = dist.get_world_size()
     all_dims = [dims, *([ParallelDims.create("cpu", replicate_size=2)] if world_size % 2 == 0 else [])]
     shapes = [(7, 5), (5, 5), (5, 12), (1, 3), (7, 5), (2, 9), (16, 4)]
@@ -327,7 +327,7 @@ def muon(folder, dims):
 
 
 def ranks_and_meshes(folder, dims):
-    """No slice of a mesh that torch is about to remove."""
+    """Dimensions of parallelism; creating them emits no deprecation warning."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -345,7 +345,7 @@ def ranks_and_meshes(folder, dims):
 
 
 def generation(folder, dims):
-    """Ranks whose logits differ write rank 0's tokens, for as long as rank 0 does."""
+    """Ranks with different logits generate rank 0's tokens, and stop when rank 0 does."""
     tokenizer, replicas = byte_tokenizer(), ParallelDims.create("cpu", replicate_size=2)
     prompts, eos = [[5, 6, 7], [8, 9, 10]], tokenizer.eos_token_id
     for ranks in (dims, replicas):
@@ -365,7 +365,7 @@ def generation(folder, dims):
         dist.broadcast_object_list(expected, src=0)
         assert found == expected[0]
         assert found[1:] == [4, [[11, 12, 13, eos, eos]] * 2], found
-        decoder.loss(*batch(0)).backward()  # training goes on afterwards
+        decoder.loss(*batch(0)).backward()  # training still works afterwards
 
 
 def main(rank, folder, world_size, names):
@@ -376,7 +376,7 @@ def main(rank, folder, world_size, names):
         try:
             globals()[name](folder, dims)
             found[name] = ""
-        except Exception:  # every check reports
+        except Exception:  # report the failure of every check
             found[name] = traceback.format_exc()
         torch.set_default_dtype(torch.float32)
         dist.barrier()

@@ -1,4 +1,4 @@
-"""What a run prints."""
+"""Printed descriptions of a run."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from ropepp_lit.train.callbacks import describe_precision
         ("32-true", "cuda", "high", "32-true, matrix products in TF32"),
     ],
 )
-def test_float32_on_a_gpu_says_whether_it_uses_tf32(precision, device, setting, expected):
+def test_precision_on_a_gpu_reports_tf32(precision, device, setting, expected):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
     try:

@@ -1,4 +1,4 @@
-"""Training that begins with the weights of another model."""
+"""Training initialized from the weights of another model."""
 
 import re
 
@@ -30,8 +30,8 @@ def rope(run, tiny, tmp_path_factory):
     return folder
 
 
-def test_from_rope_to_ropepp_and_on_and_out(run, tiny, rope, tmp_path):
-    """The whole way: train, upcycle, train on with another base, export, import, and generate at each end."""
+def test_upcycle_train_export_and_import(run, tiny, rope, tmp_path):
+    """Train, upcycle, train further with another base, export, import, and generate from both."""
     text = tmp_path / "text.txt"
     text.write_text("word1 word2 word3 " * 40)
     last = rope / "rope" / "checkpoints" / "last.ckpt"
@@ -69,7 +69,7 @@ def test_from_rope_to_ropepp_and_on_and_out(run, tiny, rope, tmp_path):
     assert len(texts) == 1
 
 
-def test_the_run_says_what_changes_at_a_longer_context(run, tiny, rope, tmp_path):
+def test_the_run_reports_changes_at_a_longer_context(run, tiny, rope, tmp_path):
     options = ["--model.positions", "RoPE", "--model.init_from", rope / "rope" / "checkpoints" / "last.ckpt"]
     options += ["--data.context_length", 256, "--data.batch_size", 1, "--trainer.max_steps", 1]
     said = run("fit", *tiny, *options, "--model.frequencies.rope_theta", 50000, cwd=tmp_path).stdout
@@ -93,7 +93,7 @@ def test_weights_that_do_not_fit(run, mistake, tiny, rope, tmp_path):
     "base", ["file", *(pytest.param(base, marks=pytest.mark.slow) for base in ("file, fsdp2", "shards"))]
 )
 def test_rotations_are_dropped_and_norms_added(base, run, tiny, rope, tmp_path, monkeypatch):
-    """RoPE goes on as NoPE; norms of queries and keys begin at one, but not beside adapters."""
+    """NoPE is initialized from RoPE; query and key norms start at 1, and are refused with adapters."""
     last = path = rope / "rope" / "checkpoints" / "last.ckpt"
     more = [] if base == "file" else ["--trainer.strategy", "FSDP2Strategy"]
     if base == "shards":
@@ -121,8 +121,8 @@ def test_rotations_are_dropped_and_norms_added(base, run, tiny, rope, tmp_path, 
         plan([*map(str, options), "--model.init_from", "damaged.ckpt"])
 
 
-def test_begun_anew_and_continued(run, tiny, rope, tmp_path):
-    """A run that began from weights goes on from its own checkpoint, not from those weights."""
+def test_initialized_and_continued(run, tiny, rope, tmp_path):
+    """A run with init_from continues from its own checkpoint, not from those weights."""
     last = rope / "rope" / "checkpoints" / "last.ckpt"
     options = [*tiny, "--model.positions", "RoPE", "--model.init_from", last, "--trainer.default_root_dir", "run"]
     run("fit", *options, "--trainer.max_steps", 2, "--model.schedule.total_steps", 4, cwd=tmp_path)
@@ -135,7 +135,7 @@ def test_begun_anew_and_continued(run, tiny, rope, tmp_path):
     assert all(torch.equal(halves[name], value) for name, value in whole.items())
 
 
-def test_the_optimizers_state_goes_along_if_asked(run, tiny, rope, tmp_path):
+def test_init_optimizer_loads_the_optimizer_state(run, tiny, rope, tmp_path):
     last = rope / "rope" / "checkpoints" / "last.ckpt"
     options = [*tiny, "--model.positions", "RoPE", "--model.init_from", last, "--trainer.max_steps", 2]
     weights = {}

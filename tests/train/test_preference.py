@@ -1,4 +1,4 @@
-"""Preference tuning: the losses, their mean over a step however its rows are spread, and the reference of a run."""
+"""Preference tuning: losses, their mean over a step, and the reference of a run."""
 
 import copy
 import itertools
@@ -62,7 +62,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_are_their_plain_formulas(name):
+def test_losses_equal_reference_formulas(name):
     preference, plain = LOSSES[name]
     generator = torch.Generator().manual_seed(0)
     sums, reference = (-50 * torch.rand(20, 2, generator=generator, dtype=torch.float64) - 0.1 for _ in range(2))
@@ -87,7 +87,7 @@ def test_losses_are_their_plain_formulas(name):
         (ORPO(weight=math.nan), "model.preference.weight: nan must be above 0"),
     ],
 )
-def test_settings_that_make_no_sense(preference, message):
+def test_invalid_settings(preference, message):
     with pytest.raises(UsageError, match=message):
         make(preference)
 
@@ -107,7 +107,7 @@ def pairs(tmp_path_factory):
 
 
 class Keep(Callback):
-    """Keeps the decoder as it is before each micro-batch."""
+    """Store a copy of the decoder before each micro-batch."""
 
     def __init__(self):
         self.decoders = []
@@ -130,7 +130,7 @@ def train(pairs, folder, preference, *, batch_size=4, max_steps=2, **settings):
 
 
 def answers_of(decoder, batch):
-    """Log-probability and length of each answer, computed alone."""
+    """Return log-probability and length of each answer, computed separately."""
     ids, labels = batch.input_ids.flatten(), batch.labels.flatten()
     found = []
     for start, end in itertools.pairwise(batch.documents.cu_seqlens.tolist()):
@@ -143,8 +143,8 @@ def answers_of(decoder, batch):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_loss_of_a_step_is_a_plain_mean_over_pairs(name, pairs, tmp_path):
-    """At the second step, where the model is not the reference any more, in micro-batches and as a whole."""
+def test_the_loss_of_a_step_is_the_mean_over_pairs(name, pairs, tmp_path):
+    """At the second step, when the model differs from the reference, with and without micro-batches."""
     preference, plain = LOSSES[name]
     whole, trainer, keep = train(pairs, tmp_path, preference, batch_size=8, gradient_clip_val=0.1)
     reference, decoder = keep.decoders
@@ -184,7 +184,7 @@ def test_the_first_loss_is_log_2(precision, pairs, tmp_path):
     assert model.decoder.training
 
 
-def test_a_reference_is_found_by_the_tokens_of_a_pair():
+def test_references_are_indexed_by_the_tokens_of_a_pair():
     keys, values = np.array([5, -3, 5, 8]), np.arange(8.0).reshape(4, 2)
     reference = Reference.from_entry(Reference(keys, values).entry())
     assert len(reference) == 3
@@ -198,8 +198,8 @@ def test_a_reference_is_found_by_the_tokens_of_a_pair():
 @pytest.mark.end_to_end
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
-def test_killed_and_continued_it_is_the_same_run(lora, run, pairs, tmp_path):
-    """Also with shards, and on two devices that share rows. With dropout, LoRA's reference is the base alone."""
+def test_killed_and_resumed(lora, run, pairs, tmp_path):
+    """Also with a sharded checkpoint, and on two devices sharing rows. With dropout, LoRA's reference is the base."""
     (tmp_path / "killer.py").write_text(KILLER)
 
     def fit(folder, *options, returncode=0):
@@ -230,7 +230,7 @@ def test_killed_and_continued_it_is_the_same_run(lora, run, pairs, tmp_path):
     for name, value in whole[KEY][ENTRY].items():
         assert torch.equal(killed[KEY][ENTRY][name], value)
     if lora:
-        return  # dropout draws other numbers on other ranks
+        return  # dropout differs between ranks
     ranks = ["--trainer.devices", 2, "--trainer.strategy", "FSDP2Strategy"]
     ranks += ["--trainer.strategy.save_distributed_checkpoint", "true"]
     fit("two", *options, *ranks, "--trainer.strategy.context_parallel_size", 2, "--trainer.max_steps", 2)
@@ -266,7 +266,7 @@ def test_mistakes(run, pairs, tmp_path):
             plan([*recipe, *options])
         assert message in str(error.value)
         assert "Union" not in str(error.value)
-    # A loss without a reference can go on from a run on text, whose sums of the training loss are others.
+    # A loss without a reference can continue a run on text, whose training loss has another kind of metric.
     simpo = ["--model.preference", "SimPO", "--ckpt_path", base, "--trainer.default_root_dir", "simpo"]
     assert "Held-out pairs" in run(*fit, *data, *simpo, "--trainer.max_steps", 2, cwd=tmp_path).stdout
     options = [*data, *tune, "--model.init_from", base]

@@ -1,4 +1,4 @@
-"""Stopping and resuming in a new process against running through, bit for bit."""
+"""Stopping and resuming in a new process, bit-identical to an uninterrupted run."""
 
 import re
 import signal
@@ -84,7 +84,7 @@ OPTIMIZERS = {
     [OPTIMIZERS["AdamW"], pytest.param(OPTIMIZERS["Muon"], marks=pytest.mark.slow)],
     ids=["AdamW", "Muon"],
 )
-def test_half_and_half_equals_whole(fit, tmp_path, optimizer):
+def test_a_resumed_run_equals_an_uninterrupted_one(fit, tmp_path, optimizer):
     fit("whole", *optimizer)
     length = ["--model.schedule.total_steps", "8"]
     fit("halves", "--trainer.max_steps", "4", *length, *optimizer)
@@ -107,7 +107,7 @@ def test_killed_within_an_accumulation_window(fit, tmp_path):
 
 
 def stop_run(start_training, command_path, tiny, folder, number, *, devices=1, to="first"):
-    """Start a run, send it a signal when it has saved something, and return its exit code, output and errors."""
+    """Start a run, send it a signal after its first checkpoint, and return exit code, output and errors."""
     options = ["--trainer.max_steps", "100000", "--model.schedule.total_steps", "100000"]
     options += ["--trainer.default_root_dir", "run", "--trainer.devices", devices]
     options += ["--trainer.strategy", "fsdp2"] if devices > 1 else []
@@ -121,7 +121,7 @@ def stop_run(start_training, command_path, tiny, folder, number, *, devices=1, t
 
 
 def stop_and_go_on(start_training, command_path, tiny, run, folder, number, **how):
-    """A run stopped by a signal saves, says so, and ends in the same bits as one that was not stopped."""
+    """Check that a run stopped by a signal saves, reports it, and resumes bit-identically."""
     returncode, output, errors = stop_run(start_training, command_path, tiny, folder, number, **how)
     assert returncode == 128 + number, errors
     assert "Traceback" not in errors
@@ -149,15 +149,15 @@ def test_stopped_by_a_signal(start_training, command_path, tiny, run, tmp_path, 
 @pytest.mark.parametrize("to", ["first", "last", "all"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("again", range(10))
-def test_two_processes_are_stopped_ten_times_of_ten(start_training, command_path, tiny, tmp_path, number, to, again):
+def test_two_processes_stop_reliably(start_training, command_path, tiny, tmp_path, number, to, again):
     returncode, output, errors = stop_run(start_training, command_path, tiny, tmp_path, number, devices=2, to=to)
     assert returncode == 128 + number, errors
     assert f"Stopped by {number.name} at step" in output.strip().splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_torchrun_is_stopped_by_a_signal(start_training, tiny, run, tmp_path):
-    """torchrun gives a SIGTERM to its ranks, which save before they end."""
+def test_torchrun_stopped_by_a_signal(start_training, tiny, run, tmp_path):
+    """torchrun forwards SIGTERM to its ranks, which save before they end."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ropepp_lit", "fit", *tiny]
     options = ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--model.schedule.total_steps", "100000"]
     length = ["--trainer.max_steps", "100000", "--trainer.default_root_dir", "run"]

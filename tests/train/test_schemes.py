@@ -1,4 +1,4 @@
-"""The other position schemes through the command: trained, continued, validated, sampled, refused by `export`."""
+"""Other position schemes in the commands: train, continue, validate, generate; `export` refuses them."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_from_training_to_text(name, tiny, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "hf").exists()
 
 
-def test_fit_has_the_processor_skip_what_is_below_normal_numbers(run, tiny, tmp_path):
+def test_fit_flushes_denormal_numbers(run, tiny, tmp_path):
     (tmp_path / "probe.py").write_text(
         "import torch\n"
         "from lightning.pytorch import Callback\n\n\n"
@@ -63,7 +63,7 @@ def test_fit_has_the_processor_skip_what_is_below_normal_numbers(run, tiny, tmp_
     assert "smallest sum 0.0" in run("fit", *tiny, *options, cwd=tmp_path).stdout
 
 
-def test_a_wrong_name_is_answered_with_the_right_ones(run, tiny, tmp_path):
+def test_an_unknown_name_lists_the_known_ones(run, tiny, tmp_path):
     failed = run("fit", *tiny, "--model.positions", "Alibi", cwd=tmp_path, returncode=2).stderr
     for name in SCHEMES:
         assert name in failed

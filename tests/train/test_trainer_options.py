@@ -1,4 +1,4 @@
-"""The Trainer's options: what a run takes, and the one line by which it refuses the others."""
+"""Options of the Trainer: supported ones, and one-line errors for others."""
 
 import inspect
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.end_to_end
 CALLBACKS = "--trainer.callbacks"
 
 
-def test_every_option_of_the_trainer_is_taken_or_refused():
+def test_every_option_of_the_trainer_is_supported_or_refused():
     options = set(inspect.signature(pl.Trainer).parameters)
     assert options == SUPPORTED_OPTIONS | REFUSED_OPTIONS.keys()
     assert not SUPPORTED_OPTIONS & REFUSED_OPTIONS.keys()
@@ -128,6 +128,6 @@ def test_a_process_that_was_killed(error, expected):
     assert f"another process of the run cannot be reached any more {expected}; its own last lines" in str(lost.value)
 
 
-def test_an_error_of_ours_is_no_lost_process():
+def test_other_errors_are_not_lost_processes():
     with pytest.raises(RuntimeError, match="shapes"), in_one_line("trainer"):
         raise RuntimeError("shapes do not match")

@@ -1,4 +1,4 @@
-"""Ranks that hang: stopped, and waiting for each other."""
+"""Ranks that hang: suspended, and waiting for each other."""
 
 import json
 import re
@@ -123,7 +123,7 @@ def start(start_training, tiny, folder, *options, launch):
 
 
 def wait_for_end(process):
-    """Wait for a process that is not this one's child, so that nobody here collects it."""
+    """Wait for a process that is not a child of this one, so that it is not reaped here."""
     deadline = time.monotonic() + 90
     while process.is_running() and process.status() != "zombie":
         assert time.monotonic() < deadline
@@ -132,7 +132,7 @@ def wait_for_end(process):
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
-def test_a_rank_that_is_stopped(start_training, command_path, tiny, tmp_path, strategy):
+def test_a_suspended_rank(start_training, command_path, tiny, tmp_path, strategy):
     process = start(start_training, tiny, tmp_path, "--trainer.strategy", strategy, launch=[command_path])
     (other,) = process.children()
     began = time.monotonic()
@@ -154,8 +154,8 @@ def test_a_rank_that_is_stopped(start_training, command_path, tiny, tmp_path, st
 
 
 @pytest.mark.slow
-def test_the_first_rank_is_stopped(start_training, command_path, tiny, tmp_path):
-    """It holds the store; the other one ends by itself."""
+def test_a_suspended_first_rank(start_training, command_path, tiny, tmp_path):
+    """It hosts the store; the other rank ends by itself."""
     process = start(start_training, tiny, tmp_path, launch=[command_path])
     (other,) = process.children()
     process.suspend()
@@ -166,7 +166,7 @@ def test_the_first_rank_is_stopped(start_training, command_path, tiny, tmp_path)
 
 
 @pytest.mark.slow
-def test_torchrun_starts_again(start_training, tiny, tmp_path):
+def test_torchrun_restarts(start_training, tiny, tmp_path):
     """A rank whose main thread sleeps; every start hangs at the fourth step."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--max_restarts", 1]
     process = start(
