@@ -58,8 +58,8 @@ def curves(folder):
     return found
 
 
-def assert_same_run(folder, whole, *, step=8):
-    a, b = (read_checkpoint(run / f"checkpoints/step={step}.ckpt") for run in (folder, whole))
+def assert_same_run(folder, baseline, *, step=8):
+    a, b = (read_checkpoint(run / f"checkpoints/step={step}.ckpt") for run in (folder, baseline))
     assert a["global_step"] == b["global_step"] == step
     for name, value in b["state_dict"].items():
         assert torch.equal(a["state_dict"][name], value), name
@@ -69,7 +69,7 @@ def assert_same_run(folder, whole, *, step=8):
     assert a["lr_schedulers"] == b["lr_schedulers"]
     positions = [run["loops"]["fit_loop"]["state_dict"]["combined_loader"] for run in (a, b)]
     assert positions[0] == positions[1]
-    ours, theirs = curves(folder), curves(whole)
+    ours, theirs = curves(folder), curves(baseline)
     assert ours.keys() == theirs.keys()
     assert all(ours[key] == value for key, value in theirs.items() if key[0] != "tokens_per_second")
 

@@ -171,8 +171,8 @@ def test_closed_streams(command_path, texts, tmp_path, closed):
 def test_a_current_folder_that_was_deleted(command_path, tmp_path):
     finished = start("bash", "-c", f"mkdir gone && cd gone && rmdir ../gone && '{command_path}' --help", cwd=tmp_path)
     assert finished.returncode == 2
-    said = finished.stderr.decode().strip().splitlines()[-1]
-    assert said == "ropepp-lit: error: the current folder does not exist any more; change to another one"
+    line = finished.stderr.decode().strip().splitlines()[-1]
+    assert line == "ropepp-lit: error: the current folder does not exist any more; change to another one"
 
 
 MISSING = """
@@ -232,9 +232,9 @@ def models(tmp_path_factory, tiny, run):
 )
 def test_a_full_disk(command_path, models, texts, tiny, tmp_path, kilobytes, command):
     """Writes beyond a file size fail: a one-line error, and no incomplete file remains."""
-    places = {"TINY": tiny, "TEXTS": [str(texts)]}
-    words = [word for name in command for word in places.get(name, [name.replace("MODELS", str(models))])]
-    line = " ".join(f"'{word}'" for word in (command_path, *words))
+    arguments = {"TINY": tiny, "TEXTS": [str(texts)]}
+    expanded = [word for name in command for word in arguments.get(name, [name.replace("MODELS", str(models))])]
+    line = " ".join(f"'{word}'" for word in (command_path, *expanded))
     finished = start("bash", "-c", f"ulimit -f {kilobytes}; exec {line}", cwd=tmp_path)
     errors = [text for text in finished.stderr.decode().splitlines() if "Seed set" not in text]
     assert finished.returncode == 2, errors

@@ -83,14 +83,14 @@ def first_weights(folder, dims):
         before = torch.get_rng_state()
         with torch.device("meta"):  # Lightning makes a GPU the default device
             one = build_decoder(partial(make, **change), device=CPU)
-        several = sharded(dims, partial(make, **change))
+        distributed = sharded(dims, partial(make, **change))
         assert torch.equal(before, torch.get_rng_state())
-        for decoder in (one, several):
+        for decoder in (one, distributed):
             found = full(decoder)
             assert found.keys() == expected.keys()
             for name, value in expected.items():
                 assert torch.equal(found[name], value), (change, name)
-        assert isinstance(several.model.embed_tokens, FSDPModule) == ("tie_word_embeddings" not in change)
+        assert isinstance(distributed.model.embed_tokens, FSDPModule) == ("tie_word_embeddings" not in change)
 
 
 def gradients(folder, dims):
@@ -104,7 +104,7 @@ def gradients(folder, dims):
         for number in range(micro_batches * dist.get_world_size()):
             (one.loss(*batch(number)) / dist.get_world_size()).backward()
         expected[tied] = [parameter.grad for parameter in one.parameters()]
-    for ranks, each, frees, tied in (
+    for ranks, each, reshards, tied in (
         (dims, True, True, False),
         (dims, False, True, False),
         (dims, True, False, False),
@@ -113,18 +113,18 @@ def gradients(folder, dims):
         (replicas, False, True, False),
     ):
         torch.manual_seed(0)
-        decoder = sharded(ranks, partial(make, tie_word_embeddings=tied), reshard_after_forward=frees)
+        decoder = sharded(ranks, partial(make, tie_word_embeddings=tied), reshard_after_forward=reshards)
         counts = []
         for number in range(micro_batches):
             with CommDebugMode() as communication:
                 loss = decoder.loss(*batch(number * dist.get_world_size() + dist.get_rank()))
-                options = {"reduce_each_micro_batch": each, "reshard_after_forward": frees}
+                options = {"reduce_each_micro_batch": each, "reshard_after_forward": reshards}
                 set_gradient_reduction(decoder, is_last=number == micro_batches - 1, **options)
                 loss.backward()
             found = {str(kind): count for kind, count in communication.get_comm_counts().items()}
             counts.append(tuple(sum(n for kind, n in found.items() if word in kind) for word in
                                 ("allgather", "reduce_scatter", "allreduce")))  # fmt: skip
-            if number == 0 and frees:
+            if number == 0 and reshards:
                 is_kept = [isinstance(parameter.grad, DTensor) for parameter in decoder.parameters()]
                 assert all(is_kept) if each and ranks is dims else not any(is_kept)
         for parameter, value in zip(decoder.parameters(), expected[tied], strict=True):
@@ -135,8 +135,8 @@ def gradients(folder, dims):
         if ranks is replicas and dist.get_world_size() == 2:
             continue  # each rank holds all parameters
         # Embedding, output layer and root are gathered once, blocks twice if they are resharded.
-        gathered = groups + (layers if frees else 0)
-        assert [count[0] for count in counts] == ([gathered] * 3 if frees else [gathered, 0, 0]), counts
+        gathered = groups + (layers if reshards else 0)
+        assert [count[0] for count in counts] == ([gathered] * 3 if reshards else [gathered, 0, 0]), counts
         assert [count[1] for count in counts] == ([groups] * 3 if each else [0, 0, groups]), counts
 
 
@@ -180,27 +180,27 @@ def loss_averages(folder, dims):
             torch.manual_seed(0)
             decoder = make() if where == "ddp" else sharded(where, make)
             module = nn.parallel.DistributedDataParallel(_Loss(decoder)) if where == "ddp" else None
-            average, places = StepAverage(over), 0
+            average, num_positions = StepAverage(over), 0
             for number in range(micro_batches):
-                shard, mine = None, [number * ranks + rank]
+                shard, own = None, [number * ranks + rank]
                 if where is context:
-                    shard, mine = decoder.context_group.shard, [number * ranks + k for k in range(ranks)]
-                marked = marked_batch(mine, shard, weighs_documents=over == "conversations")
+                    shard, own = decoder.context_group.shard, [number * ranks + k for k in range(ranks)]
+                marked = marked_batch(own, shard, weighs_documents=over == "conversations")
                 average.add(marked)
-                places = marked.labels.numel()
+                num_positions = marked.labels.numel()
                 is_last = number == micro_batches - 1
                 if module is not None:
                     with nullcontext() if is_last else module.no_sync():
-                        (module(marked) / places / micro_batches).backward()
+                        (module(marked) / num_positions / micro_batches).backward()
                     continue
                 set_gradient_reduction(
                     decoder, is_last=is_last, reduce_each_micro_batch=True, reshard_after_forward=True
                 )
-                (marked.loss(decoder) / places / micro_batches).backward()
+                (marked.loss(decoder) / num_positions / micro_batches).backward()
             trainer = SimpleNamespace(
                 world_size=ranks, accumulate_grad_batches=micro_batches, strategy=SimpleNamespace(root_device=CPU)
             )
-            average.rescale(decoder.parameters(), trainer, num_positions=places)
+            average.rescale(decoder.parameters(), trainer, num_positions=num_positions)
             for parameter, other in zip(decoder.parameters(), one.parameters(), strict=True):
                 # The weights of conversations are float32.
                 torch.testing.assert_close(full_tensor(parameter.grad), other.grad, atol=1e-8, rtol=1e-7)
@@ -221,7 +221,7 @@ def dtypes(folder, dims):
     """Without autocast, hidden states are bfloat16, tables of a scheme are float32, and the loss agrees."""
     for scheme in (RoPEPP(), FoPE(context_length=64)):
         torch.manual_seed(0)
-        one, several = make(scheme), sharded(dims, partial(make, scheme), mixed_dtype=torch.bfloat16)
+        one, distributed = make(scheme), sharded(dims, partial(make, scheme), mixed_dtype=torch.bfloat16)
         seen, attention = {}, F.scaled_dot_product_attention
 
         def attend(queries, keys, values, *arguments, seen=seen, attention=attention, **keywords):
@@ -233,19 +233,19 @@ def dtypes(folder, dims):
             seen.setdefault("tables", set()).update(x.dtype for x in arguments[1])
             seen.setdefault("constants", set()).update(x.dtype for x in module.buffers())
 
-        for module in several.modules():
+        for module in distributed.modules():
             if isinstance(module, Attention):
                 module.register_forward_pre_hook(hook)
         F.scaled_dot_product_attention = attend
         try:
-            loss = several.loss(*batch(dist.get_rank()))
+            loss = distributed.loss(*batch(dist.get_rank()))
         finally:
             F.scaled_dot_product_attention = attention
         loss.backward()
         assert seen["attention"] == seen["hidden"] == {torch.bfloat16}, seen
         assert seen["tables"] == {torch.float32}, seen
         assert seen["constants"] <= {torch.float32}, seen
-        assert {parameter.grad.dtype for parameter in several.parameters()} == {torch.float32}
+        assert {parameter.grad.dtype for parameter in distributed.parameters()} == {torch.float32}
         with torch.autocast("cpu", torch.bfloat16):
             other = one.loss(*batch(dist.get_rank()))
         torch.testing.assert_close(loss, other, atol=5e-3, rtol=0)
@@ -294,30 +294,33 @@ def muon(folder, dims):
     for ranks in all_dims:
         for dtype in (torch.float32, torch.float64):
             torch.manual_seed(0)
-            one, several = (
+            one, distributed = (
                 nn.Sequential(*(nn.Linear(*shape, bias=False, dtype=dtype) for shape in shapes)) for _ in range(2)
             )
-            several.load_state_dict(one.state_dict())
-            fully_shard(several, mesh=ranks.mesh)
+            distributed.load_state_dict(one.state_dict())
+            fully_shard(distributed, mesh=ranks.mesh)
             settings = {"lr": 0.1, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
-            optimizers = torch.optim.Muon(one.parameters(), **settings), _ShardedMuon(several.parameters(), **settings)
+            optimizers = (
+                torch.optim.Muon(one.parameters(), **settings),
+                _ShardedMuon(distributed.parameters(), **settings),
+            )
             for step in range(3):
                 generator = torch.Generator().manual_seed(step)
-                for a, b in zip(one.parameters(), several.parameters(), strict=True):
+                for a, b in zip(one.parameters(), distributed.parameters(), strict=True):
                     a.grad = torch.randn(a.shape, generator=generator, dtype=dtype)
                     b.grad = distribute_tensor(a.grad, b.device_mesh, b.placements)
                 with CommDebugMode() as communication:
                     for optimizer in optimizers:
                         optimizer.step()
-            for a, b in zip(one.parameters(), several.parameters(), strict=True):
+            for a, b in zip(one.parameters(), distributed.parameters(), strict=True):
                 assert torch.equal(a, full_tensor(b)), (a - full_tensor(b)).abs().max()
             size = ranks.mesh.size(ranks.mesh.ndim - 1)
             rounds = -(-len(shapes) // size)
             counts = {str(kind): count for kind, count in communication.get_comm_counts().items()}
             exchanges = sum(count for kind, count in counts.items() if "alltoall" in kind)
             replicas = world_size // size
-            mine = len(range(dist.get_rank() // size, rounds, replicas))
-            assert exchanges == 2 * mine, counts
+            own = len(range(dist.get_rank() // size, rounds, replicas))
+            assert exchanges == 2 * own, counts
     decoder = sharded(dims)
     optimizer = Muon(lr=0.01).build(decoder)
     decoder.loss(*batch(0)).backward()

@@ -81,11 +81,11 @@ def train(tiny, texts, tmp_path):
 
 
 def test_tokens_have_equal_weight_in_micro_batches(train):
-    whole, _ = train(batch_size=4, gradient_clip_val=0.5)
+    full_batch, _ = train(batch_size=4, gradient_clip_val=0.5)
     parts, _ = train(batch_size=1, accumulate_grad_batches=4, gradient_clip_val=0.5)
-    for one, other in zip(whole.decoder.parameters(), parts.decoder.parameters(), strict=True):
+    for one, other in zip(full_batch.decoder.parameters(), parts.decoder.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
-    assert whole.tokens_seen == parts.tokens_seen == 4 * 4 * 64
+    assert full_batch.tokens_seen == parts.tokens_seen == 4 * 4 * 64
 
 
 def test_gradient_norm_is_logged_before_clipping(train):
@@ -132,7 +132,7 @@ class HostReads(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.places = []
+        self.stacks = []
 
     def __enter__(self):
         self.patch = patch.object(
@@ -147,7 +147,7 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
-            self.places.append("".join(traceback.format_stack(limit=12)))
+            self.stacks.append("".join(traceback.format_stack(limit=12)))
         return func(*args, **(kwargs or {}))
 
 
@@ -160,7 +160,7 @@ class WatchHostReads(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if self.mode is not None:
             self.mode.__exit__(None, None, None)
-            self.counts.append(self.mode.places)
+            self.counts.append(self.mode.stacks)
         self.mode = HostReads().__enter__()
 
     def on_train_end(self, trainer, module):
@@ -174,8 +174,8 @@ def test_only_logging_synchronizes_with_the_device(train, monkeypatch):
     watch = WatchHostReads()
     train(max_steps=6, accumulate_grad_batches=2, log_every_n_steps=3, gradient_clip_val=1.0, callbacks=[watch])
     # Batches are created on the CPU, before they are copied.
-    reads = [[place for place in places if "collate" not in place] for places in watch.counts]
-    assert [len(places) > 0 for places in reads] == [False] * 5 + [True] + [False] * 5, reads
+    reads = [[stack for stack in stacks if "collate" not in stack] for stacks in watch.counts]
+    assert [len(stacks) > 0 for stacks in reads] == [False] * 5 + [True] + [False] * 5, reads
     assert len(reads[5]) == 2
 
 

@@ -119,21 +119,21 @@ class KillWhileWriting(Recorder):
 
     def __init__(self, path: str, step: int):
         super().__init__(path)
-        self.went_on, save_file = threading.Event(), checkpoint_writer.save_file
+        self.continued, save_file = threading.Event(), checkpoint_writer.save_file
         self.step = step
 
         def half(checkpoint, path):
             save_file(checkpoint, path)
             if f"step={step}.ckpt" in str(path):
                 os.truncate(path, path.stat().st_size // 2)
-                assert self.went_on.wait(60)
+                assert self.continued.wait(60)
                 os.kill(os.getpid(), signal.SIGKILL)
 
         checkpoint_writer.save_file = half
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == self.step + 2:
-            self.went_on.set()
+            self.continued.set()
             if trainer.is_global_zero:
                 time.sleep(60)
 
@@ -192,7 +192,7 @@ ACCUMULATE = 2
 @pytest.fixture(scope="module")
 def train(run, tiny, tmp_path_factory):
     """Train for 8 steps in a folder and record the batches; without a folder, once per set of options."""
-    root, done = tmp_path_factory.mktemp("whole"), {}
+    root, done = tmp_path_factory.mktemp("baseline"), {}
 
     def train(devices, *options, cwd=None, **keywords):
         key = (devices, *options)
@@ -234,9 +234,9 @@ def test_killed_during_a_background_write(train, tmp_path, callbacks, kind):
     again = callbacks("Recorder", path="batches.txt")
     train(*kind, *background, *again, "--ckpt_path", "auto", cwd=tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=6.ckpt", "step=8.ckpt"]
-    whole = train(*kind)
-    assert batches(tmp_path)[len(before) :] == batches(whole)[2 * ACCUMULATE :]
-    assert_same(folder / "last.ckpt", whole / "run" / "checkpoints" / "last.ckpt")
+    baseline = train(*kind)
+    assert batches(tmp_path)[len(before) :] == batches(baseline)[2 * ACCUMULATE :]
+    assert_same(folder / "last.ckpt", baseline / "run" / "checkpoints" / "last.ckpt")
     with pytest.raises(UsageError, match=r"step=6\.ckpt is step 6, and .* holds step 8; continue it"):
         check_folder(folder, str(folder / "step=6.ckpt"))
 
@@ -249,10 +249,10 @@ def test_two_processes_stop_within_a_step(train, tmp_path, callbacks):
     printed = train(*TWO_SHARDS, *stopped, cwd=tmp_path, returncode=128 + signal.SIGTERM).stdout
     assert "Stopped by SIGTERM at step 5, saved as run/checkpoints/step=5.ckpt." in printed
     train(*TWO_SHARDS, *callbacks("Recorder", path="batches.txt"), "--ckpt_path", "auto", cwd=tmp_path)
-    whole = train(*TWO_SHARDS)
-    assert batches(tmp_path) == batches(whole)[:11] + batches(whole)[10:]
+    baseline = train(*TWO_SHARDS)
+    assert batches(tmp_path) == batches(baseline)[:11] + batches(baseline)[10:]
     last = "run/checkpoints/last.ckpt"
-    assert_same(tmp_path / last, whole / last)
+    assert_same(tmp_path / last, baseline / last)
 
 
 @pytest.mark.end_to_end

@@ -88,7 +88,7 @@ def plain_mean(decoder, data, rows, average):
 @pytest.mark.parametrize("average", AVERAGES)
 def test_the_loss_of_a_step_does_not_depend_on_the_distribution_of_rows(train, average):
     keep, settings = Keep(), {"average": average, "max_steps": 1, "gradient_clip_val": 0.1}
-    whole, trainer = train(batch_size=8, callbacks=[keep], **settings)
+    full_batch, trainer = train(batch_size=8, callbacks=[keep], **settings)
     mean = plain_mean(keep.decoder, trainer.datamodule, range(8), average)
     mean.backward()
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in keep.decoder.parameters()])
@@ -98,7 +98,7 @@ def test_the_loss_of_a_step_does_not_depend_on_the_distribution_of_rows(train, a
         assert found["gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-6)
         assert found[f"{average}_per_second"] > 0
         assert "train/bits_per_byte" not in found
-    for one, two in zip(whole.decoder.parameters(), parts.decoder.parameters(), strict=True):
+    for one, two in zip(full_batch.decoder.parameters(), parts.decoder.parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
 
 
@@ -182,7 +182,7 @@ def test_killed_and_resumed_and_on_two_devices(run, chats, tmp_path):
             cwd=tmp_path, returncode=returncode,
         ).stdout  # fmt: skip
 
-    printed = fit("whole", "--data.num_workers", 2)
+    printed = fit("baseline", "--data.num_workers", 2)
     assert "mean over the conversations of a step of the means over their trained tokens" in printed
     assert "chats: 150 conversations in " in printed
     assert "trained tokens:\n  loss" in printed
@@ -192,11 +192,13 @@ def test_killed_and_resumed_and_on_two_devices(run, chats, tmp_path):
     fit("killed", "--data.num_workers", 1, "--ckpt_path", "auto")
     context = ["--trainer.devices", 2, "--trainer.strategy", "FSDP2Strategy"]
     fit("two", *context, "--trainer.strategy.context_parallel_size", 2)
-    whole, killed, two = (read_checkpoint(tmp_path / f"{x}/checkpoints/last.ckpt") for x in ("whole", "killed", "two"))
-    for name, value in whole["state_dict"].items():
+    baseline, killed, two = (
+        read_checkpoint(tmp_path / f"{x}/checkpoints/last.ckpt") for x in ("baseline", "killed", "two")
+    )
+    for name, value in baseline["state_dict"].items():
         assert torch.equal(killed["state_dict"][name], value), name
         torch.testing.assert_close(two["state_dict"][name], value, atol=1e-8, rtol=0)
     for key in ("validation", "tokens_seen", "train_loss"):
-        assert killed[KEY][key] == whole[KEY][key]
-    assert json.loads(whole[KEY]["tokenizer_config"])["chat_template"] == "{{ messages }}"
-    assert json.loads(whole[KEY]["generation_config"])["eos_token_id"] == [1, END]
+        assert killed[KEY][key] == baseline[KEY][key]
+    assert json.loads(baseline[KEY]["tokenizer_config"])["chat_template"] == "{{ messages }}"
+    assert json.loads(baseline[KEY]["generation_config"])["eos_token_id"] == [1, END]

@@ -62,14 +62,18 @@ ROOM = [
 ]
 
 
-@pytest.mark.parametrize(("keep", "saved", "free", "said"), ROOM)
-def test_disk_space_for_the_next_checkpoints(tmp_path, monkeypatch, capsys, keep, saved, free, said):
+@pytest.mark.parametrize(("keep", "saved", "free", "warning"), ROOM)
+def test_disk_space_for_the_next_checkpoints(tmp_path, monkeypatch, capsys, keep, saved, free, warning):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(free * 2**20)))
     space = DiskSpace(keep)
     for step in (1, 2):
         space.check(tmp_path, size=2**20, saved=saved, step=step, run_log=RunLog())
     errors = capsys.readouterr().err
-    assert errors.count(f"Notice: {tmp_path}: {said}: it takes 1.0 MiB, and ") == errors.count("Notice") == bool(said)
+    assert (
+        errors.count(f"Notice: {tmp_path}: {warning}: it takes 1.0 MiB, and ")
+        == errors.count("Notice")
+        == bool(warning)
+    )
 
 
 @pytest.mark.end_to_end

@@ -88,8 +88,8 @@ def test_stopped_within_a_step(fit, by_signal, capsys):
     assert stored[KEY]["tokens_seen"] == 2 * 3 * 2 * 64
     assert stored["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["samples"] == 2 * 3 * 2
     fit(*options, "run", "--ckpt_path", "auto")
-    fit(*options, "whole")
-    assert_same("run/checkpoints/last.ckpt", "whole/checkpoints/last.ckpt")
+    fit(*options, "baseline")
+    assert_same("run/checkpoints/last.ckpt", "baseline/checkpoints/last.ckpt")
 
 
 class SignalInValidation(Callback):

@@ -138,7 +138,7 @@ def test_evaluation_and_samples_compile_nothing(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         (["--evaluation.every_n_steps", "-1"], "evaluation.every_n_steps: -1 must be 0 (never) or more"),
         (["--evaluation.tasks", "speed"], "evaluation.tasks: no task 'speed'"),
@@ -159,8 +159,8 @@ def test_evaluation_and_samples_compile_nothing(tiny, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_mistakes(mistake, options, said):
-    assert said in mistake(*options)
+def test_mistakes(mistake, options, expected):
+    assert expected in mistake(*options)
 
 
 def test_a_resumed_run_evaluates_only_at_ends_of_steps(run, tiny, tmp_path):

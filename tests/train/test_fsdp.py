@@ -205,8 +205,8 @@ def test_continued_on_other_devices(fit, tmp_path, before, after, optimizer):
     (options, devices, rows), (other_options, other_devices, other_rows) = before, after
     fit(*common, *options, steps=4, devices=devices, rows=rows, folder=tmp_path / "run")
     fit(*common, *other_options, "--ckpt_path", "auto", devices=other_devices, rows=other_rows, folder=tmp_path / "run")
-    whole = fit(*common, *options, devices=devices, rows=rows)
-    found, expected = weights(tmp_path / "run"), weights(whole)
+    baseline = fit(*common, *options, devices=devices, rows=rows)
+    found, expected = weights(tmp_path / "run"), weights(baseline)
     for name, value in expected.items():
         if before is after:
             assert torch.equal(found[name], value), name

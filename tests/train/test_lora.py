@@ -49,7 +49,7 @@ def base_of(folder):
 def adapters(runs):
     """Checkpoints of an uninterrupted run with LoRA."""
     root, fit = runs
-    return fit("whole", *LORA, *base_of(root), "--model.lora.dropout", 0.2, "--model.activation_checkpointing", 1)
+    return fit("baseline", *LORA, *base_of(root), "--model.lora.dropout", 0.2, "--model.activation_checkpointing", 1)
 
 
 def assert_same(one, other, tolerance=0.0):
@@ -138,7 +138,7 @@ def test_other_commands_accept_adapters(runs, adapters, run, tiny, capsys):
 
 def test_mistakes_are_one_line(runs, adapters, mistake):
     root, _ = runs
-    base, whole, last = base_of(root), root / "base" / "checkpoints" / "last.ckpt", adapters / "last.ckpt"
+    base, full_model, last = base_of(root), root / "base" / "checkpoints" / "last.ckpt", adapters / "last.ckpt"
     muon = ["--model.optimizer", "Muon"]
     sharded = ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.save_distributed_checkpoint", "true"]
     for options, expected in (
@@ -151,7 +151,7 @@ def test_mistakes_are_one_line(runs, adapters, mistake):
         ([*base, *LORA, "--model.lora.dropout", 0.1, "--model.mlp_chunk_tokens", 8], "model.lora.dropout"),
         ([*base, *LORA, "--model.init_optimizer", "true"], "model.init_optimizer: the state of model.init_from bel"),
         ([*base, *LORA, *sharded], "trainer.strategy.save_distributed_checkpoint: adapters are saved in one file"),
-        ([*LORA, "--ckpt_path", whole], "ckpt_path: "),
+        ([*LORA, "--ckpt_path", full_model], "ckpt_path: "),
         (["--ckpt_path", last], "stores adapters, and the recipe has no model.lora"),
         (["--model.lora.rank", 8, "--ckpt_path", last], "stores other adapters (rank 4 → 8)"),
         ([*LORA, "--ckpt_path", last, "--model.init_from", last], "trained on another base"),

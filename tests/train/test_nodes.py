@@ -60,7 +60,7 @@ def fit(command_server, command_path, free_port, tiny, tmp_path_factory):
 
     def fit(name, *options, nodes=1, per_node=1, steps=STEPS):
         world = nodes * per_node
-        words = [
+        arguments = [
             command_path, "fit", *tiny, "--trainer.callbacks", "recorder.Recorder", "--trainer.callbacks.out",
             f"{name}-read", "--trainer.default_root_dir", name, "--trainer.num_nodes", nodes, "--trainer.devices",
             per_node, "--data.batch_size", BATCH // world, "--trainer.max_steps", steps, "--sample.max_new_tokens", 2,
@@ -74,7 +74,7 @@ def fit(command_server, command_path, free_port, tiny, tmp_path_factory):
             place = {key: str(value) for key, value in place.items()} | shared if world > 1 else {}
             output = str(root / f"{name}-{rank}.txt")
             environment = {**os.environ, **place}
-            job = {"command": [str(word) for word in words], "cwd": str(root), "environment": environment}
+            job = {"command": [str(argument) for argument in arguments], "cwd": str(root), "environment": environment}
             started.append(ask(**job, output=output, errors=output, detached=True))
         codes = [ask(wait=process) for process in started]
         assert codes == [0] * world, "\n".join((root / f"{name}-{rank}.txt").read_text() for rank in range(world))
@@ -138,8 +138,8 @@ def assert_same_run(folder, other, *, step):
 def test_nodes_train_like_one_process(fit, alone, per_node, strategy):
     world = NODES * per_node
     folder = fit(f"{strategy}-{world}", *STRATEGIES[strategy], nodes=NODES, per_node=per_node)
-    places = {(record["rank"], record["node"], record["local"]) for record in records(folder)}
-    assert places == {(rank, rank // per_node, rank % per_node) for rank in range(world)}
+    positions = {(record["rank"], record["node"], record["local"]) for record in records(folder)}
+    assert positions == {(rank, rank // per_node, rank % per_node) for rank in range(world)}
     assert {record["seed"] for record in records(folder)} == {0}
     assert rows_by_batch(folder) == rows_by_batch(alone)
     assert sum(map(Counter.total, rows_by_batch(folder).values())) == STEPS * BATCH
@@ -151,10 +151,10 @@ def test_nodes_train_like_one_process(fit, alone, per_node, strategy):
     # Resumed with two processes, it ends like the uninterrupted single process.
     resumed = ["--ckpt_path", folder / f"checkpoints/step={STEPS}.ckpt"]
     other = "ddp" if strategy != "shards" else "fsdp2"  # required for sharded checkpoints
-    goes_on = fit(f"{strategy}-{world}-on", *STRATEGIES[other], *resumed, per_node=2, steps=STEPS + 2)
-    whole = alone.with_name("whole")
-    if not whole.exists():
-        fit("whole", steps=STEPS + 2)
-    read = rows_by_batch(whole)
-    assert rows_by_batch(goes_on) == {batch: read[batch] for batch in (STEPS, STEPS + 1)}
-    assert_same_run(goes_on, whole, step=STEPS + 2)
+    resumed = fit(f"{strategy}-{world}-on", *STRATEGIES[other], *resumed, per_node=2, steps=STEPS + 2)
+    baseline = alone.with_name("baseline")
+    if not baseline.exists():
+        fit("baseline", steps=STEPS + 2)
+    read = rows_by_batch(baseline)
+    assert rows_by_batch(resumed) == {batch: read[batch] for batch in (STEPS, STEPS + 1)}
+    assert_same_run(resumed, baseline, step=STEPS + 2)

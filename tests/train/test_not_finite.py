@@ -19,13 +19,13 @@ pytestmark = pytest.mark.end_to_end
 def bad(step, *, every=False):
     """Set the gradients of a step to NaN."""
 
-    def spoil(trainer):
+    def set_nan(trainer):
         next(trainer.lightning_module.decoder.parameters()).grad[0] = torch.nan
 
     class Spoil(Callback):
         def on_after_backward(self, trainer, module):
             if trainer.global_step + 1 == step or (every and trainer.global_step + 1 > step):
-                spoil(trainer)
+                set_nan(trainer)
 
     return Spoil()
 
@@ -44,7 +44,7 @@ class Poison(Callback):
         module._summed_loss = spoilt
 
 
-class LeaveOut(Callback):
+class SkipStep(Callback):
     """Remove the gradients before step 50."""
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
@@ -58,19 +58,19 @@ def test_a_document_with_a_nan_loss(fit, capsys):
     options += ["--model.schedule.total_steps", 60, "--trainer.limit_val_batches", 0, "--trainer.log_every_n_steps", 4]
     with pytest.raises(SystemExit):
         fit("poisoned", *options, callbacks=[Poison()])
-    line, _, typed = capsys.readouterr().err.strip().splitlines()[-1].partition(" such steps: ")
+    line, _, suggested = capsys.readouterr().err.strip().splitlines()[-1].partition(" such steps: ")
     assert line == (
         "ropepp-lit: error: loss or gradients are NaN or infinite at step 50; the last good checkpoint is "
         "poisoned/checkpoints/step=40.ckpt. Lower model.optimizer.lr, or continue without"
     )
-    assert typed == "ropepp-lit fit --config poisoned/recipe.yaml --ckpt_path auto --model.on_nan skip"
-    poisoned = fit("poisoned", *shlex.split(typed)[2:], callbacks=[Poison()])
+    assert suggested == "ropepp-lit fit --config poisoned/recipe.yaml --ckpt_path auto --model.on_nan skip"
+    poisoned = fit("poisoned", *shlex.split(suggested)[2:], callbacks=[Poison()])
     printed = capsys.readouterr().out
     assert printed.count("Step 50 is skipped: its loss or gradients are NaN or infinite") == 1
     assert "Step 52 (1 of them skipped), 6,656 tokens read" in printed
-    left_out = fit("left_out", *options, callbacks=[LeaveOut()])
-    assert_same(*(folder / "checkpoints/step=52.ckpt" for folder in (poisoned, left_out)))
-    a, b = (read_checkpoint(folder / "checkpoints/step=52.ckpt") for folder in (poisoned, left_out))
+    skipped = fit("skipped", *options, callbacks=[SkipStep()])
+    assert_same(*(folder / "checkpoints/step=52.ckpt" for folder in (poisoned, skipped)))
+    a, b = (read_checkpoint(folder / "checkpoints/step=52.ckpt") for folder in (poisoned, skipped))
     assert a["lr_schedulers"] == b["lr_schedulers"]
     states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (a, b)]
     assert all(torch.equal(states[1][n][key], value) for n, state in states[0].items() for key, value in state.items())

@@ -60,8 +60,8 @@ def test_memory_options_and_devices_lower_the_estimate():
     sharded = {"strategy": "fsdp2", "devices": 8}
     assert parts(**sharded)["optimizer"] == plain["optimizer"] / 8
     accumulated = {**sharded, "accumulate_grad_batches": 2}
-    whole = parts(**accumulated, reduce_each_micro_batch=False)["gradients"]
-    assert whole - parts(**accumulated)["gradients"] == pytest.approx(4 * 200_000 * 7 / 8)
+    unreduced = parts(**accumulated, reduce_each_micro_batch=False)["gradients"]
+    assert unreduced - parts(**accumulated)["gradients"] == pytest.approx(4 * 200_000 * 7 / 8)
 
 
 # Names returned by torch.cuda.get_device_name, peak in 10¹² operations per second, memory in GiB.

@@ -33,8 +33,8 @@ def test_torchrun_restarts_all_ranks_after_a_kill(tiny, tmp_path, start_training
             time.sleep(0.1)
     assert process.wait(timeout=300) == 0, (tmp_path / "errors").read_text()
     assert (tmp_path / "output").read_text().count("Continuing from run/checkpoints/step=") == 3
-    subprocess.run([*launch, *fit, "whole"], cwd=tmp_path, check=True, capture_output=True)
-    assert_same(checkpoints / "last.ckpt", tmp_path / "whole/checkpoints/last.ckpt")
+    subprocess.run([*launch, *fit, "baseline"], cwd=tmp_path, check=True, capture_output=True)
+    assert_same(checkpoints / "last.ckpt", tmp_path / "baseline/checkpoints/last.ckpt")
 
 
 @pytest.mark.skipif(shutil.which("slurmctld") is None, reason="needs slurmctld, slurmd and munge")

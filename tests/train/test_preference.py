@@ -146,7 +146,7 @@ def answers_of(decoder, batch):
 def test_the_loss_of_a_step_is_the_mean_over_pairs(name, pairs, tmp_path):
     """At the second step, when the model differs from the reference, with and without micro-batches."""
     preference, plain = LOSSES[name]
-    whole, trainer, keep = train(pairs, tmp_path, preference, batch_size=8, gradient_clip_val=0.1)
+    full_batch, trainer, keep = train(pairs, tmp_path, preference, batch_size=8, gradient_clip_val=0.1)
     reference, decoder = keep.decoders
     samples = trainer.datamodule.train_samples
     losses, rewards = [], []
@@ -171,7 +171,7 @@ def test_the_loss_of_a_step_is_the_mean_over_pairs(name, pairs, tmp_path):
         assert found["train/accuracy"].item() == pytest.approx((chosen > rejected).double().mean().item())
         assert found["pairs_per_second"] > 0
         assert "train/perplexity" not in found
-    for one, two in zip(whole.decoder.parameters(), parts.decoder.parameters(), strict=True):
+    for one, two in zip(full_batch.decoder.parameters(), parts.decoder.parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
 
 
@@ -215,19 +215,19 @@ def test_killed_and_resumed(lora, run, pairs, tmp_path):
         "--trainer.accumulate_grad_batches", 2, "--model.schedule.total_steps", 4,
     ]  # fmt: skip
     options += ["--model.lora.rank", 4, "--model.lora.dropout", 0.2] if lora else []
-    printed = fit("whole", *options)
+    printed = fit("baseline", *options)
     assert "DPO, beta 0.1; the reference is the model at the start of the run" in printed
     assert "Held-out pairs of pairs at step 4, " in printed
     killer = ["--trainer.callbacks", "killer.Kill", "--trainer.callbacks.at", 5]
     fit("killed", *options, *killer, returncode=-signal.SIGKILL)
     fit("killed", *options, "--ckpt_path", "auto")
-    whole, killed = (read_checkpoint(tmp_path / f"{name}/checkpoints/last.ckpt") for name in ("whole", "killed"))
-    for name, value in whole["state_dict"].items():
+    baseline, killed = (read_checkpoint(tmp_path / f"{name}/checkpoints/last.ckpt") for name in ("baseline", "killed"))
+    for name, value in baseline["state_dict"].items():
         assert torch.equal(killed["state_dict"][name], value), name
     for key in ("validation", "tokens_seen", "train_loss"):
-        assert killed[KEY][key] == whole[KEY][key]
-    assert set(whole[KEY]["train_loss"]) == {"nats", "tokens", "rewards"}
-    for name, value in whole[KEY][ENTRY].items():
+        assert killed[KEY][key] == baseline[KEY][key]
+    assert set(baseline[KEY]["train_loss"]) == {"nats", "tokens", "rewards"}
+    for name, value in baseline[KEY][ENTRY].items():
         assert torch.equal(killed[KEY][ENTRY][name], value)
     if lora:
         return  # dropout differs between ranks
@@ -236,7 +236,7 @@ def test_killed_and_resumed(lora, run, pairs, tmp_path):
     fit("two", *options, *ranks, "--trainer.strategy.context_parallel_size", 2, "--trainer.max_steps", 2)
     fit("two", *options, *ranks, "--data.batch_size", 2, "--ckpt_path", "auto")
     two = read_checkpoint(tmp_path / "two/checkpoints/last.ckpt")
-    for found, expected in ((two["state_dict"], whole["state_dict"]), (two[KEY][ENTRY], whole[KEY][ENTRY])):
+    for found, expected in ((two["state_dict"], baseline["state_dict"]), (two[KEY][ENTRY], baseline[KEY][ENTRY])):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, atol=1e-8, rtol=0)
 

@@ -60,8 +60,8 @@ def test_commands_round_trip(text):
     def generate(checkpoint: str, *, prompt: str = "") -> None:
         read.append((checkpoint, prompt))
 
-    words = shlex.split(command("ropepp-lit", "generate", f"runs/{text}", prompt=text))
-    call(generate, words[1:])
+    arguments = shlex.split(command("ropepp-lit", "generate", f"runs/{text}", prompt=text))
+    call(generate, arguments[1:])
     assert read == [(f"runs/{text}", text)]
 
 
@@ -69,11 +69,11 @@ def test_a_run_with_special_characters_in_prompt_and_folder(fit, run, capsys):
     """The written recipe and the printed commands work."""
     fit("it's", "--sample.prompt=1e3", "--trainer.max_steps", 1)
     printed = capsys.readouterr().out
-    words = shlex.split(printed.partition("Next:")[2])
-    assert words[:5] == ["ropepp-lit", "generate", "it's/checkpoints/last.ckpt", "--prompt", "1e3"]
-    end = words.index("ropepp-lit", 6)
-    main(words[6:end])
+    arguments = shlex.split(printed.partition("Next:")[2])
+    assert arguments[:5] == ["ropepp-lit", "generate", "it's/checkpoints/last.ckpt", "--prompt", "1e3"]
+    end = arguments.index("ropepp-lit", 6)
+    main(arguments[6:end])
     assert "at step 1, " in capsys.readouterr().out
-    start = words.index("fit")
-    main(words[start : start + 7])
+    start = arguments.index("fit")
+    main(arguments[start : start + 7])
     assert "--- sample at step 2 ---" in capsys.readouterr().out

@@ -85,25 +85,25 @@ OPTIMIZERS = {
     ids=["AdamW", "Muon"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(fit, tmp_path, optimizer):
-    fit("whole", *optimizer)
+    fit("baseline", *optimizer)
     length = ["--model.schedule.total_steps", "8"]
     fit("halves", "--trainer.max_steps", "4", *length, *optimizer)
     fit("halves", "--ckpt_path", "halves/checkpoints/last.ckpt", *length, *optimizer)
-    assert batches(tmp_path, "halves") == batches(tmp_path, "whole")
-    assert len(batches(tmp_path, "whole")) == 8 * ACCUMULATE
-    assert_same_run(tmp_path, "whole", "halves")
+    assert batches(tmp_path, "halves") == batches(tmp_path, "baseline")
+    assert len(batches(tmp_path, "baseline")) == 8 * ACCUMULATE
+    assert_same_run(tmp_path, "baseline", "halves")
 
 
 def test_killed_within_an_accumulation_window(fit, tmp_path):
-    fit("whole", "--trainer.val_check_interval", "4")
+    fit("baseline", "--trainer.val_check_interval", "4")
     # Batch 16 is the second of the three of step 6; step 4 was the last to be saved.
     fit("killed", "--trainer.val_check_interval", "4", kill_at=16, returncode=-signal.SIGKILL)
     assert (tmp_path / "killed/checkpoints/last.ckpt").resolve().name == "step=4.ckpt"
     fit("killed", "--trainer.val_check_interval", "4", "--ckpt_path", "auto")
     before, after = batches(tmp_path, "killed")[:17], batches(tmp_path, "killed")[17:]
-    assert before == batches(tmp_path, "whole")[:17]
-    assert after == batches(tmp_path, "whole")[12:]
-    assert_same_run(tmp_path, "whole", "killed")
+    assert before == batches(tmp_path, "baseline")[:17]
+    assert after == batches(tmp_path, "baseline")[12:]
+    assert_same_run(tmp_path, "baseline", "killed")
 
 
 def stop_run(start_training, command_path, tiny, folder, number, *, devices=1, to="first"):
@@ -120,7 +120,7 @@ def stop_run(start_training, command_path, tiny, folder, number, *, devices=1, t
     return process.returncode, *((folder / name).read_text() for name in ("output", "errors"))
 
 
-def stop_and_go_on(start_training, command_path, tiny, run, folder, number, **how):
+def stop_and_resume(start_training, command_path, tiny, run, folder, number, **how):
     """Check that a run stopped by a signal saves, reports it, and resumes bit-identically."""
     returncode, output, errors = stop_run(start_training, command_path, tiny, folder, number, **how)
     assert returncode == 128 + number, errors
@@ -132,17 +132,17 @@ def stop_and_go_on(start_training, command_path, tiny, run, folder, number, **ho
     strategy = ["--trainer.devices", devices, *(["--trainer.strategy", "fsdp2"] if devices > 1 else [])]
     options = ["--trainer.max_steps", step + 3, "--model.schedule.total_steps", 100000, *strategy]
     run("fit", *tiny, *options, "--trainer.default_root_dir", "run", "--ckpt_path", "auto", cwd=folder)
-    run("fit", *tiny, *options, "--trainer.default_root_dir", "whole", cwd=folder)
-    paths = (folder / name / "checkpoints" / f"step={step + 3}.ckpt" for name in ("run", "whole"))
-    stopped, whole = (torch.load(path, weights_only=True)["state_dict"] for path in paths)
-    assert all(torch.equal(stopped[name], value) for name, value in whole.items())
+    run("fit", *tiny, *options, "--trainer.default_root_dir", "baseline", cwd=folder)
+    paths = (folder / name / "checkpoints" / f"step={step + 3}.ckpt" for name in ("run", "baseline"))
+    stopped, baseline = (torch.load(path, weights_only=True)["state_dict"] for path in paths)
+    assert all(torch.equal(stopped[name], value) for name, value in baseline.items())
 
 
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGUSR1))]
 )
 def test_stopped_by_a_signal(start_training, command_path, tiny, run, tmp_path, number):
-    stop_and_go_on(start_training, command_path, tiny, run, tmp_path, number)
+    stop_and_resume(start_training, command_path, tiny, run, tmp_path, number)
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_torchrun_stopped_by_a_signal(start_training, tiny, run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kill_at", range(1, 24))
 def test_killed_at_any_batch(fit, tmp_path, kill_at):
-    fit("whole")
+    fit("baseline")
     fit("killed", kill_at=kill_at, returncode=-signal.SIGKILL)
     fit("killed", "--ckpt_path", "auto")
-    assert_same_run(tmp_path, "whole", "killed")
+    assert_same_run(tmp_path, "baseline", "killed")

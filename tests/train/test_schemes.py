@@ -29,11 +29,11 @@ def test_from_training_to_text(name, tiny, tmp_path, monkeypatch, capsys):
     class_path = checkpoint[KEY]["architecture"]["positions"]["class_path"]
     assert class_path == f"ropepp_lit.nn.{'pope' if name == 'PoPE' else 'baselines'}.{name}"
     main(["fit", *options, "run", "--trainer.max_steps", "4", "--ckpt_path", "auto"])
-    main(["fit", *options, "whole", "--trainer.max_steps", "4"])
-    halves, whole = (decoder_weights(read_checkpoint(f"{run}/checkpoints/last.ckpt")) for run in ("run", "whole"))
+    main(["fit", *options, "baseline", "--trainer.max_steps", "4"])
+    halves, baseline = (decoder_weights(read_checkpoint(f"{run}/checkpoints/last.ckpt")) for run in ("run", "baseline"))
     before = decoder_weights(checkpoint)
-    assert halves.keys() == whole.keys() == before.keys()
-    for key, value in whole.items():
+    assert halves.keys() == baseline.keys() == before.keys()
+    for key, value in baseline.items():
         assert torch.equal(halves[key], value), key
         assert torch.equal(before[key], value) == ("coef" in key or "exponents" in key), key
     capsys.readouterr()

@@ -74,10 +74,10 @@ def test_accumulation_counts_every_micro_batch(changes, gathers, scatters):
     """Two of four micro-batches are simulated; without resharding, parameters are gathered once per step."""
     setup = Setup(rows=1, context_length=64, strategy="fsdp2", devices=8, accumulate_grad_batches=4, **changes)
     counts, parameters = run_step(setup).counts, meta().num_parameters
-    whole, blocks = 4 * parameters * 7 / 8, 4 * (parameters - 2 * EMBEDDING - 64) * 7 / 8
-    expected = whole if gathers is None else gathers * (whole + blocks)
+    total, blocks = 4 * parameters * 7 / 8, 4 * (parameters - 2 * EMBEDDING - 64) * 7 / 8
+    expected = total if gathers is None else gathers * (total + blocks)
     assert counts.sent[Collective("all-gather", 8)] == expected
-    assert counts.sent[Collective("reduce-scatter", 8)] == scatters * whole
+    assert counts.sent[Collective("reduce-scatter", 8)] == scatters * total
 
 
 @pytest.mark.parametrize(("devices", "replicas"), [(8, 2), (1024, 128)])
@@ -104,14 +104,14 @@ def test_sequence_parallelism_exchanges_heads():
 def test_gathering_sends_keys_and_values_and_divides_the_flops(scheme, groups):
     """A reduce-scatter sends as much as its all-gather; groups of heads are gathered again in the backward pass."""
     setup = Setup(rows=2, context_length=64, strategy="fsdp2", devices=8, attention_head_groups=groups)
-    whole = run_step(setup, scheme=scheme).counts
+    full_rows = run_step(setup, scheme=scheme).counts
     shared = dataclasses.replace(setup, context_parallel_size=4, context_parallel_mode="gather")
     counts, layout = run_step(shared, scheme=scheme).counts, meta(scheme=scheme).head_layout
     sent = elements_moved(layout, 8, 4, "gather") * 2 * 64 // 4 * 3 * 4
     gathers, scatters = Collective("all-gather", 4), Collective("reduce-scatter", 4)
     assert (counts.calls[gathers], counts.calls[scatters]) == (3 * groups * groups, 3 * groups)
     assert (counts.sent[gathers], counts.sent[scatters]) == (groups * sent, sent)
-    assert counts.flops == whole.flops / 4
+    assert counts.flops == full_rows.flops / 4
 
 
 @pytest.mark.parametrize("scheme", [RoPE(), EC, PoPE()], ids=str)
@@ -156,12 +156,12 @@ def test_parts_of_the_memory():
 
 
 def test_offloaded_inputs_are_not_on_the_device():
-    kept, offloaded = (
+    stored, offloaded = (
         run_step(Setup(rows=1, context_length=1024, activation_checkpointing=1, offload_activations=offloads)).memory
         for offloads in (False, True)
     )
     # In the loss, which is the peak; cosines and sines are offloaded too.
-    assert kept["activations"] - offloaded["activations"] == pytest.approx(3 * 1024 * 64 * 4, rel=0.1)
+    assert stored["activations"] - offloaded["activations"] == pytest.approx(3 * 1024 * 64 * 4, rel=0.1)
 
 
 GEOMETRIES = {

@@ -20,10 +20,10 @@ from ropepp_lit.train.spikes import SpikeDetector, forget_skipped, skipped_sampl
 def test_skipped_samples(replicas, rank):
     skipped = [[4, 9], [9, 11], [20, 21]]
     batches = RankBatches(2, 6, skipped, batch_size=2, num_replicas=replicas, rank=rank)
-    kept = [number for number in range(2, 60) if not any(first <= number < end for first, end in skipped)]
-    ours = [kept[index : index + 2] for index in range(2 * rank, len(kept), 2 * replicas)][:6]
+    remaining = [number for number in range(2, 60) if not any(first <= number < end for first, end in skipped)]
+    ours = [remaining[index : index + 2] for index in range(2 * rank, len(remaining), 2 * replicas)][:6]
     assert list(batches) == ours
-    assert [samples[-1] for samples in batches.of_all()] == kept[2 * replicas - 1 :: 2 * replicas][:6]
+    assert [samples[-1] for samples in batches.of_all()] == remaining[2 * replicas - 1 :: 2 * replicas][:6]
 
 
 def test_spike_detection():
@@ -139,8 +139,8 @@ def test_repeated_spikes(fit, capsys):
     assert "; deleted: step=20.ckpt, step=24.ckpt\n" in captured.out
     line = captured.err.strip().splitlines()[-1]
     assert "at step 24, and the run has rolled back as often as spikes.max_rollbacks allows (1). Lower model." in line
-    typed = line.partition(" before the spike: ")[2]
-    assert "--ckpt_path often/checkpoints/step=20.ckpt --trainer.default_root_dir often-20" in typed
+    suggested = line.partition(" before the spike: ")[2]
+    assert "--ckpt_path often/checkpoints/step=20.ckpt --trainer.default_root_dir often-20" in suggested
     folder = fit("none", *RISE, "--checkpoints.every_n_steps", 100, callbacks=[Rise()])
     assert "and there is no checkpoint before it to roll back to." in capsys.readouterr().out
     assert [event["event"] for event in read_run_log(folder)].count("warning") == 1

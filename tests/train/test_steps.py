@@ -17,9 +17,9 @@ pytestmark = pytest.mark.end_to_end
 
 
 @pytest.fixture(scope="module")
-def whole(fit):
+def baseline(fit):
     """Uninterrupted run of 8 steps."""
-    return fit("whole")
+    return fit("baseline")
 
 
 # Causes that end the run, most at batch 13, the second of step 5; checkpoint and logs are then those of step 4.
@@ -38,7 +38,7 @@ STOPS = {
 
 
 @pytest.mark.parametrize("stopped", STOPS)
-def test_a_stopped_run_resumes_exactly(fit, whole, stopped):
+def test_a_stopped_run_resumes_exactly(fit, baseline, stopped):
     callback, error = STOPS[stopped]
     name = stopped.replace(" ", "_")
     if error is None:
@@ -48,7 +48,7 @@ def test_a_stopped_run_resumes_exactly(fit, whole, stopped):
             fit(name, callbacks=[callback])
     if stopped != "a callback after the step":  # it ends at step 5, which the other run neither saves nor validates
         fit(name, "--ckpt_path", "auto")
-        assert_same_run(Path(name), whole)
+        assert_same_run(Path(name), baseline)
         return
     stored = read_checkpoint(f"{name}/checkpoints/last.ckpt")
     assert stored["global_step"] == 5
@@ -58,7 +58,7 @@ def test_a_stopped_run_resumes_exactly(fit, whole, stopped):
     assert [step for tag, step in curves(Path(name)) if tag == "val/loss"] == [2, 4, 5, 6, 8]
 
 
-def test_each_step_is_logged_once(fit, whole):
+def test_each_step_is_logged_once(fit, baseline):
     """Steps 5 and 6 were logged and not saved; `validate` logs nothing."""
     options = ["--trainer.log_every_n_steps", 1, "--checkpoints.every_n_steps", 4]
     with pytest.raises(KillError):
@@ -71,17 +71,17 @@ def test_each_step_is_logged_once(fit, whole):
     assert [event.step for event in events.Scalars("val/loss")] == [2, 4, 6, 8]
 
 
-def test_killed_before_the_first_checkpoint(fit, whole):
+def test_killed_before_the_first_checkpoint(fit, baseline):
     """The run restarts in the same files."""
     for _ in range(2):
         with pytest.raises(KillError):
             fit("early", "--trainer.log_every_n_steps", 1, callbacks=[At("on_save_checkpoint", kill, step=2)])
     assert [step for tag, step in curves(Path("early")) if tag == "train/loss"] == [1, 2]
     fit("early", "--ckpt_path", "auto")
-    assert_same_run(Path("early"), whole)
+    assert_same_run(Path("early"), baseline)
 
 
-def test_a_csv_logger_continues_its_file(fit, whole):
+def test_a_csv_logger_continues_its_file(fit, baseline):
     """A single logger instead of a list; its version is reused."""
     logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "csv"]
     with pytest.raises(KillError):
@@ -94,11 +94,11 @@ def test_a_csv_logger_continues_its_file(fit, whole):
     for name, steps in (("train/loss", [3, 6]), ("val/loss", [2, 4, 6, 8])):
         found = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
         assert [step for step, _ in found] == steps
-        theirs = curves(whole)
+        theirs = curves(baseline)
         assert [value for _, value in found] == pytest.approx([theirs[name, step] for step in steps])
 
 
-def test_a_user_checkpoint_callback(fit, whole, capsys):
+def test_a_user_checkpoint_callback(fit, baseline, capsys):
     """They store the same state and do not affect the run; exit codes of signals are unchanged."""
     theirs = ModelCheckpoint(dirpath="own/theirs", filename="{step}", every_n_train_steps=2, save_top_k=-1)
     with pytest.raises(SystemExit) as ended:
@@ -107,11 +107,11 @@ def test_a_user_checkpoint_callback(fit, whole, capsys):
     assert "saved as own/checkpoints/step=4.ckpt" in capsys.readouterr().out
     fit("own", "--ckpt_path", "auto", callbacks=[theirs])
     assert "Next:" in capsys.readouterr().out
-    assert_same_run(Path("own"), whole)
+    assert_same_run(Path("own"), baseline)
     for step in (2, 4, 6, 8):
         assert Path(f"own/theirs/step={step}.ckpt").exists()
     fit("from_theirs", "--ckpt_path", "own/theirs/step=6.ckpt")
-    a, b = (read_checkpoint(path / "checkpoints/step=8.ckpt") for path in (Path("from_theirs"), whole))
+    a, b = (read_checkpoint(path / "checkpoints/step=8.ckpt") for path in (Path("from_theirs"), baseline))
     assert all(torch.equal(a["state_dict"][name], value) for name, value in b["state_dict"].items())
 
 
@@ -208,11 +208,11 @@ def test_a_full_disk_ends_the_run_with_one_line(run, tiny, tmp_path, logger):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_options_of_lightning_without_effect_on_results(fit, whole):
+def test_options_of_lightning_without_effect_on_results(fit, baseline):
     """Run and logs are unchanged; a sanity validation before the first step is not logged."""
     options = ["--trainer.num_sanity_val_steps", 1, "--trainer.detect_anomaly", "true", "--trainer.profiler", "simple"]
     options += ["--trainer.inference_mode", "true", "--trainer.max_time", "01:00:00:00", "--trainer.min_steps", 4]
     options += ["--trainer.enable_model_summary", "true", "--trainer.enable_progress_bar", "false"]
     options += ["--trainer.deterministic", "true", "--trainer.callbacks", "EarlyStopping"]
     options += ["--trainer.callbacks.monitor", "val/loss", "--trainer.callbacks.patience", 100]
-    assert_same_run(fit("options", *options), whole)
+    assert_same_run(fit("options", *options), baseline)
