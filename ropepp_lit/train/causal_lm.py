@@ -59,8 +59,8 @@ class CausalLM(LightningModule):
         attention_head_groups: Number of head groups that attention layers compute sequentially, and recompute in the
             backward pass; a divisor of the number of key/value heads. 1 disables grouping.
         compile: Compile each block with torch.compile; empty means on CUDA only, and not with offload_activations.
-        attention: Attention kernel on CUDA in half precision, see :mod:`ropepp_lit.nn.kernels`; empty selects one by
-            the GPU, the torch version and the installed packages.
+        attention: Attention kernel on CUDA in half precision, see `ropepp_lit.nn.kernels`; empty selects one by the
+            GPU, the torch version and the installed packages.
         init_from: Checkpoint or Hugging Face folder to initialize the weights from; optimizer, schedule and data start
             fresh. Geometry and variant must match the recipe; base and scaling can differ. NoPE can be initialized
             from RoPE, and `qk_norm` can be added (its weights start at 1).
@@ -68,13 +68,13 @@ class CausalLM(LightningModule):
         lora: Train adapters, with the weights of init_from frozen; empty trains all weights.
         preference: Loss for pairs of chosen and rejected answers: DPO, SimPO or ORPO.
         schedule: Learning rate schedule, by optimizer steps.
-        loss_average: What the loss of an optimizer step is averaged over, across all micro-batches and devices:
-            `all_tokens` (a constant), `trained_tokens`, or `conversations` (the mean over trained tokens of each).
-            Empty: `trained_tokens` if the training data mark them, else `all_tokens`. Validation is per token.
-        on_nan: What to do at a step with NaN or infinite gradients: `stop` ends the run and prints the last
-            checkpoint; `skip` leaves weights and optimizer state unchanged (the host waits for the device at each
-            step), and stops after 10 such steps in a row. With `precision: 16-mixed` the loss scaling skips such steps
-            itself, and a NaN loss ends the run when it is logged.
+        loss_average: Average of the loss of an optimizer step, across all micro-batches and devices: over `all_tokens`
+            (a constant), `trained_tokens`, or `conversations` (of the mean over the trained tokens of each). Empty:
+            `trained_tokens` if the training data mark them, else `all_tokens`. Validation is per token.
+        on_nan: Action at a step with NaN or infinite gradients: `stop` ends the run and prints the last checkpoint;
+            `skip` leaves weights and optimizer state unchanged (the host waits for the device at each step), and stops
+            after 10 such steps in a row. With `precision: 16-mixed` the loss scaling skips such steps itself, and a
+            NaN loss ends the run when it is logged.
     """
 
     def __init__(

@@ -90,6 +90,14 @@ class RecipeCLI(LightningCLI):
         """Return those of Lightning's subcommands that are supported."""
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Create the parser of a subcommand, with our help for `--ckpt_path`, which accepts `auto`."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        (action,) = (action for action in parser._actions if action.dest == "ckpt_path")
+        auto = "`auto` selects the newest valid one in the run's folder, or starts a new run if there is none."
+        action.help = "Checkpoint to validate." if subcommand == "validate" else f"Checkpoint to continue from. {auto}"
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks' options, and default classes, so that single settings of a class can be given."""
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
@@ -380,8 +388,7 @@ def main(arguments: list[str]) -> None:
     """
     quiet()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # torch's flight recorder, which the watchdog reads
-    # Before any computation, because threads inherit it. CPUs are slow with denormal numbers, which ALiBi's softmax
-    # produces for distant keys.
+    # Set first, as threads inherit it. CPUs are slow with denormal numbers, which ALiBi's softmax gives distant keys.
     torch.set_flush_denormal(True)
     rollback_path = RecipeCLI(arguments).rollback_path
     while rollback_path is not None:  # after a loss spike: resume in the same processes

@@ -37,8 +37,8 @@ class Diagnostics(EveryNSteps):
 
     Args:
         every_n_steps: Optimizer steps between logs; also logged at the last step. 0 disables them.
-        far: N, in tokens.
-        max_tokens: Number of tokens of the row; memory is quadratic in it.
+        far: N of `share_beyond_N`: keys more than N tokens before the query count.
+        max_tokens: Maximum number of tokens of the row to use; memory is quadratic in it.
     """
 
     def __init__(self, *, every_n_steps: int = 0, far: int = 64, max_tokens: int = 1024) -> None:
