@@ -37,8 +37,8 @@ from ropepp_lit.train.devices import device_name, find_device
 from ropepp_lit.train.memory import StepMemory
 from ropepp_lit.train.optimizer import AdamW
 from ropepp_lit.train.parallel import ParallelDims, build_decoder, shard_decoder
-from ropepp_lit.train.setup import Setup
 from ropepp_lit.train.simulate import simulate
+from ropepp_lit.train.step_setup import Setup
 
 SCHEMES: dict[str, PositionScheme] = {"RoPE": RoPE(), "EH": RoPEPP(variant="eh"), "EC": RoPEPP(variant="ec")}
 GIB = 2**30

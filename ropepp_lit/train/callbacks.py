@@ -22,6 +22,7 @@ from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.evaluation import evaluating
 from ropepp_lit.train.loss_average import describe_average
 from ropepp_lit.train.spikes import LossSpikes
+from ropepp_lit.train.step_setup import DTYPES
 from ropepp_lit.train.watchdog import Watchdog
 
 
@@ -41,7 +42,8 @@ def banner(trainer: pl.Trainer, model: CausalLM) -> str:
     lines = _model_lines(model.decoder)
     precision, device = str(trainer.precision), trainer.strategy.root_device
     lines["precision"] = describe_precision(precision, device)
-    lines["attention"] = describe(model.decoder.attention_implementation, device, _activation_dtype(precision))
+    dtype = DTYPES.get(precision.split("-")[0], torch.float32)
+    lines["attention"] = describe(model.decoder.attention_implementation, device, dtype)
     if isinstance(data, TokenData):
         lines |= _data_lines(trainer, data)
     lines["loss"] = describe_average(model.step_average.over)
@@ -51,12 +53,6 @@ def banner(trainer: pl.Trainer, model: CausalLM) -> str:
     guards = [callback.description for callback in callbacks if isinstance(callback, LossSpikes | Watchdog)]
     lines["guards"] = "; ".join(filter(None, [f"NaN: {model.on_nan}", *guards]))
     return "\n".join(f"{name:>16}  {text}" for name, texts in lines.items() for text in texts.splitlines())
-
-
-def _activation_dtype(precision: str) -> torch.dtype:
-    """Return the dtype of activations under a Trainer's precision, such as `bf16-mixed`."""
-    dtypes = {"16": torch.float16, "bf16": torch.bfloat16, "64": torch.float64}
-    return dtypes.get(precision.split("-")[0], torch.float32)
 
 
 def _model_lines(decoder: Decoder) -> dict[str, str]:

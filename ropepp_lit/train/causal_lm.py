@@ -21,13 +21,13 @@ from ropepp_lit.data.conversations import merge_settings
 from ropepp_lit.data.loader import replica_of
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
-from ropepp_lit.train.curves import log_metrics, metric_values
 from ropepp_lit.train.finite import DivergedError, FiniteSteps, OnNaN, check_weights
 from ropepp_lit.train.fsdp import FSDP2Strategy, full_tensor
 from ropepp_lit.train.gradients import finish_gradients
 from ropepp_lit.train.lora import Adapters, LoRA
 from ropepp_lit.train.loss_average import LossAverage, StepAverage, choose_average
 from ropepp_lit.train.memory_options import check_memory_options
+from ropepp_lit.train.metric_logging import log_metrics, metric_values
 from ropepp_lit.train.metrics import TokenLoss
 from ropepp_lit.train.optimizer import OptimizerConfig
 from ropepp_lit.train.optimizer_state import apply_recipe, load_optimizer_state

@@ -23,8 +23,8 @@ from ropepp_lit.train.checkpoint_writer import (
     saved_steps,
     step_of,
 )
-from ropepp_lit.train.curves import flush
 from ropepp_lit.train.disk_space import DiskSpace
+from ropepp_lit.train.metric_logging import flush
 from ropepp_lit.train.run_log import RunLog
 from ropepp_lit.train.signals import StopRequest, disable_lightnings_broadcast
 

@@ -31,15 +31,15 @@ from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of, saved_steps
 from ropepp_lit.train.checks import Checks, checkpoint_to_continue, require_a_step
 from ropepp_lit.train.classes import CLASSES, check_classes, check_nulls, check_sections
-from ropepp_lit.train.curves import truncate_logs
 from ropepp_lit.train.diagnostics import Diagnostics
 from ropepp_lit.train.disk_space import check_first
 from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.finite import DivergedError
 from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.garbage import GarbageCollection
+from ropepp_lit.train.lightning_errors import check_launcher, in_one_line
+from ropepp_lit.train.metric_logging import truncate_logs
 from ropepp_lit.train.recipe import write_recipe
-from ropepp_lit.train.refusals import check_launcher, in_one_line
 from ropepp_lit.train.run_log import describe_start
 from ropepp_lit.train.spikes import LossSpikes, RollBack, SpikeError, forget_skipped, roll_back, skipped_samples
 from ropepp_lit.train.summary import (

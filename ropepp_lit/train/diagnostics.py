@@ -14,9 +14,9 @@ from ropepp_lit.hf.adapters import merge_layer
 from ropepp_lit.nn import Decoder, Documents, Probe
 from ropepp_lit.nn.lora import LoRA, clean_name
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.curves import log_metrics
 from ropepp_lit.train.evaluation import EveryNSteps, evaluating
 from ropepp_lit.train.fsdp import full_tensor
+from ropepp_lit.train.metric_logging import log_metrics
 
 LARGEST = "largest_score"
 """Metric that is aggregated over layers by its maximum; norms by the root of the sum of squares, others by the mean."""

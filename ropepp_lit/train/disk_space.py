@@ -17,7 +17,7 @@ from ropepp_lit.nn.lora import LoRA, inject
 from ropepp_lit.sizes import in_bytes
 from ropepp_lit.train.optimizer import AdamW, Muon, OptimizerConfig, split_parameters
 from ropepp_lit.train.run_log import RunLog
-from ropepp_lit.train.setup import DTYPES
+from ropepp_lit.train.step_setup import DTYPES
 
 
 def checkpoint_bytes(decoder: Decoder, optimizer: OptimizerConfig, *, lora: LoRA | None, precision: str) -> int:

@@ -18,7 +18,7 @@ from ropepp_lit.eval.tasks import Settings, averages, check, measure
 from ropepp_lit.nn import Decoder
 from ropepp_lit.sizes import parse_tokens
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.curves import log_metrics
+from ropepp_lit.train.metric_logging import log_metrics
 from ropepp_lit.train.watchdog import without_timeout
 
 KINDS = ("perplexity", "retrieval", "recall", "induction")

@@ -15,7 +15,7 @@ import torch
 from ropepp_lit.nn import DecoderConfig, HeadLayout
 from ropepp_lit.nn.loss import rows_per_chunk
 from ropepp_lit.train.costs import adapter_layers, adapter_parameters
-from ropepp_lit.train.setup import Setup
+from ropepp_lit.train.step_setup import Setup
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "other")
 """Parts of a device's memory. Activations include temporary tensors of the loss and of the backward pass."""

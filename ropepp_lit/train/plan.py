@@ -23,7 +23,7 @@ from ropepp_lit.train.lora import trained_shapes
 from ropepp_lit.train.loss_average import choose_average, describe_average
 from ropepp_lit.train.memory import PARTS, Memory, StepMemory
 from ropepp_lit.train.optimizer import Muon, split_parameters
-from ropepp_lit.train.setup import DTYPES, Setup
+from ropepp_lit.train.step_setup import DTYPES, Setup
 from ropepp_lit.train.trainer_options import check_options
 
 GIB = 2**30

@@ -40,7 +40,7 @@ from ropepp_lit.train.lora import fake_with_adapters
 from ropepp_lit.train.memory import PARTS
 from ropepp_lit.train.optimizer import OptimizerConfig
 from ropepp_lit.train.parallel import ParallelDims, set_gradient_reduction, shard_decoder
-from ropepp_lit.train.setup import Setup
+from ropepp_lit.train.step_setup import Setup
 
 _PARTS_BY_TYPE = {
     "Parameter": "parameters",

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 
 from ropepp_lit.data.token_data import TokenData
-from ropepp_lit.train.curves import metric_values
+from ropepp_lit.train.metric_logging import metric_values
 from ropepp_lit.train.metrics import TokenLoss
 
 

@@ -13,7 +13,7 @@ from ropepp_lit.train.costs import cache_bytes_per_token, training_flops_per_tok
 from ropepp_lit.train.devices import DEVICES, find_device, peak_flops
 from ropepp_lit.train.memory import StepMemory
 from ropepp_lit.train.plan import plan
-from ropepp_lit.train.setup import Setup
+from ropepp_lit.train.step_setup import Setup
 
 GEOMETRY = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 CONFIG = DecoderConfig(**GEOMETRY, num_attention_heads=4, num_key_value_heads=2)

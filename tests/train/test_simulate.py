@@ -17,8 +17,8 @@ from ropepp_lit.train.lora import trained_shapes
 from ropepp_lit.train.memory import PARTS, StepMemory
 from ropepp_lit.train.optimizer import AdamW, Muon
 from ropepp_lit.train.plan import plan
-from ropepp_lit.train.setup import Setup
 from ropepp_lit.train.simulate import simulate
+from ropepp_lit.train.step_setup import Setup
 
 # All sizes are multiples of 8, so that shards need no padding.
 TINY = DecoderConfig(

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from ropepp_lit.errors import LostProcessError
-from ropepp_lit.train.refusals import in_one_line
+from ropepp_lit.train.lightning_errors import in_one_line
 from ropepp_lit.train.trainer_options import REFUSED_OPTIONS, SUPPORTED_OPTIONS
 
 pytestmark = pytest.mark.end_to_end
