@@ -15,7 +15,6 @@ from ropepp_lit.checkpoint import read_checkpoint
 from ropepp_lit.errors import UsageError
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoint_writer import (
-    LAST,
     CheckpointWriter,
     point_last_at,
     remove,
@@ -27,8 +26,6 @@ from ropepp_lit.train.disk_space import DiskSpace
 from ropepp_lit.train.metric_logging import flush
 from ropepp_lit.train.run_log import RunLog
 from ropepp_lit.train.signals import StopRequest, disable_lightnings_broadcast
-
-__all__ = ["LAST", "Checkpoints", "check_folder", "folder_of", "newest", "saved_steps"]
 
 
 class Checkpoints(Checkpoint):

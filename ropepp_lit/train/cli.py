@@ -28,7 +28,8 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.files import held, local_path
 from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of, saved_steps
+from ropepp_lit.train.checkpoint_writer import saved_steps
+from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of
 from ropepp_lit.train.checks import Checks, checkpoint_to_continue, require_a_step
 from ropepp_lit.train.classes import CLASSES, check_classes, check_nulls, check_sections
 from ropepp_lit.train.diagnostics import Diagnostics

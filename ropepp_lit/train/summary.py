@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from ropepp_lit.arguments import command
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoints import LAST, folder_of, newest
+from ropepp_lit.train.checkpoint_writer import LAST
+from ropepp_lit.train.checkpoints import folder_of, newest
 
 
 @rank_zero_only
