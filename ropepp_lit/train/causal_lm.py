@@ -21,6 +21,7 @@ from ropepp_lit.data.conversations import merge_settings
 from ropepp_lit.data.loader import replica_of
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
+from ropepp_lit.train.build import build_decoder
 from ropepp_lit.train.finite import DivergedError, FiniteSteps, OnNaN, check_weights
 from ropepp_lit.train.fsdp import FSDP2Strategy, full_tensor
 from ropepp_lit.train.gradients import finish_gradients
@@ -32,7 +33,6 @@ from ropepp_lit.train.metrics import TokenLoss
 from ropepp_lit.train.optimizer import OptimizerConfig
 from ropepp_lit.train.optimizer_state import apply_recipe, load_optimizer_state
 from ropepp_lit.train.pair_training import PairTraining
-from ropepp_lit.train.parallel import build_decoder
 from ropepp_lit.train.preference import Preference
 from ropepp_lit.train.run_log import RunLog
 from ropepp_lit.train.schedule import Schedule

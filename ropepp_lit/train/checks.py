@@ -24,6 +24,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.adapters import fingerprint, is_adapter
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder
+from ropepp_lit.train.build import qk_norms
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoints import folder_of, later_checkpoints, newest
 from ropepp_lit.train.diagnostics import Diagnostics
@@ -32,7 +33,6 @@ from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.lora import check_options, continue_adapters, trained_shapes
 from ropepp_lit.train.loss_average import choose_average
-from ropepp_lit.train.parallel import qk_norms
 from ropepp_lit.train.summary import rank_zero_print
 
 Way = Literal["init_from", "fit", "validate"]

@@ -159,7 +159,7 @@ def _fake_cluster(setup: Setup) -> Iterator[ParallelDims | None]:
 def _build(
     setup: Setup, dims: ParallelDims | None, config: DecoderConfig, scheme: PositionScheme, frequencies: Frequencies
 ) -> Decoder:
-    """Build the decoder like :func:`~ropepp_lit.train.parallel.build_decoder`, whose meta tensors cannot be fake."""
+    """Build the decoder like :func:`~ropepp_lit.train.build.build_decoder`, whose meta tensors cannot be fake."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(setup.weight_dtype)
     try:

@@ -33,16 +33,11 @@ from ropepp_lit.nn.context_parallel import ContextGroup
 from ropepp_lit.nn.generation import generate
 from ropepp_lit.nn.sampling import Sampling
 from ropepp_lit.text.tokenizer import byte_tokenizer
+from ropepp_lit.train.build import build_decoder, load_weights
 from ropepp_lit.train.fsdp import full_tensor
 from ropepp_lit.train.loss_average import StepAverage
 from ropepp_lit.train.optimizer import Muon, _ShardedMuon
-from ropepp_lit.train.parallel import (
-    ParallelDims,
-    build_decoder,
-    load_weights,
-    set_gradient_reduction,
-    shard_decoder,
-)
+from ropepp_lit.train.parallel import ParallelDims, set_gradient_reduction, shard_decoder
 
 CPU = torch.device("cpu")
 VOCABULARY, TOKENS = 64, 32

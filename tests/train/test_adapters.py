@@ -14,9 +14,9 @@ from ropepp_lit.hf.export import export
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import ALiBi, Decoder, DecoderConfig, FoPE, Frequencies, RoPE, RoPEPP
 from ropepp_lit.nn.lora import LINEAR, LoRA, inject, trained_names
+from ropepp_lit.train.build import build_decoder
 from ropepp_lit.train.lora import adapter_entry, trained_weights
 from ropepp_lit.train.optimizer import AdamW
-from ropepp_lit.train.parallel import build_decoder
 
 IDS = torch.randint(64, (2, 25), generator=torch.Generator().manual_seed(0))
 

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPEPP
+from ropepp_lit.train.build import build_decoder
 from ropepp_lit.train.fsdp import FSDP2Strategy
-from ropepp_lit.train.parallel import build_decoder
 
 CHECKS = ["first_weights", "gradients", "dtypes", "shards", "muon", "ranks_and_meshes", "generation", "loss_averages"]
 
