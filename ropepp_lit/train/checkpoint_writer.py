@@ -199,7 +199,7 @@ class CheckpointWriter:
         # Later checkpoints that this run has not saved are damaged; counting them would delete valid ones.
         steps = sorted(step for step in saved_steps(path.parent) if step <= first or step in self._saved)
         for old in steps[: -self.keep] if self.keep else []:
-            remove(path.with_name(f"step={old}.ckpt"))
+            remove(checkpoint_path(path.parent, old))
 
 
 def point_last_at(path: Path) -> str | None:
@@ -244,8 +244,13 @@ def _copy_tree(path: Path, copy: Path, copy_file: Callable[..., object]) -> None
         _copy_tree(part, copy / part.name, copy_file)
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return the path of the checkpoint of a step in a folder of checkpoints."""
+    return folder / f"step={step}.ckpt"
+
+
 def step_of(path: Path) -> int | None:
-    """Return the step in a checkpoint's name, or None if it has another name."""
+    """Return the step of a checkpoint's path, the inverse of :func:`checkpoint_path`; None for other names."""
     match = re.fullmatch(r"step=(\d+)\.ckpt", path.name)
     return int(match[1]) if match else None
 

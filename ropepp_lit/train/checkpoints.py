@@ -16,6 +16,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.checkpoint_writer import (
     CheckpointWriter,
+    checkpoint_path,
     point_last_at,
     remove,
     remove_partial,
@@ -104,7 +105,7 @@ class Checkpoints(Checkpoint):
         """Add the results of its validation to the checkpoint of the last step. Every rank must call it."""
         assert isinstance(pl_module, CausalLM)
         if not self.is_dry_run and pl_module.validated_step == pl_module.steps_taken:
-            path = folder_of(trainer.default_root_dir) / f"step={pl_module.steps_taken}.ckpt"
+            path = checkpoint_path(folder_of(trainer.default_root_dir), pl_module.steps_taken)
             self._writer.add_validation(path, pl_module.last_validation)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -116,7 +117,7 @@ class Checkpoints(Checkpoint):
         self._writer.wait()
         folder = folder_of(trainer.default_root_dir)
         steps = [saved for saved in sorted(saved_steps(folder)) if saved < step]
-        valid = [saved for saved in steps if _is_valid(folder / f"step={saved}.ckpt", checksums=True)]
+        valid = [saved for saved in steps if _is_valid(checkpoint_path(folder, saved), checksums=True)]
         return trainer.strategy.broadcast(valid)
 
     def finish(self) -> None:
@@ -138,7 +139,7 @@ class Checkpoints(Checkpoint):
             return
         flush(trainer.loggers)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        path = folder_of(trainer.default_root_dir) / f"step={step}.ckpt"
+        path = checkpoint_path(folder_of(trainer.default_root_dir), step)
         self._writer.save(checkpoint, path, is_sharded=_is_sharded(trainer), live=_live_tensors(trainer))
 
     def _report(self, path: Path, size: int, seconds: float) -> None:
@@ -174,7 +175,7 @@ def newest(folder: Path, *, checksums: bool = False) -> Path | None:
         folder: Folder of the checkpoints, see :func:`folder_of`.
         checksums: See :func:`~ropepp_lit.checkpoint.read_checkpoint`.
     """
-    paths = (folder / f"step={step}.ckpt" for step in sorted(saved_steps(folder), reverse=True))
+    paths = (checkpoint_path(folder, step) for step in sorted(saved_steps(folder), reverse=True))
     return next((path for path in paths if _is_valid(path, checksums=checksums)), None)
 
 
@@ -194,7 +195,7 @@ def later_checkpoints(folder: Path, path: Path | None) -> list[Path]:
     """
     first = -1 if path is None else step_of(path)
     assert first is not None
-    return [folder / f"step={step}.ckpt" for step in sorted(saved_steps(folder)) if step > first]
+    return [checkpoint_path(folder, step) for step in sorted(saved_steps(folder)) if step > first]
 
 
 def _is_valid(path: Path, *, checksums: bool) -> bool:
@@ -226,5 +227,5 @@ def check_folder(folder: Path, ckpt_path: str | None) -> None:
         raise UsageError(f"{folder} holds checkpoints of an earlier run (step {max(steps)}); {hint}")
     step = read_checkpoint(ckpt_path, shapes_only=True)["global_step"]
     for newer in sorted((other for other in steps if other > step), reverse=True):
-        if _is_valid(folder / f"step={newer}.ckpt", checksums=True):
+        if _is_valid(checkpoint_path(folder, newer), checksums=True):
             raise UsageError(f"ckpt_path: {ckpt_path} is step {step}, and {folder} holds step {newer}; {hint}")

@@ -28,7 +28,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.files import held, local_path
 from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoint_writer import saved_steps
+from ropepp_lit.train.checkpoint_writer import checkpoint_path, saved_steps
 from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of
 from ropepp_lit.train.checks import Checks, checkpoint_to_continue, require_a_step
 from ropepp_lit.train.classes import CLASSES, check_classes, check_nulls, check_sections
@@ -177,7 +177,7 @@ class RecipeCLI(LightningCLI):
         checkpoints, folder = self.config_init.fit.checkpoints, folder_of(self.trainer.default_root_dir)
         checkpoints.finish()
         checkpoints.stop.uninstall()
-        path = folder / f"step={rollback.to_step}.ckpt"
+        path = checkpoint_path(folder, rollback.to_step)
         if self.trainer.is_global_zero:
             roll_back(path, rollback, self.model)
         self.trainer.strategy.barrier("rollback")  # before other ranks read the folder
@@ -266,7 +266,7 @@ class RecipeCLI(LightningCLI):
         log.write("start", step=self._first_step, **describe_start(self.trainer, command), notes=notes)
         if path is not None:
             saved = sorted(saved_steps(folder_of(folder)))  # later ones are damaged, as the checks found
-            damaged = [str(folder_of(folder) / f"step={step}.ckpt") for step in saved if step > self._first_step]
+            damaged = [str(checkpoint_path(folder_of(folder), step)) for step in saved if step > self._first_step]
             log.write("resume", step=self._first_step, checkpoint=path, damaged=damaged)
 
     def _lock(self, folder: Path) -> None:

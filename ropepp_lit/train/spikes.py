@@ -25,6 +25,7 @@ from ropepp_lit.data.comparison import continued_at
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import write_whole
 from ropepp_lit.train.causal_lm import CausalLM
+from ropepp_lit.train.checkpoint_writer import checkpoint_path
 from ropepp_lit.train.checkpoints import Checkpoints, delete_later, folder_of
 from ropepp_lit.train.finite import DivergedError
 from ropepp_lit.train.summary import rank_zero_print
@@ -211,7 +212,7 @@ def _remedy(trainer: pl.Trainer, steps: list[int]) -> str:
     folder = Path(trainer.default_root_dir)
     if not steps:
         return "Lower model.optimizer.lr, and restart in another --trainer.default_root_dir"
-    path, other = folder_of(folder) / f"step={max(steps)}.ckpt", folder.with_name(f"{folder.name}-{max(steps)}")
+    path, other = checkpoint_path(folder_of(folder), max(steps)), folder.with_name(f"{folder.name}-{max(steps)}")
     options = {"config": folder / "recipe.yaml", "ckpt_path": path, "trainer__default_root_dir": other}
     return f"Lower model.optimizer.lr, and continue from before the spike: {command('ropepp-lit', 'fit', **options)}"
 
