@@ -1,8 +1,10 @@
-"""The LightningModule that trains a decoder, and logs and saves its state.
+"""The LightningModule that trains a decoder: the last step of the reading path that starts at the position schemes.
 
-The order of a step: `training_step` computes the loss of each micro-batch (:meth:`~ropepp_lit.nn.Decoder.loss`);
-`configure_gradient_clipping` averages and clips the gradients; `optimizer_step` records what a checkpoint of the step
-stores; `on_train_batch_end` logs. Each of them calls a module of this package that does the work.
+In an optimizer step, `training_step` computes the loss of each micro-batch by :meth:`~ropepp_lit.nn.Decoder.loss`,
+`configure_gradient_clipping` averages and clips the gradients (`gradients.py`), `optimizer_step` records the state that
+a checkpoint of this step stores (`step_state.py`), and `on_train_batch_end` logs. Other modules of this package decide
+how the decoder is built (`build.py`) and sharded (`parallel.py`), where a run resumes (`checks.py`), and when it
+validates (`validations.py`) and saves (`checkpoints.py`).
 """
 
 from __future__ import annotations
@@ -123,22 +125,20 @@ class CausalLM(LightningModule):
         self.recipe: dict[str, Any] | None = None
         """The run's complete recipe, which checkpoints store; set by the command."""
         self.settings: dict[str, Any] = {}
-        """Entries `tokenizer_config`, `generation_config` and `card` of the model that init_from names."""
+        """Entries `tokenizer_config`, `generation_config` and `card` of the checkpoint from which the run starts."""
         self.tokens_seen = 0
         """Tokens that all ranks have read since the start of the run."""
         self.last_validation: dict[str, dict[str, float]] = {}
         """Metrics of the last validation, by set: loss, perplexity, bits_per_byte, number of predicted tokens, step."""
-        self.loss_average = loss_average
-        self.step_average = StepAverage(loss_average or "all_tokens")
+        self.loss_average, self.step_average = loss_average, StepAverage(loss_average or "all_tokens")
         """Average over the gradients of a step; `setup` replaces it once the data are set up."""
         self.train_loss = self.pairs.create_metric()
         self._val_losses: dict[str, TokenLoss] = {}
         self._loaded_step, self._drop_validation = 0, False
         self._gradient_norm: Tensor | None = None
         self._throughput: Throughput | None = None
-        self._validation = ExitStack()
+        self._validation, self.step_state = ExitStack(), StepState()
         self.on_nan, self._finite = on_nan, FiniteSteps(on_nan)
-        self.step_state = StepState()
         self._loaded_train_loss: dict[str, Any] | None = None
 
     def setup(self, stage: str) -> None:
