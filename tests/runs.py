@@ -1,4 +1,4 @@
-"""Runs of a few steps: their options, callbacks that end them, and what they must have in common."""
+"""Helpers for runs of a few steps: options, callbacks that end them, and comparisons."""
 
 import os
 import signal
@@ -20,11 +20,11 @@ BASE = [
 
 
 class KillError(Exception):
-    """Takes the place of SIGKILL: nothing is saved or logged after it."""
+    """Simulates SIGKILL: nothing is saved or logged after it."""
 
 
 class At(Callback):
-    """Does something in a hook at a batch, counted from 0, or at a step."""
+    """Run an action in a hook, at a batch (counted from 0) or at a step."""
 
     def __init__(self, hook, action, *, batch=None, step=None):
         def act(trainer, module, *arguments):
@@ -47,7 +47,7 @@ def kill(trainer):
 
 
 def curves(folder):
-    """Values by name and step, from the raw records: a name that has two values at a step fails."""
+    """Return logged values by name and step, from the raw records; fails if a name has two values at a step."""
     found = {}
     for path in sorted((folder / "tensorboard").glob("*.tfevents.*")):
         for event in LegacyEventFileLoader(str(path)).Load():
@@ -58,8 +58,8 @@ def curves(folder):
     return found
 
 
-def assert_same_run(folder, whole, *, step=8):
-    a, b = (read_checkpoint(run / f"checkpoints/step={step}.ckpt") for run in (folder, whole))
+def assert_same_run(folder, baseline, *, step=8):
+    a, b = (read_checkpoint(run / f"checkpoints/step={step}.ckpt") for run in (folder, baseline))
     assert a["global_step"] == b["global_step"] == step
     for name, value in b["state_dict"].items():
         assert torch.equal(a["state_dict"][name], value), name
@@ -69,13 +69,13 @@ def assert_same_run(folder, whole, *, step=8):
     assert a["lr_schedulers"] == b["lr_schedulers"]
     positions = [run["loops"]["fit_loop"]["state_dict"]["combined_loader"] for run in (a, b)]
     assert positions[0] == positions[1]
-    ours, theirs = curves(folder), curves(whole)
+    ours, theirs = curves(folder), curves(baseline)
     assert ours.keys() == theirs.keys()
     assert all(ours[key] == value for key, value in theirs.items() if key[0] != "tokens_per_second")
 
 
 def assert_same(one, other):
-    """Two checkpoints store the same state, bit for bit."""
+    """Check that two checkpoints store the same state, bit for bit."""
     a, b = read_checkpoint(one), read_checkpoint(other)
     assert a["global_step"] == b["global_step"]
     assert a[KEY]["tokens_seen"] == b[KEY]["tokens_seen"]
@@ -99,4 +99,4 @@ class Kill(Callback):
         if batch_idx == self.at:
             os.kill(os.getpid(), 9)
 """
-"""A file of the user's own, with a callback that ends the process before a micro-batch, as SIGKILL does."""
+"""User file with a callback that kills the process before a micro-batch."""

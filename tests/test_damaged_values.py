@@ -245,10 +245,10 @@ def test_a_recipe_that_is_no_yaml(tmp_path, content):
 
 
 SECTIONS = {
-    "trainer: [a]": "trainer: \"['a']\" must be settings by name",
-    "model: {decoder: [a]}": "model.decoder: \"['a']\" must be settings by name",
-    "sample: {max_new_tokens: null}": "sample.max_new_tokens: null is no value of it",
-    "model: {frequencies: {class_path: Yarn, init_args: {factor: 2, beta_fast: null}}}": "null is no value",
+    "trainer: [a]": "trainer: \"['a']\" must be a mapping of settings",
+    "model: {decoder: [a]}": "model.decoder: \"['a']\" must be a mapping of settings",
+    "sample: {max_new_tokens: null}": "sample.max_new_tokens: must not be null",
+    "model: {frequencies: {class_path: Yarn, init_args: {factor: 2, beta_fast: null}}}": "must not be null",
     "model: {frequencies: {class_path: Yarn, init_args: {factor: .inf}}}": "must be 1 or more, and finite",
     "model: {optimizer: '..'}": "is not the name of a class",
     "trainer: {devices: []}": "trainer.devices: [] must name one or more",

@@ -50,7 +50,7 @@ def test_no_room_for_a_copy_of_the_newest_checkpoint(tmp_path, monkeypatch, caps
     (tmp_path / ".step=1.ckpt.partial").touch()
     checkpoint_writer.CheckpointWriter(in_background=False, keep=1)._publish(tmp_path / "step=1.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["step=1.ckpt"]
-    assert "last.ckpt is not there (No space left on device); name" in capsys.readouterr().err
+    assert "last.ckpt cannot be written (No space left on device); use" in capsys.readouterr().err
 
 
 POOR = """

@@ -1,4 +1,4 @@
-"""Machines as people have them: any encoding, closed pipes, hostile folders, full disks, no Unix."""
+"""Unusual environments: encodings, closed pipes, files named like libraries, full disks, missing Unix functions."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(ropepp_lit.__file__).parents[1]
 
 
 def start(*command, cwd, environment=None, **options):
-    """A fresh process; with `environment` in place of variables of this one."""
+    """Run a new process; `environment` overrides variables of this one."""
     return subprocess.run(
         [str(word) for word in command], cwd=cwd, capture_output=True, timeout=300, check=False,
         env={**os.environ, **(environment or {})}, **options,
@@ -25,12 +25,12 @@ HOSTILE = (
     "yaml", "torch", "json", "numpy", "lightning", "typing", "re", "pickle", "socket", "matplotlib", "tqdm",
     "flash_attn", "backports", "zstandard", "librosa",
 )  # fmt: skip
-"""Libraries; the last ones are parts of one, or optional for another and not installed."""
+"""Names of libraries; the last ones are submodules, or optional dependencies that are not installed."""
 
 
 @pytest.fixture
 def hostile(tmp_path):
-    """A folder with files that have the names of libraries, and each leave a mark where it is imported."""
+    """Folder of files named like libraries, each of which creates a file when it is imported."""
     for name in HOSTILE:
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'RAN')!r} + '-{name}', 'w')\n")
     return tmp_path
@@ -53,17 +53,17 @@ class Shifted(RoPE):
 @pytest.mark.parametrize(
     "start_by", ["module", *(pytest.param(way, marks=pytest.mark.slow) for way in ("command", "PYTHONPATH"))]
 )
-def test_the_current_folder_never_comes_before_a_library(hostile, command_path, tiny, free_port, start_by):
-    """Also in the processes that Lightning and the data loader start; the user's own scheme is found."""
+def test_the_current_folder_never_shadows_a_library(hostile, command_path, tiny, free_port, start_by):
+    """Also in processes started by Lightning and by the data loader; the user's scheme is still found."""
     (hostile / "schemes.py").write_text(SCHEME)
     (hostile / "offsets.py").write_text("FIVE = 5")
     command = [sys.executable, "-m", "ropepp_lit"] if start_by == "module" else [command_path]
     path = os.environ.get("PYTHONPATH", "")
     environment = {"MASTER_PORT": str(free_port())}
     if start_by == "PYTHONPATH":
-        for name in ("re", "typing"):  # Python imports these before any line of ours
+        for name in ("re", "typing"):  # Python imports these before our code
             (hostile / f"{name}.py").unlink()
-        # What `export PYTHONPATH=$PYTHONPATH:FOLDER` leaves where it was empty.
+        # Result of `export PYTHONPATH=$PYTHONPATH:FOLDER` with empty parts.
         environment["PYTHONPATH"] = f"{path or ROOT}:"
     options = ["--trainer.max_steps", 1, "--model.positions", "schemes.Shifted", "--data.num_workers", 1]
     if start_by != "PYTHONPATH":
@@ -74,7 +74,7 @@ def test_the_current_folder_never_comes_before_a_library(hostile, command_path, 
 
 
 @pytest.mark.end_to_end
-def test_plain_names_of_the_users_own_modules_are_found_last(hostile, command_path):
+def test_user_modules_are_found_after_libraries(hostile, command_path):
     code = "import sys; from ropepp_lit import cli; cli._run(['--version']); cli._run(['trian'])"
     finished = start(sys.executable, "-P", "-c", code, cwd=hostile)
     assert b"no subcommand" in finished.stderr
@@ -83,7 +83,7 @@ def test_plain_names_of_the_users_own_modules_are_found_last(hostile, command_pa
 
 @pytest.fixture(scope="module")
 def odd_texts(tmp_path_factory):
-    """A document, and one that is no text and whose name is not UTF-8."""
+    """Folder with a document, and a binary file whose name is not UTF-8."""
     folder = tmp_path_factory.mktemp("odd")
     (folder / "a.txt").write_text("text " * 1000)
     (folder / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"\xff broken")
@@ -96,7 +96,7 @@ def odd_texts(tmp_path_factory):
     ["ascii", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cp1252", "latin-1:strict", "utf-8"))],
 )
 def test_reports_in_any_encoding(command_path, tmp_path, odd_texts, encoding):
-    """A report with bars, arrows and the name of a file that is no text."""
+    """Report with bars, arrows and the name of a binary file."""
     options = ["--tokenizer", "bytes", "--on_error", "skip", "--out", "shards"]
     finished = start(
         command_path, "prepare", odd_texts, *options, cwd=tmp_path, environment={"PYTHONIOENCODING": encoding}
@@ -106,7 +106,7 @@ def test_reports_in_any_encoding(command_path, tmp_path, odd_texts, encoding):
     assert b"caf\\xe9.txt: not UTF-8" in finished.stdout
     bar = "█".encode() if encoding == "utf-8" else b"#"
     assert bar * 5 in finished.stdout
-    # an error's line too
+    # error messages too
     finished = start(
         command_path, "generate", os.fsdecode(b"caf\xe9.txt"), cwd=odd_texts, environment={"PYTHONIOENCODING": encoding}
     )
@@ -115,7 +115,7 @@ def test_reports_in_any_encoding(command_path, tmp_path, odd_texts, encoding):
 
 
 def piped(command, reader, cwd, variables=""):
-    """Exit code of a command whose output goes to another, and what that printed."""
+    """Run a command piped to a reader; returns its exit code, the reader's output and the errors."""
     line = " ".join(f"'{word}'" for word in command)
     finished = start("bash", "-c", f"{variables} {line} 2>errors | {reader}; echo ${{PIPESTATUS[0]}} >code", cwd=cwd)
     return int((cwd / "code").read_text()), finished.stdout.decode(), (cwd / "errors").read_text()
@@ -123,7 +123,7 @@ def piped(command, reader, cwd, variables=""):
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("ends", [False, True])
-def test_printing_without_a_reader(tmp_path, ends, unbuffered):
+def test_printing_to_a_closed_pipe(tmp_path, ends, unbuffered):
     code = f"""
         import sys, time
         from ropepp_lit.terminal import prepare_streams
@@ -142,7 +142,7 @@ def test_printing_without_a_reader(tmp_path, ends, unbuffered):
 
 
 @pytest.mark.end_to_end
-def test_training_goes_on_without_a_reader(command_path, tiny, tmp_path):
+def test_training_continues_after_the_pipe_is_closed(command_path, tiny, tmp_path):
     command = [command_path, "fit", *tiny, "--trainer.max_steps", "6", "--trainer.default_root_dir", "run"]
     code, printed, errors = piped(command, "head -1", tmp_path)
     assert code == 0, errors
@@ -171,8 +171,8 @@ def test_closed_streams(command_path, texts, tmp_path, closed):
 def test_a_current_folder_that_was_deleted(command_path, tmp_path):
     finished = start("bash", "-c", f"mkdir gone && cd gone && rmdir ../gone && '{command_path}' --help", cwd=tmp_path)
     assert finished.returncode == 2
-    said = finished.stderr.decode().strip().splitlines()[-1]
-    assert said == "ropepp-lit: error: the current folder does not exist any more; change to another one"
+    line = finished.stderr.decode().strip().splitlines()[-1]
+    assert line == "ropepp-lit: error: the current folder does not exist any more; change to another one"
 
 
 MISSING = """
@@ -202,14 +202,14 @@ print("imported")
 
 
 @pytest.mark.end_to_end
-def test_modules_are_imported_without_what_windows_lacks(run_file, tmp_path):
+def test_modules_are_imported_without_unix_functions(run_file, tmp_path):
     (tmp_path / "missing.py").write_text(MISSING)
     assert run_file(tmp_path / "missing.py", cwd=tmp_path).stdout == "imported\n"
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, tiny, run):
-    """A folder with a trained checkpoint, a file of weights with plain RoPE, and an export."""
+    """Folder with a trained checkpoint with plain RoPE, and its export."""
     folder = tmp_path_factory.mktemp("models")
     options = [*tiny, "--model.positions", "RoPE", "--trainer.max_steps", 1, "--trainer.default_root_dir", "run"]
     run("fit", *options, cwd=folder)
@@ -231,10 +231,10 @@ def models(tmp_path_factory, tiny, run):
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_a_full_disk(command_path, models, texts, tiny, tmp_path, kilobytes, command):
-    """Files beyond a size cannot be written: one line, and no file that is not whole."""
-    places = {"TINY": tiny, "TEXTS": [str(texts)]}
-    words = [word for name in command for word in places.get(name, [name.replace("MODELS", str(models))])]
-    line = " ".join(f"'{word}'" for word in (command_path, *words))
+    """Writes beyond a file size fail: a one-line error, and no incomplete file remains."""
+    arguments = {"TINY": tiny, "TEXTS": [str(texts)]}
+    expanded = [word for name in command for word in arguments.get(name, [name.replace("MODELS", str(models))])]
+    line = " ".join(f"'{word}'" for word in (command_path, *expanded))
     finished = start("bash", "-c", f"ulimit -f {kilobytes}; exec {line}", cwd=tmp_path)
     errors = [text for text in finished.stderr.decode().splitlines() if "Seed set" not in text]
     assert finished.returncode == 2, errors
@@ -242,12 +242,12 @@ def test_a_full_disk(command_path, models, texts, tiny, tmp_path, kilobytes, com
     assert "File too large" in errors[-1]
     assert not any("Traceback" in text for text in errors)
     kept = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    if command[0] not in ("prepare", "fit"):  # those keep their finished parts, their recipe and curves
+    if command[0] not in ("prepare", "fit"):  # these keep finished parts, or recipe and logs
         assert not kept
     assert not {name for name in kept if name.endswith((".ckpt", ".safetensors", ".png"))}
 
 
-def test_text_files_are_read_and_written_as_utf_8_whatever_the_locale():
+def test_text_files_are_utf_8_in_any_locale():
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--preview", "--select", "PLW1514"]
     finished = subprocess.run([*command, ROOT / "ropepp_lit"], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout

@@ -1,4 +1,4 @@
-"""Every recipe: planned as it is, and run for two steps in a shrunken copy."""
+"""All recipes: planned unchanged, and run for two steps with reduced sizes."""
 
 import itertools
 import json
@@ -28,10 +28,10 @@ STACKS = {
     "llama-8b": ["upcycle/llama-8b"],
     "llama-8b-128k": ["upcycle/llama-8b", "upcycle/128k"],
 }
-"""Files that are layered, in their order."""
+"""Layered files, in order."""
 
 DECAYS = {"paper-decay", "branch"}
-"""Stacks whose decay begins at a step, which a shrunken copy does not have."""
+"""Stacks whose decay starts at a step beyond those of a test run."""
 
 FINE_TUNING = {
     "docstrings": ["quickstart", "finetune/docstrings"],
@@ -45,7 +45,7 @@ FINE_TUNING = {
     "chat-long": ["quickstart", "finetune/chat", "finetune/fsdp2", "finetune/long"],
     "chat-long-lora": ["quickstart", "finetune/chat", "finetune/lora", "finetune/fsdp2", "finetune/long"],
 }
-"""Files that are layered over the recipe of the model that is fine-tuned."""
+"""Files layered over the recipe of the model to fine-tune."""
 
 ALL = {**STACKS, **FINE_TUNING}
 
@@ -85,7 +85,7 @@ def test_plan(stack, tmp_path, capsys, monkeypatch):
     base = ["--model.init_from", "base.ckpt"] if stack in FINE_TUNING else []
     main(["plan", *configs(stack), *base, "--data.cache_dir", "cache"])
     printed = capsys.readouterr().out
-    for expected in ("tokens in all", "RoPE++ EH", "KV cache", "memory per device", "The data are not here, or not"):
+    for expected in ("tokens in all", "RoPE++ EH", "KV cache", "memory per device", "The data are not on this machine"):
         assert expected in printed
 
 
@@ -121,7 +121,7 @@ def test_two_steps_of_two_processes(stack, options, devices, texts, tmp_path, ru
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A small model, and files of pairs and of conversations to fine-tune it on."""
+    """Small model, and files of pairs and of conversations for fine-tuning."""
     folder = tmp_path_factory.mktemp("base")
     pairs = [{"prompt": f"def f{n}(): return {n}\n#", "completion": f" Return {n}."} for n in range(40)]
     roles = ("user", "assistant")
@@ -156,16 +156,16 @@ def test_two_steps_of_fine_tuning(stack, base, tmp_path, capsys, monkeypatch):
     assert ("adapter" in read_checkpoint("run/checkpoints/last.ckpt")[KEY]) == ("lora" in stack)
 
 
-def test_every_recipe_is_tried():
+def test_every_recipe_is_tested():
     tried = {f"{name}.yaml" for stack in ALL.values() for name in stack}
     assert tried == {str(path.relative_to(RECIPES)) for path in RECIPES.glob("**/*.yaml")}
 
 
 @pytest.mark.parametrize("recipe", sorted(set(itertools.chain(*ALL.values()))))
-def test_the_header_says_what_the_recipe_needs(recipe):
+def test_the_header_states_the_requirements(recipe):
     lines = (RECIPES / f"{recipe}.yaml").read_text().splitlines()
     header = "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
     assert header
-    if not recipe.startswith("frequencies/"):  # which are layered over recipes of any size
+    if not recipe.startswith("frequencies/"):  # layered over recipes of any size
         for word in ("ropepp-lit fit --config ", f"recipes/{recipe}.yaml", "Hardware:", "Tokens:", "Memory", "ime"):
             assert word in header

@@ -21,9 +21,9 @@ from torch import nn
 from ropepp_lit.checkpoint import describe_architecture, make_checkpoint, save_file, write_checkpoint
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPEPP
 from ropepp_lit.nn.lora import LoRA
+from ropepp_lit.train.build import build_decoder
 from ropepp_lit.train.lora import trained_weights
 from ropepp_lit.train.optimizer import AdamW
-from ropepp_lit.train.parallel import build_decoder
 
 
 def make(recipe: str) -> Decoder:

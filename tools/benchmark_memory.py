@@ -20,7 +20,7 @@ import torch
 
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPE, RoPEPP
 from ropepp_lit.train.memory import StepMemory
-from ropepp_lit.train.setup import Setup
+from ropepp_lit.train.step_setup import Setup
 
 GEOMETRIES = {
     "EC, 4 layers of 256, vocabulary 4,096": (

@@ -32,13 +32,14 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, DecoderConfig, Documents, Frequencies, PositionScheme, Probe, RoPE, RoPEPP, layout_of
 from ropepp_lit.nn.generation import generate
 from ropepp_lit.nn.kernels import IMPLEMENTATIONS, attend, describe, select_implementation
+from ropepp_lit.train.build import build_decoder
 from ropepp_lit.train.costs import training_flops
 from ropepp_lit.train.devices import device_name, find_device
 from ropepp_lit.train.memory import StepMemory
 from ropepp_lit.train.optimizer import AdamW
-from ropepp_lit.train.parallel import ParallelDims, build_decoder, shard_decoder
-from ropepp_lit.train.setup import Setup
+from ropepp_lit.train.parallel import ParallelDims, shard_decoder
 from ropepp_lit.train.simulate import simulate
+from ropepp_lit.train.step_setup import Setup
 
 SCHEMES: dict[str, PositionScheme] = {"RoPE": RoPE(), "EH": RoPEPP(variant="eh"), "EC": RoPEPP(variant="ec")}
 GIB = 2**30

@@ -1,4 +1,4 @@
-"""Training with Lightning: module, optimizers, schedules, checkpoints, and the subcommands fit and validate."""
+"""Training with Lightning: module, optimizers, schedules, checkpoints, and the subcommands fit, validate and plan."""
 
 from ropepp_lit.malicious import refuse_malicious
 

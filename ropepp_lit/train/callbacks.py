@@ -1,4 +1,4 @@
-"""What a run prints: a banner, a progress bar, samples of text."""
+"""Callbacks that print: the banner, the progress bar, and text samples."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.evaluation import evaluating
 from ropepp_lit.train.loss_average import describe_average
 from ropepp_lit.train.spikes import LossSpikes
+from ropepp_lit.train.step_setup import DTYPES
 from ropepp_lit.train.watchdog import Watchdog
 
 
 class Banner(Callback):
-    """Prints the settings that decide a run's result before it starts."""
+    """Prints the settings that determine the result of a run, before it starts."""
 
     @rank_zero_only
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -36,27 +37,22 @@ class Banner(Callback):
 
 
 def banner(trainer: pl.Trainer, model: CausalLM) -> str:
-    """A block of lines: a name and its text each."""
+    """Return the banner: lines of a name and its text."""
     data = getattr(trainer, "datamodule", None)
     lines = _model_lines(model.decoder)
     precision, device = str(trainer.precision), trainer.strategy.root_device
-    lines["precision"] = precision_in_words(precision, device)
-    lines["attention"] = describe(model.decoder.attention_implementation, device, _activation_dtype(precision))
+    lines["precision"] = describe_precision(precision, device)
+    dtype = DTYPES.get(precision.split("-")[0], torch.float32)
+    lines["attention"] = describe(model.decoder.attention_implementation, device, dtype)
     if isinstance(data, TokenData):
         lines |= _data_lines(trainer, data)
     lines["loss"] = describe_average(model.step_average.over)
     if model.pairs.preference is not None:
         lines["preference"] = str(model.pairs.preference)
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    guards = [callback.in_words for callback in callbacks if isinstance(callback, LossSpikes | Watchdog)]
+    guards = [callback.description for callback in callbacks if isinstance(callback, LossSpikes | Watchdog)]
     lines["guards"] = "; ".join(filter(None, [f"NaN: {model.on_nan}", *guards]))
     return "\n".join(f"{name:>16}  {text}" for name, texts in lines.items() for text in texts.splitlines())
-
-
-def _activation_dtype(precision: str) -> torch.dtype:
-    """The dtype of activations under a Trainer's precision, such as `bf16-mixed`."""
-    dtypes = {"16": torch.float16, "bf16": torch.bfloat16, "64": torch.float64}
-    return dtypes.get(precision.split("-")[0], torch.float32)
 
 
 def _model_lines(decoder: Decoder) -> dict[str, str]:
@@ -73,8 +69,8 @@ def _model_lines(decoder: Decoder) -> dict[str, str]:
         lines["trained"] = f"{trained:,} parameters ({share}): LoRA beside a frozen base"
     group = decoder.context_group
     if group is not None:
-        what = "keys and values are gathered" if group.mode == "gather" else "tokens are exchanged for heads"
-        lines["context parallel"] = f"{group.size()} devices share the tokens of a row; {what} ({group.mode})"
+        how = "keys and values are gathered" if group.mode == "gather" else "tokens are exchanged for heads"
+        lines["context parallel"] = f"{group.size()} devices share the tokens of a row; {how} ({group.mode})"
     return lines
 
 
@@ -101,11 +97,11 @@ def _data_lines(trainer: pl.Trainer, data: TokenData) -> dict[str, str]:
     }
 
 
-def precision_in_words(precision: str, device: torch.device) -> str:
-    """The trainer's precision; in float32 on an NVIDIA GPU also whether matrix products use TF32.
+def describe_precision(precision: str, device: torch.device) -> str:
+    """Return the trainer's precision and, for float32 on an NVIDIA GPU, whether matrix products use TF32.
 
-    TF32 rounds their inputs to 10 bits of mantissa. This follows torch's setting, which is off by default, so that
-    `32-true` is float32 on any device; for speed there is `bf16-mixed`.
+    TF32 rounds their inputs to 10 bits of mantissa. Torch's setting applies, which is off by default, so `32-true`
+    means float32 on any device; use `bf16-mixed` for speed.
     """
     if device.type != "cuda" or precision != "32-true":
         return precision
@@ -115,35 +111,35 @@ def precision_in_words(precision: str, device: torch.device) -> str:
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar without what stays the same."""
+    """Lightning's progress bar without the version and the epoch, and correct after a resume."""
 
     @property
     def total_train_batches(self) -> int | float:
-        """All batches of the run; Lightning's property counts the steps that are left after a resume."""
+        """Number of batches of the run; Lightning's property counts only the remaining steps after a resume."""
         return self.trainer.num_training_batches
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Metrics for the bar, numbers short."""
+        """Return the metrics that the bar shows."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """A run is one long epoch, so its number is left out."""
+        """Set the description, without the epoch number (a run is a single epoch)."""
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description("Training")
-        # After a resume the rate and the time left are of the batches since then.
+        # After a resume, rate and remaining time are computed from the batches since then.
         self.train_progress_bar.initial = trainer.fit_loop.epoch_loop.batch_progress.current.completed
 
 
 class TextSample(Callback):
-    """Generates text after each validation, and shows it in the terminal and in TensorBoard.
+    """Generates text after each validation, and writes it to the terminal and to TensorBoard.
 
     Args:
-        prompt: The text to continue; empty starts a new document.
-        max_new_tokens: Tokens to generate; 0 switches samples off.
-        temperature: Divides the logits; 0 takes the most likely token.
-        top_p: Sample from the smallest set of tokens whose probability reaches this.
+        prompt: Text to continue; empty starts a new document.
+        max_new_tokens: Number of tokens to generate; 0 disables samples.
+        temperature: Divisor of the logits; 0 selects the most likely token.
+        top_p: Sample from the smallest set of tokens whose cumulative probability reaches this value.
     """
 
     def __init__(
@@ -155,13 +151,13 @@ class TextSample(Callback):
         self.sampling = Sampling(temperature=temperature, top_p=top_p).check("sample.")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Generate a sample on every rank, as weights may be sharded over all of them; rank 0 prints it."""
+        """Generate a sample on every rank (weights can be sharded over all of them); rank 0 prints it."""
         data = getattr(trainer, "datamodule", None)
         if trainer.sanity_checking or not self.max_new_tokens or not isinstance(data, TokenData):
             return
         assert isinstance(pl_module, CausalLM)
         if trainer.state.fn == "fit" and pl_module.validated_step != pl_module.steps_taken:
-            return  # a signal has cut the validation short
+            return  # a signal interrupted the validation
         tokenizer = data.text_tokenizer
         prompt = tokenizer.encode_prompt(self.prompt)
         device = pl_module.device
@@ -171,14 +167,14 @@ class TextSample(Callback):
                 torch.tensor([prompt], device=device),
                 max_new_tokens=self.max_new_tokens,
                 sampling=self.sampling,
-                generator=torch.Generator(device).manual_seed(0),  # leaves the random numbers of training alone
+                generator=torch.Generator(device).manual_seed(0),  # does not affect the random numbers of training
             )
-            written = [int(token) for token in tokens]
-        written = list(itertools.takewhile(lambda token: token not in tokenizer.stop_token_ids, written))
-        self._show(trainer, pl_module.steps_taken, tokenizer.decode(prompt + written))
+            generated = [int(token) for token in tokens]
+        generated = list(itertools.takewhile(lambda token: token not in tokenizer.stop_token_ids, generated))
+        self._log(trainer, pl_module.steps_taken, tokenizer.decode(prompt + generated))
 
     @rank_zero_only
-    def _show(self, trainer: pl.Trainer, step: int, text: str) -> None:
+    def _log(self, trainer: pl.Trainer, step: int, text: str) -> None:
         print(f"\n--- sample at step {step} ---\n{text}\n---", flush=True)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: under a hidden name first, in the background or not, and renamed when it is on the disk."""
+"""Writing of checkpoints: under a hidden name, renamed once on the disk; optionally in a background thread."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _SHARD_NAMES = {SHARDED_METADATA, f".{SHARDED_METADATA}.partial", ".metadata"}
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run, one at a time.
+    """Writer of a run's checkpoints, one at a time.
 
-    The collectives of a sharded write use a gloo group of their own, so they cannot mix with those of training.
+    The collectives of a sharded write use a separate gloo group, so they cannot interleave with those of training.
 
     Args:
-        in_background: Write from a copy of the state in CPU memory, by a thread, while training goes on.
+        in_background: Write in a thread, from a copy of the state in CPU memory, while training continues.
         keep: Number of newest checkpoints to keep. 0 keeps all.
-        report: Called on rank 0, perhaps by the thread, when a checkpoint has its name: path, bytes, and the seconds
-            since its save began.
+        report: Called on rank 0, possibly in the thread, after a checkpoint is complete, with its path, its size in
+            bytes and the seconds since the save started.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class CheckpointWriter:
         self._executor: ThreadPoolExecutor | None = None
         self._write: Future[None] | None = None
         self._path = Path()
-        self._has_noticed = False
-        self._begun_at: int | None = None
+        self._notice_printed = False
+        self._first_step: int | None = None
         self._saved: set[int] = set()
 
-    def begin(self, step: int) -> None:
-        """The run begins or goes on at this step: checkpoints of later ones that are there already are damaged."""
-        self._begun_at = step
+    def set_first_step(self, step: int) -> None:
+        """Set the step at which the run starts or resumes: existing checkpoints of later steps are damaged."""
+        self._first_step = step
 
     def open(self) -> None:
         """Create the process group and the thread. Every rank must call it."""
@@ -64,7 +64,7 @@ class CheckpointWriter:
             self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
     def close(self) -> None:
-        """Wait for the write and end the thread. Every rank must call it."""
+        """Wait for the current write, and end the thread. Every rank must call it."""
         self.wait()
         if self._executor is not None:
             self._executor.shutdown()
@@ -76,25 +76,25 @@ class CheckpointWriter:
         return self._write is not None and self._write.done() and self._write.exception() is not None
 
     def save(self, checkpoint: dict[str, Any], path: Path, *, is_sharded: bool, live: list[Tensor]) -> None:
-        """Save a checkpoint, after the write before it has ended. Every rank must call it.
+        """Save a checkpoint, after waiting for the previous write. Every rank must call it.
 
         Args:
-            checkpoint: Lightning's, with the shards of this rank, or on rank 0 the whole state.
-            path: Its name, `step=N.ckpt`; a folder for shards.
+            checkpoint: Lightning's checkpoint, with the shards of this rank, or the full state on rank 0.
+            path: Path of the checkpoint, `step=N.ckpt`; a folder if sharded.
             is_sharded: Whether each rank writes its shards.
-            live: Tensors of `checkpoint` that training changes; a background write copies them.
+            live: Tensors of `checkpoint` that training modifies; a background write copies them.
 
         Raises:
-            UsageError: this write, or in the background the one before, failed on any rank.
+            UsageError: the write failed on any rank; for background writes, the previous one.
         """
         self.wait()
-        self._path, began = path, time.monotonic()
+        self._path, started = path, time.monotonic()
         if _is_rank_zero():
-            with suppress(OSError):  # what fails here fails again in the write, which reports it on all ranks
+            with suppress(OSError):  # it fails again in the write, which reports the error on all ranks
                 path.parent.mkdir(parents=True, exist_ok=True)
                 remove(_partial(path))
         if is_sharded and self._group is not None:
-            dist.barrier(self._group)  # no rank writes into the folder before rank 0 has removed an old one
+            dist.barrier(self._group)  # rank 0 has removed an old folder before any rank writes into it
         write = self._shards(checkpoint) if is_sharded else None
         if self.in_background and _is_rank_zero():
             checkpoint = _copy(checkpoint, live)
@@ -106,22 +106,22 @@ class CheckpointWriter:
                 save_file(checkpoint, _partial(path) / SHARDED_METADATA if is_sharded else _partial(path))
                 self._publish(path)
                 if self._report is not None:
-                    self._report(path, size_of(path), time.monotonic() - began)
+                    self._report(path, size_of(path), time.monotonic() - started)
 
         if self._executor is None:
-            self._do(task)
+            self._run(task)
         else:
             self._write = self._executor.submit(task)
 
-    def add_validation(self, path: Path, figures: dict[str, dict[str, float]]) -> None:
-        """Put the results of a validation into a checkpoint that was saved before it. Every rank must call it.
+    def add_validation(self, path: Path, metrics: dict[str, dict[str, float]]) -> None:
+        """Add the results of a validation to an existing checkpoint. Every rank must call it.
 
         Args:
-            path: Its name, `step=N.ckpt`.
-            figures: By validation set.
+            path: Path of the checkpoint, `step=N.ckpt`.
+            metrics: Metrics by validation set.
 
         Raises:
-            UsageError: the write failed on any rank, or in the background the one before.
+            UsageError: this write or a previous background write failed on any rank.
         """
         self.wait()
         self._path = path
@@ -130,16 +130,16 @@ class CheckpointWriter:
             if _is_rank_zero() and path.exists():
                 file = path / SHARDED_METADATA if path.is_dir() else path
                 checkpoint = read_pickled(file)
-                checkpoint[KEY]["validation"] = figures
+                checkpoint[KEY]["validation"] = metrics
                 with whole_file(file) as partial:
                     save_file(checkpoint, partial)
-                point_last_at(path)  # a hard link or a copy is still without them
+                point_last_at(path)  # needed if it is a hard link or a copy
                 _flush(path.parent)
 
-        self._do(task)
+        self._run(task)
 
-    def _do(self, task: Callable[[], None]) -> None:
-        """Write while training waits."""
+    def _run(self, task: Callable[[], None]) -> None:
+        """Run a write synchronously."""
         self._write = Future()
         try:
             task()
@@ -149,7 +149,7 @@ class CheckpointWriter:
         self.wait()
 
     def _shards(self, checkpoint: dict[str, Any]) -> Callable[[], object]:
-        """Take the shards out of a checkpoint; returns what writes them, or waits until they are written."""
+        """Remove the shards from a checkpoint; returns a function that writes them, or waits for their async write."""
         state = {"state_dict": checkpoint.pop("state_dict")}
         for index, optimizer in enumerate(checkpoint.pop("optimizer_states")):
             state[f"optimizer_{index}"] = optimizer
@@ -164,7 +164,7 @@ class CheckpointWriter:
         """Wait until the current write has ended on all ranks. Every rank must call it.
 
         Raises:
-            UsageError: it failed on any rank; on the other ranks than 0 SystemExit, as one line is enough.
+            UsageError: it failed on any rank. Raised on rank 0; the other ranks exit silently with SystemExit.
         """
         if self._write is None:
             return
@@ -177,38 +177,38 @@ class CheckpointWriter:
         if reason is None:
             return
         if not _is_rank_zero():
-            sys.exit(0)  # with another code the launcher would kill rank 0 before it has printed the line
+            sys.exit(0)  # with another code the launcher could kill rank 0 before it prints the error
         remove(_partial(self._path))
         raise UsageError(
             f"{self._path}: cannot be written: {reason}; when that is fixed, continue by --ckpt_path auto"
         ) from error
 
     def _publish(self, path: Path) -> None:
-        """Rename what is whole, point the link at it, and only then delete old checkpoints."""
+        """Rename a complete checkpoint, update the link, and then delete old checkpoints."""
         _flush(_partial(path))
-        _make_way(path)
+        _remove_damaged_shards(path)
         os.replace(_partial(path), path)
         notice = point_last_at(path)
-        if notice is not None and not self._has_noticed:
-            self._has_noticed = True
+        if notice is not None and not self._notice_printed:
+            self._notice_printed = True
             print(f"Notice: {notice}.", file=sys.stderr)
         _flush(path.parent)
         newest = step_of(path) or 0
         self._saved.add(newest)
-        begun_at = newest if self._begun_at is None else self._begun_at
-        # Others are damaged: they are not counted, or whole ones would be deleted in their place.
-        steps = sorted(step for step in saved_steps(path.parent) if step <= begun_at or step in self._saved)
+        first = newest if self._first_step is None else self._first_step
+        # Later checkpoints that this run has not saved are damaged; counting them would delete valid ones.
+        steps = sorted(step for step in saved_steps(path.parent) if step <= first or step in self._saved)
         for old in steps[: -self.keep] if self.keep else []:
-            remove(path.with_name(f"step={old}.ckpt"))
+            remove(checkpoint_path(path.parent, old))
 
 
 def point_last_at(path: Path) -> str | None:
-    """Make `last.ckpt` the newest checkpoint: a symbolic link; hard links or a copy where the file system has none.
+    """Point `last.ckpt` at a checkpoint: by a symbolic link, or hard links or a copy if the file system has no links.
 
-    Hard links take no space, and stay valid when `keep` deletes the step.
+    Hard links take no space, and remain valid when `keep` deletes the step.
 
     Returns:
-        What the user must know about it.
+        A notice to print, or None.
     """
     last = path.with_name(LAST)
     partial, notice = _partial(last), None
@@ -219,7 +219,7 @@ def point_last_at(path: Path) -> str | None:
         try:
             _copy_tree(path, partial, os.link)
         except (OSError, NotImplementedError):
-            notice = f"{last} is a copy of the newest checkpoint and takes its space again, as there are no links here"
+            notice = f"{last} is a copy of the newest checkpoint and uses as much space; the file system has no links"
             try:
                 remove(partial)
                 _copy_tree(path, partial, shutil.copyfile)
@@ -227,7 +227,7 @@ def point_last_at(path: Path) -> str | None:
             except OSError as error:
                 remove(partial)
                 remove(last)
-                return f"{last} is not there ({error.strerror}); name {path}, or continue by --ckpt_path auto"
+                return f"{last} cannot be written ({error.strerror}); use {path}, or continue by --ckpt_path auto"
     if last.is_dir() and not last.is_symlink():
         remove(last)
     os.replace(partial, last)
@@ -235,7 +235,7 @@ def point_last_at(path: Path) -> str | None:
 
 
 def _copy_tree(path: Path, copy: Path, copy_file: Callable[..., object]) -> None:
-    """Copy a file, or a folder of files."""
+    """Copy a file or a folder."""
     if not path.is_dir():
         copy_file(path, copy)
         return
@@ -244,38 +244,43 @@ def _copy_tree(path: Path, copy: Path, copy_file: Callable[..., object]) -> None
         _copy_tree(part, copy / part.name, copy_file)
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return the path of the checkpoint of a step in a folder of checkpoints."""
+    return folder / f"step={step}.ckpt"
+
+
 def step_of(path: Path) -> int | None:
-    """The step that is in a checkpoint's name."""
+    """Return the step of a checkpoint's path, the inverse of :func:`checkpoint_path`; None for other names."""
     match = re.fullmatch(r"step=(\d+)\.ckpt", path.name)
     return int(match[1]) if match else None
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a checkpoint, a file or a folder of shards."""
+    """Return the bytes of a checkpoint, a file or a folder of shards."""
     return sum(part.stat().st_size for part in (path.rglob("*") if path.is_dir() else [path]) if part.is_file())
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps whose checkpoints are whole, in any order."""
+    """Return the steps that have a checkpoint, in any order."""
     steps = (step_of(path) for path in folder.glob("step=*.ckpt"))
     return [step for step in steps if step is not None]
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what killed runs left unfinished."""
+    """Delete partial files of killed runs."""
     for path in folder.glob(".*.partial"):
         remove(path)
 
 
 def _partial(path: Path) -> Path:
-    """The hidden name under which a checkpoint or link is written."""
+    """Return the hidden path under which a checkpoint or link is written."""
     return path.with_name(f".{path.name}.partial")
 
 
-def _make_way(path: Path) -> None:
-    """Delete a folder of shards of the same name, which was damaged; the file system replaces a file by itself.
+def _remove_damaged_shards(path: Path) -> None:
+    """Delete a damaged folder of shards so that `os.replace` can replace it, which handles files by itself.
 
-    A folder with anything else in it stays, and cannot be replaced.
+    A folder that contains other files is kept, and cannot be replaced.
     """
     if path.is_dir() and all(part.name in _SHARD_NAMES or part.suffix == ".distcp" for part in path.iterdir()):
         shutil.rmtree(path)
@@ -286,7 +291,7 @@ def _is_rank_zero() -> bool:
 
 
 def _copy(checkpoint: dict[str, Any], live: list[Tensor]) -> dict[str, Any]:
-    """A checkpoint that training cannot change, on the CPU; tensors gathered for it alone are not copied again."""
+    """Copy a checkpoint to the CPU so that training cannot modify it; CPU tensors not in `live` are not copied."""
     storages = {tensor.untyped_storage().data_ptr() for tensor in live}
     copies: dict[Any, Tensor] = {}  # tied weights stay tied
 
@@ -303,7 +308,7 @@ def _copy(checkpoint: dict[str, Any], live: list[Tensor]) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """Why a write failed, in a line."""
+    """Return a one-line reason for a failed write."""
     if isinstance(error, CheckpointException):
         error = next((failure for failure, _ in error.failures.values()), error)
     return write_failure(error) or f"{type(error).__name__}: {error}"
@@ -318,7 +323,7 @@ def remove(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Fsync a file, or a partial folder with its files, before anything that follows."""
+    """Call fsync on a file, or on a partial folder and its files."""
     for part in path.iterdir() if path.is_dir() and path.name.endswith(".partial") else ():
         _flush(part)
     flush(path)

@@ -1,4 +1,4 @@
-"""Checks before a run: `fit`, `validate` and `plan` report mistakes before anything is written or computed."""
+"""Checks of `fit`, `validate` and `plan` before a run, so that errors are reported before anything is written."""
 
 from __future__ import annotations
 
@@ -24,55 +24,55 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.adapters import fingerprint, is_adapter
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import Decoder
+from ropepp_lit.train.build import qk_norms
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoints import damaged_since, folder_of, newest
+from ropepp_lit.train.checkpoints import folder_of, later_checkpoints, newest
 from ropepp_lit.train.diagnostics import Diagnostics
 from ropepp_lit.train.disk_space import checkpoint_bytes
 from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.lora import check_options, continue_adapters, trained_shapes
 from ropepp_lit.train.loss_average import choose_average
-from ropepp_lit.train.parallel import qk_norms
 from ropepp_lit.train.run_state import read_run
 from ropepp_lit.train.summary import rank_zero_print
 
 Way = Literal["init_from", "fit", "validate"]
-"""What a checkpoint is used for: a run starts from its weights, goes on from it, or validates it."""
+"""Use of a checkpoint: a run initializes its weights from it, continues from it, or validates it."""
 
 REFUSED: dict[Way, tuple[str, ...]] = {"init_from": (), "fit": (TOKENIZER, SPECIAL_IDS), "validate": (TOKENIZER,)}
-"""Differences between a checkpoint and a recipe that are refused. Others are printed."""
+"""Differences between a checkpoint and a recipe that are errors. Others are printed."""
 
 
 def checkpoint_to_continue(options: Any) -> str | None:
-    """The checkpoint that `ckpt_path` names: for `auto` the newest whole one of the run's folder, None without any.
+    """Return the checkpoint for `ckpt_path`; `auto` selects the newest valid one in the run's folder, or None.
 
     Raises:
-        UsageError: the checkpoint is damaged, or all of the folder's are.
+        UsageError: the checkpoint is damaged, or the folder contains only damaged ones.
     """
     if options.ckpt_path != "auto":
         if options.ckpt_path is not None and Path(options.ckpt_path).exists():
             read_run(options.ckpt_path, checksums=True)
         return options.ckpt_path
     folder = folder_of(options.trainer.default_root_dir or ".")
-    found = newest(folder, checksums=True)
-    damaged = damaged_since(folder, found)
-    if damaged and found is None:
+    checkpoint = newest(folder, checksums=True)
+    damaged = later_checkpoints(folder, checkpoint)
+    if damaged and checkpoint is None:
         names = ", ".join(path.name for path in damaged)
-        raise UsageError(f"ckpt_path: {folder} holds damaged checkpoints only ({names}); move them away to begin anew")
+        raise UsageError(f"ckpt_path: {folder} has only damaged checkpoints ({names}); move them away to start over")
     for path in damaged:
-        rank_zero_print(f"{path} is damaged: going on from {found}; it is replaced when its step is saved again")
-    return str(found) if found else None
+        rank_zero_print(f"{path} is damaged: continuing from {checkpoint}; it is replaced when its step is saved again")
+    return str(checkpoint) if checkpoint else None
 
 
 class Checks:
-    """The checks of one recipe. Each raises UsageError with one line that names the key or the file.
+    """Checks of a recipe. Each raises UsageError with one line that names the key or the file.
 
     Args:
-        model: Before it is built.
-        data: See :meth:`check_data` for what must be prepared.
-        options: The recipe with its classes instantiated, as LightningCLI makes it.
-        strategy: Of the trainer, where it is FSDP2.
-        world_size: Devices on all nodes.
+        model: Model before it is built.
+        data: The datamodule; only :meth:`check_data` requires it to be set up.
+        options: The recipe with its classes instantiated by LightningCLI.
+        strategy: Strategy of the trainer, if it is FSDP2.
+        world_size: Number of devices on all nodes.
     """
 
     def __init__(
@@ -88,11 +88,11 @@ class Checks:
         self._architecture = describe_architecture(model.config, model.scheme, model.frequencies)
 
     def open_checkpoint(self, ckpt_path: str | None, *, way: Way = "fit") -> None:
-        """Read the checkpoint that is continued or validated, or else the one that `model.init_from` names.
+        """Read the checkpoint that is continued or validated, or else that of `model.init_from`.
 
         Args:
-            ckpt_path: The checkpoint; None where a run starts.
-            way: What it is used for.
+            ckpt_path: Path of the checkpoint; None if a run starts.
+            way: Use of the checkpoint.
 
         Raises:
             UsageError: the checkpoint cannot be read.
@@ -107,7 +107,7 @@ class Checks:
             )
             if Path(ckpt_path).is_dir() and self._strategy is None:
                 raise UsageError(
-                    f"ckpt_path: {ckpt_path} is in shards; continue it by --trainer.strategy fsdp2, on any devices"
+                    f"ckpt_path: {ckpt_path} is sharded; continue it by --trainer.strategy fsdp2, on any devices"
                 )
         elif model.init_from is not None:
             self._path = model.init_from
@@ -115,9 +115,9 @@ class Checks:
             if model.lora is not None:
                 model.adapters.base_fingerprint = fingerprint(self._checkpoint)
         elif model.lora is not None:
-            raise UsageError("model.lora: adapters are trained beside a model's weights; name it by model.init_from")
+            raise UsageError("model.lora: adapters require a base model; set model.init_from")
         elif model.init_optimizer:
-            raise UsageError("model.init_optimizer: takes the optimizer's state of model.init_from; name that too")
+            raise UsageError("model.init_optimizer: loads the optimizer state of model.init_from; set that too")
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -126,7 +126,7 @@ class Checks:
         return checkpoint_bytes(self._decoder, model.optimizer_config, lora=model.lora, precision=precision)
 
     def check_steps(self) -> None:
-        """The length of the run."""
+        """Check the length of the run and of the schedule."""
         if self._options.trainer.max_steps < 1:
             raise UsageError(
                 "trainer.max_steps: give the number of optimizer steps, 1 or more; runs are counted in steps"
@@ -134,10 +134,10 @@ class Checks:
         self._model.schedule.check(self._model.schedule.total_steps or self._options.trainer.max_steps)
 
     def check_recipe(self, *, has_gpu: bool) -> list[str]:
-        """What can be checked without data.
+        """Run the checks that do not need data.
 
         Args:
-            has_gpu: Whether the run computes on GPUs.
+            has_gpu: Whether the run uses GPUs.
 
         Returns:
             Lines to print.
@@ -171,30 +171,30 @@ class Checks:
             return []
         problem = (
             f"data.context_length: {context:,} is beyond the {reach:,} tokens (factor × "
-            "original_max_position_embeddings) that model.frequencies is made for"
+            "original_max_position_embeddings) that model.frequencies supports"
         )
-        if not self._is_made_for(context):
+        if not self._supports(context):
             raise UsageError(problem)
-        return [f"Note: {problem}; {self._path or model.init_from} decides"]
+        return [f"Note: {problem}; the limit of {self._path or model.init_from} applies"]
 
-    def _is_made_for(self, context: int) -> bool:
-        """Whether the checkpoint's model says itself that it reads so many tokens with the recipe's frequencies."""
-        if self._checkpoint is None:  # a plan, before the checkpoint is there
+    def _supports(self, context: int) -> bool:
+        """Return whether the checkpoint states a context of this length with the recipe's frequencies."""
+        if self._checkpoint is None:  # a plan, when the checkpoint does not exist yet
             return self._model.init_from is not None
         stored = self._checkpoint[KEY]
         changes = compare(stored, {"architecture": self._architecture}).get(ARCHITECTURE, "")
         return "model.frequencies" not in changes and context <= (stored.get("context_length") or 0)
 
     def check_data(self) -> list[str]:
-        """The vocabulary and the evaluations; the data must be prepared and set up.
+        """Check vocabulary, loss and evaluations; the data must be prepared and set up.
 
         Returns:
             Lines to print.
         """
         lines = list(self._data.notices)
         choose_average(self._model.loss_average, self._data)
-        goes_on = None if self._way == "init_from" else self._checkpoint
-        self._model.pairs.check(self._data, init_from=self._model.init_from, checkpoint=goes_on, path=self._path)
+        checkpoint = None if self._way == "init_from" else self._checkpoint
+        self._model.pairs.check(self._data, init_from=self._model.init_from, checkpoint=checkpoint, path=self._path)
         rows, tokens = self._model.config.vocab_size, self._data.manifest.vocab_size
         largest = self._data.largest_token_id
         if largest >= rows:
@@ -216,13 +216,13 @@ class Checks:
     def compare(self) -> list[str]:
         """Compare the checkpoint with the recipe: weights, architecture, tokenizer, special ids and documents.
 
-        Of data that is not set up, as for a plan on another machine, nothing is compared.
+        If the data are not set up, for example for a plan on another machine, they are not compared.
 
         Returns:
-            Lines to print: what the run starts from or where it goes on, and what differs.
+            Lines to print: where the run starts or continues, and the differences.
 
         Raises:
-            UsageError: the weights do not fit, or something differs that may not (:data:`REFUSED`).
+            UsageError: the weights do not fit, or a difference is an error (:data:`REFUSED`).
         """
         path, checkpoint, data = self._path, self._checkpoint, self._data
         if checkpoint is None:
@@ -236,13 +236,13 @@ class Checks:
             architecture["decoder"]["tie_word_embeddings"]
             for architecture in (checkpoint[KEY]["architecture"], self._architecture)
         )
-        # A tied checkpoint has both matrices too; tied, a model would keep one of two, and its optimizer knows one.
-        is_other = was_tied != is_tied and (is_tied or self._way == "fit")
-        found = {name: value.shape for name, value in decoder_weights(checkpoint).items()}
-        has_norms = checkpoint[KEY]["architecture"]["decoder"].get("qk_norm")  # of which a damaged file may lack one
-        if self._way == "init_from" and self._model.lora is None and not has_norms:  # added, they begin at one
-            found |= {name: shapes[name] for name in qk_norms(shapes) - found.keys()}
-        if is_other or shapes != found:
+        # Tied checkpoints store both matrices. Tying would drop one of two, and the optimizer state has only one.
+        cannot_convert = was_tied != is_tied and (is_tied or self._way == "fit")
+        stored_shapes = {name: value.shape for name, value in decoder_weights(checkpoint).items()}
+        has_norms = checkpoint[KEY]["architecture"]["decoder"].get("qk_norm")  # a damaged file may lack one of them
+        if self._way == "init_from" and self._model.lora is None and not has_norms:  # added norms start at 1
+            stored_shapes |= {name: shapes[name] for name in qk_norms(shapes) - stored_shapes.keys()}
+        if cannot_convert or shapes != stored_shapes:
             raise UsageError(f"{path}: its weights do not fit the recipe's model ({architecture}); change the recipe")
         for kind in REFUSED[self._way]:
             if kind in differences:
@@ -252,7 +252,7 @@ class Checks:
                     f"run from the weights by --model.init_from {path}"
                 )
         if self._way == "init_from":
-            lines = [self._start(architecture)]
+            lines = [self._describe_start(architecture)]
         else:
             lines = (
                 [f"The recipe differs from {path}; the recipe's values apply: {architecture}"] if architecture else []
@@ -276,10 +276,10 @@ class Checks:
         }
         if card := checkpoint[KEY].get("card"):
             self._model.settings["card"] = card
-        return [*lines, *self._go_on()] if self._way == "fit" else lines
+        return [*lines, *self._describe_resume()] if self._way == "fit" else lines
 
-    def _go_on(self) -> list[str]:
-        """Where a run goes on, in its steps and in its data."""
+    def _describe_resume(self) -> list[str]:
+        """Check that the run can resume, and return lines about the step and the data position."""
         path, checkpoint = self._path, self._checkpoint
         assert checkpoint is not None
         stored, optimizer = checkpoint[KEY]["optimizer"], type(self._model.optimizer_config).__name__
@@ -291,7 +291,7 @@ class Checks:
                 "use the same optimizer"
             )
         step, max_steps = checkpoint["global_step"], self._options.trainer.max_steps
-        left = f"{max_steps - step:,} steps are left" if step < max_steps else "raise --trainer.max_steps to go on"
+        left = f"{max_steps - step:,} steps are left" if step < max_steps else "raise --trainer.max_steps to continue"
         lines = [f"Continuing from {path} at step {step:,} of {max_steps:,}: {left}"]
         states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader")
         if states and hasattr(self._data, "manifests"):
@@ -301,8 +301,8 @@ class Checks:
                 lines.append(f"Note: the data start over at sample {sample:,} instead of {before:,}: {reason}")
         return lines
 
-    def _start(self, architecture: str) -> str:
-        """What a run starts from, and what it changes."""
+    def _describe_start(self, architecture: str) -> str:
+        """Check that the run can start from the checkpoint's weights, and return a line with the differences."""
         model, path, checkpoint = self._model, self._path, self._checkpoint
         assert checkpoint is not None
         stored = checkpoint[KEY]
@@ -326,21 +326,21 @@ class Checks:
 
 
 def require_a_step(trainer: pl.Trainer, *, first_step: int) -> None:
-    """Check that a run has done something.
+    """Check that a run has taken a step.
 
     Args:
-        trainer: At the end of the run.
-        first_step: Where this start of the run began.
+        trainer: Trainer at the end of the run.
+        first_step: Step at which this run started or resumed.
 
     Raises:
-        UsageError: it ended without a step.
+        UsageError: the run ended without a step.
     """
     if trainer.global_step >= trainer.max_steps or trainer.global_step > first_step:
         return
     timers = (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
     if any((left := timer.time_remaining()) is not None and left <= 0 for timer in timers):
         raise UsageError(
-            "trainer.max_time: all of it is used up before a step; it counts the time of all starts of a run: raise it"
+            "trainer.max_time: used up before the first step; it includes the time before a resume: raise it"
         )
     if trainer.global_step == 0:
-        raise UsageError("the run ended without a step; see what trainer.callbacks stop it for")
+        raise UsageError("the run ended without a step; check why trainer.callbacks stopped it")

@@ -1,6 +1,6 @@
-"""Keys of a recipe that name a class, and a check of the names before the recipe is parsed.
+"""Keys of a recipe that name a class, and checks of class names and null values.
 
-jsonargparse reports an unknown class as a value of the wrong type, without the classes that exist.
+jsonargparse reports an unknown class as a value of the wrong type, without listing the known classes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CLASSES: dict[str, tuple[type, type | None]] = {
     "model.schedule": (Schedule, WarmupStableDecay),
     "model.preference": (Preference, None),
 }
-"""Keys that name a class: its base class, and the default."""
+"""Keys that name a class, with the base class and the default."""
 
 
 SECTIONS = {
@@ -52,22 +52,22 @@ SECTIONS = {
     "spikes": LossSpikes,
     "watchdog": Watchdog,
 }
-"""Keys of a recipe that have settings by name, and whose arguments these are."""
+"""Sections of a recipe, with the class whose arguments they contain."""
 
 
 def check_sections(options: Namespace) -> None:
-    """Check that each section of a recipe is settings by name, and null only where a setting takes that.
+    """Check that each section of a recipe is a mapping, with null only for settings that allow it.
 
     Args:
-        options: Of `fit`, parsed and not instantiated.
+        options: Options of `fit`, parsed but not instantiated.
 
     Raises:
-        UsageError: one is not.
+        UsageError: a section is not a mapping, or a setting is null.
     """
     for name, kind in SECTIONS.items():
         section = options.get(name)
         if not isinstance(section, Namespace):
-            raise UsageError(f"{name}: {str(section)[:100]!r} must be settings by name")
+            raise UsageError(f"{name}: {str(section)[:100]!r} must be a mapping of settings")
         check_arguments(kind, vars(section), name)
 
 
@@ -75,11 +75,11 @@ def check_classes(arguments: list[str]) -> None:
     """Check the class names on a command line and in its recipes.
 
     Args:
-        arguments: Options of `fit`. What is not the name of a class is left to the parser.
+        arguments: Options of `fit`. The parser checks values that are not class names.
 
     Raises:
-        UsageError: a key of :data:`CLASSES` names a class that does not exist, cannot be imported or has another base;
-            a recipe is not valid YAML.
+        UsageError: a key of :data:`CLASSES` names a class that does not exist, cannot be imported or has another base,
+            or a recipe is not valid YAML.
     """
     for key, name in _names(arguments):
         base = CLASSES[key][0]
@@ -90,16 +90,16 @@ def check_classes(arguments: list[str]) -> None:
                 raise UsageError(f"{key}: {error}") from error
         elif name not in (known := [kind.__name__ for kind in _subclasses(base)]):
             raise UsageError(
-                f"{key}: no class {name!r}; choose one of {', '.join(known)}, or name one of your own as module.Class"
+                f"{key}: no class {name!r}; choose one of {', '.join(known)}, or give your own class as module.Class"
             )
 
 
 def check_nulls(options: Any, key: str = "") -> None:
-    """Check that arguments of classes are null only where the class takes that; the parser lets every null pass.
+    """Check that arguments of classes are null only if the class allows it; the parser accepts every null.
 
     Args:
-        options: Of `fit`, parsed and not instantiated.
-        key: Where they are in the recipe.
+        options: Options of `fit`, parsed but not instantiated.
+        key: Their key in the recipe.
 
     Raises:
         UsageError: an argument is null, and neither its default nor its type is.
@@ -116,36 +116,36 @@ def check_nulls(options: Any, key: str = "") -> None:
 
 
 def check_arguments(kind: type, arguments: Mapping[str, Any], key: str) -> None:
-    """Raise UsageError where an argument of a class is null, and neither its default nor its type is.
+    """Raise UsageError if an argument of a class is null, and neither its default nor its type is.
 
     Args:
         kind: The class.
-        arguments: By name.
-        key: Where they are in the recipe.
+        arguments: Arguments by name.
+        key: Key of the class in the recipe.
     """
     for base in kind.__mro__[:-1]:
         if "__init__" not in vars(base):
             continue
         parameters = inspect.signature(vars(base)["__init__"]).parameters
         for name, parameter in parameters.items():
-            if name in arguments and arguments[name] is None and not _takes_none(base, parameter):
-                raise UsageError(f"{key}.{name}: null is no value of it; give one, or leave the key out")
+            if name in arguments and arguments[name] is None and not _allows_none(base, parameter):
+                raise UsageError(f"{key}.{name}: must not be null; give a value, or leave the key out")
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            break  # else the rest goes on to the class it derives from
+            break  # otherwise the other arguments are passed to the base class
 
 
-def _takes_none(kind: type, parameter: inspect.Parameter) -> bool:
+def _allows_none(kind: type, parameter: inspect.Parameter) -> bool:
     if parameter.default is None:
         return True
     try:
         hint = get_type_hints(kind.__init__).get(parameter.name, Any)  # type: ignore[misc]
-    except NameError:  # a type that is imported for type checkers alone
+    except NameError:  # a type imported only under TYPE_CHECKING
         return True
     return hint is Any or type(None) in get_args(hint)
 
 
 def _names(arguments: list[str]) -> Iterator[tuple[str, str]]:
-    """Keys, and the class names that they are given."""
+    """Yield keys and the class names given for them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     for key in CLASSES:
@@ -160,28 +160,28 @@ def _names(arguments: list[str]) -> Iterator[tuple[str, str]]:
             value = recipe
             for part in key.split("."):
                 value = value.get(part) if isinstance(value, dict) else None
-            yield from _names_in(key, value)
+            yield from _class_name(key, value)
     for key in CLASSES:
         for text in given[key]:
             try:
                 value = yaml.safe_load(text)
             except yaml.YAMLError:
                 continue
-            yield from _names_in(key, value)
+            yield from _class_name(key, value)
 
 
-def _names_in(key: str, value: Any) -> Iterator[tuple[str, str]]:
-    """The class name of a value: the name itself, or a mapping with a `class_path`."""
+def _class_name(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """Yield the class name of a value, which is the name itself or a mapping with a `class_path`."""
     name = value.get("class_path") if isinstance(value, dict) else value
-    if isinstance(name, str | int) and not Path(str(name)).is_file():  # a file is a part of the recipe
+    if isinstance(name, str | int) and not Path(str(name)).is_file():  # a file contains this part of the recipe
         yield key, str(name)
 
 
 def _read(path: Path) -> Any:
-    """A recipe's content; None where there is no such file, or it is a pipe, which the parser reads.
+    """Return the content of a recipe; None if there is no such file, or it is a pipe, which only the parser reads.
 
     Raises:
-        UsageError: it is no recipe.
+        UsageError: the file is not valid YAML.
     """
     if not path.is_file():
         return None
@@ -192,7 +192,7 @@ def _read(path: Path) -> Any:
 
 
 def _subclasses(base: type) -> list[type]:
-    """The classes that can be instantiated, of those imported so far: a class and all that derive from it."""
+    """Return a class and its subclasses, of those imported so far, that are not abstract."""
     children: list[type] = base.__subclasses__()
     derived = [kind for child in children for kind in _subclasses(child)]
     return derived if inspect.isabstract(base) else [base, *derived]

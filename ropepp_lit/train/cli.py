@@ -1,4 +1,4 @@
-"""`ropepp-lit fit` and `ropepp-lit validate`: LightningCLI with checks before a run and a summary after it."""
+"""Commands `ropepp-lit fit` and `ropepp-lit validate`: LightningCLI with checks before a run and a summary after it."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.files import held, local_path
 from ropepp_lit.train.callbacks import Banner, ProgressBar, TextSample
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of, saved_steps
+from ropepp_lit.train.checkpoint_writer import checkpoint_path, saved_steps
+from ropepp_lit.train.checkpoints import Checkpoints, check_folder, folder_of
 from ropepp_lit.train.checks import Checks, checkpoint_to_continue, require_a_step
 from ropepp_lit.train.classes import CLASSES, check_classes, check_nulls, check_sections
-from ropepp_lit.train.curves import go_on_from
 from ropepp_lit.train.diagnostics import Diagnostics
 from ropepp_lit.train.disk_space import check_first
 from ropepp_lit.train.evaluation import Evaluation
 from ropepp_lit.train.finite import DivergedError
 from ropepp_lit.train.fsdp import FSDP2Strategy
 from ropepp_lit.train.garbage import GarbageCollection
+from ropepp_lit.train.lightning_errors import check_launcher, in_one_line
+from ropepp_lit.train.metric_logging import truncate_logs
 from ropepp_lit.train.recipe import write_recipe
-from ropepp_lit.train.refusals import check_launcher, in_one_line
 from ropepp_lit.train.run_log import describe_start
-from ropepp_lit.train.spikes import LossSpikes, RollBack, SpikeError, forget_skipped, go_back, skipped_samples
+from ropepp_lit.train.spikes import LossSpikes, RollBack, SpikeError, forget_skipped, roll_back, skipped_samples
 from ropepp_lit.train.summary import (
     divergence_summary,
     rank_zero_print,
@@ -59,12 +60,12 @@ class _Parser(OneLineErrors, LightningArgumentParser):
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI whose recipe overrides the checkpoint's, and which reports mistakes before anything is written."""
+    """LightningCLI that reports errors before it writes anything; recipes override settings of the checkpoint."""
 
     def __init__(self, arguments: list[str]) -> None:
         self._arguments, self._started = arguments, time.monotonic()
-        self.goes_on_from: str | None = None
-        """The checkpoint that the run went back to; the command goes on from it."""
+        self.rollback_path: str | None = None
+        """Checkpoint to which the run rolled back, and from which the command continues."""
         super().__init__(
             CausalLM,
             TokenData,
@@ -76,10 +77,10 @@ class RecipeCLI(LightningCLI):
             load_from_checkpoint_support=False,
             trainer_defaults={
                 "callbacks": [Banner(), GarbageCollection()],
-                "check_val_every_n_epoch": None,  # a run is counted in steps
-                "enable_model_summary": False,  # the banner says more
+                "check_val_every_n_epoch": None,  # val_check_interval counts across epochs
+                "enable_model_summary": False,  # the banner replaces it
                 "inference_mode": False,
-                "use_distributed_sampler": False,  # the data's plan knows the ranks
+                "use_distributed_sampler": False,  # the data loader distributes samples over ranks
                 "log_every_n_steps": 10,
                 "num_sanity_val_steps": 0,
             },
@@ -87,11 +88,19 @@ class RecipeCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The two of Lightning's subcommands that training needs."""
+        """Return those of Lightning's subcommands that are supported."""
         return {name: skip for name, skip in LightningCLI.subcommands().items() if name in ("fit", "validate")}
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Create the parser of a subcommand, with our help for `--ckpt_path`, which accepts `auto`."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        (action,) = (action for action in parser._actions if action.dest == "ckpt_path")
+        auto = "`auto` selects the newest valid one in the run's folder, or starts a new run if there is none."
+        action.help = "Checkpoint to validate." if subcommand == "validate" else f"Checkpoint to continue from. {auto}"
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Callbacks with options of their own; default classes, so that one of their settings can be given alone."""
+        """Add the callbacks' options, and default classes, so that single settings of a class can be given."""
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(TextSample, "sample")
         parser.add_lightning_class_args(Evaluation, "evaluation")
@@ -101,10 +110,10 @@ class RecipeCLI(LightningCLI):
         parser.set_defaults({key: {"class_path": default.__name__} for key, (_, default) in CLASSES.items() if default})
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning's own method would replace the recipe's values by the checkpoint's."""
+        """Do nothing: Lightning's method replaces the recipe's values by those of the checkpoint."""
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """All that a run writes goes into its own folder, TensorBoard's events too."""
+        """Create the trainer; everything is written to the run's folder, including TensorBoard's events."""
         config = self.config_init[self.subcommand].trainer
         check_options(config)
         self.is_dry_run = bool(config.fast_dev_run)
@@ -112,14 +121,14 @@ class RecipeCLI(LightningCLI):
             for key, value in dry_run(config).items():
                 config[key] = value
         if self.subcommand == "validate":
-            kwargs["logger"] = False  # the curves are those of the run
+            kwargs["logger"] = False  # do not add to the logs of the run
         else:
             self.config_init.fit.checkpoints.is_dry_run = self.is_dry_run
         if config.enable_progress_bar is not False and not has_progress_bar(config.callbacks):
             kwargs["callbacks"] = [*config.callbacks, ProgressBar()]
         if isinstance(config.strategy, FSDP2Strategy):
             if config.precision == "64-true":
-                # Lightning has the plugin, and refuses its name where the strategy is an object.
+                # Lightning has the plugin, but rejects its name for a strategy object.
                 kwargs |= {"precision": None, "plugins": [*config.plugins, DoublePrecision()]}
             config.strategy.check_precision(str(config.precision))
         if config.logger in (None, True) and self.subcommand == "fit":
@@ -128,19 +137,19 @@ class RecipeCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if str(config.precision) in ("16", "16-mixed") and trainer.precision == "bf16-mixed":
             raise UsageError("trainer.precision: 16-mixed is for GPUs; use bf16-mixed on a CPU")
-        # Now, not when files have been written; also for one device, as each of a launcher's processes would be a run.
+        # Validate before files are written, and for one device too: each process of a launcher would be a run.
         environment = trainer._accelerator_connector.cluster_environment
         environment.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
         check_launcher(os.environ)
         return trainer
 
     def instantiate_classes(self) -> None:
-        """What Lightning or a cluster's environment refuses is one line."""
+        """Instantiate the classes; errors of Lightning or a cluster's environment are reported in one line."""
         with in_one_line("trainer"):
             super().instantiate_classes()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """What Lightning refuses, a full disk and a loss that is NaN are one line; the run's log tells its end."""
+        """Run the subcommand, log its end, and report user errors, a full disk and divergence in one line."""
         with ExitStack() as self._until_end:
             self._until_end.push(self._log_end)
             self._run_in_one_line(subcommand)
@@ -150,13 +159,13 @@ class RecipeCLI(LightningCLI):
             with in_one_line("trainer"):
                 super()._run_subcommand(subcommand)
         except SystemExit as error:
-            if isinstance(error.__context__, KeyboardInterrupt):  # a second Ctrl-C, of which Lightning says nothing
+            if isinstance(error.__context__, KeyboardInterrupt):  # a second Ctrl-C, which Lightning hides
                 raise error.__context__ from None
             raise
         except DivergedError as error:
             self.config_init.fit.checkpoints.finish()
             if not self.trainer.is_global_zero:
-                sys.exit(0)  # with another code the launcher would kill rank 0 before it has printed the line
+                sys.exit(0)  # with another code the launcher could kill rank 0 before it prints the error
             if isinstance(error, SpikeError):
                 raise UsageError(str(error)) from error
             raise UsageError(f"{error}; {divergence_summary(self.model, self.trainer)}") from error
@@ -164,20 +173,20 @@ class RecipeCLI(LightningCLI):
             self._roll_back(rollback)
 
     def _roll_back(self, rollback: RollBack) -> None:
-        """Let the command go on from a checkpoint, without the data that were read since."""
+        """Set the checkpoint from which the command continues, skipping the data read since."""
         checkpoints, folder = self.config_init.fit.checkpoints, folder_of(self.trainer.default_root_dir)
         checkpoints.finish()
         checkpoints.stop.uninstall()
-        path = folder / f"step={rollback.to_step}.ckpt"
+        path = checkpoint_path(folder, rollback.to_step)
         if self.trainer.is_global_zero:
-            go_back(path, rollback, self.model)
-        self.trainer.strategy.barrier("rollback")  # before another rank looks into the folder
-        self.goes_on_from = str(path)
+            roll_back(path, rollback, self.model)
+        self.trainer.strategy.barrier("rollback")  # before other ranks read the folder
+        self.rollback_path = str(path)
 
     def _log_end(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         """Write the last event of the run's log, and close it."""
         trainer, model, values = self.trainer, self.model, dict[str, Any]()
-        if not model.run_log.is_open or self.goes_on_from is not None:
+        if not model.run_log.is_open or self.rollback_path is not None:
             model.run_log.close()
             return
         if error is None:
@@ -193,13 +202,13 @@ class RecipeCLI(LightningCLI):
         model.run_log.close()
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; Lightning's own method would warn where a process with other arguments calls this one."""
+        """Parse the arguments, without the warning of Lightning's method if `sys.argv` differs from them."""
         check_classes(args)
         try:
             self.config = parser.parse_args(args)
         except UsageError:
             raise
-        except (ImportError, OverflowError, ValueError) as error:  # a URL that needs a library, a huge number, NUL
+        except (ImportError, OverflowError, ValueError) as error:  # URL without its library, huge number, NUL
             raise UsageError(f"config: {error}") from error
         options = self.config[self.config["subcommand"]]
         check_sections(options)
@@ -213,13 +222,13 @@ class RecipeCLI(LightningCLI):
                 local_path(key, str(options[key]))
 
     def before_fit(self) -> None:
-        """Check everything that can be checked; then write the recipe and the beginning of the log into the folder."""
+        """Run all checks; then write the recipe and the first events of the log into the run's folder."""
         checks, options = self._checks(), self.config_init["fit"]
         checks.check_steps()
         options.weights_only = True
         options.ckpt_path = checkpoint_to_continue(options)
-        before = None if options.ckpt_path is None else read_checkpoint(options.ckpt_path, shapes_only=True)
-        self._first_step = 0 if before is None else before["global_step"]
+        checkpoint = None if options.ckpt_path is None else read_checkpoint(options.ckpt_path, shapes_only=True)
+        self._first_step = 0 if checkpoint is None else checkpoint["global_step"]
         if self.is_dry_run:
             options.trainer.max_steps += self._first_step
             self.trainer.fit_loop.epoch_loop.max_steps = options.trainer.max_steps
@@ -242,41 +251,41 @@ class RecipeCLI(LightningCLI):
                 forget_skipped(folder_of(folder))
             write_recipe(folder / "recipe.yaml", self.model.recipe, self._read_recipe)
             self._log_start(folder, notes)
-        self._go_on_with_curves(before)
+        self._truncate_logs(checkpoint)
 
     def _log_start(self, folder: Path, notes: list[str]) -> None:
         """Write the first events of the run's log.
 
         Args:
-            folder: Of the run.
-            notes: What the checks found.
+            folder: Folder of the run.
+            notes: Lines that the checks printed.
         """
         log, path = self.model.run_log, self.config_init.fit.ckpt_path
         log.open(folder)
-        words = shlex.join(["ropepp-lit", *self._arguments])
-        log.write("start", step=self._first_step, **describe_start(self.trainer, words), notes=notes)
+        command = shlex.join(["ropepp-lit", *self._arguments])
+        log.write("start", step=self._first_step, **describe_start(self.trainer, command), notes=notes)
         if path is not None:
-            saved = sorted(saved_steps(folder_of(folder)))  # the checks found newer ones damaged
-            damaged = [str(folder_of(folder) / f"step={step}.ckpt") for step in saved if step > self._first_step]
+            saved = sorted(saved_steps(folder_of(folder)))  # later ones are damaged, as the checks found
+            damaged = [str(checkpoint_path(folder_of(folder), step)) for step in saved if step > self._first_step]
             log.write("resume", step=self._first_step, checkpoint=path, damaged=damaged)
 
     def _lock(self, folder: Path) -> None:
-        """Refuse a folder that another run writes to, until this one ends."""
+        """Lock the run's folder until this run ends; raise UsageError if another run holds the lock."""
         if not self.trainer.is_global_zero:
             return
         busy = f"{folder}: another run is training in it; let it end, or choose another --trainer.default_root_dir"
         if not self._until_end.enter_context(held(folder / ".lock", busy=busy)):
             print(
-                f"Notice: {folder} is on a file system without locks; take care that no other run writes to it.",
+                f"Notice: {folder} is on a file system without locks; make sure that no other run writes to it.",
                 file=sys.stderr,
             )
 
     def before_validate(self) -> None:
-        """Check everything that can be checked."""
+        """Run all checks."""
         checks, options = self._checks(), self.config_init["validate"]
         options.weights_only, options.verbose = True, False
         if options.ckpt_path is None:
-            raise UsageError("ckpt_path is missing: name the checkpoint to validate by --ckpt_path")
+            raise UsageError("ckpt_path is missing: set --ckpt_path to the checkpoint to validate")
         read_checkpoint(options.ckpt_path, shapes_only=True, checksums=True)
         checks.open_checkpoint(options.ckpt_path, way="validate")
         self._check(checks)
@@ -303,20 +312,20 @@ class RecipeCLI(LightningCLI):
         return lines
 
     def _as_plain(self, config: Any) -> dict[str, Any]:
-        """The recipe of parsed options of `fit`, without what is no part of it, such as `ckpt_path`."""
+        """Return the recipe of parsed options of `fit`, without arguments of the method, such as `ckpt_path`."""
         recipe = yaml.safe_load(self.parser.dump(config, skip_unset=False, format="yaml"))["fit"]
-        others = self._subcommand_method_arguments["fit"]
-        return {name: value for name, value in recipe.items() if name not in others}
+        method_arguments = self._subcommand_method_arguments["fit"]
+        return {name: value for name, value in recipe.items() if name not in method_arguments}
 
     def _read_recipe(self, path: Path) -> dict[str, Any]:
         return self._as_plain(self.parser.parse_args(["fit", f"--config={path}"]))
 
-    def _go_on_with_curves(self, checkpoint: dict[str, Any] | None) -> None:
-        """Let the curves be those of the run up to the checkpoint; empty where it begins."""
+    def _truncate_logs(self, checkpoint: dict[str, Any] | None) -> None:
+        """Remove metrics logged after the checkpoint from which the run continues; all of them if it starts anew."""
         trainer = self.trainer
         folder = Path(trainer.default_root_dir)
         if checkpoint is None:
-            go_on_from(trainer.loggers, 0, run_folder=folder, validates=False)
+            truncate_logs(trainer.loggers, 0, run_folder=folder, validates=False)
             return
         accumulated = trainer.accumulate_grad_batches
         interval = self.config_init.fit.trainer.val_check_interval or trainer.max_steps * accumulated
@@ -327,15 +336,15 @@ class RecipeCLI(LightningCLI):
             accumulate_grad_batches=accumulated,
             interval=interval,
         )
-        go_on_from(trainer.loggers, step, run_folder=folder, validates=validates)
+        truncate_logs(trainer.loggers, step, run_folder=folder, validates=validates)
 
     def after_fit(self) -> None:
-        """Validate the last step unless that is done, and print the summary.
+        """Validate the last step if it was not validated, and print the summary.
 
         Raises:
             UsageError: the run ended without a step.
         """
-        self._leave_if_stopped()
+        self._exit_if_stopped()
         require_a_step(self.trainer, first_step=self._first_step)
         if self.is_dry_run:
             rank_zero_print(f"\nDry run: trained to step {self.model.steps_taken:,} and validated; nothing is saved.")
@@ -347,13 +356,13 @@ class RecipeCLI(LightningCLI):
         prompt, seconds = self.config_init["fit"].sample.prompt, time.monotonic() - self._started
         rank_zero_print(training_summary(self.model, self.trainer, prompt=prompt, seconds=seconds))
 
-    def _leave_if_stopped(self) -> None:
-        """After a signal, exit with the code of a program that the signal ended."""
+    def _exit_if_stopped(self) -> None:
+        """After a signal, exit with the conventional code, 128 + the signal's number."""
         number = self.config_init.fit.checkpoints.stop.received
         if number is None:
             return
         rank_zero_print(stop_summary(self.model, self.trainer, number=number))
-        # Rank 0 alone: a launcher ends the others when one of them fails.
+        # Only rank 0: a launcher ends the other ranks when one of them fails.
         sys.exit(128 + number if self.trainer.is_global_zero else 0)
 
     def after_validate(self) -> None:
@@ -365,9 +374,9 @@ def quiet() -> None:
     """Silence Lightning's messages."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # reading costs next to nothing
-    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # torchmetrics has reduced over the ranks already
-    warnings.filterwarnings("ignore", ".*The `srun` command is available.*")  # SLURM need not be used
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # reading data is cheap
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # torchmetrics already reduces over ranks
+    warnings.filterwarnings("ignore", ".*The `srun` command is available.*")  # using SLURM is optional
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="lightning")
 
@@ -380,12 +389,11 @@ def main(arguments: list[str]) -> None:
     """
     quiet()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # torch's flight recorder, which the watchdog reads
-    # Before anything is computed, as threads inherit it. CPUs are slow on weights near 1e-40, which ALiBi's softmax
-    # gives to many far keys.
+    # Set first, as threads inherit it. CPUs are slow with denormal numbers, which ALiBi's softmax gives distant keys.
     torch.set_flush_denormal(True)
-    goes_on_from = RecipeCLI(arguments).goes_on_from
-    while goes_on_from is not None:  # after a loss spike; a resume in the same processes
+    rollback_path = RecipeCLI(arguments).rollback_path
+    while rollback_path is not None:  # after a loss spike: resume in the same processes
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        goes_on_from = RecipeCLI([*arguments, "--ckpt_path", goes_on_from]).goes_on_from
+        rollback_path = RecipeCLI([*arguments, "--ckpt_path", rollback_path]).rollback_path

@@ -1,4 +1,4 @@
-"""What training costs in arithmetic, and a cache in bytes."""
+"""Estimates of training FLOPs and of the size of the KV cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ropepp_lit.nn.lora import LoRA
 
 
 def matrix_parameters(config: DecoderConfig, layout: HeadLayout) -> int:
-    """Parameters that every token is multiplied with: all matrices but the embedding."""
+    """Return the number of parameters in matrix products with every token: all matrices except the embedding."""
     width, head = config.hidden_size, config.head_dim
     attention = width * head * (layout.num_query_heads + 2 * layout.num_key_value_heads + layout.num_attention_heads)
     if config.attention_gate is not None:
@@ -18,19 +18,19 @@ def matrix_parameters(config: DecoderConfig, layout: HeadLayout) -> int:
 def training_flops(
     config: DecoderConfig, layout: HeadLayout, *, tokens: float, pairs: float, lora: LoRA | None = None
 ) -> float:
-    """Floating-point operations of a forward and a backward pass, recomputation not counted (model FLOPs).
+    """Return the floating-point operations of a forward and a backward pass without recomputation (model FLOPs).
 
-    6 · tokens · parameters of matrices + 12 · layers · attention heads · (head_dim + extra_dims) · pairs: a
-    multiplication and an addition are two operations, and the backward pass has twice as many as the forward pass
-    (PaLM, arXiv 2204.02311, appendix B, there without causality). EC has twice the attention heads; heads of ALiBi have
-    8 dimensions more. With LoRA the base's matrices have no gradients, so 4 of them are left of 6; adapters have all 6.
+    6 · tokens · matrix parameters + 12 · layers · attention heads · (head_dim + extra_dims) · pairs: a multiplication
+    and an addition are two operations, and the backward pass has twice as many as the forward pass (PaLM, arXiv
+    2204.02311, appendix B, which does not account for causality). EC has twice the attention heads; ALiBi adds 8
+    dimensions to each head. With LoRA the base matrices need no weight gradients, so their factor is 4 instead of 6.
 
     Args:
         config: Geometry.
         layout: Head counts.
-        tokens: Tokens of the batch.
-        pairs: Pairs of a query and a key that it sees, in each head: n · (n + 1) / 2 for a document of n tokens.
-        lora: What trains; None means all.
+        tokens: Number of tokens in the batch.
+        pairs: Number of pairs of a query and a key visible to it, per head: n · (n + 1) / 2 for a document of n tokens.
+        lora: LoRA settings; None means that all weights train.
     """
     dims = layout.num_attention_heads * (config.head_dim + layout.extra_dims)
     matrices = 6 * matrix_parameters(config, layout)
@@ -46,21 +46,21 @@ def training_flops(
 def training_flops_per_token(
     config: DecoderConfig, layout: HeadLayout, context_length: int, *, lora: LoRA | None = None
 ) -> float:
-    """:func:`training_flops` of a token in a row of one document, which sees context_length / 2 tokens on average.
+    """Return :func:`training_flops` per token of a row with one document: context_length / 2 visible keys on average.
 
-    For packed documents it is an upper bound.
+    For packed documents this is an upper bound.
     """
     return training_flops(config, layout, tokens=1, pairs=context_length / 2, lora=lora)
 
 
 def cache_bytes_per_token(config: DecoderConfig, layout: HeadLayout, *, itemsize: int = 2) -> int:
-    """Bytes of keys and values per token, by default in bfloat16."""
+    """Return the bytes of keys and values per token, by default in bfloat16."""
     head = config.head_dim + layout.extra_dims
     return 2 * config.num_hidden_layers * layout.num_key_value_heads * head * itemsize
 
 
 def adapter_layers(config: DecoderConfig, layout: HeadLayout, lora: LoRA) -> list[tuple[int, int]]:
-    """Inputs and outputs of the layers of a block that have adapters."""
+    """Return the input and output sizes of a block's layers with adapters."""
     width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
     sizes = {
         "q_proj": (width, layout.num_query_heads * head),
@@ -75,7 +75,7 @@ def adapter_layers(config: DecoderConfig, layout: HeadLayout, lora: LoRA) -> lis
 
 
 def adapter_parameters(config: DecoderConfig, layout: HeadLayout, lora: LoRA) -> int:
-    """Parameters that LoRA adds to a block."""
+    """Return the number of parameters that LoRA adds to a block."""
     sizes = adapter_layers(config, layout, lora)
     added = lora.rank * sum(inputs + outputs for inputs, outputs in sizes)
     added += lora.dora * sum(outputs for _, outputs in sizes)

@@ -1,4 +1,4 @@
-"""What passes torch's dispatcher: floating-point operations, bytes read and written, collectives and what they send."""
+"""Counter of dispatched operations: floating-point operations, bytes read and written, collectives and bytes sent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 
 class Collective(NamedTuple):
-    """Collective operations of one kind over groups of one size."""
+    """Kind of collective operation over groups of one size."""
 
     kind: str
     """`all-gather`, `reduce-scatter`, `all-reduce`, `all-to-all`, `broadcast` or `send`."""
@@ -34,21 +34,22 @@ _SENT: dict[str, tuple[str, Callable[[float, int], float]]] = {
     "isend": ("send", lambda size, ranks: size),
     "send": ("send", lambda size, ranks: size),
 }
-"""Kinds by the begin of an operation's name, and the bytes that a rank sends of an input of so many bytes (rings)."""
+"""Collectives by the prefix of the operation's name: kind, and function of input bytes and ranks that returns the bytes
+a rank sends (ring algorithms)."""
 
 
 class Count(TorchDispatchMode):
-    """Counts the operations that run inside it, on real or fake tensors.
+    """Counts the operations that run in its context, on real or fake tensors.
 
     Args:
-        reads_and_writes: Count bytes in memory too.
+        reads_and_writes: Count the bytes that operations read and write too.
 
     Attributes:
-        flops: Floating-point operations of matrix products and attention, by torch's formulas; causal attention on the
-            CPU and of `varlen_attn` counts the pairs that are not masked.
-        bytes: Read and written by all operations but views, each tensor once per operation.
+        flops: Floating-point operations of matrix products and attention, by torch's formulas; for causal attention on
+            the CPU and for `varlen_attn` only pairs that are not masked are counted.
+        bytes: Bytes read and written by all operations except views, each tensor once per operation.
         calls: Number of calls of each collective.
-        sent: Bytes that this rank sends by each.
+        sent: Bytes that this rank sends in each collective.
     """
 
     def __init__(self, *, reads_and_writes: bool = False) -> None:
@@ -59,7 +60,7 @@ class Count(TorchDispatchMode):
         self.sent: defaultdict[Collective, float] = defaultdict(float)
 
     def add(self, other: Count, times: int = 1) -> None:
-        """Add another's counts, so many times."""
+        """Add the counts of another, multiplied by `times`."""
         self.flops += times * other.flops
         self.bytes += times * other.bytes
         for collective in other.calls:
@@ -85,12 +86,12 @@ class Count(TorchDispatchMode):
         kind, sent = next((rule for start, rule in _SENT.items() if name.startswith(start)), (None, None))
         if kind is None or sent is None:  # waits and barriers
             return
-        places = {argument.name: place for place, argument in enumerate(func._schema.arguments)}
-        if "process_group" in places:
-            group = dist.ProcessGroup.unbox(args[places["process_group"]])
+        indices = {argument.name: index for index, argument in enumerate(func._schema.arguments)}
+        if "process_group" in indices:
+            group = dist.ProcessGroup.unbox(args[indices["process_group"]])
         else:
-            group = _resolve_process_group(args[places["group_name"]])
-        # Those of `c10d` that have an input and an output name the output first.
+            group = _resolve_process_group(args[indices["group_name"]])
+        # In `c10d`, operations with an input and an output have the output first.
         source = (
             args[1] if func.namespace == "c10d" and kind in ("all-gather", "reduce-scatter", "all-to-all") else args[0]
         )
@@ -104,8 +105,8 @@ def _nbytes(tree: Any) -> int:
 
 
 def _causal(flops: int, query: Tensor, key: Tensor, is_causal: bool) -> float:
-    tokens, seen = query.shape[2], key.shape[2]
-    return flops * (seen + 1) / (2 * seen) if is_causal and tokens == seen else flops
+    queries, keys = query.shape[2], key.shape[2]
+    return flops * (keys + 1) / (2 * keys) if is_causal and queries == keys else flops
 
 
 def _flash_forward(
@@ -121,14 +122,15 @@ def _flash_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *re
 
 
 def _varlen_flops(query: Tensor, key: Tensor, *bounds: Any, products: int) -> float:
-    """Of so many matrix products of every visible pair; `bounds` begin with those of queries and keys, and the longest.
+    """Return the FLOPs of `products` matrix products over visible pairs.
 
-    Segments must be equally long: the lengths of each are values of tensors. The last query of one sees all its keys.
+    `bounds` starts with the cumulative lengths and maximum lengths of queries and keys. Segments must have the same
+    length, because the values of tensors are not read. The last query of a segment attends to all of its keys.
     """
     query_bounds, _, longest_query, longest_key = bounds[:4]
     segments = query_bounds.shape[0] - 1
     if segments * longest_query != query.shape[0] or segments * longest_key != key.shape[0]:
-        raise ValueError("the operations of segments of several lengths cannot be counted")
+        raise ValueError("the operations of segments of different lengths cannot be counted")
     pairs = segments * (longest_query * longest_key - longest_query * (longest_query - 1) / 2)
     return 2 * products * query.shape[1] * query.shape[2] * pairs
 
@@ -149,5 +151,5 @@ _FLOPS: dict[Any, Callable[..., float]] = {
     torch.ops.torch_attn._varlen_attn: _varlen_forward,
     torch.ops.torch_attn._varlen_attn_backward: _varlen_backward,
 }
-"""Of the CPU's flash kernel, which torch's table does not have, and of `varlen_attn`, for which torch counts masked
-pairs too."""
+"""FLOPs of the CPU's flash kernel, which torch's table lacks, and of `varlen_attn`, for which torch counts masked pairs
+too."""

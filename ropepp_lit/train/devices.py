@@ -1,4 +1,4 @@
-"""GPUs by name: peak arithmetic and memory, from the makers' data sheets."""
+"""Table of GPUs: peak throughput and memory, from the vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 
 class Device(NamedTuple):
-    """What the data sheet says of a GPU."""
+    """Specification of a GPU."""
 
     tflops: float
-    """Dense bfloat16 peak, accumulated in float32, in 10¹² operations per second."""
+    """Dense bfloat16 peak with float32 accumulation, in 10¹² operations per second."""
     memory: int
-    """GiB."""
+    """Memory in GiB."""
 
 
 DEVICES = {
@@ -44,7 +44,7 @@ DEVICES = {
     "MI300X": Device(1307, 192),
     "MI250X": Device(191, 64),
 }
-"""Devices that torch shows, by the names that `plan --device` takes; of an MI250X torch shows two halves."""
+"""Devices by the names that `plan --device` accepts. The MI250X is one of the two devices that torch shows for it."""
 
 _NAMES = {
     "H100": "H100 SXM",
@@ -57,16 +57,16 @@ _NAMES = {
     "A100 SXM4 40GB": "A100 40GB",
     "A100 PCIE 40GB": "A100 40GB",
 }
-"""Other names of the same, without the maker's."""
+"""Aliases of the names in :data:`DEVICES`, without the vendor."""
 
-_MAKERS = {"nvidia", "geforce", "amd", "instinct"}
+_VENDORS = {"nvidia", "geforce", "amd", "instinct"}
 
 
 def find_device(name: str) -> Device | None:
-    """The device of a name such as `H100 PCIe`, or `NVIDIA H100 80GB HBM3`, which torch reports.
+    """Return the device with a name such as `H100 PCIe`, or `NVIDIA H100 80GB HBM3`, which torch reports.
 
-    All words of the name must match, but for the maker's: an `NVIDIA GeForce RTX 4090 Laptop GPU`, a part of a GPU
-    (MIG) or a variant that is not in the table has another peak, so the answer is None.
+    All words of the name except the vendor's must match. An `NVIDIA GeForce RTX 4090 Laptop GPU`, a MIG partition or a
+    variant that is not in the table has another peak, so the result is None.
     """
     known = {_words(key): device for key, device in DEVICES.items()}
     known |= {_words(alias): DEVICES[key] for alias, key in _NAMES.items()}
@@ -74,15 +74,15 @@ def find_device(name: str) -> Device | None:
 
 
 def _words(name: str) -> tuple[str, ...]:
-    return tuple(word for word in re.split(r"[\s_-]+", name.strip().lower()) if word not in _MAKERS)
+    return tuple(word for word in re.split(r"[\s_-]+", name.strip().lower()) if word not in _VENDORS)
 
 
 def peak_flops(name: str) -> float | None:
-    """Operations per second of a device at its dense bfloat16 peak; None where it is not known for certain."""
+    """Return the dense bfloat16 peak of a device in operations per second; None if the device is unknown."""
     device = find_device(name)
     return None if device is None else 1e12 * device.tflops
 
 
 def device_name() -> str | None:
-    """The name of this process's GPU."""
+    """Return the name of this process's GPU, or None without one."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None

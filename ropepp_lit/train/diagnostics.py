@@ -1,4 +1,4 @@
-"""What attention does while a model trains, for real and imaginary heads apart: scores, weights, output projection."""
+"""Metrics of attention during training, separately for real and imaginary heads: scores, weights, output projection."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from ropepp_lit.hf.adapters import merge_layer
 from ropepp_lit.nn import Decoder, Documents, Probe
 from ropepp_lit.nn.lora import LoRA, clean_name
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.curves import log_figures
-from ropepp_lit.train.evaluation import BySteps, evaluating
-from ropepp_lit.train.fsdp import whole
+from ropepp_lit.train.evaluation import EveryNSteps, evaluating
+from ropepp_lit.train.fsdp import full_tensor
+from ropepp_lit.train.metric_logging import log_metrics
 
 LARGEST = "largest_score"
-"""Of several layers the largest counts; of other figures their mean, and of norms the root of the sum of squares."""
+"""Metric that is aggregated over layers by its maximum; norms by the root of the sum of squares, others by the mean."""
 
 
-class Diagnostics(BySteps):
-    """Logs figures of attention as `attention/…`, of all layers together and of each.
+class Diagnostics(EveryNSteps):
+    """Logs metrics of attention as `attention/…`, aggregated over layers and for each layer.
 
-    | figure                   | of the heads of one kind                                                           |
+    | metric                   | for each kind of heads (real, imaginary)                                           |
     |--------------------------|------------------------------------------------------------------------------------|
-    | `largest_score`          | largest qᵀk · scale of a query and a key that it sees                              |
-    | `entropy`                | entropy of a query's weights in nats, mean                                         |
-    | `share_beyond_N`         | percent of a query's weight on keys more than N tokens before it, mean             |
-    | `output_norm`            | Frobenius norm of the columns of o_proj that read them (with adapters, of the sum) |
-    | `output_gradient_norm`   | norm of the gradient of those columns, after clipping; without adapters on them    |
+    | `largest_score`          | largest qᵀk · scale of a query and a key visible to it                             |
+    | `entropy`                | mean entropy of a query's attention weights in nats                                |
+    | `share_beyond_N`         | mean percentage of a query's weight on keys more than N tokens before it           |
+    | `output_norm`            | Frobenius norm of their columns of o_proj (with adapters, of the merged weights)   |
+    | `output_gradient_norm`   | norm of the gradient of those columns, after clipping; not with adapters on o_proj |
 
-    Scores and weights are those of the beginning of the first row of training, the same text each time.
+    Scores and weights are computed on the first tokens of the first training row, the same text each time.
 
     Args:
-        every_n_steps: Optimizer steps between figures, also logged at the last step; 0 switches them off.
-        far: N, in tokens.
-        max_tokens: Tokens of the row that are read; memory is quadratic in them.
+        every_n_steps: Optimizer steps between logs; also logged at the last step. 0 disables them.
+        far: N of `share_beyond_N`: keys more than N tokens before the query count.
+        max_tokens: Maximum number of tokens of the row to use; memory is quadratic in it.
     """
 
     def __init__(self, *, every_n_steps: int = 0, far: int = 64, max_tokens: int = 1024) -> None:
@@ -51,40 +51,40 @@ class Diagnostics(BySteps):
         self._row: tuple[Tensor, Documents | None] | None = None
 
     def check(self, decoder: Decoder, data: TokenData) -> None:
-        """Raise UsageError where no key of a row is as far away as `far`; the decoder may be on the meta device."""
+        """Raise UsageError if no key of the row is further away than `far`; the decoder may be on the meta device."""
         length = min(self.max_tokens, data.context_length)
         if self.every_n_steps and self.far >= length:
             raise UsageError(f"diagnostics.far: {self.far} must be less than the {length} tokens that are read")
 
-    def act(self, trainer: pl.Trainer, module: CausalLM) -> None:
-        """Compute and log."""
+    def run(self, trainer: pl.Trainer, module: CausalLM) -> None:
+        """Compute and log the metrics."""
         decoder = module.decoder
         kinds = decoder.scheme.head_kinds
         if self._row is None:
             self._row = self._first_row(trainer.datamodule, module.device)  # type: ignore[attr-defined]
         ids, documents = self._row
-        watch = _Watch(num_kinds=len(kinds), far=self.far)
-        # Gradients are still those of the step: they are set to None before the next one.
+        probe = _AttentionProbe(num_kinds=len(kinds), far=self.far)
+        # Gradients are still those of the step: Lightning sets them to None before the next one.
         with torch.no_grad():
             norms = list(_norms(decoder, module.lora, len(kinds)))
-            with evaluating(trainer, decoder), decoder.probed(watch):
+            with evaluating(trainer, decoder), decoder.probed(probe):
                 decoder(ids, documents=documents, logits_to_keep=1)
-            found = {LARGEST: watch.largest, "entropy": watch.entropy, f"share_beyond_{self.far}": watch.beyond}
+            metrics = {LARGEST: probe.largest, "entropy": probe.entropy, f"share_beyond_{self.far}": probe.beyond}
             for name in ("output_norm", "output_gradient_norm"):
-                if norms and all(name in of_layer for of_layer in norms):
-                    found[name] = [of_layer[name] for of_layer in norms]
-            layers = torch.stack([torch.stack(values).double() for values in found.values()])
-            together = torch.stack([_join(name, values) for name, values in zip(found, layers, strict=True)])
-            numbers = torch.cat((together[:, None], layers), dim=1).tolist()  # the host waits for the device once
+                if norms and all(name in layer_norms for layer_norms in norms):
+                    metrics[name] = [layer_norms[name] for layer_norms in norms]
+            layers = torch.stack([torch.stack(values).double() for values in metrics.values()])
+            overall = torch.stack([_aggregate(name, values) for name, values in zip(metrics, layers, strict=True)])
+            numbers = torch.cat((overall[:, None], layers), dim=1).tolist()  # the host waits for the device once
         values: dict[str, float] = {}
-        for name, rows in zip(found, numbers, strict=True):
+        for name, rows in zip(metrics, numbers, strict=True):
             for layer, row in enumerate(rows):
-                place = "attention" if layer == 0 else f"attention/layer_{layer - 1}"
-                values |= {f"{place}/{kind}/{name}": value for kind, value in zip(kinds, row, strict=True)}
-        log_figures(trainer, values, trainer.global_step)
+                prefix = "attention" if layer == 0 else f"attention/layer_{layer - 1}"
+                values |= {f"{prefix}/{kind}/{name}": value for kind, value in zip(kinds, row, strict=True)}
+        log_metrics(trainer, values, trainer.global_step)
 
     def _first_row(self, data: TokenData, device: torch.device) -> tuple[Tensor, Documents | None]:
-        """Tokens [1, T] of the beginning of the first row, and its documents."""
+        """Return the first tokens of the first row, [1, T], and its documents."""
         samples = data.train_samples
         batch = samples.collate(samples.__getitems__([0]))
         documents = batch.documents
@@ -94,15 +94,15 @@ class Diagnostics(BySteps):
         return batch.input_ids[:, : self.max_tokens].to(device), documents
 
 
-def _join(name: str, layers: Tensor) -> Tensor:
-    """A figure of all layers together, of [layers, kinds]."""
+def _aggregate(name: str, layers: Tensor) -> Tensor:
+    """Aggregate a metric over layers: [layers, kinds] → [kinds]."""
     if name == LARGEST:
         return layers.amax(dim=0)
     return layers.square().sum(dim=0).sqrt() if name.endswith("norm") else layers.mean(dim=0)
 
 
-class _Watch(Probe):
-    """Figures of each layer, by kind of heads: lists of tensors [kinds]."""
+class _AttentionProbe(Probe):
+    """Metrics of each layer, by kind of heads: lists of tensors [kinds]."""
 
     def __init__(self, *, num_kinds: int, far: int) -> None:
         self.num_kinds, self.far = num_kinds, far
@@ -112,12 +112,12 @@ class _Watch(Probe):
         self._scores: Tensor | None = None
 
     def scores(self, layer: int, scores: Tensor) -> Tensor:
-        """Keep them until it is known which keys a query sees."""
+        """Store the scores until :meth:`weights` determines the visible keys."""
         self._scores = scores
         return scores
 
     def weights(self, layer: int, weights: Tensor) -> None:
-        """Add a layer's weights [1, H, T, T]."""
+        """Compute the metrics of a layer from its weights, [1, H, T, T]."""
         assert self._scores is not None
         num_tokens = weights.shape[-1]
         kinds = weights.float().unflatten(1, (-1, self.num_kinds))
@@ -125,33 +125,33 @@ class _Watch(Probe):
         self.entropy.append(-(kinds * logs).sum(dim=-1).mean(dim=(0, 1, 3)))
         beyond = kinds.tril(-self.far - 1).sum(dim=-1)
         self.beyond.append(100 * beyond.mean(dim=(0, 1, 3)))
-        places = torch.arange(num_tokens, device=weights.device)
-        seen = (places[:, None] >= places) & (weights > 0)  # a weight may underflow, but never the largest
-        scores = self._scores.masked_fill(~seen, -torch.inf).unflatten(1, (-1, self.num_kinds))
+        positions = torch.arange(num_tokens, device=weights.device)
+        visible = (positions[:, None] >= positions) & (weights > 0)  # the largest weight cannot underflow to 0
+        scores = self._scores.masked_fill(~visible, -torch.inf).unflatten(1, (-1, self.num_kinds))
         self.largest.append(scores.amax(dim=(0, 1, 3, 4)).float())
         self._scores = None
 
 
 def _norms(decoder: Decoder, lora: LoRA | None, num_kinds: int) -> Iterator[dict[str, Tensor]]:
-    """`output_norm`, and `output_gradient_norm` where columns train, of each layer, each [kinds]."""
+    """Yield `output_norm`, and `output_gradient_norm` if the columns train, of each layer, each [kinds]."""
     for block in decoder.blocks:
         head_dim = block.self_attn.head_dim
         own = {clean_name(name): value for name, value in block.self_attn.o_proj.named_parameters()}
-        parts = {name: whole(value.detach()) for name, value in own.items() if name != "bias"}
+        parts = {name: full_tensor(value.detach()) for name, value in own.items() if name != "bias"}
         weight = parts.pop("weight")
         if parts:
             assert lora is not None
             weight = merge_layer(lora, weight, parts, head_dim=head_dim)
-        found = {"output_norm": _by_kind(weight, head_dim, num_kinds)}
+        norms = {"output_norm": _norm_by_kind(weight, head_dim, num_kinds)}
         if own["weight"].grad is not None:
-            found["output_gradient_norm"] = _by_kind(whole(own["weight"].grad), head_dim, num_kinds)
+            norms["output_gradient_norm"] = _norm_by_kind(full_tensor(own["weight"].grad), head_dim, num_kinds)
         elif "imaginary" in own and own["imaginary"].grad is not None:
-            norm = torch.linalg.matrix_norm(whole(own["imaginary"].grad).float())
-            found["output_gradient_norm"] = torch.stack((torch.zeros_like(norm), norm))
-        yield found
+            norm = torch.linalg.matrix_norm(full_tensor(own["imaginary"].grad).float())
+            norms["output_gradient_norm"] = torch.stack((torch.zeros_like(norm), norm))
+        yield norms
 
 
-def _by_kind(matrix: Tensor, head_dim: int, num_kinds: int) -> Tensor:
-    """[kinds]: Frobenius norms of the columns of a matrix [hidden_size, H · D] that read heads of each kind."""
+def _norm_by_kind(matrix: Tensor, head_dim: int, num_kinds: int) -> Tensor:
+    """Return the Frobenius norms, [kinds], of the columns of [hidden_size, H · D] that read heads of each kind."""
     columns = matrix.float().unflatten(1, (-1, num_kinds, head_dim))
     return columns.square().sum(dim=(0, 1, 3)).sqrt()

@@ -1,6 +1,6 @@
-"""Free space for checkpoints: compared with the size of the next one before that is needed.
+"""Checks that the disk has space for the next checkpoints.
 
-A quota is not seen: the operating system reports the free space of the file system, not what a user may take of it.
+Quotas are not considered: the operating system reports the free space of the file system, not that of a user.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from ropepp_lit.nn.lora import LoRA, inject
 from ropepp_lit.sizes import in_bytes
 from ropepp_lit.train.optimizer import AdamW, Muon, OptimizerConfig, split_parameters
 from ropepp_lit.train.run_log import RunLog
-from ropepp_lit.train.setup import DTYPES
+from ropepp_lit.train.step_setup import DTYPES
 
 
 def checkpoint_bytes(decoder: Decoder, optimizer: OptimizerConfig, *, lora: LoRA | None, precision: str) -> int:
-    """Bytes of a checkpoint's weights and optimizer state, all shards together.
+    """Return the bytes of a checkpoint's weights and optimizer state, summed over shards.
 
-    The states of an optimizer class of the user's own are not counted, as nothing is known of them.
+    The state of a custom optimizer class is unknown and not counted.
 
     Args:
-        decoder: On the meta device, without adapters.
-        optimizer: Of the recipe.
-        lora: What trains, and is stored; None means all.
-        precision: Lightning's name, such as `bf16-mixed`.
+        decoder: Decoder on the meta device, without adapters.
+        optimizer: Optimizer of the recipe.
+        lora: LoRA settings; None means that all weights train and are stored.
+        precision: Precision as named by Lightning, such as `bf16-mixed`.
     """
     if lora is not None:
         with torch.device("meta"):
@@ -46,7 +46,7 @@ def checkpoint_bytes(decoder: Decoder, optimizer: OptimizerConfig, *, lora: LoRA
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Free bytes of the file system of a folder that may not exist yet; None where they are not known."""
+    """Return the free bytes of the file system of a folder, which need not exist; None if unknown."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     try:
@@ -56,11 +56,11 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def check_first(folder: Path, size: int) -> None:
-    """Raise UsageError where the first checkpoint of a run does not fit.
+    """Raise UsageError if the first checkpoint of a run does not fit.
 
     Args:
-        folder: Where it will be saved.
-        size: Its bytes.
+        folder: Folder of the run's checkpoints.
+        size: Bytes of the checkpoint.
     """
     free = free_bytes(folder)
     if free is not None and free < size:
@@ -71,7 +71,7 @@ def check_first(folder: Path, size: int) -> None:
 
 
 class DiskSpace:
-    """Tells in time that there will be no room for a checkpoint: once, and again when there had been room between.
+    """Warning about low disk space, printed once and again if space became low again.
 
     Args:
         keep: Number of newest checkpoints that are kept; 0 means all.
@@ -81,23 +81,23 @@ class DiskSpace:
         self._keep = keep
         self._is_low = False
 
-    def look(self, folder: Path, *, size: int, saved: int, step: int, run_log: RunLog) -> None:
-        """Compare what is free with what the next two checkpoints take; after each save, on rank 0.
+    def check(self, folder: Path, *, size: int, saved: int, step: int, run_log: RunLog) -> None:
+        """Compare the free space with the size of the next two checkpoints. Called after each save, on rank 0.
 
-        An old checkpoint is deleted only when a new one is whole, so room for one more than `keep` is needed.
+        An old checkpoint is deleted only after a new one is complete, so space for `keep` + 1 is required.
 
         Args:
-            folder: Of the checkpoints.
-            size: Bytes of the newest.
+            folder: Folder of the checkpoints.
+            size: Bytes of the newest checkpoint.
             saved: Number of checkpoints in the folder.
-            step: Of the newest.
-            run_log: Of the run.
+            step: Step of the newest checkpoint.
+            run_log: Log of the run.
         """
         free = free_bytes(folder)
         if free is None:
             return
-        makes_room = bool(self._keep) and saved >= self._keep  # the next one lets an old one be deleted
-        was_low, self._is_low = self._is_low, free < (size if makes_room else 2 * size)
+        frees_space = bool(self._keep) and saved >= self._keep  # after the next one, an old one is deleted
+        was_low, self._is_low = self._is_low, free < (size if frees_space else 2 * size)
         if not self._is_low or was_low:
             return
         problem = "the next checkpoint does not fit" if free < size else "the checkpoint after the next does not fit"

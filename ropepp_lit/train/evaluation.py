@@ -1,4 +1,4 @@
-"""Evaluation at long context while a model trains."""
+"""Long-context evaluation during training."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ropepp_lit.eval.tasks import Settings, averages, check, measure
 from ropepp_lit.nn import Decoder
 from ropepp_lit.sizes import parse_tokens
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.curves import log_figures
-from ropepp_lit.train.watchdog import unhurried
+from ropepp_lit.train.metric_logging import log_metrics
+from ropepp_lit.train.watchdog import without_timeout
 
 KINDS = ("perplexity", "retrieval", "recall", "induction")
-"""Tasks that can be measured during training."""
+"""Tasks that can run during training."""
 
 
 @contextmanager
 def evaluating(trainer: pl.Trainer, decoder: Decoder) -> Iterator[None]:
-    """Read and generate text between training steps, on every rank alike.
+    """Prepare a decoder for evaluation or generation between training steps, identically on every rank.
 
-    The decoder computes in the run's precision. Ranks that share the tokens of a row in training (sequence parallelism)
-    compute whole rows. Compiled blocks run without their graphs: each new length would compile another one. Nothing is
-    dropped.
+    The decoder computes in the run's precision. Ranks that share the tokens of a row in training (context parallelism)
+    compute full rows. Compiled blocks run in eager mode, because each new length would be compiled. Dropout is
+    disabled.
     """
     was_training = decoder.training
     decoder.eval()
@@ -46,50 +46,50 @@ def evaluating(trainer: pl.Trainer, decoder: Decoder) -> Iterator[None]:
             decoder.train(was_training)
 
 
-class BySteps(Callback):
-    """A callback that acts after every so many optimizer steps, and after the last one, on every rank alike.
+class EveryNSteps(Callback):
+    """Callback that runs every N optimizer steps and after the last one, on every rank.
 
     Args:
-        key: Of the recipe, for messages.
-        every_n_steps: Optimizer steps; 0 means never.
+        key: Key of the callback in the recipe, for messages.
+        every_n_steps: Number of optimizer steps; 0 means never.
     """
 
     def __init__(self, key: str, every_n_steps: int) -> None:
         if every_n_steps < 0:
             raise UsageError(f"{key}.every_n_steps: {every_n_steps} must be 0 (never) or more")
         self.every_n_steps = every_n_steps
-        self._acted_at = 0
+        self._last_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The step that a run goes on from is no new one, also where its first batch does not end a step."""
-        self._acted_at = trainer.global_step
+        """Mark the step from which a run resumes as done: its first micro-batch may not end a step."""
+        self._last_step = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Act where it is due, once for each step."""
+        """Run if due, once per step."""
         step = trainer.global_step
         is_due = bool(self.every_n_steps) and (step % self.every_n_steps == 0 or step >= trainer.max_steps)
-        if not is_due or step == self._acted_at:
+        if not is_due or step == self._last_step:
             return
-        self._acted_at = step
+        self._last_step = step
         assert isinstance(pl_module, CausalLM)
-        with pl_module.untimed(), unhurried(trainer):
-            self.act(trainer, pl_module)
+        with pl_module.pause_throughput(), without_timeout(trainer):
+            self.run(trainer, pl_module)
 
     @abstractmethod
-    def act(self, trainer: pl.Trainer, module: CausalLM) -> None:
-        """What is done, while the clock of training stands still."""
+    def run(self, trainer: pl.Trainer, module: CausalLM) -> None:
+        """Run the callback's operation; its time is excluded from the throughput."""
 
 
-class Evaluation(BySteps):
+class Evaluation(EveryNSteps):
     """Runs tasks of `ropepp-lit evaluate` during training and at the last step, and logs the results as `eval/…`.
 
     Args:
-        every_n_steps: Optimizer steps between evaluations; 0 switches them off.
-        tasks: Separated by commas: perplexity, retrieval (or some families: retrieval:single+multikey), recall,
+        every_n_steps: Optimizer steps between evaluations; 0 disables them.
+        tasks: Comma-separated tasks: perplexity, retrieval (or selected families: retrieval:single+multikey), recall,
             induction, noise.
-        lengths: Tokens of the context, separated by commas; k is 1,024.
+        lengths: Comma-separated context lengths in tokens; k means 1,024.
         limit: Number of held-out documents (of each validation set), and of examples of each family.
-        seed: Of the examples.
+        seed: Seed of the examples.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Evaluation(BySteps):
             raise UsageError(f"evaluation.tasks: only {', '.join(KINDS)} and noise during training")
 
     def check(self, decoder: Decoder, data: TokenData) -> None:
-        """Raise UsageError where a length does not fit; the decoder may be on the meta device."""
+        """Raise UsageError if a task does not support a length; the decoder may be on the meta device."""
         if not self.every_n_steps:
             return
         try:
@@ -121,8 +121,8 @@ class Evaluation(BySteps):
         except UsageError as error:
             raise UsageError(f"evaluation.{error}") from error
 
-    def act(self, trainer: pl.Trainer, module: CausalLM) -> None:
-        """Evaluate and log."""
+    def run(self, trainer: pl.Trainer, module: CausalLM) -> None:
+        """Run the tasks and log their results."""
         module.check_finite()
         data = trainer.datamodule  # type: ignore[attr-defined]
         model = self._model(module.decoder, data)
@@ -130,18 +130,18 @@ class Evaluation(BySteps):
             sets = data.held_out_texts(self.settings.limit) if self.settings.needs_text else {}
             texts = [text for documents in sets.values() for text in documents]
             documents = [model.tokenizer.encode_whole(text) for text in texts]
-            found = [
+            measurements = [
                 item
                 for unit in self.settings.units(model)
                 for item in measure(model, unit, self.settings, texts=texts, documents=documents).measurements
                 if item.position is None and item.depth is None
             ]
         values = {}
-        for item in [*found, *averages(found)]:
+        for item in [*measurements, *averages(measurements)]:
             noise = "" if item.noise_std is None else f"/noise_{item.heads}_{item.noise_std:g}"
             name = "/".join(filter(None, ("eval", item.task, item.part, str(item.length), item.metric)))
             values[f"{name}{noise}"] = float(item.value)
-        log_figures(trainer, values, trainer.global_step)
+        log_metrics(trainer, values, trainer.global_step)
 
     @staticmethod
     def _model(decoder: Decoder, data: TokenData) -> Model:

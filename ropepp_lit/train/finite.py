@@ -1,4 +1,4 @@
-"""Steps whose loss or gradients are NaN or infinite: they end the run, or are left out."""
+"""Detection of steps with NaN or infinite loss or gradients, which end the run or are skipped."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from ropepp_lit.train.run_log import RunLog
 OnNaN = Literal["stop", "skip"]
 
 MAX_SKIPPED = 10
-"""Steps in a row that are skipped before the run ends: then the weights or the settings are at fault, not the data."""
+"""Maximum number of consecutive skipped steps; beyond it, weights or settings are at fault rather than the data."""
 
 
 class DivergedError(UsageError):
-    """Loss, gradients or weights are NaN or infinite; the command adds the last checkpoint to the line."""
+    """Loss, gradients or weights are NaN or infinite; the command adds the last checkpoint to the message."""
 
 
 class FiniteSteps:
-    """Watches the gradient norm of each step.
+    """Check of the gradient norm of each step.
 
-    The norm is the same on every rank, so all ranks decide alike. With `stop` the first bad step is noted on the
-    device and read when something else waits for the device anyway: logging, validation, a checkpoint. With `skip` the
-    host waits for the norm of each step.
+    The norm is the same on every rank, so all ranks make the same decision. With `stop` the number of the first bad
+    step is recorded on the device, and read when the host waits for the device anyway: when logging, validating or
+    saving a checkpoint. With `skip` the host waits for the norm of each step.
 
     Args:
         mode: `stop` or `skip`.
@@ -38,22 +38,22 @@ class FiniteSteps:
     def __init__(self, mode: OnNaN) -> None:
         self.mode = mode
         self.skipped = False
-        """Whether the newest step is skipped."""
+        """Whether the last step was skipped."""
         self.num_skipped = 0
-        """Steps that were skipped since the run began; checkpoints carry the number."""
+        """Number of steps skipped since the start of the run; stored in checkpoints."""
         self._first_bad: Tensor | None = None
         self._in_a_row = 0
 
     def watch(self, norm: Tensor, step: int, run_log: RunLog) -> bool:
-        """Note the gradient norm of a step; returns whether the step must be skipped, which is printed and logged.
+        """Check the gradient norm of a step; returns whether to skip the step, which is printed and logged.
 
         Args:
-            norm: A scalar, the same on every rank.
-            step: Number of the step, the first is 1.
-            run_log: Of the run.
+            norm: Scalar, the same on every rank.
+            step: Number of the step, starting at 1.
+            run_log: Log of the run.
 
         Raises:
-            DivergedError: ten steps in a row would be skipped.
+            DivergedError: more than ten steps in a row would be skipped.
         """
         if self.mode == "stop":
             if self._first_bad is None:
@@ -73,22 +73,22 @@ class FiniteSteps:
             run_log.write("skip", step=step, reason="loss or gradients are not finite", skipped_steps=self.num_skipped)
         return self.skipped
 
-    def check_figures(self, loss: float, norm: float, step: int) -> None:
-        """Raise DivergedError where what is logged at a step is not finite and no such step is skipped."""
+    def check_values(self, loss: float, norm: float, step: int) -> None:
+        """Raise DivergedError if the logged values of a step are not finite, unless such steps are skipped."""
         if self.mode == "stop" and not math.isfinite(loss + norm):
             self.check()
         if self.mode == "stop" and not math.isfinite(loss):
             raise DivergedError(f"the training loss is {loss} at step {step}")
 
     def check(self) -> None:
-        """Raise DivergedError where a step was bad; waits for the device."""
+        """Raise DivergedError if a step was bad; waits for the device."""
         step = 0 if self._first_bad is None else int(self._first_bad)
         if step:
             raise DivergedError(f"loss or gradients are NaN or infinite at step {step}")
 
 
 def check_weights(trainer: pl.Trainer, decoder: nn.Module) -> None:
-    """Raise DivergedError on all ranks where a weight of any rank is NaN or infinite; waits for the device."""
+    """Raise DivergedError on all ranks if a weight of any rank is NaN or infinite; waits for the device."""
     parameters = [p.detach() for p in decoder.parameters()]
     local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
     filled = [p for p in local if p.numel()]

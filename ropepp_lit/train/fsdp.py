@@ -1,7 +1,7 @@
-"""FSDP2: weights, gradients and optimizer states sharded over devices; optionally the tokens of a row too.
+"""FSDP2 strategy: shards weights, gradients and optimizer states over devices, and optionally the tokens of a row.
 
-Lightning's `ModelParallelStrategy` with the defaults that training needs: it shards over all devices, and starts from
-the same weights as a single process.
+It extends Lightning's `ModelParallelStrategy`: it shards over all devices by default, and starts from the same weights
+as a single process.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ from ropepp_lit.train.parallel import ParallelDims, distribute_weights, set_grad
 
 
 class ParameterCasts(Precision):
-    """`bf16-mixed` by FSDP2: it casts parameters as it gathers them, so autocast would only cast again."""
+    """Precision `bf16-mixed` without autocast, for FSDP2, which casts parameters as it gathers them."""
 
     precision = "bf16-mixed"
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Shards the model over all devices, by torch's `fully_shard`.
+    """Shards the model over all devices with torch's `fully_shard`.
 
-    With `precision: bf16-mixed` weights and optimizer states stay in float32 and are cast to bfloat16 as they are
-    gathered; all activations are bfloat16, without autocast; gradients are reduced in float32.
+    With `precision: bf16-mixed`, weights and optimizer states are in float32, and weights are cast to bfloat16 as they
+    are gathered; all activations are in bfloat16, without autocast; gradients are reduced in float32.
 
     Args:
-        context_parallel_size: Devices that share the tokens of each row (context parallelism).
-        context_parallel_mode: How they do it. `gather`: each device gathers all keys and values; twice the size must
-            divide the context length. `heads`: devices exchange tokens for attention heads (DeepSpeed-Ulysses); the
-            size must divide the query heads and the context length. Empty chooses the one that sends fewer bytes.
-        replicate_size: Copies of the sharded model (HSDP): shards stay within a copy, and gradients are averaged over
-            copies. 1 shards over all devices.
-        reduce_each_micro_batch: While gradients accumulate, reduce them after each micro-batch, so that each device
-            keeps only its shards of them. False reduces once per step: half of the communication of the other
-            micro-batches, for 4 bytes per parameter of the whole model on each device.
+        context_parallel_size: Number of devices that share the tokens of each row (context parallelism).
+        context_parallel_mode: `gather`: each device gathers all keys and values; twice the size must divide the context
+            length. `heads`: devices exchange tokens for attention heads (DeepSpeed-Ulysses); the size must divide the
+            query heads and the context length. Empty chooses the mode that sends fewer bytes.
+        replicate_size: Number of replicas of the sharded model (HSDP); gradients are averaged over replicas. 1 shards
+            over all devices.
+        reduce_each_micro_batch: During gradient accumulation, reduce gradients after each micro-batch, so that each
+            device stores only its shards of them. False reduces once per step, which halves the communication of the
+            other micro-batches and takes 4 bytes per parameter of the full model on each device.
         reshard_after_forward: Free the gathered parameters of a layer after its forward pass and gather them again in
-            the backward pass. False gathers them once per step (ZeRO-2), for 2 bytes (4 in float32) per parameter of
-            the whole model on each device.
-        save_distributed_checkpoint: Save a folder to which each device writes its shards, instead of one file that
-            rank 0 writes. Both continue on any number of devices.
+            the backward pass. False gathers them once per step (ZeRO-2), which takes 2 bytes (4 in float32) per
+            parameter of the full model on each device.
+        save_distributed_checkpoint: Save a folder to which each device writes its shards, instead of a single file
+            written by rank 0. Training can continue from both on any number of devices.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def precision_plugin(self) -> Precision:
-        """Lightning's, but no autocast where FSDP2 casts parameters itself."""
+        """Precision plugin; the setter replaces mixed precision by casts of FSDP2, without autocast."""
         return super().precision_plugin
 
     @precision_plugin.setter
@@ -94,15 +94,15 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @staticmethod
     def check_precision(precision: str) -> None:
-        """Raise UsageError for a precision that scales gradients, which would be reduced before they are unscaled."""
+        """Raise UsageError for a precision with gradient scaling: gradients would be reduced before unscaling."""
         if precision in ("16", "16-mixed"):
             raise UsageError("trainer.precision: 16-mixed does not work with fsdp2; use bf16-mixed")
 
     def check(self, *, world_size: int, layout: HeadLayout, head_dim: int, context_length: int) -> None:
-        """Find what does not divide before anything is started.
+        """Check the sizes before anything is started.
 
         Raises:
-            UsageError: a size is below 1; the devices, the heads or the context cannot be shared equally.
+            UsageError: a size is below 1, or devices, heads or context length are not divisible by it.
         """
         context = self.context_parallel_size
         for name, value in (("context_parallel_size", context), ("replicate_size", self.replicate_size)):
@@ -119,25 +119,25 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def dims(self) -> ParallelDims:
-        """How the ranks share the work; known once the processes are connected."""
+        """Groups of ranks; available after the processes are connected."""
         assert self._dims is not None
         return self._dims
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Devices that share rows read the same rows."""
+        """Arguments of a distributed sampler; devices that share rows read the same rows."""
         return {"num_replicas": self.dims.num_replicas, "rank": self.dims.replica}
 
     @property
     def context_shard(self) -> ContextShard | None:
-        """Which tokens of a row this rank computes, known once the model is sharded; None means all."""
+        """Tokens of a row that this rank computes, available after the model is sharded; None means all."""
         if self.context_parallel_size == 1:
             return None
         assert self._context_group is not None
         return self._context_group.shard
 
     def setup_environment(self) -> None:
-        """Connect the processes, and make the groups of ranks that share work."""
+        """Connect the processes, and create the groups of ranks."""
         ParallelStrategy.setup_environment(self)
         self._setup_distributed()
         if self._dims is None:
@@ -163,7 +163,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._context_group = decoder.context_group
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """Say whether the backward pass reduces gradients."""
+        """Configure whether the backward pass reduces gradients."""
         assert self.lightning_module is not None
         is_last = not self.lightning_module.trainer.fit_loop._should_accumulate()
         if is_last != self._was_last:
@@ -180,34 +180,34 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def _state_dict_options(self) -> StateDictOptions:
-        """Shards stay on the device: torch copies them as it writes them."""
-        is_whole = not self._save_distributed_checkpoint
-        return StateDictOptions(full_state_dict=is_whole, cpu_offload=is_whole)
+        """Options for a full state dict on the CPU, or for shards on the device, which torch copies as it writes."""
+        is_full = not self._save_distributed_checkpoint
+        return StateDictOptions(full_state_dict=is_full, cpu_offload=is_full)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The weights: shards of this rank, or for a single file all of them on rank 0."""
+        """Return the weights: the shards of this rank, or for a single file all of them on rank 0."""
         assert self.model is not None
         options = self._state_dict_options
         options.ignore_frozen_params = True  # a run with LoRA does not store its base
         return get_model_state_dict(self.model, options=options)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's state; for a single file as one process would save it, by the places of parameters."""
-        # Not Lightning's: it numbers parameters as the module does, and optimizers with groups number them otherwise.
+        """Return the optimizer state; for a single file as a single process saves it, by parameter indices."""
+        # Lightning's implementation numbers parameters in the order of the module, not in that of the groups.
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         assert self.model is not None
         state = get_optimizer_state_dict(self.model, optimizer, options=self._state_dict_options)
         if self._save_distributed_checkpoint:
             return state
-        places = {name: place for place, name in enumerate(self._parameter_names(optimizer))}
-        return _rename(state, places) if self.is_global_zero else {}
+        indices = {name: index for index, name in enumerate(self._parameter_names(optimizer))}
+        return _rename(state, indices) if self.is_global_zero else {}
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load weights and optimizer states; returns the rest."""
+        """Load weights and optimizer states, and return the other entries."""
         path = Path(self.broadcast(checkpoint_path))
         assert self.model is not None
         if path.is_dir():
-            # Not Lightning's: it unpickles whatever the folder names.
+            # Lightning's implementation unpickles arbitrary objects in the folder.
             weights = get_model_state_dict(self.model)
             optimizers = {
                 f"optimizer_{number}": get_optimizer_state_dict(self.model, optimizer)
@@ -230,7 +230,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         return checkpoint
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any], path: str | Path) -> None:
-        """Spread an optimizer's whole state, as one process saves it into the file `path`, over the ranks."""
+        """Distribute a full optimizer state, as a single process saves it into the file `path`, over the ranks."""
         check_optimizer_state(optimizer, state, path)
         names = dict(enumerate(self._parameter_names(optimizer)))
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -238,26 +238,26 @@ class FSDP2Strategy(ModelParallelStrategy):
         set_optimizer_state_dict(self.model, optimizer, _rename(state, names), options=options)
 
     def _parameter_names(self, optimizer: Optimizer) -> list[str]:
-        """Names of an optimizer's parameters, in the order of its groups."""
+        """Return the names of an optimizer's parameters, in the order of its groups."""
         assert self.model is not None
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
         return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _rename(state: dict[str, Any], names: dict[Any, Any]) -> dict[str, Any]:
-    """An optimizer's state with other keys for its parameters."""
+    """Return an optimizer state with other keys for its parameters."""
     groups = [{**group, "params": [names[key] for key in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[key]: value for key, value in state["state"].items()}, "param_groups": groups}
 
 
-for _name in ("fsdp2", "fsdp2strategy"):  # Lightning writes what it is given in small letters
+for _name in ("fsdp2", "fsdp2strategy"):  # Lightning converts names to lower case
     StrategyRegistry.register(_name, FSDP2Strategy, description="FSDP2, sharded over all devices")
-# Also what `auto` takes for several devices. Without the option each gradient exists twice, by itself and in a bucket.
+# `auto` uses `ddp` on multiple devices too. Without bucket views each gradient is stored twice.
 StrategyRegistry.register(
     "ddp", DDPStrategy, override=True, gradient_as_bucket_view=True, description="DDP, gradients as views of buckets"
 )
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be spread over ranks, as one on each of them."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor of a DTensor, on every rank; other tensors unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

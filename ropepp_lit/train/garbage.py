@@ -1,4 +1,4 @@
-"""Python's garbage collector, run on every rank at the same steps."""
+"""Callback that runs Python's garbage collector on every rank at the same steps."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _EVERY_N_STEPS = 50
 
 
 class GarbageCollection(Callback):
-    """Collects every 50 optimizer steps, and not when Python would: a rank that collects alone delays all others.
+    """Collects garbage every 50 optimizer steps instead of automatically, so that ranks do not delay one another.
 
-    Objects that exist when training starts are left out of each collection (`gc.freeze`), which makes it short.
+    Objects that exist when training starts are excluded from collections (`gc.freeze`), which makes them short.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class GarbageCollection(Callback):
                 gc.collect()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Collect what a validation leaves."""
+        """Collect the garbage of a validation."""
         if not gc.isenabled():
             gc.collect()
 

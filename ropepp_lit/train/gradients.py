@@ -1,4 +1,4 @@
-"""The end of a step's gradients: their average is finished, and they are clipped."""
+"""Final averaging and clipping of the gradients of an optimizer step."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ def finish_gradients(
     optimizer: torch.optim.Optimizer,
     average: StepAverage,
     *,
-    places: int,
+    num_positions: int,
     clip_val: float | None,
     by_value: bool,
 ) -> Tensor:
     """Finish the average of the gradients, and clip them by norm or by value.
 
-    With `precision: 16-mixed` gradients are multiplied by the loss scale until the optimizer steps; Lightning
-    leaves that to optimizers that divide by it themselves, such as fused AdamW, which would be clipped too early.
+    With `precision: 16-mixed` gradients are multiplied by the loss scale. Lightning does not unscale them before
+    clipping if the optimizer unscales in its step, as fused AdamW does, so this function unscales them first.
 
     Args:
-        trainer: Of the run.
-        decoder: Whose gradients they are.
-        optimizer: Of these parameters.
-        average: What the gradients are averaged over.
-        places: Of a micro-batch, which its loss was divided by.
-        clip_val: Limit of the norm or of each value; None or 0 is none.
-        by_value: Whether each value is clipped.
+        trainer: Trainer of the run.
+        decoder: Decoder whose gradients are finished.
+        optimizer: Optimizer of its parameters.
+        average: Average over the items of the step.
+        num_positions: Tokens of a micro-batch on this rank, by which its loss was divided.
+        clip_val: Maximum norm or absolute value; None or 0 disables clipping.
+        by_value: Whether to clip each value instead of the norm.
 
     Returns:
-        The norm before it was clipped, a scalar that may be spread over ranks.
+        The norm before clipping, a scalar that may be a DTensor.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         scaler.unscale_(optimizer)
-    average.rescale(decoder.parameters(), trainer, places=places)
+    average.rescale(decoder.parameters(), trainer, num_positions=num_positions)
     if by_value and clip_val:
         torch.nn.utils.clip_grad_value_(decoder.parameters(), clip_val)
     limit = clip_val if clip_val and not by_value else math.inf

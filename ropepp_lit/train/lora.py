@@ -1,4 +1,4 @@
-"""A run with LoRA: what its checkpoints store, and which base they belong to."""
+"""LoRA in a training run: checks of its options, the weights its checkpoints store, and their base model."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from ropepp_lit.train.optimizer import Muon, OptimizerConfig
 
 
 class Adapters:
-    """What LoRA adds to a run; without it nothing.
+    """Additions of LoRA to a run; does nothing without LoRA.
 
     Args:
-        lora: What trains; None means all weights.
+        lora: LoRA settings; None means that all weights train.
     """
 
     def __init__(self, lora: LoRA | None) -> None:
         self.lora = lora
         self.base_fingerprint: str | None = None
-        """Of the weights that adapters are trained beside; the command sets it before the run."""
+        """Fingerprint of the base weights; set by the command before the run."""
         self._seed = torch.initial_seed()
 
     def seed_dropout(self, rank: int, batch_idx: int) -> None:
-        """Let the random numbers of a micro-batch depend on its number alone, so that a run continues exactly.
+        """Seed the dropout of a micro-batch by rank and index only, so that a resumed run is exact.
 
         Args:
-            rank: Of the process.
-            batch_idx: Number of the micro-batch in the run.
+            rank: Rank of the process.
+            batch_idx: Index of the micro-batch in the run.
         """
         if self.lora is not None and self.lora.dropout:
             digest = hashlib.sha256(f"{self._seed} {rank} {batch_idx}".encode()).digest()
             torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
     def save(self, module: nn.Module, checkpoint: dict[str, Any], *, base: str | None) -> None:
-        """Leave in a checkpoint of a LightningModule what trains, and say which base it belongs to."""
+        """Reduce a LightningModule's checkpoint to the trained weights, and add the entry that identifies the base."""
         if self.lora is not None:
             checkpoint["state_dict"] = trained_weights(module, checkpoint["state_dict"])
             checkpoint[KEY]["adapter"] = adapter_entry(self.lora, str(base), self.base_fingerprint)
 
     def load(self, module: nn.Module, checkpoint: dict[str, Any]) -> None:
-        """Give what a checkpoint stores the names that it has in a LightningModule."""
+        """Rename the weights of a checkpoint to those of a LightningModule."""
         if self.lora is not None and "state_dict" in checkpoint:
             checkpoint["state_dict"] = own_weights(module, checkpoint["state_dict"])
 
@@ -65,23 +65,23 @@ def check_options(
     init_optimizer: bool,
     shards_checkpoint: bool,
 ) -> None:
-    """Find options that LoRA does not work with.
+    """Check that LoRA supports the other options.
 
     Args:
-        lora: What trains.
-        decoder: Without adapters; may be on the meta device.
-        optimizer: Of the recipe.
-        precision: Of the trainer, such as `bf16-mixed`.
-        mlp_chunk_tokens: See :class:`~ropepp_lit.train.causal_lm.CausalLM`.
-        attention_head_groups: See there.
-        init_optimizer: See there.
+        lora: LoRA settings.
+        decoder: Decoder without adapters; may be on the meta device.
+        optimizer: Optimizer of the recipe.
+        precision: Precision of the trainer, such as `bf16-mixed`.
+        mlp_chunk_tokens: Option of :class:`~ropepp_lit.train.causal_lm.CausalLM`.
+        attention_head_groups: Likewise.
+        init_optimizer: Likewise.
         shards_checkpoint: Whether checkpoints are folders of shards.
 
     Raises:
-        UsageError: it does not work with one of them.
+        UsageError: LoRA does not support one of them, or peft is not installed.
     """
     lora.check(decoder.scheme)
-    lora.peft_config()  # whether peft is installed
+    lora.peft_config()  # raises if peft is not installed
     if isinstance(optimizer, Muon):
         raise UsageError(
             "model.optimizer: Muon orthogonalizes whole matrices, and those of LoRA are factors of one; use AdamW"
@@ -113,51 +113,52 @@ def check_options(
 
 
 def trained_shapes(decoder: Decoder, lora: LoRA | None) -> dict[str, torch.Size]:
-    """Shapes of what a run's checkpoints store, by name.
+    """Return the shapes of the weights that a run's checkpoints store, by name.
 
     Args:
-        decoder: Without adapters.
-        lora: What trains; None means all.
+        decoder: Decoder without adapters.
+        lora: LoRA settings; None means that all weights train.
     """
     if lora is None:
         return {name: value.shape for name, value in decoder.state_dict().items()}
     with torch.device("meta"):
-        other = Decoder(decoder.config, decoder.scheme, decoder.frequencies)
-        inject(other, lora)
-    parameters = dict(other.named_parameters())
-    return {name: parameters[own].shape for name, own in trained_names(other).items()}
+        adapted = Decoder(decoder.config, decoder.scheme, decoder.frequencies)
+        inject(adapted, lora)
+    parameters = dict(adapted.named_parameters())
+    return {name: parameters[own].shape for name, own in trained_names(adapted).items()}
 
 
 def continue_adapters(
     checkpoint: dict[str, Any], path: str, lora: LoRA | None, init_from: str | None
 ) -> tuple[str | None, str | None]:
-    """Check that a run with these settings can continue from a checkpoint; the base must be the one of its adapters.
+    """Check that a run with these settings can continue from a checkpoint, and that the base of its adapters matches.
 
     Args:
-        checkpoint: Of :func:`~ropepp_lit.checkpoint.read_checkpoint`.
-        path: Of it.
-        lora: Of the recipe.
-        init_from: Of the recipe; with adapters the base, where it has moved.
+        checkpoint: Result of :func:`~ropepp_lit.checkpoint.read_checkpoint`.
+        path: Path of the checkpoint.
+        lora: LoRA settings of the recipe.
+        init_from: `init_from` of the recipe: with adapters, the path of the base if it has moved.
 
     Returns:
-        `init_from`, or where the checkpoint says that its base is; and the base's fingerprint. (None, None) for a
-        whole model.
+        The path of the base (`init_from`, or else as stored in the checkpoint) and its fingerprint; `init_from` and
+        None for a full model.
 
     Raises:
-        UsageError: the recipe trains what the checkpoint does not store; the base is another one, or cannot be read.
+        UsageError: the recipe trains other weights than the checkpoint stores, or the base does not match or cannot be
+            read.
     """
     if not is_adapter(checkpoint):
         if lora is not None:
             raise UsageError(
-                f"ckpt_path: {path} stores a whole model, and model.lora trains adapters; begin from its weights by "
-                f"--model.init_from {path}, or leave model.lora out"
+                f"ckpt_path: {path} stores a full model, and model.lora trains adapters; initialize from its weights "
+                f"by --model.init_from {path}, or leave model.lora out"
             )
         return init_from, None
     stored = settings_of(checkpoint, path)
     if lora is None:
         raise UsageError(
-            f"ckpt_path: {path} stores adapters, and the recipe has no model.lora; name the recipe.yaml of its run, or "
-            f"train on what they make with their base by --model.init_from {path}"
+            f"ckpt_path: {path} stores adapters, and the recipe has no model.lora; use the recipe.yaml of its run, or "
+            f"train the merged model by --model.init_from {path}"
         )
     changes = [
         f"{key} {old} → {new}"
@@ -172,12 +173,12 @@ def continue_adapters(
 
 
 def adapter_entry(lora: LoRA, base: str, digest: str | None) -> dict[str, Any]:
-    """The entry `adapter` of a checkpoint, see :mod:`ropepp_lit.hf.adapters`.
+    """Return the entry `adapter` of a checkpoint, see :mod:`ropepp_lit.hf.adapters`.
 
     Args:
-        lora: Settings.
-        base: As the recipe names it.
-        digest: Its fingerprint; None computes it.
+        lora: LoRA settings.
+        base: Path of the base as in the recipe.
+        digest: Fingerprint of the base; None computes it.
     """
     if digest is None:
         digest = fingerprint(open_checkpoint(base))
@@ -185,34 +186,34 @@ def adapter_entry(lora: LoRA, base: str, digest: str | None) -> dict[str, Any]:
 
 
 def trained_weights(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """Of a LightningModule's weights those that train, by the names that a checkpoint has for them.
+    """Return the trained weights of a LightningModule, by their names in a checkpoint.
 
     Args:
-        module: The LightningModule, with adapters.
+        module: LightningModule with adapters.
         state: All of its weights; empty on ranks that store none.
     """
     return {name: state[own] for name, own in trained_names(module).items()} if state else {}
 
 
 def own_weights(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """The reverse of :func:`trained_weights`: what a checkpoint stores, by a LightningModule's own names.
+    """Return the weights of a checkpoint by their names in a LightningModule: the inverse of :func:`trained_weights`.
 
     Raises:
-        UsageError: the checkpoint does not store exactly what trains.
+        UsageError: the checkpoint does not store exactly the weights that train.
     """
     names = trained_names(module)
     if others := names.keys() ^ state.keys():
         raise UsageError(
             f"ckpt_path: stores other adapters than model.lora trains; {min(others).removeprefix(WEIGHTS_PREFIX)} is "
-            "one of them alone"
+            "in only one of them"
         )
     return {own: state[name] for name, own in names.items()}
 
 
 def fake_with_adapters(config: DecoderConfig, scheme: PositionScheme, frequencies: Frequencies, lora: LoRA) -> Decoder:
-    """A decoder with adapters, of fake tensors; for a fake mode that is in force.
+    """Build a decoder with adapters whose tensors are fake; call it in an active fake tensor mode.
 
-    peft converts what it makes, which fake tensors do not allow, so they replace its tensors.
+    peft casts the tensors it creates, which fake tensors do not support, so fake tensors replace them afterwards.
     """
     with unset_fake_temporarily(), torch.device("meta"):
         decoder = Decoder(config, scheme, frequencies)

@@ -1,4 +1,4 @@
-"""What the gradients of an optimizer step are averaged over: all micro-batches and ranks together."""
+"""Averaging of the gradients of an optimizer step over its tokens, conversations or pairs, across ranks."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.nn.precision import at_least_float32
 
 LossAverage = Literal["all_tokens", "trained_tokens", "conversations"]
-"""What a recipe can ask for."""
+"""Averages that a recipe can choose."""
 
 Average = LossAverage | Literal["pairs"]
-"""What there is: of pairs of answers the mean is taken."""
+"""All averages; data of pairs of answers imply `pairs`."""
 
 
-def choose_average(asked: LossAverage | None, data: Any) -> Average:
-    """What the loss is averaged over, where that is asked for, and else by the training data.
+def choose_average(option: LossAverage | None, data: Any) -> Average:
+    """Return what the loss is averaged over: the option if it is set, else a default for the training data.
 
     Args:
-        asked: See :class:`~ropepp_lit.train.causal_lm.CausalLM`.
-        data: The datamodule, set up. For `conversations` its batches get weights.
+        option: `loss_average` of :class:`~ropepp_lit.train.causal_lm.CausalLM`.
+        data: The datamodule, set up. `conversations` makes its batches contain weights.
 
     Raises:
-        UsageError: conversations are to be averaged, and a training set is text; something else than pairs of answers
-            is to be averaged where the data hold these.
+        UsageError: `conversations` is chosen and a training set is plain text, or the option is set and the data are
+            pairs of answers.
     """
     if not isinstance(data, TokenData):
-        return asked or "all_tokens"
+        return option or "all_tokens"
     if data.holds_pairs:
-        if asked is not None:
-            raise UsageError(f"model.loss_average: {asked}: the loss of pairs of answers is their mean; leave it out")
+        if option is not None:
+            raise UsageError(f"model.loss_average: {option}: the loss of pairs of answers is their mean; leave it out")
         return "pairs"
-    if asked == "conversations":
+    if option == "conversations":
         data.train_samples.average_conversations()
-    return asked or ("trained_tokens" if data.marks_trained_tokens else "all_tokens")
+    return option or ("trained_tokens" if data.marks_trained_tokens else "all_tokens")
 
 
 def describe_average(average: Average) -> str:
-    """In words, for the banner."""
+    """Return the description of an average for the banner."""
     return {
         "all_tokens": "summed over the labels of a step, divided by all of its tokens (the same divisor in each step)",
         "trained_tokens": "mean over the trained tokens of a step, all micro-batches and devices together",
@@ -56,14 +56,15 @@ def describe_average(average: Average) -> str:
 
 
 class StepAverage:
-    """Turns the gradients of an optimizer step into those of an average over what was counted.
+    """Rescaling of the gradients of an optimizer step to an average over the items of the step.
 
-    The loss of a micro-batch is divided by its places (tokens of this rank), which are the same for all. Gradients are
-    then averaged over micro-batches and ranks. What there is to count is known when the last micro-batch has been read;
-    so gradients are multiplied by places / count before they are clipped. The device is not waited for.
+    The loss of a micro-batch is divided by its number of positions (tokens of this rank), which is the same for all
+    micro-batches, and gradients are averaged over micro-batches and ranks. The number of items is known only after the
+    last micro-batch, so gradients are multiplied by positions / items before they are clipped. Nothing synchronizes
+    with the device.
 
     Args:
-        over: What is counted. For `all_tokens` nothing is, and gradients stay as they are.
+        over: Items to average over. With `all_tokens` nothing is counted and gradients are unchanged.
     """
 
     def __init__(self, over: Average) -> None:
@@ -72,7 +73,7 @@ class StepAverage:
         self._since: Tensor | int = 0
 
     def add(self, batch: Batch) -> int:
-        """Count a micro-batch; returns what it has on this rank, which its summed loss is to be divided by."""
+        """Count the items of a micro-batch on this rank, and return their number: the divisor of its summed loss."""
         if batch.pairs is not None:
             count = batch.pairs.num_counted
         else:
@@ -81,38 +82,38 @@ class StepAverage:
         return count
 
     def restart(self) -> None:
-        """Forget micro-batches of a step that was not finished."""
+        """Reset the count, which may include micro-batches of an unfinished step."""
         self._count, self._since = 0, 0
 
-    def rescale(self, parameters: Iterable[nn.Parameter], trainer: pl.Trainer, *, places: int) -> None:
-        """At the end of a step, before gradients are clipped and after they are unscaled.
+    def rescale(self, parameters: Iterable[nn.Parameter], trainer: pl.Trainer, *, num_positions: int) -> None:
+        """Rescale the gradients at the end of a step, after they are unscaled and before they are clipped.
 
         Args:
-            parameters: Of the decoder. Gradients in shards are changed on each rank.
-            trainer: Of the run.
-            places: Tokens of a micro-batch on this rank.
+            parameters: Parameters of the decoder. Of sharded gradients each rank rescales its shards.
+            trainer: Trainer of the run.
+            num_positions: Tokens of a micro-batch on this rank.
         """
         if self.over == "all_tokens":
             return
-        all_places = places * trainer.accumulate_grad_batches * trainer.world_size
+        total_positions = num_positions * trainer.accumulate_grad_batches * trainer.world_size
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
         if trainer.world_size == 1:
-            torch._foreach_mul_(local, all_places / max(self._count, 1))
+            torch._foreach_mul_(local, total_positions / max(self._count, 1))
             self._since += self._count
         else:
             device = trainer.strategy.root_device
-            # Not Lightning's reduce: it has a barrier, for which the host waits; nor torch.tensor, which copies.
+            # Lightning's reduce has a barrier that blocks the host, and torch.tensor copies: both are avoided.
             count = torch.full((), self._count, dtype=torch.float64, device=device)
             dist.all_reduce(count)
             if local:
-                factor = all_places / count.clamp(min=1)  # without anything to count, gradients are 0
+                factor = total_positions / count.clamp(min=1)  # gradients are 0 if the count is
                 torch._foreach_mul_(local, factor.to(at_least_float32(local[0].dtype)))
             self._since += count
         self._count = 0
 
-    def since_read(self, device: torch.device) -> list[Tensor]:
-        """What all ranks have counted since the last call, one float64 on the device; none where nothing is counted."""
+    def read_count(self, device: torch.device) -> list[Tensor]:
+        """Return the count of all ranks since the last call, one float64 on the device; empty with `all_tokens`."""
         if self.over == "all_tokens":
             return []
         since, self._since = self._since, 0

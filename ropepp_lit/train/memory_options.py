@@ -1,4 +1,4 @@
-"""Options of the model that trade time for memory, and which of them exclude each other."""
+"""Check of the model's memory options, which trade time for memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def check_memory_options(
     attention_head_groups: int,
     compile: bool | None,
 ) -> None:
-    """Check the options of :class:`~ropepp_lit.train.causal_lm.CausalLM` of these names.
+    """Check the options of :class:`~ropepp_lit.train.causal_lm.CausalLM` with these names.
 
     Raises:
-        UsageError: one is out of its range, or two of them exclude each other.
+        UsageError: an option is out of range, or two of them are incompatible.
     """
     if isinstance(activation_checkpointing, int) and activation_checkpointing < 0:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The loss per token, or per pair of answers, summed exactly over batches and ranks."""
+"""Metrics of the loss per token or per pair of answers, summed exactly over batches and ranks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torchmetrics import Metric
 class TokenLoss(Metric):
     """Mean cross-entropy per token in nats, over all batches and ranks since the last reset.
 
-    torchmetrics' own weighted mean drops its weights with `nan_strategy="disable"` and drops NaN otherwise, and its
-    sums become bfloat16 under `precision: bf16-true`. Here sums stay in float64 and a NaN stays visible.
+    torchmetrics' `MeanMetric` drops its weights with `nan_strategy="disable"` and drops NaN otherwise, and its
+    sums become bfloat16 under `precision: bf16-true`. Here sums stay in float64 and NaN is not dropped.
     """
 
     full_state_update = False
     others: tuple[str, ...] = ()
-    """Names of what :meth:`compute` returns beside the loss and the count."""
+    """Names of the values that :meth:`compute` returns after the loss and the count."""
     counted = "tokens"
-    """What the loss is the mean of."""
+    """Name of the count: what the loss is averaged over."""
     nats: Tensor
     tokens: Tensor
 
@@ -30,26 +30,26 @@ class TokenLoss(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor, tokens: int | Tensor) -> None:
-        """Add a batch; the device is not waited for.
+        """Add a batch; does not synchronize with the device.
 
         Args:
             nats: Cross-entropy summed over the labels that count.
-            tokens: How many they are.
+            tokens: Number of these labels.
         """
         self.nats += nats.detach()
         self.tokens += tokens
 
     def compute(self) -> tuple[Tensor, ...]:
-        """Nats per token, float64, and the tokens that were counted."""
+        """Return the nats per token, float64, and the number of tokens."""
         return self.nats / self.tokens, self.tokens.clone()
 
     @property
     def states(self) -> dict[str, Tensor]:
-        """The sums of this rank since the last reset, by name."""
+        """Sums of this rank since the last reset, by name."""
         return {name: getattr(self, name) for name in self._defaults}
 
-    def go_on(self, stored: dict[str, float | list[float]]) -> None:
-        """Add the sums that a checkpoint stores; those of a metric of another kind are left out."""
+    def add_sums(self, stored: dict[str, float | list[float]]) -> None:
+        """Add the sums stored in a checkpoint, unless they are of another kind of metric."""
         if stored.keys() == self.states.keys():
             for name, value in self.states.items():
                 value += torch.tensor(stored[name], dtype=value.dtype)
@@ -64,24 +64,25 @@ class TokenLoss(Metric):
 
 
 class PairLoss(TokenLoss):
-    """Mean loss of pairs of answers in nats, and their rewards; its `tokens` are pairs."""
+    """Mean loss of pairs of answers in nats, and their rewards; `tokens` counts pairs here."""
 
     others = ("chosen_reward", "rejected_reward", "accuracy")
     counted = "pairs"
     rewards: Tensor
-    """[3] float64: sums of the chosen answers' rewards, of the rejected ones', and how many of those are lower."""
+    """[3] float64: sum of the chosen rewards, sum of the rejected rewards, number of pairs with the chosen one higher.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("rewards", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
 
     def add(self, losses: Tensor, rewards: Tensor, is_counted: Tensor) -> None:
-        """Add a batch; the device is not waited for.
+        """Add a batch; does not synchronize with the device.
 
         Args:
             losses: [P] floating.
-            rewards: [P, 2] floating: of chosen and rejected answers.
-            is_counted: [P] bool: which of them count.
+            rewards: [P, 2] floating: rewards of the chosen and rejected answers.
+            is_counted: [P] bool: which pairs count.
         """
         is_right = (rewards[:, 0] > rewards[:, 1]).to(rewards.dtype)
         parts = torch.cat((rewards, is_right[:, None]), dim=1)
@@ -89,10 +90,10 @@ class PairLoss(TokenLoss):
         self.update((losses * is_counted).sum(), is_counted.sum())
 
     def compute(self) -> tuple[Tensor, ...]:
-        """Nats per pair, the pairs that were counted, and of :attr:`others` the means, all float64."""
+        """Return the nats per pair and the means of :attr:`others`, all float64; the number of pairs comes second."""
         return self.nats / self.tokens, self.tokens.clone(), *(self.rewards / self.tokens)
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """Of sums: float64, and float32 on MPS, which has no other."""
+    """Return the dtype of exact sums: float64, or float32 on MPS, which lacks float64."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -1,4 +1,4 @@
-"""Optimizers by name in a recipe: AdamW, or Muon for the matrices with AdamW for the rest."""
+"""Optimizers that a recipe can choose: AdamW, or Muon for matrices combined with AdamW for all other parameters."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from ropepp_lit.nn.attention import Attention
 
 
 class OptimizerConfig(ABC):
-    """Settings from which an optimizer is built for a model."""
+    """Settings of an optimizer."""
 
     @abstractmethod
     def build(self, decoder: nn.Module) -> torch.optim.Optimizer:
-        """An optimizer over the decoder's parameters, in groups."""
+        """Build the optimizer of a decoder's parameters, with parameter groups."""
 
 
 class AdamW(OptimizerConfig):
-    """AdamW (arXiv 1711.05101), fused.
+    """AdamW (arXiv 1711.05101), fused implementation.
 
     Args:
         lr: Peak learning rate.
-        betas: Decay of the running means of gradient and squared gradient.
-        eps: Added to the root of the mean squared gradient.
+        betas: Decay rates of the running averages of the gradient and its square.
+        eps: Term added to the denominator for numerical stability.
         weight_decay: Decoupled weight decay of the matrices.
-        decay_all: Decay norms, biases and embeddings too, as the paper's runs do.
+        decay_all: Apply weight decay to norms, biases and embeddings too, as in the paper's runs.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class AdamW(OptimizerConfig):
         self.decay_all = decay_all
 
     def build(self, decoder: nn.Module) -> torch.optim.Optimizer:
-        """Two groups: what decays and what doesn't."""
+        """Build the optimizer with two groups: matrices, and all other parameters."""
         matrices, rest = split_parameters(decoder, output_layer_is_matrix=True)
         groups = [
             {"params": matrices, "weight_decay": self.weight_decay},
@@ -62,18 +62,18 @@ class AdamW(OptimizerConfig):
 
 
 class Muon(OptimizerConfig):
-    """Muon for the blocks' matrices (torch's own; arXiv 2502.16982), AdamW for all else.
+    """Muon (`torch.optim.Muon`; arXiv 2502.16982) for the matrices of the blocks, AdamW for all other parameters.
 
-    All else is embeddings, output layer, norms and biases.
-    Muon's updates are scaled to AdamW's size, so that one learning rate means the same to both.
+    The other parameters are embeddings, output layer, norms and biases.
+    Muon's updates are scaled to match the RMS of AdamW's, so both can use the same learning rate.
 
     Args:
         lr: Peak learning rate of the matrices.
-        momentum: Decay of the running mean of the gradient.
-        weight_decay: Decoupled weight decay of the matrices; the rest does not decay.
-        adamw_lr: Peak learning rate of the rest; empty means `lr`.
-        adamw_betas: AdamW's betas for the rest.
-        adamw_eps: AdamW's eps for the rest.
+        momentum: Decay rate of the running average of the gradient.
+        weight_decay: Decoupled weight decay of the matrices; other parameters have none.
+        adamw_lr: Peak learning rate of the other parameters; empty means `lr`.
+        adamw_betas: `betas` of AdamW.
+        adamw_eps: `eps` of AdamW.
     """
 
     def __init__(
@@ -93,10 +93,10 @@ class Muon(OptimizerConfig):
         self.adamw_eps = _not_negative("adamw_eps", adamw_eps)
 
     def build(self, decoder: nn.Module) -> torch.optim.Optimizer:
-        """One optimizer that steps both."""
+        """Build one optimizer that steps Muon and AdamW."""
         matrices, rest = split_parameters(decoder, output_layer_is_matrix=False)
         is_sharded = any(isinstance(parameter, DTensor) for parameter in matrices)
-        return _Together(
+        return _CombinedOptimizer(
             (_ShardedMuon if is_sharded else torch.optim.Muon)(
                 matrices,
                 lr=self.lr,
@@ -113,13 +113,13 @@ class Muon(OptimizerConfig):
 def split_parameters(
     decoder: nn.Module, *, output_layer_is_matrix: bool
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Weights of linear layers, and everything else: embeddings, norms, biases, parameters of position schemes.
+    """Split the trainable parameters into weights of linear layers and others.
 
-    What is frozen is in neither.
+    Others are embeddings, norms, biases and parameters of position schemes. Frozen parameters are in neither list.
 
     Args:
         decoder: The model.
-        output_layer_is_matrix: Whether an untied `lm_head` counts as a linear layer; tied, it is the embedding.
+        output_layer_is_matrix: Whether an untied `lm_head` counts as a linear layer; if tied, it is the embedding.
     """
     others = {id(module.weight) for module in decoder.modules() if isinstance(module, nn.Embedding)}
     for module in decoder.modules():
@@ -137,24 +137,24 @@ def split_parameters(
 
 
 class _ShardedMuon(torch.optim.Muon):
-    """Muon for matrices that FSDP2 shards by rows: each rank orthogonalizes its share of the matrices.
+    """Muon for matrices that FSDP2 shards by rows: each rank orthogonalizes a subset of the matrices.
 
     Matrices are processed in rounds of one per rank. In a round every rank sends its rows of each matrix to the
     matrix's owner, and receives its rows of the result after the owner's Newton-Schulz iteration: two all-to-alls in
-    bfloat16, the dtype in which torch's Muon iterates. With replicas (HSDP) rounds are shared among replicas, and
-    broadcasts spread the results. From equal gradients the updates are those of one process, bit for bit.
+    bfloat16, the dtype in which torch's Muon iterates. With replicas (HSDP) the rounds are divided among replicas, and
+    the results are broadcast. With the same gradients, the updates equal those of a single process bit for bit.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step, which all ranks take together."""
-        assert closure is None, "only `_Together` steps this"
+        """Take a step. Every rank must call it."""
+        assert closure is None, "only `_CombinedOptimizer` steps this"
         for group in self.param_groups:
             parameters: list[DTensor] = []
             gradients: list[DTensor] = []
             momenta: list[DTensor] = []
             self._init_group(group, parameters, gradients, momenta)  # type: ignore[arg-type]
-            # Matrices of one shape are neighbors, so that the ranks of a round have equal work.
+            # Matrices of the same shape are adjacent, which balances the load of a round over the ranks.
             order = sorted(range(len(parameters)), key=lambda i: (-parameters[i].numel(), parameters[i].shape))
             matrices = [_Matrix(parameters[i], gradients[i], momenta[i], group) for i in order]
             for matrix in matrices:
@@ -165,7 +165,7 @@ class _ShardedMuon(torch.optim.Muon):
 
 
 class _Matrix:
-    """One rank's rows of a matrix that is sharded by rows, and of its gradient and momentum."""
+    """Rows of one rank of a matrix sharded by rows, with their gradient and momentum."""
 
     def __init__(self, parameter: DTensor, gradient: DTensor, momentum: DTensor, settings: dict[str, Any]) -> None:
         self.shape = parameter.shape
@@ -173,24 +173,24 @@ class _Matrix:
         self._settings = settings
 
     def sizes(self, num_ranks: int) -> list[int]:
-        """Numbers that each rank holds: chunks of equally many rows, the last ones smaller or empty."""
+        """Return the number of elements on each rank: chunks of equally many rows, the last ones smaller or empty."""
         chunk = -(-self.shape[0] // num_ranks)
         starts = (min(rank * chunk, self.shape[0]) for rank in range(num_ranks + 1))
         return [(end - start) * self.shape[1] for start, end in pairwise(starts)]
 
     def direction(self) -> Tensor:
-        """This rank's rows of what is orthogonalized, flat, in bfloat16."""
+        """Return this rank's rows of the update before orthogonalization, flattened, in bfloat16."""
         momentum = self._settings["momentum"]
         update = self.gradient.lerp(self.momentum, momentum) if self._settings["nesterov"] else self.momentum
         return update.bfloat16().flatten()
 
     def orthogonalize(self, direction: Tensor) -> Tensor:
-        """The whole matrix of :meth:`direction` orthogonalized; both flat."""
+        """Orthogonalize the full matrix of :meth:`direction`; input and output are flattened."""
         coefficients, steps, eps = (self._settings[key] for key in ("ns_coefficients", "ns_steps", "eps"))
         return _zeropower_via_newtonschulz(direction.view(self.shape), coefficients, steps, eps).reshape(-1)
 
     def update(self, orthogonalized: Tensor) -> None:
-        """Decay this rank's rows, and move them against the flat update."""
+        """Apply weight decay and the flattened update to this rank's rows."""
         lr = self._settings["lr"]
         self.rows.mul_(1 - lr * self._settings["weight_decay"])
         adjusted = _adjust_lr(lr, self._settings["adjust_lr_fn"], self.shape)
@@ -198,7 +198,7 @@ class _Matrix:
 
 
 def _orthogonalize(matrices: list[_Matrix], mesh: DeviceMesh, placements: Sequence[Placement]) -> None:
-    """Update all matrices, each orthogonalized by one rank of the mesh."""
+    """Update all matrices; each is orthogonalized on one rank of the mesh."""
     (dimension,) = (i for i, placement in enumerate(placements) if placement.is_shard())
     shards = mesh.get_group(dimension)
     replicas = mesh.get_group(1 - dimension) if mesh.ndim == 2 else None
@@ -220,19 +220,19 @@ def _orthogonalize(matrices: list[_Matrix], mesh: DeviceMesh, placements: Sequen
 
 
 def _orthogonalize_round(matrices: list[_Matrix], result: Tensor, shards: dist.ProcessGroup) -> None:
-    """Orthogonalize matrix i on rank i of the group; `result` gets this rank's rows of all, flat, one after another."""
+    """Orthogonalize matrix i on rank i of the group; write this rank's rows of all matrices, flattened, to `result`."""
     num_ranks, rank = shards.size(), shards.rank()
     rows = [matrix.rows.numel() for matrix in matrices] + [0] * (num_ranks - len(matrices))
     own = matrices[rank] if rank < len(matrices) else None
     sizes = own.sizes(num_ranks) if own is not None else [0] * num_ranks
     direction = result.new_empty(sum(sizes))
     dist.all_to_all_single(direction, torch.cat([matrix.direction() for matrix in matrices]), sizes, rows, shards)
-    whole = own.orthogonalize(direction) if own is not None else direction
-    dist.all_to_all_single(result, whole, rows, sizes, shards)
+    full = own.orthogonalize(direction) if own is not None else direction
+    dist.all_to_all_single(result, full, rows, sizes, shards)
 
 
-class _Together(torch.optim.Optimizer):
-    """Several optimizers as one: schedules, clipping and checkpoints see a single one, which shares its state."""
+class _CombinedOptimizer(torch.optim.Optimizer):
+    """Multiple optimizers behind the interface of one, which schedules, clipping and checkpoints use."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
@@ -249,7 +249,7 @@ class _Together(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """One step of each part."""
+        """Step each optimizer."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -259,14 +259,14 @@ class _Together(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state and hand it to the parts."""
+        """Load the state, and share it with the optimizers."""
         super().load_state_dict(state_dict)
         self._share()
 
 
 def parts_of(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, ...]:
     """Return the optimizers that an optimizer consists of, or itself."""
-    return optimizer.parts if isinstance(optimizer, _Together) else (optimizer,)
+    return optimizer.parts if isinstance(optimizer, _CombinedOptimizer) else (optimizer,)
 
 
 def _positive(name: str, value: float) -> float:

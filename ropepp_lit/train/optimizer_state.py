@@ -1,4 +1,4 @@
-"""The optimizer's state where a run begins or goes on: what a checkpoint gives, and what the recipe decides."""
+"""Optimizer state at the start of a run: loading it from `init_from`, and applying the recipe's settings to it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def build_optimizer(
 
 
 def load_optimizer_state(trainer: pl.Trainer, path: str) -> None:
-    """Load the optimizer's state of another run's checkpoint, in one file; every rank must call this."""
+    """Load the optimizer state from another run's checkpoint in a single file. Every rank must call it."""
     state = read_checkpoint(path)["optimizer_states"][0]
     (optimizer,) = trainer.optimizers
     if hasattr(trainer.strategy, "load_optimizer_state"):  # FSDP2
@@ -56,12 +56,12 @@ def load_optimizer_state(trainer: pl.Trainer, path: str) -> None:
 
 
 def apply_recipe(trainer: pl.Trainer, groups: list[dict[str, Any]], lr_factor: Callable[[int], float]) -> None:
-    """Give the optimizer the recipe's settings again, which Lightning has replaced by those of the checkpoint's run.
+    """Restore the recipe's optimizer settings, which Lightning has replaced by those stored in the checkpoint.
 
     Args:
-        trainer: Of the run.
-        groups: Settings of each of the optimizer's groups by the recipe, with the peak learning rate.
-        lr_factor: What the peak is multiplied by at a step.
+        trainer: Trainer of the run.
+        groups: The recipe's settings of each parameter group, with the peak learning rate.
+        lr_factor: Multiplier of the peak learning rate at a step.
     """
     for optimizer, config in zip(trainer.optimizers, trainer.lr_scheduler_configs, strict=True):
         for group, recipe in zip(optimizer.param_groups, groups, strict=True):

@@ -1,4 +1,4 @@
-"""What preference tuning adds to a run: the loss of pairs of answers, and the reference that it compares with."""
+"""Preference tuning in a training run: the loss of pairs of answers, and the reference that the loss uses."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from ropepp_lit.train.preference import Preference
 from ropepp_lit.train.signals import StopRequest
 
 ENTRY = "reference"
-"""Of a checkpoint: `keys` [pairs] int64 and `log_probabilities` [pairs, 2] float64, see :class:`Reference`."""
+"""Entry of a checkpoint: `keys` [pairs] int64 and `log_probabilities` [pairs, 2] float64, see :class:`Reference`."""
 
 
 class Reference:
-    """Log-probabilities of answers by the model that a run began with.
+    """Log-probabilities of answers under the model at the start of a run.
 
-    They are found by the keys of :class:`~ropepp_lit.data.batch.AnswerPairs`, so they do not depend on the order of the
-    pairs, and a checkpoint carries them: 24 bytes for each pair.
+    They are indexed by the keys of :class:`~ropepp_lit.data.batch.AnswerPairs`, so they do not depend on the order of
+    the pairs. Checkpoints store them: 24 bytes per pair.
 
     Args:
         keys: [pairs] int64.
-        log_probabilities: [pairs, 2] float64: nats.
+        log_probabilities: [pairs, 2] float64, in nats.
     """
 
     def __init__(self, keys: np.ndarray, log_probabilities: np.ndarray) -> None:
@@ -47,22 +47,22 @@ class Reference:
         return len(self._keys)
 
     def look_up(self, keys: Sequence[int]) -> Tensor:
-        """[P, 2] float64 on the CPU.
+        """Return the log-probabilities of pairs, [P, 2] float64 on the CPU.
 
         Raises:
-            UsageError: a pair is not among them.
+            UsageError: a key is unknown.
         """
-        wanted = np.asarray(keys, dtype=np.int64)
-        places = np.minimum(np.searchsorted(self._keys, wanted), max(len(self) - 1, 0))
-        if len(wanted) and (not len(self) or (self._keys[places] != wanted).any()):
+        queries = np.asarray(keys, dtype=np.int64)
+        indices = np.minimum(np.searchsorted(self._keys, queries), max(len(self) - 1, 0))
+        if len(queries) and (not len(self) or (self._keys[indices] != queries).any()):
             raise UsageError(
-                "data: it holds pairs of answers that were not there when the run began, so their reference is not "
-                "known; begin another run by --model.init_from"
+                "data: it contains pairs of answers that were not there when the run started, so they have no "
+                "reference; start another run by --model.init_from"
             )
-        return torch.from_numpy(self._log_probabilities[places])
+        return torch.from_numpy(self._log_probabilities[indices])
 
     def entry(self) -> dict[str, Tensor]:
-        """What a checkpoint stores."""
+        """Return the entry of a checkpoint."""
         return {
             "keys": torch.from_numpy(self._keys),
             "log_probabilities": torch.from_numpy(self._log_probabilities),
@@ -70,28 +70,29 @@ class Reference:
 
     @classmethod
     def from_entry(cls, entry: dict[str, Tensor]) -> Reference:
-        """Of what :meth:`entry` returned.
+        """Create the reference from the entry of a checkpoint.
 
         Raises:
-            UsageError: it is something else.
+            UsageError: the entry is damaged.
         """
         try:
-            keys, found = entry["keys"].numpy(), entry["log_probabilities"].numpy()
-            if (keys.dtype, found.dtype, found.shape) == (np.int64, np.float64, (len(keys), 2)):
-                return cls(keys, found)
+            keys, log_probabilities = entry["keys"].numpy(), entry["log_probabilities"].numpy()
+            dtypes_and_shape = keys.dtype, log_probabilities.dtype, log_probabilities.shape
+            if dtypes_and_shape == (np.int64, np.float64, (len(keys), 2)):
+                return cls(keys, log_probabilities)
         except (KeyError, TypeError, AttributeError):
             pass
-        raise UsageError(f"ckpt_path: its entry {ENTRY} is damaged; begin another run by --model.init_from")
+        raise UsageError(f"ckpt_path: its entry {ENTRY} is damaged; start another run by --model.init_from")
 
 
 class PairTraining:
-    """What pairs of answers add to a run; without a preference nothing.
+    """Additions of preference tuning to a run; does nothing without a preference.
 
     Args:
-        preference: The loss; None means that the data are no pairs.
+        preference: Loss of pairs; None means that the data are not pairs.
 
     Raises:
-        UsageError: a setting of it makes no sense.
+        UsageError: a setting of the preference is out of range.
     """
 
     def __init__(self, preference: Preference | None) -> None:
@@ -101,50 +102,50 @@ class PairTraining:
         self.reference: Reference | None = None
 
     def check(self, data: Any, *, init_from: str | None, checkpoint: dict[str, Any] | None, path: str) -> None:
-        """Check that data and loss belong together, and that there is or will be a reference.
+        """Check that the data match the loss, and that a reference is stored or can be computed.
 
         Args:
             data: The datamodule, set up.
-            init_from: Of the recipe.
-            checkpoint: Of the run that goes on, or is validated.
-            path: Of it.
+            init_from: `init_from` of the recipe.
+            checkpoint: Checkpoint that is continued or validated.
+            path: Path of the checkpoint.
 
         Raises:
-            UsageError: they do not.
+            UsageError: the data do not match the loss, or there is no reference.
         """
         holds_pairs = isinstance(data, TokenData) and data.holds_pairs
         if self.preference is None:
             if holds_pairs:
                 raise UsageError(
-                    "model.preference: the data hold pairs of answers; choose the loss of these: DPO, SimPO or ORPO"
+                    "model.preference: the data are pairs of answers; choose their loss: DPO, SimPO or ORPO"
                 )
             return
         if not holds_pairs:
             raise UsageError(
-                "model.preference: the data hold no pairs of answers; make them by ropepp-lit prepare --format "
+                "model.preference: the data are not pairs of answers; prepare them by ropepp-lit prepare --format "
                 "chat_pairs (or completion_pairs), or leave it out"
             )
         if not self.preference.reads_reference:
             return
         if checkpoint is None and init_from is None:
-            raise UsageError("model.preference: DPO begins with a model that answers; name it by model.init_from")
+            raise UsageError("model.preference: DPO starts from a fine-tuned model; set model.init_from")
         if checkpoint is not None and ENTRY not in checkpoint[KEY]:
             raise UsageError(
-                f"ckpt_path: {path} stores no reference for model.preference; begin from its weights by "
+                f"ckpt_path: {path} stores no reference for model.preference; initialize from its weights by "
                 f"--model.init_from {path}"
             )
 
-    def new_loss(self) -> TokenLoss:
-        """The metric of a set's loss."""
+    def create_metric(self) -> TokenLoss:
+        """Create a metric of the loss."""
         return TokenLoss() if self.preference is None else PairLoss()
 
     def loss(self, decoder: Decoder, batch: Batch, metric: TokenLoss) -> Tensor:
-        """The loss of a batch to be descended, summed over its pairs; adds those that this rank counts to a metric.
+        """Return the loss of a batch, summed over its pairs; adds the pairs that this rank counts to a metric.
 
         Args:
             decoder: The model.
-            batch: With pairs.
-            metric: Of :meth:`new_loss`.
+            batch: Batch with pairs.
+            metric: Metric created by :meth:`create_metric`.
         """
         assert self.preference is not None
         assert batch.pairs is not None
@@ -152,11 +153,11 @@ class PairTraining:
         preference, pairs = self.preference, batch.pairs
         reference = None
         if preference.reads_reference:
-            assert self.reference is not None, "a run begins with the reference"
+            assert self.reference is not None, "compute_reference runs before the first step"
             reference = self.reference.look_up(pairs.keys).to(exact_dtype(batch.labels.device))
             reference = reference.to(batch.labels.device, non_blocking=True)
 
-        def summed(losses: Tensor) -> Tensor:
+        def summed_loss(losses: Tensor) -> Tensor:
             if not pairs.keys:
                 return losses.sum()  # 0
             sums = _sums_of_answers(losses, pairs, decoder)
@@ -164,22 +165,22 @@ class PairTraining:
             metric.add(values.detach(), rewards.detach(), pairs.is_counted)
             return values.sum()
 
-        return batch.loss(decoder, summed)
+        return batch.loss(decoder, summed_loss)
 
     @torch.no_grad()
-    def find_reference(self, trainer: pl.Trainer, decoder: Decoder, stop: StopRequest | None) -> None:
-        """Before the first step: measure all pairs by the model as it is. Every rank must call it.
+    def compute_reference(self, trainer: pl.Trainer, decoder: Decoder, stop: StopRequest | None) -> None:
+        """Compute the reference of all pairs, before the first step. Every rank must call it.
 
         Args:
-            trainer: Of the run, with its datamodule. A signal makes it stop.
-            decoder: As it is before the first step.
-            stop: What notes signals.
+            trainer: Trainer of the run, with its datamodule; stopped on a signal.
+            decoder: The model before the first step.
+            stop: Recorder of signals.
         """
         if self.preference is None or not self.preference.reads_reference or self.reference is not None:
             return
         loaders: list[DataLoader] = trainer.datamodule.pair_dataloaders()  # type: ignore[attr-defined]
         keys: list[int] = []
-        found: list[Tensor] = []
+        log_probabilities: list[Tensor] = []
         bar = tqdm(
             total=sum(map(len, loaders)),
             desc="Reference",
@@ -189,39 +190,39 @@ class PairTraining:
             file=sys.stderr,
         )
         was_training = decoder.training
-        decoder.eval()  # without the dropout of adapters
+        decoder.eval()  # disables the dropout of adapters
         with bar, trainer.precision_plugin.val_step_context():
             for batch in (batch for loader in loaders for batch in loader):
                 batch = trainer.strategy.batch_to_device(batch)
                 assert batch.pairs is not None
                 sums = batch.loss(decoder, partial(_sums_of_answers, pairs=batch.pairs, decoder=decoder))
                 keys += batch.pairs.keys
-                found.append(sums.double().cpu())
+                log_probabilities.append(sums.double().cpu())
                 bar.update()
                 if stop is not None and stop.agree():
                     trainer.should_stop = True
                     return
         decoder.train(was_training)
-        here = np.asarray(keys, dtype=np.int64), torch.cat(found).numpy()
-        gathered = [here]
+        own = np.asarray(keys, dtype=np.int64), torch.cat(log_probabilities).numpy()
+        gathered = [own]
         if trainer.world_size > 1:
-            gathered = [here] * trainer.world_size
-            dist.all_gather_object(gathered, here)
+            gathered = [own] * trainer.world_size
+            dist.all_gather_object(gathered, own)
         self.reference = Reference(*(np.concatenate(parts) for parts in zip(*gathered, strict=True)))
 
     def save(self, checkpoint: dict[str, Any]) -> None:
-        """Put the reference into a checkpoint."""
+        """Store the reference in a checkpoint."""
         if self.reference is not None:
             checkpoint[KEY][ENTRY] = self.reference.entry()
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Take the reference of a checkpoint."""
+        """Load the reference from a checkpoint."""
         if self.preference is not None and ENTRY in checkpoint[KEY]:
             self.reference = Reference.from_entry(checkpoint[KEY][ENTRY])
 
 
 def _sums_of_answers(losses: Tensor, pairs: AnswerPairs, decoder: Decoder) -> Tensor:
-    """Log-probabilities of answers, summed over their tokens on all ranks that share rows.
+    """Return the log-probabilities of answers, summed over their tokens on all ranks that share rows.
 
     Args:
         losses: [M] floating: cross-entropy of this rank's labels.
@@ -229,15 +230,15 @@ def _sums_of_answers(losses: Tensor, pairs: AnswerPairs, decoder: Decoder) -> Te
         decoder: The model.
 
     Returns:
-        [P, 2], float64 where the device has it. Gradients are those of this rank's tokens.
+        [P, 2], float64 if the device supports it. Gradients are those of this rank's tokens.
     """
     if not pairs.keys:
         return losses.new_zeros((0, 2))
     exact = losses.to(exact_dtype(losses.device))
-    # Sums by index_add are of another order each time on a GPU. unsafe: lengths are not compared on the host.
+    # index_add is not deterministic on a GPU. unsafe=True skips a check of the lengths that synchronizes.
     sums = -torch.segment_reduce(exact, "sum", lengths=pairs.lengths, unsafe=True, initial=0)
     if decoder.context_group is not None:
-        everywhere = sums.detach().clone()
-        dist.all_reduce(everywhere, group=decoder.context_group.process_group)
-        sums = sums + (everywhere - sums.detach())
+        total = sums.detach().clone()
+        dist.all_reduce(total, group=decoder.context_group.process_group)
+        sums = sums + (total - sums.detach())
     return sums.view(-1, 2)

@@ -1,4 +1,4 @@
-"""`ropepp-lit plan`: what a recipe will do and cost, before anything is spent."""
+"""Command `ropepp-lit plan`: prints what a recipe will do, its FLOPs, its memory and its duration."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from ropepp_lit.train.lora import trained_shapes
 from ropepp_lit.train.loss_average import choose_average, describe_average
 from ropepp_lit.train.memory import PARTS, Memory, StepMemory
 from ropepp_lit.train.optimizer import Muon, split_parameters
-from ropepp_lit.train.setup import DTYPES, Setup
+from ropepp_lit.train.step_setup import DTYPES, Setup
 from ropepp_lit.train.trainer_options import check_options
 
 GIB = 2**30
 
 
 class PlanCLI(RecipeCLI):
-    """Parses a recipe as `fit` does, and makes everything but the trainer, so any device may be named."""
+    """Parses a recipe as `fit` does, and instantiates all classes except the trainer, whose devices may be missing."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """None is needed, and this machine may have no such devices."""
+        """Only check the trainer's options."""
         check_options(self.config_init["fit"].trainer)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Nothing is run."""
+        """Do not run anything."""
 
 
 def plan(arguments: list[str]) -> None:
-    """Print what a recipe will do.
+    """Print the plan of a recipe.
 
     Args:
         arguments: Options of `fit`, and those of :func:`_parser`.
 
     Raises:
-        UsageError: the recipe is wrong, or cannot run on so many devices.
+        UsageError: the recipe is invalid, or cannot run on this number of devices.
     """
     options, rest = _parser().parse_known_args(arguments)
     device = find_device(options.device)
@@ -70,7 +70,7 @@ def plan(arguments: list[str]) -> None:
 
 
 class Recipe:
-    """A recipe's model, data and devices, and what follows from them."""
+    """Model, data and devices of a recipe, and the quantities derived from them."""
 
     def __init__(self, cli: PlanCLI, trainer: Any) -> None:
         self.model, self.data, self.trainer = cli.model, cli.datamodule, trainer
@@ -128,13 +128,13 @@ class Recipe:
         self.optimizer_states = (sizes[0] + 2 * sizes[1]) / sum(sizes) if is_muon else 2.0
 
     def check(self, options: Any) -> list[str]:
-        """Make the checks of `fit`; those of data and checkpoints where they are on this machine.
+        """Run the checks of `fit`; those of data and checkpoints only if they are on this machine.
 
         Args:
             options: The recipe with its classes instantiated.
 
         Returns:
-            Lines to print: what the run starts from.
+            Lines to print.
         """
         checks = Checks(self.model, self.data, options, strategy=self.strategy, world_size=self.devices)
         checks.check_steps()
@@ -155,12 +155,12 @@ class Recipe:
 
     @property
     def tokens_per_step(self) -> int:
-        """Over all devices."""
+        """Tokens per optimizer step on all devices."""
         accumulated = self.trainer.accumulate_grad_batches
         return self.data.tokens_per_step(accumulate_grad_batches=accumulated, num_replicas=self.replicas)
 
     def memory(self, **changes: Any) -> Memory:
-        """Per device at the peak, with some settings of the step other than the recipe's."""
+        """Return the peak memory per device, with `changes` to the recipe's settings of the step."""
         setup = dataclasses.replace(self.setup, **changes)
         step = StepMemory(
             self.config,
@@ -219,7 +219,7 @@ time              {days:.2f} days on {self.devices} × {device} at {utilization:
         self._show_batch()
 
     def _trained(self) -> str:
-        """A line about what trains, where that is not all."""
+        """Return a line with the trained parameters, if they are not all."""
         lora = self.model.lora
         if lora is None:
             return ""
@@ -232,7 +232,7 @@ time              {days:.2f} days on {self.devices} × {device} at {utilization:
         )
 
     def _sharing(self) -> str:
-        """A line about context parallelism, where there is any: what each mode sends."""
+        """Return a line with the bytes that each mode of context parallelism sends, if it is used."""
         ranks, head_dim, groups = self.context_parallel_size, self.config.head_dim, self.model.attention_head_groups
         layout = self.layout.split(groups)
         if self.context_parallel_mode is None:
@@ -250,7 +250,7 @@ time              {days:.2f} days on {self.devices} × {device} at {utilization:
         )
 
     def _advice(self, device_memory: int) -> str:
-        """What would have to change for the recipe to fit."""
+        """Return the changes with which the recipe would fit."""
         if self.memory().total <= device_memory:
             return "It fits."
         sharded = {"strategy": "fsdp2", "replicate_size": 1}
@@ -269,21 +269,21 @@ time              {days:.2f} days on {self.devices} × {device} at {utilization:
             change = {**sharded, "context_parallel_size": 8, "context_parallel_mode": mode}
             steps.append(("--trainer.strategy.context_parallel_size 8", change))
         changes: dict[str, Any] = {}
-        words: list[str] = []
+        options: list[str] = []
         for option, change in steps:
             changes |= change
-            words = [word for word in words if "devices" not in change or "fsdp2" not in word] + [option]
+            options = [earlier for earlier in options if "devices" not in change or "fsdp2" not in earlier] + [option]
             total = self.memory(**changes).total
             if total <= device_memory:
-                return f"It does not fit. This would, with {total / GIB:.2f} GiB: {'; '.join(words)}"
+                return f"It does not fit. This would, with {total / GIB:.2f} GiB: {'; '.join(options)}"
         return (
             "It does not fit, and would not with all memory options on 64 devices: choose a smaller model or a shorter "
             "context."
         )
 
     def show_simulation(self) -> None:
-        """Run a step on fake tensors, and print what it takes beside the estimate."""
-        from ropepp_lit.train.simulate import simulate  # it imports torch's testing package
+        """Run a step on fake tensors, and print its memory, FLOPs and collectives next to the estimates."""
+        from ropepp_lit.train.simulate import simulate  # imports torch's testing package
 
         started = time.monotonic()
         simulation = simulate(
@@ -297,7 +297,7 @@ time              {days:.2f} days on {self.devices} × {device} at {utilization:
         print(
             f"""
 simulation of a step of one of {self.devices:,} devices ({simulation.micro_batches} of \
-{self.setup.accumulate_grad_batches} micro-batches run, the others counted by these; plain rows, which take the
+{self.setup.accumulate_grad_batches} micro-batches run, the others extrapolated; plain rows, which take the
 memory of packed documents; without torch.compile), {time.monotonic() - started:.0f} s:
 
 | memory at the peak | simulated     | estimated     |
@@ -315,7 +315,7 @@ memory of packed documents; without torch.compile), {time.monotonic() - started:
         print(
             f"""
 FLOPs of a step per device      {counts.flops:.3e} with recomputation; {formula:.3e} by the formula, without
-  of it output layer and loss   {loss.flops * accumulated:.3e}
+  output layer and loss         {loss.flops * accumulated:.3e}
 loss per micro-batch            {loss.memory / GIB:.2f} GiB at its peak, {loss.bytes / GIB:.2f} GiB read and written
 """
         )
@@ -329,10 +329,10 @@ loss per micro-batch            {loss.memory / GIB:.2f} GiB at its peak, {loss.b
             print(f"| {collective.kind:<23} | {collective.ranks:>5,} | {calls:>6,} | {sent:>11,.3f} GiB |")
 
     def _show_batch(self) -> None:
-        """The first rows of the data, decoded, where they are prepared."""
+        """Print the first rows of the data, decoded, if they are prepared."""
         batch = self.first_batch
         if batch is None:
-            print("\nThe data are not here, or not prepared yet.")
+            print("\nThe data are not on this machine, or not prepared yet.")
             return
         text = self.data.text_tokenizer.decode(batch.input_ids[0, :64].tolist())
         documents = "plain rows" if batch.documents is None else f"{len(batch.documents.cu_seqlens) - 1} documents"
@@ -345,7 +345,7 @@ loss per micro-batch            {loss.memory / GIB:.2f} GiB at its peak, {loss.b
 
 
 def _count(devices: Any) -> int:
-    """How many devices of a node a recipe asks for."""
+    """Return the number of devices per node in a recipe."""
     count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
     if count < 1:
         raise UsageError(f"trainer.devices: {devices} must name one or more")
@@ -353,7 +353,7 @@ def _count(devices: Any) -> int:
 
 
 def _precision(precision: Any) -> str:
-    """Lightning's long name of a precision."""
+    """Return the long name of a Lightning precision."""
     name = str(precision or "32-true")
     name = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}.get(name, name)
     dtype, _, kind = name.partition("-")
@@ -367,17 +367,20 @@ def _precision(precision: Any) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ropepp-lit plan",
-        description="What a recipe will do and cost. Takes the options of fit (--config RECIPE …) and these:",
+        description="Print the FLOPs, memory and duration of a recipe. Takes the options of fit (--config RECIPE …) "
+        "and these:",
         allow_abbrev=False,
     )
-    parser.add_argument("--device", default="H100 SXM", help=f"which GPU to plan for: {', '.join(DEVICES)}")
-    parser.add_argument("--device_memory", help="of each GPU, such as 80GiB; by default that of --device")
-    parser.add_argument("--utilization", type=float, default=0.4, help="share of the peak that training reaches")
+    parser.add_argument("--device", default="H100 SXM", help=f"GPU to plan for: {', '.join(DEVICES)}")
+    parser.add_argument("--device_memory", help="memory of each GPU, such as 80GiB; default: that of --device")
+    parser.add_argument(
+        "--utilization", type=float, default=0.4, help="fraction of the peak FLOP/s that training reaches"
+    )
     parser.add_argument(
         "--simulate",
         default="false",
-        help="true: run an optimizer step of one device of the whole cluster on fake tensors, and print its memory, "
-        "operations and collectives; needs no GPU and no data",
+        help="true: simulate an optimizer step of one device of the cluster on fake tensors, and print its memory, "
+        "FLOPs and collectives; requires no GPU and no data",
     )
     return parser
 

@@ -1,6 +1,6 @@
 """Preference tuning: losses over pairs of a chosen and a rejected answer.
 
-Shapes: P pairs; of [P, 2] the first column is the chosen answer, the second the rejected one.
+Shapes: P pairs; in [P, 2] the first column is the chosen answer, the second the rejected one.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from ropepp_lit.errors import UsageError
 
 
 class Preference(ABC):
-    """How a model learns from pairs of answers."""
+    """Loss of pairs of a chosen and a rejected answer."""
 
     reads_reference = False
-    """Whether it compares the model with the one that the run began with."""
+    """Whether the loss compares the model with a reference: the model at the start of the run."""
 
     @abstractmethod
     def check(self) -> None:
-        """Raise UsageError where a setting makes no sense."""
+        """Raise UsageError if a setting is out of range."""
 
     @abstractmethod
     def __call__(
         self, log_probabilities: Tensor, num_tokens: Tensor, reference: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Losses and rewards of pairs.
+        """Return the losses and rewards of pairs.
 
         Args:
-            log_probabilities: [P, 2] floating: of answers by the model, nats, summed over their tokens.
-            num_tokens: [P, 2] int64: of answers.
-            reference: [P, 2] floating: log-probabilities by the model that the run began with, where
-                `reads_reference`.
+            log_probabilities: [P, 2] floating: log-probabilities of the answers under the model, in nats, summed over
+                their tokens.
+            num_tokens: [P, 2] int64: number of tokens of the answers.
+            reference: [P, 2] floating: log-probabilities under the reference model, if `reads_reference`.
 
         Returns:
-            [P] losses in nats, and [P, 2] rewards: by these the model ranks answers.
+            [P] losses in nats, and [P, 2] rewards of the answers.
         """
 
 
 class DPO(Preference):
     """Direct preference optimization (arXiv 2305.18290, equation 7): -log σ(β (Δ chosen - Δ rejected)).
 
-    Δ is the log-probability of an answer less that by the reference, which is the model that the run began with (for
-    LoRA the base without adapters). At the first step the loss is log 2.
+    Δ is the log-probability of an answer under the model minus that under the reference, which is the model at the
+    start of the run (with LoRA the base without adapters). At the first step the loss is log 2.
 
     Args:
-        beta: β: how far the model may move from the reference; smaller is farther.
-        label_smoothing: Share of pairs that are taken to be in the wrong order (conservative DPO).
+        beta: β: strength of the constraint to stay close to the reference; smaller allows larger deviations.
+        label_smoothing: Assumed fraction of pairs whose labels are swapped (conservative DPO).
     """
 
     reads_reference = True
@@ -78,17 +78,17 @@ class DPO(Preference):
 
     def __str__(self) -> str:
         smoothing = f", label smoothing {self.label_smoothing:g}" if self.label_smoothing else ""
-        return f"DPO, beta {self.beta:g}{smoothing}; the reference is the model that the run began with"
+        return f"DPO, beta {self.beta:g}{smoothing}; the reference is the model at the start of the run"
 
 
 class SimPO(Preference):
     """Simple preference optimization (arXiv 2405.14734, equation 6): -log σ(β (mean chosen - mean rejected) - γ).
 
-    The means are of the log-probabilities of an answer's tokens; there is no reference.
+    The means are over the log-probabilities of an answer's tokens; there is no reference.
 
     Args:
-        beta: β.
-        margin: γ: by how much the reward of the chosen answer is to be above that of the rejected one.
+        beta: β: scale of the rewards.
+        margin: γ: target difference between the rewards of the chosen and the rejected answer.
     """
 
     def __init__(self, *, beta: float = 2.0, margin: float = 1.0) -> None:
@@ -112,13 +112,13 @@ class SimPO(Preference):
 
 
 class ORPO(Preference):
-    """Odds ratio preference optimization (arXiv 2403.07691, equations 4 to 7): fine-tuning and preference at once.
+    """Odds ratio preference optimization (arXiv 2403.07691, equations 4 to 7): fine-tuning and preference in one loss.
 
-    The loss is the mean cross-entropy of the chosen answer, and λ times -log σ of the logarithm of the odds ratio.
+    The loss is the mean cross-entropy of the chosen answer, plus λ times -log σ of the log odds ratio.
     Probabilities are the geometric means over an answer's tokens; there is no reference.
 
     Args:
-        weight: λ.
+        weight: λ: weight of the odds ratio term.
     """
 
     def __init__(self, *, weight: float = 0.1) -> None:

@@ -1,4 +1,4 @@
-"""Recipes and commands that a run writes for the user: read back, they are what was meant."""
+"""Writing of recipes as YAML, verified by parsing them again."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from ropepp_lit.files import write_whole
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes each string that some parser of YAML could read as something else, such as `1e3`, `on` or `1:30`."""
+    """YAML dumper that quotes strings which some parser could read as another type: `1e3`, `on`, `1:30`."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Write equal parts twice, not as references."""
+        """Disable aliases: equal values are written repeatedly."""
         return True
 
 
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*", re.ASCII)
-_WORDS = {"", ".", "..", "y", "n", "yes", "no", "on", "off", "true", "false", "null", "none", ".nan", ".inf"}
+_SPECIAL = {"", ".", "..", "y", "n", "yes", "no", "on", "off", "true", "false", "null", "none", ".nan", ".inf"}
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    is_plain = _PLAIN.fullmatch(text) and text.lower() not in _WORDS and not text.startswith(".")
+    is_plain = _PLAIN.fullmatch(text) and text.lower() not in _SPECIAL and not text.startswith(".")
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else '"')
 
 
 _Dumper.add_representer(str, _represent_text)
-# The parser's own dumper, which has no form for defaults such as the interval of Lightning's Timer.
+# The parser's dumper does not support enums, such as the default interval of Lightning's Timer.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 def to_yaml(recipe: dict[str, Any]) -> str:
-    """A recipe as YAML, ASCII."""
+    """Return a recipe as YAML, ASCII."""
     return yaml.dump(recipe, Dumper=_Dumper, sort_keys=False, width=10**6)
 
 
 def recipe_from(path: Path, entry: dict[str, Any]) -> dict[str, Any]:
-    """The recipe of a model that begins from a checkpoint; trainer and data are to be layered over it.
+    """Return the recipe of a model initialized from a checkpoint, to be combined with settings of trainer and data.
 
     Args:
-        path: Of the checkpoint.
-        entry: What it stores about itself, see :mod:`ropepp_lit.checkpoint`.
+        path: Path of the checkpoint.
+        entry: Entry of the checkpoint, see :mod:`ropepp_lit.checkpoint`.
     """
     architecture = entry["architecture"]
     model: dict[str, Any] = {"init_from": str(path), "decoder": architecture["decoder"]}
@@ -61,15 +61,15 @@ def recipe_from(path: Path, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_recipe(path: Path, recipe: dict[str, Any], read: Callable[[Path], dict[str, Any]]) -> None:
-    """Write a recipe, and read it as the command does.
+    """Write a recipe, and verify it by parsing the file.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         recipe: Plain values.
-        read: Parses a recipe's file, and returns plain values as `recipe` has them.
+        read: Function that parses a recipe file and returns plain values.
 
     Raises:
-        UsageError: the file cannot be written, or is read as another recipe; then there is no file.
+        UsageError: the file cannot be written, or parsing it gives another recipe; then the file is deleted.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,22 +77,21 @@ def write_recipe(path: Path, recipe: dict[str, Any], read: Callable[[Path], dict
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
     try:
-        again = read(path)
-        difference = first_difference(recipe, again)
+        difference = first_difference(recipe, read(path))
     except UsageError as error:
         difference = str(error)
     if difference:
         path.unlink()
-        raise UsageError(f"{path}: the recipe cannot be written so that it is read as it was given: {difference}")
+        raise UsageError(f"{path}: parsing the written recipe gives another one: {difference}")
 
 
 def first_difference(one: Any, other: Any, key: str = "") -> str | None:
-    """The first key of a recipe that differs in another one, with both values; None where they are equal."""
+    """Return the first key at which two recipes differ, with both values; None if they are equal."""
     if isinstance(one, dict) and isinstance(other, dict):
         for name in {**one, **other}:
-            found = first_difference(one.get(name), other.get(name), f"{key}.{name}" if key else str(name))
-            if found:
-                return found
+            difference = first_difference(one.get(name), other.get(name), f"{key}.{name}" if key else str(name))
+            if difference:
+                return difference
         return None
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         differences = (first_difference(a, b, f"{key}[{i}]") for i, (a, b) in enumerate(zip(one, other, strict=True)))

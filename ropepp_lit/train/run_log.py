@@ -1,4 +1,4 @@
-"""`run.jsonl`: what happened in a run, one JSON object a line, for programs and for whoever looks into it later."""
+"""Event log of a run, `run.jsonl`: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from ropepp_lit.files import sync
 from ropepp_lit.json_files import json_line
 
 RUN_LOG = "run.jsonl"
-"""Its name in a run's folder."""
+"""File name of the log in a run's folder."""
 
 Event = Literal["start", "resume", "save", "validation", "skip", "signal", "rollback", "warning", "end"]
 
-_KEPT: tuple[Event, ...] = ("start", "save", "rollback", "end")
-"""Events that are on the disk when :meth:`RunLog.write` returns."""
+_SYNCED: tuple[Event, ...] = ("start", "save", "rollback", "end")
+"""Events that are synced to disk before :meth:`RunLog.write` returns."""
 
 
 class RunLog:
-    """Appends events to the file `run.jsonl`. Until it is opened, and on all ranks but rank 0, it does nothing.
+    """Appends events to the file `run.jsonl`; does nothing until it is opened, which only rank 0 does.
 
-    Each line has `time` (UTC, ISO 8601), `event` and `step` (optimizer steps taken), then what belongs to the event.
-    A line is written by one call of the operating system, so a killed process leaves it whole or cut; a cut line is
-    ended when the run goes on. A full disk ends no training: one notice, and later events are tried again.
+    Each line has `time` (UTC, ISO 8601), `event` and `step` (optimizer steps taken), then the values of the event.
+    A line is written by a single system call. If a killed process leaves an incomplete line, it is terminated when the
+    run continues. A full disk does not end training: a notice is printed once, and later events are still attempted.
     """
 
     def __init__(self) -> None:
         self._path = Path()
         self._descriptor: int | None = None
-        self._is_cut = self._has_noticed = False
-        self._lock = threading.Lock()  # checkpoints are written by a thread
+        self._is_incomplete = self._notice_printed = False
+        self._lock = threading.Lock()  # the thread that writes checkpoints logs too
 
     def open(self, folder: Path) -> None:
-        """Append to the log of a run's folder; on rank 0."""
+        """Open the log of a run's folder for appending. Call it on rank 0 only."""
         self._path = folder / RUN_LOG
         with self._lock:
             try:
@@ -54,7 +54,7 @@ class RunLog:
                 self._descriptor = os.open(self._path, flags, 0o666)
                 if os.lseek(self._descriptor, 0, os.SEEK_END):
                     os.lseek(self._descriptor, -1, os.SEEK_END)
-                    self._is_cut = os.read(self._descriptor, 1) != b"\n"
+                    self._is_incomplete = os.read(self._descriptor, 1) != b"\n"
             except OSError as error:
                 self._notice(error)
 
@@ -67,9 +67,9 @@ class RunLog:
         """Append an event.
 
         Args:
-            event: Its name.
+            event: Name of the event.
             step: Optimizer steps taken.
-            values: What belongs to it, of types that JSON has; numbers that are not finite become null.
+            values: Values of JSON types; numbers that are not finite become null.
         """
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json_line(_finite({"time": time, "event": event, "step": step, **values}))
@@ -77,10 +77,10 @@ class RunLog:
             if self._descriptor is None:
                 return
             try:
-                whole = b"\n" + line if self._is_cut else line
-                self._is_cut = True
-                self._is_cut = os.write(self._descriptor, whole) != len(whole)
-                if event in _KEPT:
+                data = b"\n" + line if self._is_incomplete else line
+                self._is_incomplete = True
+                self._is_incomplete = os.write(self._descriptor, data) != len(data)
+                if event in _SYNCED:
                     sync(self._descriptor)
             except OSError as error:
                 self._notice(error)
@@ -93,16 +93,16 @@ class RunLog:
                 self._descriptor = None
 
     def _notice(self, error: OSError) -> None:
-        if not self._has_noticed:
-            self._has_noticed = True
+        if not self._notice_printed:
+            self._notice_printed = True
             print(
-                f"Notice: {self._path}: {error.strerror}; the run goes on, and events may be missing there.",
+                f"Notice: {self._path}: {error.strerror}; the run continues, and events may be missing in the file.",
                 file=sys.stderr,
             )
 
 
 def read_run_log(folder: Path) -> Iterator[dict[str, Any]]:
-    """The events of a run's folder, in their order; lines that a kill or a full disk cut are left out."""
+    """Yield the events of a run's folder in order; incomplete lines are skipped."""
     try:
         lines = (folder / RUN_LOG).read_bytes().splitlines()
     except FileNotFoundError:
@@ -117,7 +117,7 @@ def read_run_log(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def describe_start(trainer: pl.Trainer, command: str) -> dict[str, Any]:
-    """What the event `start` says: versions, the machine, and how the ranks share the work."""
+    """Return the values of the event `start`: versions, machine, strategy and command."""
     device = trainer.strategy.root_device
     return {
         "versions": {
@@ -141,7 +141,7 @@ def describe_start(trainer: pl.Trainer, command: str) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """A value without numbers that JSON lacks."""
+    """Return a value in which numbers that are not finite are replaced by None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

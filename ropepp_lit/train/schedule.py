@@ -1,4 +1,4 @@
-"""Learning-rate schedules by optimizer steps: factors on the peak learning rate."""
+"""Learning rate schedules: a multiplier of the peak learning rate for each optimizer step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ropepp_lit.errors import UsageError
 
 
 class Schedule(ABC):
-    """A factor on the peak learning rate for each optimizer step."""
+    """Multiplier of the peak learning rate for each optimizer step."""
 
     total_steps: int | None
-    """The schedule's own length; None means the trainer's `max_steps`."""
+    """Length of the schedule in steps; None means the trainer's `max_steps`."""
 
     def __init__(self, *, warmup_steps: int, total_steps: int | None = None) -> None:
         if warmup_steps < 0:
@@ -22,7 +22,7 @@ class Schedule(ABC):
         self.warmup_steps, self.total_steps = warmup_steps, total_steps
 
     def factor(self, step: int, total_steps: int) -> float:
-        """Factor of the learning rate.
+        """Return the multiplier of the learning rate.
 
         Args:
             step: Optimizer steps taken so far.
@@ -32,16 +32,16 @@ class Schedule(ABC):
             return (step + 1) / (self.warmup_steps + 1)
         return self._after_warmup(step, total_steps)
 
-    def check(self, total_steps: int) -> None:  # noqa: B027 most schedules have any length
-        """Raise UsageError where the schedule does not fit its length."""
+    def check(self, total_steps: int) -> None:  # noqa: B027 most schedules allow any length
+        """Raise UsageError if the schedule is invalid for this length."""
 
     @abstractmethod
     def _after_warmup(self, step: int, total_steps: int) -> float:
-        """Factor of the steps that follow the warm-up."""
+        """Return the multiplier at a step after the warm-up."""
 
 
 class Constant(Schedule):
-    """Linear warm-up, then the peak.
+    """Linear warm-up, then a constant learning rate.
 
     Args:
         warmup_steps: Steps of linear warm-up.
@@ -55,12 +55,12 @@ class Constant(Schedule):
 
 
 class Cosine(Schedule):
-    """Linear warm-up, then half a cosine down to `final_factor` at the last step (arXiv 1608.03983).
+    """Linear warm-up, then cosine decay to `final_factor` at the last step (arXiv 1608.03983).
 
     Args:
         warmup_steps: Steps of linear warm-up.
         total_steps: Length of the schedule; empty means the trainer's max_steps.
-        final_factor: Share of the peak that is left at the end.
+        final_factor: Learning rate at the end, as a fraction of the peak.
     """
 
     def __init__(self, *, warmup_steps: int = 0, total_steps: int | None = None, final_factor: float = 0.0) -> None:
@@ -73,17 +73,18 @@ class Cosine(Schedule):
 
 
 class WarmupStableDecay(Schedule):
-    """Linear warm-up, the peak, and a linear decay over the last steps (arXiv 2404.06395).
+    """Linear warm-up, a constant learning rate, and linear decay over the last steps (arXiv 2404.06395).
 
-    The length of the decay is a share of the schedule, or follows from the step at which it begins: so a run that goes
-    on from a checkpoint of the peak decays from there.
+    Set the length of the decay by `decay_share`, or its first step by `decay_from`, for example to the step of a
+    checkpoint from the constant phase that a run continues from.
 
     Args:
         warmup_steps: Steps of linear warm-up.
-        decay_share: Share of the schedule that decays, at its end; 1 decays from the warm-up on. Empty with decay_from.
-        decay_from: Instead: the step from which on it decays.
+        decay_share: Fraction of the schedule in which the learning rate decays, at its end; 1 decays right after the
+            warm-up. Must be empty with decay_from.
+        decay_from: Step at which the decay starts.
         total_steps: Length of the schedule; empty means the trainer's max_steps.
-        final_factor: Share of the peak that is left at the end.
+        final_factor: Learning rate at the end, as a fraction of the peak.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class WarmupStableDecay(Schedule):
         self.final_factor = _require_share("final_factor", final_factor)
 
     def check(self, total_steps: int) -> None:
-        """Refuse a decay that begins at the end or beyond it."""
+        """Raise UsageError if the decay starts at the end or later."""
         if self.decay_from is not None and self.decay_from >= total_steps:
             raise UsageError(
                 f"model.schedule.decay_from: {self.decay_from:,} must be below the {total_steps:,} steps of the run; "

@@ -14,21 +14,20 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
-"""What schedulers send before they take a machine away, and Ctrl-C."""
+"""Signals that schedulers send before they reclaim a machine, and that of Ctrl-C."""
 
 _FAILED = 2**15
-"""Above the number of any signal, so that a failure on one rank wins over a signal on another."""
+"""Code of a failure; larger than any signal number, so in the maximum over ranks it overrides a signal."""
 
 
 class StopRequest:
-    """Whether any rank received a signal, or failed to write a checkpoint.
+    """Request to stop a run because any rank received a signal or failed to write a checkpoint.
 
     A signal handler that saves or communicates can deadlock, so ours only records the signal. A second Ctrl-C raises
     KeyboardInterrupt.
 
-    With several processes the ranks agree over a gloo group of their own, so no GPU is synchronized. Each call of
-    :meth:`agree` reads the all-reduce that the call before it started: a rank never waits for another one by more than
-    a micro-batch.
+    With multiple processes the ranks agree over a separate gloo group, so no GPU is synchronized. Each call of
+    :meth:`agree` reads the all-reduce that the previous call started, so it rarely has to wait for other ranks.
     """
 
     def __init__(self) -> None:
@@ -36,18 +35,18 @@ class StopRequest:
         """Number of the signal; set on every rank at the same call of :meth:`agree`."""
         self.failed = False
         """Whether a rank reported a failure; set on every rank at the same call of :meth:`agree`."""
-        self._noted = 0
+        self._own_code = 0
         self._group: Any = None
         self._pending: tuple[dist.Work, Tensor] | None = None
         self._previous: dict[int, Any] = {}
 
     def install(self) -> None:
-        """Install the handlers; again after Lightning has installed its own."""
+        """Install the handlers. Call it again after Lightning has installed its own."""
         for number in SIGNALS:
             handler = signal.getsignal(number)
-            if handler != self._note:
+            if handler != self._handle:
                 self._previous.setdefault(number, handler)
-                signal.signal(number, self._note)
+                signal.signal(number, self._handle)
         if self._group is None and dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo")
 
@@ -61,40 +60,40 @@ class StopRequest:
         self._previous.clear()
 
     def agree(self, *, failed: bool = False) -> bool:
-        """Whether to stop. Every rank must make the same calls, and gets the same answer from each.
+        """Return whether to stop. Every rank must make the same calls, and each call returns the same on all ranks.
 
         Args:
-            failed: Whether something failed on this rank, which must end the run on all of them.
+            failed: Whether an operation failed on this rank, which ends the run on all ranks.
         """
         if self.received is not None or self.failed:
             return True
-        noted = _FAILED if failed else self._noted
+        code = _FAILED if failed else self._own_code
         if self._group is not None:
-            mine, noted = noted, 0
+            own, code = code, 0
             if self._pending is not None:
                 work, value = self._pending
                 work.wait()
-                noted, self._pending = int(value), None
-            if not noted:
-                value = torch.tensor([mine])
+                code, self._pending = int(value), None
+            if not code:
+                value = torch.tensor([own])
                 work = dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
                 self._pending = (work, value)
-        if noted == _FAILED:
+        if code == _FAILED:
             self.failed = True
-        elif noted:
-            self.received = noted
-        return noted != 0
+        elif code:
+            self.received = code
+        return code != 0
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._noted:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._own_code:
             raise KeyboardInterrupt
-        self._noted = number
+        self._own_code = number
 
 
-def replace_lightnings_broadcast(trainer: pl.Trainer) -> None:
-    """Keep Lightning from asking rank 0 for a SIGTERM before every micro-batch, which waits for the device.
+def disable_lightnings_broadcast(trainer: pl.Trainer) -> None:
+    """Disable Lightning's broadcast of a SIGTERM from rank 0 before every micro-batch, which waits for the device.
 
-    Its epoch loop broadcasts a tensor on the device and reads it on the host. :class:`StopRequest` does that work.
+    Its epoch loop broadcasts a tensor on the device and reads it on the host. :class:`StopRequest` replaces it.
     """
 
     def nothing() -> None:

@@ -1,12 +1,12 @@
-"""One rank of any cluster takes an optimizer step on a machine without a GPU: fake tensors, torch's fake process group.
+"""Simulation of an optimizer step of one rank of a cluster, on fake tensors and torch's fake process group.
 
-Nothing is computed. The decoder, FSDP2 or DDP, the optimizer and clipping are those of training, and every operation
-runs on tensors without data, so shapes, dtypes, lifetimes and collectives are those of training too. Tensors are on the
-CPU, because the backward pass of fake CUDA tensors needs a driver; where CUDA has other kernels,
-:func:`_kernels_of_cuda` replaces those of the CPU. Blocks are not compiled.
+Nothing is computed, and no GPU is required. Decoder, FSDP2 or DDP, optimizer and clipping are those of training, and
+every operation runs on tensors without data, so shapes, dtypes, lifetimes and collectives are those of training too.
+Tensors are on the CPU, because the backward pass of fake CUDA tensors requires a driver; :func:`_cuda_kernels`
+replaces CPU kernels that differ from those of CUDA. Blocks are not compiled.
 
-Not included: memory inside kernels (the backward pass of FlashAttention 2 takes a float32 copy of the gradient of the
-queries), NCCL's buffers, the CUDA context, and the fragmentation of the allocator.
+Not included: memory inside kernels (the backward pass of FlashAttention 2 allocates a float32 copy of the gradient of
+the queries), NCCL buffers, the CUDA context, and fragmentation of the allocator.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from ropepp_lit.train.lora import fake_with_adapters
 from ropepp_lit.train.memory import PARTS
 from ropepp_lit.train.optimizer import OptimizerConfig
 from ropepp_lit.train.parallel import ParallelDims, set_gradient_reduction, shard_decoder
-from ropepp_lit.train.setup import Setup
+from ropepp_lit.train.step_setup import Setup
 
-_PART_OF_REFERENCE = {
+_PARTS_BY_TYPE = {
     "Parameter": "parameters",
     "Sharded Param": "parameters",
     "Unsharded Param": "parameters",
@@ -57,29 +57,29 @@ _PART_OF_REFERENCE = {
     "Activation": "activations",
     "Temp": "activations",
 }
-"""Parts of the peak by the names of torch's trackers; the other names are `other`."""
+"""Parts of memory by the reference types of torch's trackers; other types are `other`."""
 
 
 class LossCost(NamedTuple):
-    """What the output layer and the cross-entropy of a micro-batch take."""
+    """Cost of the output layer and the cross-entropy of a micro-batch."""
 
     memory: int
-    """Bytes at the peak beyond hidden states and weights."""
+    """Peak bytes, without hidden states and weights."""
     bytes: int
     """Bytes that its operations read and write."""
     flops: float
 
 
 class Simulation(NamedTuple):
-    """What one rank does in one optimizer step."""
+    """Result of the simulation of one rank in one optimizer step."""
 
     memory: dict[str, int]
     """Bytes at the peak, by part."""
     counts: Count
-    """Operations and collectives of all micro-batches; recomputation included."""
+    """Operations and collectives of all micro-batches, including recomputation."""
     loss: LossCost
     micro_batches: int
-    """Simulated of the step; `counts` are scaled to all of them."""
+    """Number of simulated micro-batches; `counts` are scaled to all of them."""
 
 
 def simulate(
@@ -90,28 +90,28 @@ def simulate(
     frequencies: Frequencies,
     optimizer: OptimizerConfig,
 ) -> Simulation:
-    """Take one optimizer step as rank 0 of a cluster, with plain rows.
+    """Simulate one optimizer step of rank 0 of a cluster, with plain rows.
 
-    FlashAttention keeps the same tensors for packed documents as for plain rows (queries, keys, values, outputs and one
-    float32 per query and head), so the memory is that of packed documents too. Context parallelism by gathering keeps
-    a second copy of the outputs for plain rows only, so packed documents take a little less.
+    FlashAttention saves the same tensors for packed documents as for plain rows (queries, keys, values, outputs and one
+    float32 per query and head), so packed documents take the same memory. Context parallelism by gathering saves a
+    second copy of the outputs for plain rows only, so packed documents take slightly less.
 
     Args:
         setup: Batch, devices, precision and memory options.
         config: Geometry.
         scheme: Position scheme.
         frequencies: Base and scaling.
-        optimizer: Its settings.
+        optimizer: Settings of the optimizer.
     """
-    # The first micro-batch is like those between it and the last, unless it gathers parameters for all of them.
+    # All micro-batches but the last are alike, unless the first one gathers parameters for all of them.
     simulated = min(setup.accumulate_grad_batches, 2 if setup.reshard_after_forward else 3)
-    with _fake_cluster(setup) as dims, FakeTensorMode(allow_non_fake_inputs=True), _kernels_of_cuda():
+    with _fake_cluster(setup) as dims, FakeTensorMode(allow_non_fake_inputs=True), _cuda_kernels():
         decoder = _build(setup, dims, config, scheme, frequencies)
         stepper = optimizer.build(decoder)
         for parameter in decoder.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-        _optimizer_step(stepper, setup)  # makes the states, so that the step that is measured is not the first
+        _optimizer_step(stepper, setup)  # creates the optimizer states before the simulated step
         ids = torch.zeros(setup.rows, setup.tokens_per_row, dtype=torch.int64)
         tracker = _tracker(decoder, stepper, ids)
         module = _wrap(decoder, tracker) if setup.strategy == "ddp" else _Loss(decoder)
@@ -135,20 +135,20 @@ def _peak(tracker: MemTracker) -> dict[str, int]:
     memory = dict.fromkeys(PARTS, 0)
     for reference, size in tracker.get_tracker_snapshot("peak")[torch.device("cpu")].items():
         if reference != "Total":
-            memory[_PART_OF_REFERENCE.get(getattr(reference, "value", ""), "other")] += size
+            memory[_PARTS_BY_TYPE.get(getattr(reference, "value", ""), "other")] += size
     return memory
 
 
 @contextmanager
 def _fake_cluster(setup: Setup) -> Iterator[ParallelDims | None]:
-    """Rank 0 of a cluster whose other ranks do not exist; yields how FSDP2's ranks share the work."""
+    """Initialize a fake process group as rank 0 of a cluster; yields the dimensions of FSDP2, if used."""
     if setup.strategy == "one":
         yield None
         return
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=setup.devices)
     try:
         dims = None
-        if setup.strategy == "fsdp2":  # before fake tensors: a mesh is made of numbers
+        if setup.strategy == "fsdp2":  # before the fake tensor mode: a mesh contains a tensor with values
             sizes = {"context_parallel_size": setup.context_parallel_size, "replicate_size": setup.replicate_size}
             dims = ParallelDims.create("cpu", **sizes)
         yield dims
@@ -159,7 +159,7 @@ def _fake_cluster(setup: Setup) -> Iterator[ParallelDims | None]:
 def _build(
     setup: Setup, dims: ParallelDims | None, config: DecoderConfig, scheme: PositionScheme, frequencies: Frequencies
 ) -> Decoder:
-    """The decoder as :func:`~ropepp_lit.train.parallel.build_decoder` makes it, whose meta tensors cannot be fake."""
+    """Build the decoder like :func:`~ropepp_lit.train.build.build_decoder`, whose meta tensors cannot be fake."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(setup.weight_dtype)
     try:
@@ -186,28 +186,28 @@ def _build(
             reshard_after_forward=setup.reshard_after_forward,
             context_mode=setup.context_parallel_mode,
         )
-    decoder._check_ids = lambda input_ids: None  # type: ignore[method-assign]  # it reads values
+    decoder._check_ids = lambda input_ids: None  # type: ignore[method-assign]  # fake tensors have no values
     return decoder
 
 
 class _Loss(nn.Module):
-    """What a strategy calls in a training step."""
+    """Module that DDP wraps: computes the loss of a micro-batch."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.decoder = decoder
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The loss of a micro-batch."""
+        """Return the loss of a micro-batch."""
         return self.decoder.loss(ids, ids, reduction="sum") / ids.numel()
 
 
 def _all_reduce(state, bucket):  # DDP reads annotations, which are strings here
-    """Average a bucket in pieces: DDP's first backward pass has one bucket, later ones have several of 25 MiB."""
+    """Average a bucket in pieces: DDP's first backward pass has one bucket, later ones have buckets of 25 MiB."""
     buffer, gradients = bucket.buffer(), bucket.gradients()
     limits = [dist._DEFAULT_FIRST_BUCKET_BYTES, 25 * 2**20]
     groups, _ = dist._compute_bucket_assignment_by_size(gradients, limits)
-    for piece in buffer.split([sum(gradients[place].numel() for place in group) for group in groups]):
+    for piece in buffer.split([sum(gradients[index].numel() for index in group) for group in groups]):
         dist.all_reduce(piece)
     future: torch.futures.Future[Tensor] = torch.futures.Future()
     future.set_result(buffer)
@@ -225,7 +225,7 @@ def _tracker(decoder: Decoder, optimizer: torch.optim.Optimizer, ids: Tensor) ->
     tracker: MemTracker
     if isinstance(decoder, FSDPModule):
         for part in (decoder, decoder.lm_head):
-            if isinstance(part, FSDPModule):  # this tracker sees calls of modules, but no methods
+            if isinstance(part, FSDPModule):  # this tracker hooks calls of modules, but not methods
                 part.forward = MethodType(type(part).loss, part)  # type: ignore[method-assign]
                 part.loss = part.__call__  # type: ignore[method-assign]
         tracker = FSDPMemTracker(decoder, optimizer)
@@ -234,31 +234,31 @@ def _tracker(decoder: Decoder, optimizer: torch.optim.Optimizer, ids: Tensor) ->
         tracker = MemTracker()
         tracker.track_external(decoder, optimizer, ids)
         trained = nn.ParameterList(x for x in decoder.parameters() if x.requires_grad)
-        tracker._track_module_params_and_buffers(trained)  # and gradients as they come
+        tracker._track_module_params_and_buffers(trained)  # and their gradients
     tracker._mod_tracker = _NoModules()  # type: ignore[assignment]
     tracker._update_peak_stats = partial(_update_peak, tracker)  # type: ignore[method-assign]
     return tracker
 
 
 class _NoModules:
-    """Replaces torch's `ModTracker`: memory by module is not needed, and its hooks fail inside autograd functions."""
+    """Replacement of torch's `ModTracker`, whose hooks fail inside autograd functions; tracks no modules."""
 
     parents: frozenset[str] = frozenset()
 
     @property
     def is_bw(self) -> bool:
-        """Whether this is the backward pass."""
+        """Whether the backward pass is running."""
         return torch._C._current_graph_task_id() != -1
 
     def get_known_fqn(self, module: nn.Module) -> str:
-        """A name for every module."""
+        """Return the same name for every module."""
         return ""
 
     def register_user_hooks(self, *hooks: Any) -> None:
-        """None are called."""
+        """Ignore the hooks."""
 
     def clear_user_hooks(self) -> None:
-        """There are none."""
+        """Do nothing."""
 
     def __enter__(self) -> None: ...
 
@@ -266,27 +266,27 @@ class _NoModules:
 
 
 def _update_peak(tracker: MemTracker, _: Any) -> None:
-    """Keep the peak of the step alone; the tracker's own method keeps every module's too, in a quarter of the time."""
+    """Record only the peak of the step; the tracker's method also records that of each module, which is slow."""
     for device, parts in tracker._curr_mem_snap.items():
         if parts["Total"] > tracker._peak_mem.get(device, 0):
             tracker._peak_mem[device], tracker._peak_mem_snap[device] = parts["Total"], dict(parts)
 
 
 def _wrap(decoder: Decoder, tracker: MemTracker) -> nn.Module:
-    """DDP, whose buckets are memory too."""
+    """Wrap the decoder in DDP, whose buckets are tracked."""
     with tracker:
         module = DistributedDataParallel(_Loss(decoder), gradient_as_bucket_view=True, init_sync=False)
-        module.register_comm_hook(None, _all_reduce)  # DDP's own asks the process group for a result
+        module.register_comm_hook(None, _all_reduce)  # the default needs a result of the process group
     _mark_gradients(tracker)
     return module
 
 
 def _micro_batch(module: nn.Module, decoder: Decoder, ids: Tensor, setup: Setup, *, is_last: bool) -> None:
-    """Forward and backward pass, with gradients reduced as the strategy does."""
-    waits: AbstractContextManager = nullcontext()
+    """Run a forward and a backward pass, with gradients reduced as in the strategy."""
+    no_sync: AbstractContextManager = nullcontext()
     if isinstance(module, DistributedDataParallel) and not is_last:
-        waits = module.no_sync()
-    with waits:
+        no_sync = module.no_sync()
+    with no_sync:
         with torch.autocast("cpu", setup.compute_dtype, enabled=setup.uses_autocast):
             loss = module(ids) / setup.accumulate_grad_batches
         if isinstance(decoder, FSDPModule):
@@ -300,7 +300,7 @@ def _micro_batch(module: nn.Module, decoder: Decoder, ids: Tensor, setup: Setup,
 
 
 def _mark_gradients(tracker: MemTracker) -> None:
-    """Mark what a backward pass leaves as gradients; the trackers take some of it for activations."""
+    """Mark the remaining tensors of a backward pass as gradients; the trackers classify some as activations."""
     gradient = _FSDPRefType.UNSHARDED_GRAD if isinstance(tracker, FSDPMemTracker) else _MemRefType.GRAD
     for info, _ in list(tracker._WINFO.values()):
         if info.reftype.value in ("Temp", "Activation"):
@@ -309,14 +309,14 @@ def _mark_gradients(tracker: MemTracker) -> None:
 
 
 @contextmanager
-def _kernels_of_cuda() -> Iterator[None]:
-    """Take the memory of CUDA's kernels where the CPU has others (backward passes need tensors of the CPU)."""
+def _cuda_kernels() -> Iterator[None]:
+    """Replace CPU kernels by ones with the memory of CUDA's (backward passes require CPU tensors)."""
     with (
         patch.object(F, "rms_norm", _rms_norm),
-        # Decides only where keys outnumber queries; else SDPA's flash kernel runs. The operation has no kernel for the
-        # CPU, but shapes and a backward pass for fake tensors.
+        # Used only if there are more keys than queries; otherwise SDPA's flash kernel runs. The operation has no CPU
+        # kernel, but supports fake tensors, including the backward pass.
         patch.object(nn_kernels, "usable_implementation", lambda *_: "varlen"),
-        patch.object(nn_block, "save_on_cpu", _SaveElsewhere),
+        patch.object(nn_block, "save_on_cpu", _Offload),
         patch.object(nn_loss, "rows_per_chunk", lambda vocab_size, _: rows_per_chunk(vocab_size, "cuda")),
         patch.object(nn_loss, "_logits", _logits),
         patch.object(nn_loss, "_add_product", _add_product),
@@ -324,8 +324,8 @@ def _kernels_of_cuda() -> Iterator[None]:
         yield
 
 
-class _SaveElsewhere(torch.autograd.graph.saved_tensors_hooks):
-    """Replaces `save_on_cpu`: of what leaves the device nothing but the shape is kept."""
+class _Offload(torch.autograd.graph.saved_tensors_hooks):
+    """Replacement of `save_on_cpu` that stores only shapes, since offloaded tensors take no device memory."""
 
     def __init__(self, pin_memory: bool) -> None:
         super().__init__(
@@ -349,12 +349,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float | None = None) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
-        x, weight = x.float(), weight.float()  # by CUDA's rules
+        x, weight = x.float(), weight.float()  # as autocast does on CUDA
     return _RMSNorm.apply(x, weight)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Shapes, dtypes and what is kept of `aten::_fused_rms_norm`, which the CPU has not."""
+    """Shapes, dtypes and saved tensors of `aten::_fused_rms_norm`, which the CPU lacks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -368,7 +368,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _loss_cost(setup: Setup, config: DecoderConfig, *, trains_output: bool) -> LossCost:
-    """The loss of a micro-batch alone, forward and backward."""
+    """Return the cost of the loss of a micro-batch, forward and backward."""
     dtype = setup.weight_dtype if setup.uses_autocast else setup.compute_dtype
     hidden = torch.zeros(setup.tokens, config.hidden_size, dtype=dtype, requires_grad=True)
     weight = torch.zeros(config.vocab_size, config.hidden_size, dtype=dtype, requires_grad=trains_output)

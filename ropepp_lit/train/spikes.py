@@ -1,8 +1,9 @@
-"""Loss spikes: the run goes back to a checkpoint before one, and leaves the data since then out.
+"""Loss spikes: detection, rollback to an earlier checkpoint, and skipping of the data since then.
 
-So PaLM was trained (arXiv 2204.02311, section 5.1): restarted from a checkpoint about 100 steps before the spike,
-without the 200 to 500 batches around it, as spikes come of certain data at a certain state of the weights. What counts
-as a spike is the rule of OLMo-core's `SkipStepOptimizer`: so many standard deviations above the mean of the last steps.
+This is how PaLM was trained (arXiv 2204.02311, section 5.1): restarted from a checkpoint about 100 steps before the
+spike, without the 200 to 500 batches around it, since spikes arise from specific data in a specific state of the
+weights. As in OLMo-core's `SkipStepOptimizer`, a loss is high if it is a number of standard deviations above the mean
+of the last steps.
 """
 
 from __future__ import annotations
@@ -25,32 +26,33 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.files import write_whole
 from ropepp_lit.json_files import fits
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoints import Checkpoints, abandon_since, folder_of
+from ropepp_lit.train.checkpoint_writer import checkpoint_path
+from ropepp_lit.train.checkpoints import Checkpoints, delete_later, folder_of
 from ropepp_lit.train.finite import DivergedError
 from ropepp_lit.train.summary import rank_zero_print
 
 SKIPPED = "skipped.json"
-"""Beside a run's checkpoints: which samples the run leaves out, until a checkpoint stores it."""
+"""File in the folder of checkpoints with the samples that the run skips, until a checkpoint stores them."""
 
 
 class Spike(NamedTuple):
-    """A rise of the loss that lasts."""
+    """Persistent rise of the loss."""
 
     step: int
-    """The first whose loss is high."""
+    """First step with a high loss."""
     mean: float
-    """Of the losses before."""
+    """Mean of the losses before."""
     loss: float
-    """Of the newest step."""
+    """Loss of the last step."""
 
 
 class RollBack(Exception):  # noqa: N818 - no error
-    """The run is to go on from a checkpoint before a spike; raised on all ranks after the same step.
+    """Signal to continue from a checkpoint before a spike; raised on all ranks after the same step.
 
     Args:
-        spike: Why.
-        to_step: Of the checkpoint.
-        position: In the data, of :meth:`~ropepp_lit.data.loader.TrainLoader.state_dict`.
+        spike: The spike.
+        to_step: Step of the checkpoint.
+        position: Data position, see :meth:`~ropepp_lit.data.loader.TrainLoader.state_dict`.
     """
 
     def __init__(self, spike: Spike, *, to_step: int, position: dict[str, Any]) -> None:
@@ -59,16 +61,17 @@ class RollBack(Exception):  # noqa: N818 - no error
 
 
 class SpikeError(DivergedError):
-    """The loss rises again and again."""
+    """The loss still spikes after the maximum number of rollbacks."""
 
 
 class SpikeDetector:
-    """Finds a loss that is high for some steps in a row.
+    """Detector of losses that are high for consecutive steps.
 
     Args:
-        z_score: Standard deviations above the mean of the steps before.
-        window: Of so many steps, at least half of them and 20, that were not high themselves.
-        patience: High steps in a row that make a spike.
+        z_score: Number of standard deviations above the mean beyond which a loss is high.
+        window: Number of last steps, without high ones, for mean and standard deviation. At least half of them, and
+            at least 20, are required.
+        patience: Number of consecutive high steps that count as a spike.
     """
 
     def __init__(self, *, z_score: float, window: int, patience: int) -> None:
@@ -76,10 +79,10 @@ class SpikeDetector:
         self._enough = min(window, max(20, window // 2))
         self.losses: deque[float] = deque(maxlen=window)
         self.first_high: int | None = None
-        """The step at which the loss began to be high, where it is."""
+        """First of the current consecutive high steps, or None."""
 
     def add(self, step: int, loss: float) -> Spike | None:
-        """Judge the loss of the next step; one that is not finite is left to `model.on_nan`."""
+        """Add the loss of the next step; one that is not finite is ignored (`model.on_nan` handles it)."""
         if not -float("inf") < loss < float("inf"):
             return None
         if len(self.losses) >= self._enough:
@@ -94,19 +97,19 @@ class SpikeDetector:
 
 
 class LossSpikes(Callback):
-    """Goes back to a checkpoint when the training loss spikes, and skips the data from there up to the newest step.
+    """Rolls back to a checkpoint when the training loss spikes, and skips the data from there to the current step.
 
-    The loss of each step, summed over all ranks (16 bytes), is read by the host while the device is at work on the next
-    one, so a spike is seen one step late.
+    The host reads the loss of each step, summed over all ranks (16 bytes), while the device computes the next one, so
+    a spike is detected one step late.
 
     Args:
-        z_score: What is high: a loss of so many standard deviations above the mean of the last steps; 6 is OLMo-core's.
-            Empty switches this off.
-        window: So many last steps; nothing is judged before half of them, at least 20.
-        patience: High steps in a row that make a spike.
-        margin: Go back to the newest checkpoint that is so many steps older than the spike, 100 as for PaLM; where
-            there is none, to the oldest one that is older than the spike.
-        max_rollbacks: How often a run goes back before it ends.
+        z_score: Number of standard deviations above the mean of the last steps beyond which a loss is high; OLMo-core
+            uses 6. Empty disables this.
+        window: Number of last steps for mean and standard deviation; detection starts after half of them, at least 20.
+        patience: Number of consecutive high steps that count as a spike.
+        margin: Roll back to the newest checkpoint that is at least this many steps older than the spike (100 for
+            PaLM), or else to the oldest checkpoint before the spike.
+        max_rollbacks: Maximum number of rollbacks; the next spike ends the run.
     """
 
     def __init__(
@@ -131,11 +134,11 @@ class LossSpikes(Callback):
         self._pending: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
 
     @property
-    def in_words(self) -> str:
-        """For the banner; empty where this is off."""
+    def description(self) -> str:
+        """Description for the banner; empty if disabled."""
         if not self.is_on:
             return ""
-        return f"a loss spike ({self._z_score:g} standard deviations, {self._patience} steps): back to a checkpoint"
+        return f"loss spike ({self._z_score:g} standard deviations, {self._patience} steps): roll back to a checkpoint"
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Sum the loss of the step over the ranks, and start its copy to the host."""
@@ -151,11 +154,11 @@ class LossSpikes(Callback):
         self._pending.append((trainer.global_step + 1, sums, event))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Judge the step before the newest one.
+        """Check the loss of the previous step.
 
         Raises:
-            RollBack: its loss belongs to a spike.
-            SpikeError: the run has gone back too often.
+            RollBack: its loss is part of a spike.
+            SpikeError: the maximum number of rollbacks is reached.
         """
         while len(self._pending) > 1:
             step, sums, event = self._pending.pop(0)
@@ -175,11 +178,11 @@ class LossSpikes(Callback):
         number = len(position.get("skipped", ()))
         if number >= self._max_rollbacks:
             raise SpikeError(
-                f"{rose}, and the run has gone back as often as spikes.max_rollbacks allows ({number}). "
+                f"{rose}, and the run has rolled back as often as spikes.max_rollbacks allows ({number}). "
                 f"{_remedy(trainer, steps)}"
             )
         if not steps:
-            rank_zero_print(f"\nNotice: {rose}, and there is no checkpoint before it to go back to.")
+            rank_zero_print(f"\nNotice: {rose}, and there is no checkpoint before it to roll back to.")
             module.run_log.write("warning", step=trainer.global_step, reason=f"{rose}; no checkpoint before it")
             self._detector.losses.clear()
             return
@@ -187,7 +190,7 @@ class LossSpikes(Callback):
         raise RollBack(spike, to_step=max(older) if older else min(steps), position=position)
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses, so that a run that goes on judges as one that was not stopped; waits for the device."""
+        """Return the losses, so that a resumed run detects the same spikes; waits for the device."""
         if not self.is_on:
             return {}
         pending = []
@@ -213,34 +216,34 @@ class LossSpikes(Callback):
 
 
 def _remedy(trainer: pl.Trainer, steps: list[int]) -> str:
-    """What to do where going back does not help; an older step is continued in a folder of its own."""
+    """Return what to do when rolling back does not help; continuing an earlier step requires another folder."""
     folder = Path(trainer.default_root_dir)
     if not steps:
-        return "Lower model.optimizer.lr, and begin again in another --trainer.default_root_dir"
-    path, other = folder_of(folder) / f"step={max(steps)}.ckpt", folder.with_name(f"{folder.name}-{max(steps)}")
+        return "Lower model.optimizer.lr, and restart in another --trainer.default_root_dir"
+    path, other = checkpoint_path(folder_of(folder), max(steps)), folder.with_name(f"{folder.name}-{max(steps)}")
     options = {"config": folder / "recipe.yaml", "ckpt_path": path, "trainer__default_root_dir": other}
-    return f"Lower model.optimizer.lr, and go on from before it: {command('ropepp-lit', 'fit', **options)}"
+    return f"Lower model.optimizer.lr, and continue from before the spike: {command('ropepp-lit', 'fit', **options)}"
 
 
-def go_back(path: Path, rollback: RollBack, model: CausalLM) -> None:
-    """Make a checkpoint the newest one, and store which samples are left out; on rank 0.
+def roll_back(path: Path, rollback: RollBack, model: CausalLM) -> None:
+    """Make a checkpoint the newest one, and store which samples to skip. Call it on rank 0.
 
     Args:
-        path: Of the checkpoint.
-        rollback: Why.
-        model: Of the run that ended.
+        path: Path of the checkpoint.
+        rollback: The exception that ended the run.
+        model: Model of the run that ended.
     """
     spike, folder = rollback.spike, path.parent
     position = read_checkpoint(path, shapes_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]
     first, end = position["samples"], rollback.position["samples"]
     skipped = [*rollback.position.get("skipped", []), [first, end]]
     stored = {"identity": rollback.position["identity"], "skipped": skipped}
-    write_whole(folder / SKIPPED, json.dumps(stored))  # first, as a kill may follow
-    deleted = [other.name for other in abandon_since(path)]
-    lost = f"; deleted: {', '.join(deleted)}" if deleted else ""
+    write_whole(folder / SKIPPED, json.dumps(stored))  # first, in case the process is killed
+    deleted = [other.name for other in delete_later(path)]
+    suffix = f"; deleted: {', '.join(deleted)}" if deleted else ""
     print(
-        f"\nThe loss rose from {spike.mean:.3f} to {spike.loss:.3f} at step {spike.step:,}: back to {path}, without "
-        f"samples {first:,} to {end - 1:,} of the data{lost}",
+        f"\nThe loss rose from {spike.mean:.3f} to {spike.loss:.3f} at step {spike.step:,}: rolling back to {path} and "
+        f"skipping samples {first:,} to {end - 1:,} of the data{suffix}",
         flush=True,
     )
     model.run_log.write(
@@ -250,20 +253,20 @@ def go_back(path: Path, rollback: RollBack, model: CausalLM) -> None:
 
 
 def forget_skipped(folder: Path) -> None:
-    """Delete what an earlier run in a folder of checkpoints left out, where another one begins."""
+    """Delete the record of skipped samples of an earlier run in a folder of checkpoints, when a new run starts."""
     (folder / SKIPPED).unlink(missing_ok=True)
 
 
 def skipped_samples(folder: Path, ckpt_path: str | None, identity: dict[str, Any]) -> list[list[int]]:
-    """The samples that a run leaves out as it went back before, first and end of each range; none of other data.
+    """Return the ranges of samples, [first, end), that a run skips after rollbacks; empty if the data have changed.
 
     Args:
-        folder: Of the checkpoints.
-        ckpt_path: The checkpoint that the run continues from, or None: then none are left out.
-        identity: Of the data, see :func:`~ropepp_lit.data.comparison.identity_of`.
+        folder: Folder of the checkpoints.
+        ckpt_path: Checkpoint from which the run continues; None skips no samples.
+        identity: Identity of the data, see :func:`~ropepp_lit.data.comparison.identity_of`.
 
     Raises:
-        UsageError: the file that tells them is damaged.
+        UsageError: the file of skipped samples is damaged.
     """
     if ckpt_path is None or Path(ckpt_path).resolve().parent != folder.resolve():
         return []
@@ -274,4 +277,4 @@ def skipped_samples(folder: Path, ckpt_path: str | None, identity: dict[str, Any
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{folder / SKIPPED}: damaged; remove it, and data that were left out are read") from error
+        raise UsageError(f"{folder / SKIPPED}: damaged; remove it to read the skipped data") from error

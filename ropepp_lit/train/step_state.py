@@ -1,4 +1,4 @@
-"""What a checkpoint stores beside weights and optimizer: all of it belongs to the newest optimizer step."""
+"""State of the last optimizer step that a checkpoint stores in addition to weights and optimizer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ropepp_lit.train.metrics import TokenLoss
 
 
 class StepState:
-    """Position in the data, tokens and training loss of the newest optimizer step.
+    """Data position, token count and training loss as of the last optimizer step.
 
-    Micro-batches of the next step change them while weights, optimizer and schedule are still those of the newest step.
-    Nothing here waits for the device before a checkpoint is saved.
+    A checkpoint can be saved after some micro-batches of the next step, which have changed the live values while
+    weights, optimizer and schedule are still those of the last step. :meth:`record` does not synchronize with the
+    device.
     """
 
     def __init__(self) -> None:
@@ -22,13 +23,13 @@ class StepState:
         self._tokens_seen = 0
         self._train_loss: dict[str, Tensor] = {}
 
-    def note(self, trainer: pl.Trainer, *, tokens_seen: int, train_loss: TokenLoss) -> None:
-        """Note the state at the end of a step.
+    def record(self, trainer: pl.Trainer, *, tokens_seen: int, train_loss: TokenLoss) -> None:
+        """Record the state at the end of a step.
 
         Args:
-            trainer: Of the run.
+            trainer: Trainer of the run.
             tokens_seen: Tokens that all ranks have read.
-            train_loss: Since it was last logged, on this rank.
+            train_loss: Metric since it was last logged, on this rank.
         """
         loader = trainer.fit_loop._combined_loader
         self._position = loader._state_dicts() if loader is not None else []
@@ -37,20 +38,20 @@ class StepState:
 
     @property
     def position(self) -> dict[str, Any]:
-        """In the data at the end of the newest step, of :meth:`~ropepp_lit.data.loader.TrainLoader.state_dict`."""
+        """Data position at the end of the step, see :meth:`~ropepp_lit.data.loader.TrainLoader.state_dict`."""
         return self._position[0]
 
     def since(self, train_loss: TokenLoss) -> dict[str, Tensor]:
-        """What was added to the loss after the newest step, on this rank."""
+        """Return the sums added to the loss on this rank since the recorded step."""
         return {name: value - self._train_loss[name] for name, value in train_loss.states.items()}
 
     def restore(self, train_loss: TokenLoss) -> None:
-        """Take out of the loss what came after the newest step."""
+        """Reset the loss to its value at the recorded step."""
         for name, value in train_loss.states.items():
             value.copy_(self._train_loss[name])
 
-    def write(self, checkpoint: dict[str, Any], trainer: pl.Trainer) -> dict[str, Any]:
-        """Put the position into Lightning's part of a checkpoint; returns entries of ours. Every rank must call it."""
+    def save(self, checkpoint: dict[str, Any], trainer: pl.Trainer) -> dict[str, Any]:
+        """Store the position in Lightning's part of a checkpoint, and return our entries. Every rank must call it."""
         if not self._train_loss:
             return {}
         if self._position:
@@ -63,10 +64,10 @@ class StepState:
 
 
 def recount_batches(checkpoint: dict[str, Any], accumulate_grad_batches: int) -> None:
-    """Let a checkpoint's count of micro-batches be that of its steps, as the recipe accumulates them now."""
+    """Set a checkpoint's count of micro-batches to its steps times the current `accumulate_grad_batches`."""
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    progress["is_last_batch"] = False  # the run may go on beyond the steps it was first meant to take
+    progress["is_last_batch"] = False  # max_steps may have been raised
     batches = checkpoint["global_step"] * accumulate_grad_batches
     for counts in (progress["current"], progress["total"]):
-        behind = counts["ready"] - counts["completed"]
-        counts.update({"ready": batches, "started": batches, "processed": batches, "completed": batches - behind})
+        incomplete = counts["ready"] - counts["completed"]
+        counts.update({"ready": batches, "started": batches, "processed": batches, "completed": batches - incomplete})

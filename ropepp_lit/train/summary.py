@@ -1,4 +1,4 @@
-"""What `fit` and `validate` print at the end."""
+"""Summaries that `fit` and `validate` print at the end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from ropepp_lit.arguments import command
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.train.causal_lm import CausalLM
-from ropepp_lit.train.checkpoints import LAST, folder_of, newest
+from ropepp_lit.train.checkpoint_writer import LAST
+from ropepp_lit.train.checkpoints import folder_of, newest
 
 
 @rank_zero_only
@@ -21,7 +22,7 @@ def rank_zero_print(text: str) -> None:
 
 
 def validation_summary(model: CausalLM, data: TokenData) -> str:
-    """Results of the last validation, for each set."""
+    """Return the results of the last validation, for each set."""
     if not model.last_validation:
         return "Not validated, as trainer.limit_val_batches is 0."
     parts = []
@@ -51,13 +52,13 @@ Held-out text of {name} ({held_out.documents:,} documents, {held_out.bytes:,} by
 
 
 def training_summary(model: CausalLM, trainer: pl.Trainer, *, prompt: str, seconds: float) -> str:
-    """How far the run got, where its files are, and the commands to go on with.
+    """Return the summary of a finished run: steps, files, and commands for the next tasks.
 
     Args:
-        model: After training.
-        trainer: Of the run.
-        prompt: For the command that generates text.
-        seconds: Since the command started.
+        model: Model after training.
+        trainer: Trainer of the run.
+        prompt: Prompt for the command that generates text.
+        seconds: Seconds since the command started.
     """
     folder = trainer.default_root_dir
     checkpoint, recipe = folder_of(folder) / LAST, Path(folder) / "recipe.yaml"
@@ -74,12 +75,12 @@ Next:
 
 
 def stop_summary(model: CausalLM, trainer: pl.Trainer, *, number: int) -> str:
-    """How to continue a run that a signal stopped.
+    """Return the summary of a run that a signal stopped, with the command that continues it.
 
     Args:
-        model: After training.
-        trainer: Of the run.
-        number: Of the signal.
+        model: Model after training.
+        trainer: Trainer of the run.
+        number: Number of the signal.
     """
     folder = Path(trainer.default_root_dir)
     saved = newest(folder_of(folder))
@@ -91,15 +92,15 @@ def stop_summary(model: CausalLM, trainer: pl.Trainer, *, number: int) -> str:
 
 
 def divergence_summary(model: CausalLM, trainer: pl.Trainer) -> str:
-    """The last good checkpoint of a run that diverged, and how to go on from it.
+    """Return the summary of a run that diverged: the last valid checkpoint, and the command that continues from it.
 
     Args:
-        model: After training.
-        trainer: Of the run.
+        model: Model after training.
+        trainer: Trainer of the run.
     """
     folder = Path(trainer.default_root_dir)
-    found = newest(folder_of(folder))
-    last = f"the last good checkpoint is {found}" if found else "no checkpoint was saved before"
+    checkpoint = newest(folder_of(folder))
+    last = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved before"
     options = {"config": folder / "recipe.yaml", "ckpt_path": "auto"}
     if model.on_nan == "skip":
         return f"{last}. Lower model.optimizer.lr, and continue: {command('ropepp-lit', 'fit', **options)}"
@@ -108,6 +109,6 @@ def divergence_summary(model: CausalLM, trainer: pl.Trainer) -> str:
 
 
 def _skipped(model: CausalLM) -> str:
-    """How many steps were skipped, where there are any."""
+    """Return the number of skipped steps in parentheses, or nothing if there are none."""
     number = model.skipped_steps
     return f" ({number:,} of them skipped)" if number else ""

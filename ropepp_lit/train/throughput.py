@@ -1,4 +1,4 @@
-"""How fast training runs: tokens per second, and the share of the GPUs' peak that the model's arithmetic reaches."""
+"""Training throughput: tokens per second, and model FLOPs utilization."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ropepp_lit.train.devices import device_name, peak_flops
 
 
 class Throughput:
-    """A clock of training that stops for validation, samples and evaluation.
+    """Clock of training time, which excludes validation, samples and evaluation.
 
     Args:
         config: Geometry of the decoder.
         layout: Head counts.
-        num_devices: Devices that train together.
-        lora: What trains; None means all weights.
+        num_devices: Number of devices of the run.
+        lora: LoRA settings; None means that all weights train.
     """
 
     def __init__(self, config: DecoderConfig, layout: HeadLayout, num_devices: int, lora: LoRA | None = None) -> None:
@@ -32,15 +32,15 @@ class Throughput:
         """Count a micro-batch.
 
         Args:
-            tokens: Tokens of all devices.
-            pairs: Pairs of a query and a key that it sees, of all devices.
+            tokens: Number of tokens on all devices.
+            pairs: Number of pairs of a query and a key visible to it, on all devices.
         """
         self._tokens += tokens
         self._flops += training_flops(self._config, self._layout, tokens=tokens, pairs=pairs, lora=self._lora)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Stop the clock, also when what runs inside fails."""
+        """Stop the clock while the context is active; also restarts it after an exception."""
         started = time.perf_counter()
         try:
             yield
@@ -48,14 +48,14 @@ class Throughput:
             self._since += time.perf_counter() - started
 
     def read(self, counted: Mapping[str, float] | None = None) -> dict[str, float]:
-        """Figures since the last call, and start again.
+        """Return the throughput since the last call, and restart.
 
         Args:
-            counted: By name, what else there was since then.
+            counted: Other counts since then, by name.
 
         Returns:
-            `tokens_per_second`, and `model_flops_utilization` (arXiv 2204.02311) where the peak of the GPU is known;
-            `NAME_per_second` of what else was counted.
+            `tokens_per_second`; `NAME_per_second` of each other count; `model_flops_utilization` (arXiv 2204.02311) if
+            the peak of the GPU is known.
         """
         seconds = max(time.perf_counter() - self._since, 1e-9)
         others = {f"{name}_per_second": number / seconds for name, number in (counted or {}).items()}

@@ -1,4 +1,4 @@
-"""Which of the Trainer's options a run takes, and what is refused by name: a run is one pass counted in steps."""
+"""Options of the Trainer that are supported or refused: a run is a single epoch whose length is set in steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REFUSED_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "limit_train_batches": ((None, 1.0), "it would cut an optimizer step; set trainer.max_steps"),
     "overfit_batches": (
         (None, 0),
-        "a run reads new batches in one order; to fit a few samples, name a small data.source and a larger "
+        "a run reads new batches in a fixed order; to overfit a few samples, use a small data.source and a larger "
         "trainer.max_steps",
     ),
     "check_val_every_n_epoch": ((None,), "runs are counted in steps; set trainer.val_check_interval"),
@@ -40,20 +40,20 @@ REFUSED_OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
         "trainer.max_steps",
     ),
     "barebones": ((None, False), "a run always saves and logs; for speed set trainer.logger false"),
-    "use_distributed_sampler": ((None, False), "the order of the data knows the ranks; leave it out"),
+    "use_distributed_sampler": ((None, False), "the data loader distributes samples over ranks; leave it out"),
     "sync_batchnorm": ((None, False), "the models have no batch norm; leave it out"),
     "model_registry": ((None,), "checkpoints are files; leave it out"),
 }
-"""Options of the Trainer that a run refuses: the values that it takes, and what to do instead."""
+"""Options of the Trainer that are refused: the values that are allowed, and what to do instead."""
 
-TAKEN_OPTIONS = {
+SUPPORTED_OPTIONS = {
     "accelerator", "strategy", "devices", "num_nodes", "precision", "logger", "callbacks", "fast_dev_run", "max_steps",
     "min_steps", "max_time", "limit_val_batches", "val_check_interval", "num_sanity_val_steps", "log_every_n_steps",
     "enable_progress_bar", "enable_model_summary", "accumulate_grad_batches", "gradient_clip_val",
     "gradient_clip_algorithm", "deterministic", "benchmark", "inference_mode", "profiler", "detect_anomaly", "plugins",
     "default_root_dir", "enable_autolog_hparams",
 }  # fmt: skip
-"""All other options of the Trainer, which work as Lightning describes them."""
+"""All other options of the Trainer, which work as in Lightning's documentation."""
 
 _AT_LEAST = {
     "accumulate_grad_batches": 1,
@@ -76,10 +76,10 @@ _REFUSED_CALLBACKS: dict[type[Callback], str] = {
 
 
 def check_options(trainer: Any) -> None:
-    """Make lists of what may be one or a list, and refuse what would cut or repeat the run.
+    """Check the options of the Trainer, and convert callbacks and plugins to lists.
 
     Args:
-        trainer: Options of the Trainer with their classes instantiated; changed in place.
+        trainer: Options of the Trainer with their classes instantiated; modified in place.
 
     Raises:
         UsageError: an option or a callback is refused, or a number is too small.
@@ -87,10 +87,10 @@ def check_options(trainer: Any) -> None:
     for key in ("callbacks", "plugins"):
         value = trainer.get(key)
         trainer[key] = [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-    for key, (taken, remedy) in REFUSED_OPTIONS.items():
+    for key, (allowed, remedy) in REFUSED_OPTIONS.items():
         value = trainer.get(key)
-        if not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in taken) or (
-            key.startswith("limit_") and isinstance(value, int)  # one batch
+        if not any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in allowed) or (
+            key.startswith("limit_") and isinstance(value, int)  # 1 is one batch, 1.0 is all
         ):
             raise UsageError(f"trainer.{key}: {remedy}")
     for key, least in _AT_LEAST.items():
@@ -113,9 +113,9 @@ def check_options(trainer: Any) -> None:
 
 
 def dry_run(trainer: Any) -> dict[str, Any]:
-    """Options of a Trainer for `fast_dev_run`: so many steps and batches of validation, and nothing is written.
+    """Return the Trainer's options for `fast_dev_run`: N steps and validation batches, with nothing written.
 
-    Not Lightning's own: it cuts the accumulation of gradients.
+    Lightning's implementation is not used because it disables gradient accumulation.
 
     Args:
         trainer: See :func:`check_options`.
@@ -127,19 +127,19 @@ def dry_run(trainer: Any) -> dict[str, Any]:
         "limit_val_batches": int(trainer.fast_dev_run),
         "val_check_interval": None,
         "num_sanity_val_steps": 0,
-        "logger": DummyLogger(),  # not False, which callbacks such as LearningRateMonitor refuse
+        "logger": DummyLogger(),  # callbacks such as LearningRateMonitor require a logger
         "profiler": None,
         "callbacks": [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)],
     }
 
 
 def has_progress_bar(callbacks: list[Callback]) -> bool:
-    """Whether a user's own progress bar is among the callbacks."""
+    """Return whether the user's callbacks include a progress bar."""
     return any(isinstance(callback, ProgressBar) for callback in callbacks)
 
 
 def check_folders(callbacks: list[Callback], folder: Path) -> None:
-    """Raise UsageError where a user's checkpoint callback would save into the folder of the run's checkpoints."""
+    """Raise UsageError if a user's checkpoint callback saves into the folder of the run's checkpoints."""
     for callback in callbacks:
         dirpath = getattr(callback, "dirpath", None) if isinstance(callback, Checkpoint) else None
         if dirpath is not None and Path(dirpath).resolve() == folder.resolve():

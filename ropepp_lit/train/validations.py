@@ -1,4 +1,4 @@
-"""When a run validates: at the end of an optimizer step, once per step, also after it was killed before it could."""
+"""Scheduling of validation at the ends of optimizer steps, including one that a killed run missed; its metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import lightning.pytorch as pl
 
 from ropepp_lit.data.token_data import TokenData
-from ropepp_lit.train.curves import figures_of
+from ropepp_lit.train.metric_logging import metric_values
 from ropepp_lit.train.metrics import TokenLoss
 
 
@@ -17,24 +17,24 @@ class _Validated(Protocol):
     def validated_step(self) -> int: ...
 
 
-def validated_step(figures: dict[str, dict[str, float]]) -> int:
-    """The newest step at which all validation sets were measured, or 0.
+def validated_step(metrics: dict[str, dict[str, float]]) -> int:
+    """Return the last step at which all validation sets were evaluated, or 0.
 
     Args:
-        figures: What the newest validation found, by set.
+        metrics: Metrics of the last validation, by set.
     """
-    return int(min((found["step"] for found in figures.values()), default=0))
+    return int(min((values["step"] for values in metrics.values()), default=0))
 
 
 def is_due(step: int, validated_step: int, *, accumulate_grad_batches: int, interval: float) -> bool:
-    """Whether a validation that `val_check_interval` calls for has not been made yet.
+    """Return whether a validation that `val_check_interval` requires has not been run yet.
 
-    A validation whose micro-batch is inside a step comes at the end of that step.
+    A validation that is due after a micro-batch inside a step runs at the end of that step.
 
     Args:
         step: Optimizer steps taken.
-        validated_step: The newest step that was validated.
-        accumulate_grad_batches: Micro-batches of a step.
+        validated_step: Last step that was validated.
+        accumulate_grad_batches: Micro-batches per step.
         interval: Micro-batches between validations.
     """
     if not interval or math.isinf(interval):
@@ -44,14 +44,14 @@ def is_due(step: int, validated_step: int, *, accumulate_grad_batches: int, inte
 
 
 def validate_by_steps(trainer: pl.Trainer, model: _Validated) -> None:
-    """Replace Lightning's choice of the micro-batches after which it validates.
+    """Replace Lightning's rule for when to validate.
 
-    Lightning validates inside of a step where the interval is no multiple of the accumulated micro-batches or
-    something stops the run there, possibly twice for the same weights, and forgets the validation of a step where the
-    run was killed between its checkpoint and its validation.
+    Lightning validates inside a step if the interval is not a multiple of the accumulated micro-batches or the run is
+    stopped there, possibly twice for the same weights, and skips a validation if the run was killed between the
+    checkpoint of a step and its validation.
     """
     loop = trainer.fit_loop.epoch_loop
-    trainer.fit_loop.min_epochs = 0  # Lightning makes it 1 where `min_steps` is given, which is the whole run
+    trainer.fit_loop.min_epochs = 0  # Lightning sets 1, the complete run, if `min_steps` is given
 
     def should_validate(data_fetcher: Any) -> bool:
         if not loop._should_check_val_epoch() or not trainer.global_step:
@@ -73,7 +73,7 @@ def _is_due(trainer: pl.Trainer, model: _Validated) -> bool:
 
 
 def validate_if_due(trainer: pl.Trainer, model: _Validated) -> None:
-    """Before the first step after a resume: make the validation that the checkpoint's step still lacks."""
+    """Run the validation that is still due for the checkpoint's step, before the first step after a resume."""
     loop = trainer.fit_loop.epoch_loop
     if not trainer.global_step or not loop._should_check_val_epoch() or not _is_due(trainer, model):
         return
@@ -86,35 +86,35 @@ def validate_if_due(trainer: pl.Trainer, model: _Validated) -> None:
 
 
 def read_losses(losses: dict[str, TokenLoss], data: Any) -> tuple[dict[str, dict[str, float]], float, float]:
-    """What a validation found, and start anew.
+    """Return the metrics of a validation, and reset the losses.
 
     Args:
-        losses: Of each set.
+        losses: Loss metric of each set.
         data: The datamodule.
 
     Returns:
-        By set the figures of its loss, and `tokens`, how many were predicted (`pairs` of answers); nats and tokens (or
-        pairs) of all sets.
+        The metrics of each set, with the number of predicted `tokens` (or `pairs` of answers); the nats, and the
+        tokens or pairs, of all sets.
     """
-    found, nats, total = {}, 0.0, 0.0
+    sets, nats, total = {}, 0.0, 0.0
     for name, metric in losses.items():
         loss, tokens, *others = (float(value) for value in metric.compute())
         metric.reset()
         nats, total = nats + loss * tokens, total + tokens
         bytes_per_token = data.bytes_per_token(name) if isinstance(data, TokenData) else None
-        found[name] = figures_of(metric, "", (loss, *others), bytes_per_token) | {metric.counted: tokens}
-    return found, nats, total
+        sets[name] = metric_values(metric, "", (loss, *others), bytes_per_token) | {metric.counted: tokens}
+    return sets, nats, total
 
 
-def figures_to_log(found: dict[str, dict[str, float]], *, loss: float) -> dict[str, float]:
-    """Figures of a validation by the names of their curves: one set's without its name, and the loss over all sets.
+def metrics_to_log(sets: dict[str, dict[str, float]], *, loss: float) -> dict[str, float]:
+    """Return the metrics of a validation by tag, which contains the name of the set if there are several.
 
     Args:
-        found: By set, see :func:`read_losses`.
-        loss: Over all sets.
+        sets: Metrics of each set, see :func:`read_losses`.
+        loss: Loss over all sets.
     """
     values: dict[str, float] = {}
-    for name, figures in found.items():
-        prefix = "val/" if len(found) == 1 else f"val/{name}/"
-        values |= {prefix + figure: v for figure, v in figures.items() if figure not in ("tokens", "pairs")}
+    for name, metrics in sets.items():
+        prefix = "val/" if len(sets) == 1 else f"val/{name}/"
+        values |= {prefix + metric: value for metric, value in metrics.items() if metric not in ("tokens", "pairs")}
     return values | {"val/loss": loss}

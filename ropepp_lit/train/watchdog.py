@@ -1,4 +1,4 @@
-"""Ends a run in which a rank hangs, and says which one, instead of waiting for it in silence."""
+"""Watchdog that ends a run in which a rank hangs, and reports which one."""
 
 from __future__ import annotations
 
@@ -23,35 +23,37 @@ from ropepp_lit.train.causal_lm import CausalLM
 from ropepp_lit.train.run_log import RunLog
 
 EXIT_CODE = 124
-"""Of a rank that gives up, as of `timeout`; launchers such as torchrun take it for a failure, and start again."""
+"""Exit code of a rank that times out, as that of `timeout`; launchers such as torchrun restart the run after it."""
 
-_UNHURRIED = ("preparation", "evaluation")
-"""Phases that may take longer than the timeout: only a process that does not respond ends the run."""
+_PHASES_WITHOUT_TIMEOUT = ("preparation", "evaluation")
+"""Phases that can take longer than the timeout: in them only a process that does not respond ends the run."""
 
-_SECONDS_TO_ANSWER = 20.0
-"""How long the store, a thread of rank 0 or of torchrun, may take for what others wrote."""
+_STORE_TIMEOUT = 20.0
+"""Maximum seconds for reading the store, which is a thread of rank 0 or of torchrun."""
 
 
 class _Position(NamedTuple):
-    """Where the main thread of a rank is."""
+    """Position of a rank's main thread in the run."""
 
-    moves: int
-    """How often it moved."""
+    number: int
+    """Number of this position; increases with each one."""
     step: int
-    """The step that is being taken, the first is 1."""
+    """Current step, starting at 1."""
     phase: str
+    """Phase of the step, for the message."""
 
 
 class Watchdog(Callback):
-    """Ends a run whose ranks make no progress, with a line that names the ranks, their step and what they wait for.
+    """Ends a run whose ranks make no progress, and prints the ranks, their step and the collective they wait in.
 
-    A thread of each rank tells torch's store where its main thread is. A rank whose main thread stands still for
-    `timeout` reads what the others tell: those whose thread is silent too are stopped, dead or cut off.
+    A thread of each rank writes the position of its main thread to torch's store. A rank whose main thread makes no
+    progress for `timeout` reads the positions of the others: ranks whose thread has stopped writing too are suspended,
+    dead or disconnected.
 
     Args:
-        timeout: Seconds without progress: a micro-batch, a batch of a validation, the write of a checkpoint and the
-            compilation of a step must each take less. The 1,500 are less than the 1,800 after which collectives of
-            torch give up by themselves. Empty switches it off.
+        timeout: Maximum seconds without progress. A micro-batch, a batch of a validation, the write of a checkpoint
+            and the compilation of a step must each take less. The default, 1,500, is below torch's default timeout
+            of collectives, 1,800. Empty disables the watchdog.
     """
 
     def __init__(self, *, timeout: float | None = 1500.0) -> None:
@@ -64,16 +66,16 @@ class Watchdog(Callback):
         self._launched: list[Any] = []
 
     @property
-    def in_words(self) -> str:
-        """For the banner; empty where this is off."""
+    def description(self) -> str:
+        """Description for the banner; empty if disabled."""
         return "" if self.timeout is None else f"no progress for {self.timeout:,g} s: end"
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the thread, once the processes are connected."""
+        """Start the thread (the processes are connected by now)."""
         if self.timeout is None:
             return
         assert isinstance(pl_module, CausalLM)
-        self._note(trainer, "preparation")
+        self._set_position(trainer, "preparation")
         self._launched = getattr(trainer.strategy.launcher, "procs", [])
         arguments = (self.timeout, pl_module.run_log)
         self._stopped.clear()
@@ -89,31 +91,31 @@ class Watchdog(Callback):
         self._stop()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """The batch is read."""
-        self._note(trainer, "forward pass")
+        """Record progress: the forward pass starts."""
+        self._set_position(trainer, "forward pass")
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """The loss is known."""
-        self._note(trainer, "backward pass")
+        """Record progress: the backward pass starts."""
+        self._set_position(trainer, "backward pass")
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """The gradients are known."""
-        self._note(trainer, "optimizer step")
+        """Record progress: the optimizer step starts."""
+        self._set_position(trainer, "optimizer step")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """The next batch follows."""
-        self._note(trainer, "data")
+        """Record progress: the next batch is read."""
+        self._set_position(trainer, "data")
 
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Each batch is progress."""
-        self._note(trainer, "validation")
+        """Record progress: a batch of a validation starts."""
+        self._set_position(trainer, "validation")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        """The state is collected, and will be written."""
-        self._note(trainer, "checkpoint or data")
+        """Record progress: the state is collected, and will be written."""
+        self._set_position(trainer, "checkpoint or data")
 
-    def _note(self, trainer: pl.Trainer, phase: str) -> None:
-        self._position = _Position(self._position.moves + 1, trainer.global_step + 1, phase)
+    def _set_position(self, trainer: pl.Trainer, phase: str) -> None:
+        self._position = _Position(self._position.number + 1, trainer.global_step + 1, phase)
 
     def _stop(self) -> None:
         self._stopped.set()
@@ -122,104 +124,105 @@ class Watchdog(Callback):
             self._thread = None
 
     def _watch(self, timeout: float, run_log: RunLog) -> None:
-        """What the thread does."""
+        """Run the watchdog loop (target of the thread)."""
         interval = min(5.0, timeout / 5)
         ranks = _Ranks()
         last, stalled, before = self._position, 0.0, time.monotonic()
-        ranks.tell(last, None)  # one that has told nothing counts as still being started
+        ranks.write(last, None)  # a rank that has written nothing counts as still starting
         while not self._stopped.wait(interval):
             now = time.monotonic()
-            stalled += min(now - before, 2 * interval)  # all ranks may have been stopped for a while, and go on
+            stalled += min(now - before, 2 * interval)  # all ranks may have been suspended and resumed
             before = now
             if self._position != last:
                 last, stalled = self._position, 0.0
-            ranks.tell(last, last_collective() if stalled >= timeout / 2 else None)
+            ranks.write(last, last_collective() if stalled >= timeout / 2 else None)
             if stalled < timeout:
                 continue
-            found = ranks.who_hangs(last, wait=lambda: self._stopped.wait(interval))
-            if found is None or self._stopped.is_set() or self._position != last:
+            hang = ranks.find_hang(last, wait=lambda: self._stopped.wait(interval))
+            if hang is None or self._stopped.is_set() or self._position != last:
                 stalled = 0.0
                 continue
-            self._give_up(f"no progress for {timeout:g} seconds: {found.text}", found.is_mine, run_log, interval)
+            self._exit(f"no progress for {timeout:g} seconds: {hang.text}", hang.is_reporter, run_log, interval)
 
-    def _give_up(self, problem: str, is_mine: bool, run_log: RunLog, interval: float) -> None:
-        """End the process at once: the main thread waits in a call that nothing interrupts."""
-        if not is_mine:
-            time.sleep(3 * interval)  # the rank that prints goes first, as a launcher ends the others then
+    def _exit(self, problem: str, is_reporter: bool, run_log: RunLog, interval: float) -> None:
+        """End the process immediately: the main thread is in a call that cannot be interrupted."""
+        if not is_reporter:
+            time.sleep(3 * interval)  # the reporting rank exits first, since a launcher then ends the others
         else:
             with contextlib.suppress(OSError):
                 print(f"\nropepp-lit: error: {problem}; continue by --ckpt_path auto", file=sys.stderr, flush=True)
             step = self._position.step - 1
-            _within(5, lambda: run_log.write("end", step=step, reason="hang", message=problem))  # the disk may hang
+            _call(lambda: run_log.write("end", step=step, reason="hang", message=problem), timeout=5)  # disks can hang
         for process in self._launched:
             process.kill()
         os._exit(EXIT_CODE)
 
 
 @contextmanager
-def unhurried(trainer: pl.Trainer) -> Iterator[None]:
-    """Let what runs inside take longer than the watchdog's timeout."""
+def without_timeout(trainer: pl.Trainer) -> Iterator[None]:
+    """Suspend the watchdog's timeout in a context."""
     watchdogs = [callback for callback in trainer.callbacks if isinstance(callback, Watchdog)]  # type: ignore[attr-defined]
     for watchdog in watchdogs:
-        watchdog._note(trainer, "evaluation")
+        watchdog._set_position(trainer, "evaluation")
     yield
     for watchdog in watchdogs:
-        watchdog._note(trainer, "data")
+        watchdog._set_position(trainer, "data")
 
 
 class _Hang(NamedTuple):
     text: str
-    is_mine: bool
-    """Whether this rank is the one that prints."""
+    """Description for the error message."""
+    is_reporter: bool
+    """Whether this rank prints the message."""
 
 
 class _Ranks:
-    """What the ranks tell each other by torch's store."""
+    """Positions of all ranks, exchanged through torch's store."""
 
     def __init__(self) -> None:
         is_alone = not dist.is_initialized()
         self._rank, self._size = (0, 1) if is_alone else (dist.get_rank(), dist.get_world_size())
-        self._beats, self._own = 0, ""
+        self._num_writes, self._own = 0, ""
         self._store: dist.Store | None = None
         if self._size > 1:
             self._store = dist.distributed_c10d._get_default_store().clone()  # a connection for this thread
-            self._store.set_timeout(timedelta(seconds=_SECONDS_TO_ANSWER / 2))
+            self._store.set_timeout(timedelta(seconds=_STORE_TIMEOUT / 2))
 
-    def tell(self, position: _Position, collective: str | None) -> None:
-        """Tell the others that this thread runs, and where the main thread is."""
-        self._beats += 1
+    def write(self, position: _Position, collective: str | None) -> None:
+        """Write the position of this rank's main thread, and a count that shows that the watchdog thread runs."""
+        self._num_writes += 1
         where = f"step {position.step:,}, {position.phase}" + (f", {collective}" if collective else "")
-        self._own = json.dumps([self._beats, position.moves, position.phase, where])
+        self._own = json.dumps([self._num_writes, position.number, position.phase, where])
         if self._store is not None:
-            with contextlib.suppress(Exception):  # the others find out
+            with contextlib.suppress(Exception):  # the other ranks report that this one does not respond
                 self._store.set(self._key(self._rank), self._own)
 
-    def who_hangs(self, position: _Position, *, wait: Any) -> _Hang | None:
-        """Compare what the others tell with what they tell later; None where they move or may take their time.
+    def find_hang(self, position: _Position, *, wait: Any) -> _Hang | None:
+        """Read the positions twice and compare them; None if ranks make progress or are in a phase without timeout.
 
         Args:
-            position: Of this rank, which stands still.
-            wait: Waits for a beat.
+            position: Position of this rank, which makes no progress.
+            wait: Function that waits for one interval.
         """
         before = self._read()
         for _ in range(3):
             wait()
-            self.tell(position, last_collective())
+            self.write(position, last_collective())
         after = self._read()
         if after is None:
             return _Hang("rank 0, or the launcher that holds the processes' store, does not respond", self._rank == 1)
-        silent = [  # one that has told nothing yet is still being started
+        silent = [  # a rank that has written nothing yet is still starting
             rank
-            for rank, told in enumerate(after)
-            if rank != self._rank and told is not None and before is not None and before[rank] == told
+            for rank, value in enumerate(after)
+            if rank != self._rank and value is not None and before is not None and before[rank] == value
         ]
         others = [rank for rank in range(self._size) if rank not in silent]
         positions: dict[str, list[int]] = {}
         for rank in others:
-            told, earlier = after[rank], before[rank] if before is not None else None
-            _, moves, phase, where = json.loads(told) if told else (0, 0, _UNHURRIED[0], "the start")
-            has_moved = earlier is not None and json.loads(earlier)[1] != moves
-            if not silent and (phase in _UNHURRIED or has_moved):
+            value, earlier = after[rank], before[rank] if before is not None else None
+            _, number, phase, where = json.loads(value) if value else (0, 0, _PHASES_WITHOUT_TIMEOUT[0], "the start")
+            has_progress = earlier is not None and json.loads(earlier)[1] != number
+            if not silent and (phase in _PHASES_WITHOUT_TIMEOUT or has_progress):
                 return None
             positions.setdefault(where, []).append(rank)
         parts = [
@@ -230,7 +233,7 @@ class _Ranks:
         return _Hang("; ".join(parts), self._rank == others[0])
 
     def _read(self) -> list[str | None] | None:
-        """What each rank told last; None where the store does not respond."""
+        """Return what each rank wrote last; None if the store does not respond."""
         if self._store is None:
             return [self._own]
         store, keys = self._store, [self._key(rank) for rank in range(self._size)]
@@ -238,7 +241,7 @@ class _Ranks:
         def read() -> list[str | None]:
             return [store.get(key).decode() if store.check([key]) else None for key in keys]
 
-        return _within(_SECONDS_TO_ANSWER, read)
+        return _call(read, timeout=_STORE_TIMEOUT)
 
     @staticmethod
     def _key(rank: int) -> str:
@@ -246,10 +249,10 @@ class _Ranks:
 
 
 def last_collective() -> str | None:
-    """The oldest collective of this rank that has not ended, else the newest, as torch's flight recorder knows them.
+    """Return the oldest collective of this rank that has not completed, else the newest, from torch's flight recorder.
 
-    It records where the environment variable `TORCH_FR_BUFFER_SIZE` was set before the processes connected, which the
-    command does.
+    It records only if the environment variable `TORCH_FR_BUFFER_SIZE` was set before the processes connected; the
+    command sets it.
     """
     if not dist.is_initialized():
         return None
@@ -269,26 +272,26 @@ def last_collective() -> str | None:
 
 
 def _names(ranks: list[int]) -> str:
-    """Ranks as people write them: ranks 0-6, 9."""
+    """Format ranks, such as `ranks 0-6, 9`."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and rank == spans[-1][1] + 1:
             spans[-1][1] = rank
         else:
             spans.append([rank, rank])
-    words = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
-    return f"rank {words}" if len(ranks) == 1 else f"ranks {words}"
+    joined = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+    return f"rank {joined}" if len(ranks) == 1 else f"ranks {joined}"
 
 
-def _within(seconds: float, function: Any) -> Any:
-    """What a function returns, or None where it takes longer or fails."""
-    found: list[Any] = []
+def _call(function: Any, *, timeout: float) -> Any:
+    """Return the result of a function, or None if it raises or takes longer than `timeout` seconds."""
+    results: list[Any] = []
 
     def call() -> None:
         with contextlib.suppress(Exception):
-            found.append(function())
+            results.append(function())
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
-    thread.join(seconds)
-    return found[0] if found else None
+    thread.join(timeout)
+    return results[0] if results else None

@@ -256,8 +256,8 @@ def test_packed_conversations_wait_for_nothing(over, monkeypatch):
             with Watch() as seen:
                 _ = training.loss(decoder, moved, metric) if holds_pairs else moved.loss(decoder)
                 average.add(moved)
-                average.rescale(decoder.parameters(), trainer, places=2 * TOKENS)
-                assert average.since_read(torch.device("cuda:0"))[0].is_cuda
+                average.rescale(decoder.parameters(), trainer, num_positions=2 * TOKENS)
+                assert average.read_count(torch.device("cuda:0"))[0].is_cuda
     finally:
         dist.destroy_process_group()
     assert seen.host_reads == []

@@ -1,4 +1,4 @@
-"""Runs in the process of the tests."""
+"""Fixture that trains in the process of the tests."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from ropepp_lit.train.cli import RecipeCLI
 
 @pytest.fixture(scope="module")
 def fit(tiny, tmp_path_factory):
-    """Trains in this process into a folder below that of the tests, with callbacks that are objects."""
+    """Train in this process, in a subfolder of the tests' folder; callbacks are objects."""
     root = tmp_path_factory.mktemp("steps")
     before = Path.cwd()
     os.chdir(root)

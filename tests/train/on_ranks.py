@@ -1,6 +1,6 @@
-"""Checks that need several processes, all in one start of them: `python on_ranks.py FOLDER RANKS CHECK…`.
+"""Checks that require multiple processes, run in one launch: `python on_ranks.py FOLDER RANKS CHECK…`.
 
-Every rank writes what failed, or an empty text, for each check into FOLDER/RANK.json.
+Every rank writes the traceback of each check, or an empty string, to FOLDER/RANK.json.
 """
 
 import json
@@ -33,16 +33,11 @@ from ropepp_lit.nn.context_parallel import ContextGroup
 from ropepp_lit.nn.generation import generate
 from ropepp_lit.nn.sampling import Sampling
 from ropepp_lit.text.tokenizer import byte_tokenizer
-from ropepp_lit.train.fsdp import whole
+from ropepp_lit.train.build import build_decoder, load_weights
+from ropepp_lit.train.fsdp import full_tensor
 from ropepp_lit.train.loss_average import StepAverage
 from ropepp_lit.train.optimizer import Muon, _ShardedMuon
-from ropepp_lit.train.parallel import (
-    ParallelDims,
-    build_decoder,
-    load_weights,
-    set_gradient_reduction,
-    shard_decoder,
-)
+from ropepp_lit.train.parallel import ParallelDims, set_gradient_reduction, shard_decoder
 
 CPU = torch.device("cpu")
 VOCABULARY, TOKENS = 64, 32
@@ -70,31 +65,31 @@ def sharded(dims, make=make, **options):
 
 
 def full(decoder):
-    return {name: whole(value) for name, value in decoder.state_dict().items()}
+    return {name: full_tensor(value) for name, value in decoder.state_dict().items()}
 
 
 def first_weights(folder, dims):
-    """Those of one process, whatever the default device is and however many random numbers were drawn before."""
+    """Initial weights equal those of one process, with any default device and random state."""
     for change in ({}, {"tie_word_embeddings": True}, {"scheme": FoPE(context_length=64)}):
         torch.manual_seed(5)
         expected = make(**change).state_dict()
         torch.manual_seed(5)
         torch.rand(3)
         before = torch.get_rng_state()
-        with torch.device("meta"):  # as Lightning makes a GPU the default device
+        with torch.device("meta"):  # Lightning makes a GPU the default device
             one = build_decoder(partial(make, **change), device=CPU)
-        several = sharded(dims, partial(make, **change))
+        distributed = sharded(dims, partial(make, **change))
         assert torch.equal(before, torch.get_rng_state())
-        for decoder in (one, several):
+        for decoder in (one, distributed):
             found = full(decoder)
             assert found.keys() == expected.keys()
             for name, value in expected.items():
                 assert torch.equal(found[name], value), (change, name)
-        assert isinstance(several.model.embed_tokens, FSDPModule) == ("tie_word_embeddings" not in change)
+        assert isinstance(distributed.model.embed_tokens, FSDPModule) == ("tie_word_embeddings" not in change)
 
 
 def gradients(folder, dims):
-    """Every choice of reduction gives the gradients of one process, with the collectives that it promises."""
+    """Every reduction option gives the gradients of one process, with the expected collectives."""
     torch.set_default_dtype(torch.float64)
     replicas, micro_batches, layers = ParallelDims.create("cpu", replicate_size=2), 3, 2
     expected = {}
@@ -104,7 +99,7 @@ def gradients(folder, dims):
         for number in range(micro_batches * dist.get_world_size()):
             (one.loss(*batch(number)) / dist.get_world_size()).backward()
         expected[tied] = [parameter.grad for parameter in one.parameters()]
-    for ranks, each, frees, tied in (
+    for ranks, each, reshards, tied in (
         (dims, True, True, False),
         (dims, False, True, False),
         (dims, True, False, False),
@@ -113,35 +108,35 @@ def gradients(folder, dims):
         (replicas, False, True, False),
     ):
         torch.manual_seed(0)
-        decoder = sharded(ranks, partial(make, tie_word_embeddings=tied), reshard_after_forward=frees)
+        decoder = sharded(ranks, partial(make, tie_word_embeddings=tied), reshard_after_forward=reshards)
         counts = []
         for number in range(micro_batches):
             with CommDebugMode() as communication:
                 loss = decoder.loss(*batch(number * dist.get_world_size() + dist.get_rank()))
-                options = {"reduce_each_micro_batch": each, "reshard_after_forward": frees}
+                options = {"reduce_each_micro_batch": each, "reshard_after_forward": reshards}
                 set_gradient_reduction(decoder, is_last=number == micro_batches - 1, **options)
                 loss.backward()
             found = {str(kind): count for kind, count in communication.get_comm_counts().items()}
             counts.append(tuple(sum(n for kind, n in found.items() if word in kind) for word in
                                 ("allgather", "reduce_scatter", "allreduce")))  # fmt: skip
-            if number == 0 and frees:
+            if number == 0 and reshards:
                 is_kept = [isinstance(parameter.grad, DTensor) for parameter in decoder.parameters()]
                 assert all(is_kept) if each and ranks is dims else not any(is_kept)
         for parameter, value in zip(decoder.parameters(), expected[tied], strict=True):
-            torch.testing.assert_close(whole(parameter.grad), value, atol=1e-12, rtol=0)
-        groups = layers + (1 if tied else 3)  # the root, and by themselves embedding and output layer
-        if ranks is replicas:  # averaged over once per step
+            torch.testing.assert_close(full_tensor(parameter.grad), value, atol=1e-12, rtol=0)
+        groups = layers + (1 if tied else 3)  # the root, and separately embedding and output layer
+        if ranks is replicas:  # all-reduced once per step
             assert [count[2] for count in counts] == [0, 0, groups], counts
         if ranks is replicas and dist.get_world_size() == 2:
             continue  # each rank holds all parameters
-        # Embedding, output layer and root are gathered once, blocks twice if they are freed.
-        gathered = groups + (layers if frees else 0)
-        assert [count[0] for count in counts] == ([gathered] * 3 if frees else [gathered, 0, 0]), counts
+        # Embedding, output layer and root are gathered once, blocks twice if they are resharded.
+        gathered = groups + (layers if reshards else 0)
+        assert [count[0] for count in counts] == ([gathered] * 3 if reshards else [gathered, 0, 0]), counts
         assert [count[1] for count in counts] == ([groups] * 3 if each else [0, 0, groups]), counts
 
 
 def marked_batch(rows, shard=None, *, weighs_documents):
-    """Rows of two conversations each, of which few tokens are trained; in every third row none of the second one."""
+    """Create rows of two conversations with few trained tokens; every third row has none in the second one."""
     batches = []
     for number in rows:
         generator = torch.Generator().manual_seed(number)
@@ -158,7 +153,7 @@ def marked_batch(rows, shard=None, *, weighs_documents):
 
 
 def loss_averages(folder, dims):
-    """Gradients of a step are those of a plain mean over all of its rows, however these are spread."""
+    """Gradients of a step equal those of a mean over all rows, however these are distributed."""
     torch.set_default_dtype(torch.float64)
     ranks, rank, micro_batches = dist.get_world_size(), dist.get_rank(), 2
     context, copies = ParallelDims.create("cpu", context_parallel_size=2), ParallelDims.create("cpu", replicate_size=2)
@@ -166,7 +161,7 @@ def loss_averages(folder, dims):
     for over in ("trained_tokens", "conversations"):
         torch.manual_seed(0)
         one = make()
-        means = []  # plainly: conversation by conversation
+        means = []  # reference: one conversation at a time
         for number in rows:
             marked = marked_batch([number], weighs_documents=False)
             losses = torch.nn.functional.cross_entropy(
@@ -180,31 +175,31 @@ def loss_averages(folder, dims):
             torch.manual_seed(0)
             decoder = make() if where == "ddp" else sharded(where, make)
             module = nn.parallel.DistributedDataParallel(_Loss(decoder)) if where == "ddp" else None
-            average, places = StepAverage(over), 0
+            average, num_positions = StepAverage(over), 0
             for number in range(micro_batches):
-                shard, mine = None, [number * ranks + rank]
+                shard, own = None, [number * ranks + rank]
                 if where is context:
-                    shard, mine = decoder.context_group.shard, [number * ranks + k for k in range(ranks)]
-                marked = marked_batch(mine, shard, weighs_documents=over == "conversations")
+                    shard, own = decoder.context_group.shard, [number * ranks + k for k in range(ranks)]
+                marked = marked_batch(own, shard, weighs_documents=over == "conversations")
                 average.add(marked)
-                places = marked.labels.numel()
+                num_positions = marked.labels.numel()
                 is_last = number == micro_batches - 1
                 if module is not None:
                     with nullcontext() if is_last else module.no_sync():
-                        (module(marked) / places / micro_batches).backward()
+                        (module(marked) / num_positions / micro_batches).backward()
                     continue
                 set_gradient_reduction(
                     decoder, is_last=is_last, reduce_each_micro_batch=True, reshard_after_forward=True
                 )
-                (marked.loss(decoder) / places / micro_batches).backward()
+                (marked.loss(decoder) / num_positions / micro_batches).backward()
             trainer = SimpleNamespace(
                 world_size=ranks, accumulate_grad_batches=micro_batches, strategy=SimpleNamespace(root_device=CPU)
             )
-            average.rescale(decoder.parameters(), trainer, places=places)
+            average.rescale(decoder.parameters(), trainer, num_positions=num_positions)
             for parameter, other in zip(decoder.parameters(), one.parameters(), strict=True):
                 # The weights of conversations are float32.
-                torch.testing.assert_close(whole(parameter.grad), other.grad, atol=1e-8, rtol=1e-7)
-            (count,) = average.since_read(CPU)
+                torch.testing.assert_close(full_tensor(parameter.grad), other.grad, atol=1e-8, rtol=1e-7)
+            (count,) = average.read_count(CPU)
             assert count == (len(torch.cat(means)) if over == "trained_tokens" else len(means))
 
 
@@ -218,10 +213,10 @@ class _Loss(nn.Module):
 
 
 def dtypes(folder, dims):
-    """Without autocast everything between the blocks is bfloat16, a scheme's tables are not, and the loss agrees."""
+    """Without autocast, hidden states are bfloat16, tables of a scheme are float32, and the loss agrees."""
     for scheme in (RoPEPP(), FoPE(context_length=64)):
         torch.manual_seed(0)
-        one, several = make(scheme), sharded(dims, partial(make, scheme), mixed_dtype=torch.bfloat16)
+        one, distributed = make(scheme), sharded(dims, partial(make, scheme), mixed_dtype=torch.bfloat16)
         seen, attention = {}, F.scaled_dot_product_attention
 
         def attend(queries, keys, values, *arguments, seen=seen, attention=attention, **keywords):
@@ -233,26 +228,26 @@ def dtypes(folder, dims):
             seen.setdefault("tables", set()).update(x.dtype for x in arguments[1])
             seen.setdefault("constants", set()).update(x.dtype for x in module.buffers())
 
-        for module in several.modules():
+        for module in distributed.modules():
             if isinstance(module, Attention):
                 module.register_forward_pre_hook(hook)
         F.scaled_dot_product_attention = attend
         try:
-            loss = several.loss(*batch(dist.get_rank()))
+            loss = distributed.loss(*batch(dist.get_rank()))
         finally:
             F.scaled_dot_product_attention = attention
         loss.backward()
         assert seen["attention"] == seen["hidden"] == {torch.bfloat16}, seen
         assert seen["tables"] == {torch.float32}, seen
         assert seen["constants"] <= {torch.float32}, seen
-        assert {parameter.grad.dtype for parameter in several.parameters()} == {torch.float32}
+        assert {parameter.grad.dtype for parameter in distributed.parameters()} == {torch.float32}
         with torch.autocast("cpu", torch.bfloat16):
             other = one.loss(*batch(dist.get_rank()))
         torch.testing.assert_close(loss, other, atol=5e-3, rtol=0)
 
 
 def shards(folder, dims):
-    """Weights in shards are read in parts by a sharded decoder, and whole by one that is not."""
+    """A sharded decoder reads only its shards of the weights; an unsharded one reads all of them."""
     for tied in (False, True):
         torch.manual_seed(dist.get_world_size())
         path = Path(folder) / f"{tied}.ckpt"
@@ -287,37 +282,40 @@ def shards(folder, dims):
 
 
 def muon(folder, dims):
-    """The very matrices of one process, with odd sizes, more and fewer matrices than ranks."""
+    """Updates equal those of one process, with odd sizes and with more and fewer matrices than ranks."""
     world_size = dist.get_world_size()
     all_dims = [dims, *([ParallelDims.create("cpu", replicate_size=2)] if world_size % 2 == 0 else [])]
     shapes = [(7, 5), (5, 5), (5, 12), (1, 3), (7, 5), (2, 9), (16, 4)]
     for ranks in all_dims:
         for dtype in (torch.float32, torch.float64):
             torch.manual_seed(0)
-            one, several = (
+            one, distributed = (
                 nn.Sequential(*(nn.Linear(*shape, bias=False, dtype=dtype) for shape in shapes)) for _ in range(2)
             )
-            several.load_state_dict(one.state_dict())
-            fully_shard(several, mesh=ranks.mesh)
+            distributed.load_state_dict(one.state_dict())
+            fully_shard(distributed, mesh=ranks.mesh)
             settings = {"lr": 0.1, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
-            optimizers = torch.optim.Muon(one.parameters(), **settings), _ShardedMuon(several.parameters(), **settings)
+            optimizers = (
+                torch.optim.Muon(one.parameters(), **settings),
+                _ShardedMuon(distributed.parameters(), **settings),
+            )
             for step in range(3):
                 generator = torch.Generator().manual_seed(step)
-                for a, b in zip(one.parameters(), several.parameters(), strict=True):
+                for a, b in zip(one.parameters(), distributed.parameters(), strict=True):
                     a.grad = torch.randn(a.shape, generator=generator, dtype=dtype)
                     b.grad = distribute_tensor(a.grad, b.device_mesh, b.placements)
                 with CommDebugMode() as communication:
                     for optimizer in optimizers:
                         optimizer.step()
-            for a, b in zip(one.parameters(), several.parameters(), strict=True):
-                assert torch.equal(a, whole(b)), (a - whole(b)).abs().max()
+            for a, b in zip(one.parameters(), distributed.parameters(), strict=True):
+                assert torch.equal(a, full_tensor(b)), (a - full_tensor(b)).abs().max()
             size = ranks.mesh.size(ranks.mesh.ndim - 1)
             rounds = -(-len(shapes) // size)
             counts = {str(kind): count for kind, count in communication.get_comm_counts().items()}
             exchanges = sum(count for kind, count in counts.items() if "alltoall" in kind)
             replicas = world_size // size
-            mine = len(range(dist.get_rank() // size, rounds, replicas))
-            assert exchanges == 2 * mine, counts
+            own = len(range(dist.get_rank() // size, rounds, replicas))
+            assert exchanges == 2 * own, counts
     decoder = sharded(dims)
     optimizer = Muon(lr=0.01).build(decoder)
     decoder.loss(*batch(0)).backward()
@@ -327,7 +325,7 @@ def muon(folder, dims):
 
 
 def ranks_and_meshes(folder, dims):
-    """No slice of a mesh that torch is about to remove."""
+    """Dimensions of parallelism; creating them emits no deprecation warning."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -345,7 +343,7 @@ def ranks_and_meshes(folder, dims):
 
 
 def generation(folder, dims):
-    """Ranks whose logits differ write rank 0's tokens, for as long as rank 0 does."""
+    """Ranks with different logits generate rank 0's tokens, and stop when rank 0 does."""
     tokenizer, replicas = byte_tokenizer(), ParallelDims.create("cpu", replicate_size=2)
     prompts, eos = [[5, 6, 7], [8, 9, 10]], tokenizer.eos_token_id
     for ranks in (dims, replicas):
@@ -365,7 +363,7 @@ def generation(folder, dims):
         dist.broadcast_object_list(expected, src=0)
         assert found == expected[0]
         assert found[1:] == [4, [[11, 12, 13, eos, eos]] * 2], found
-        decoder.loss(*batch(0)).backward()  # training goes on afterwards
+        decoder.loss(*batch(0)).backward()  # training still works afterwards
 
 
 def main(rank, folder, world_size, names):
@@ -376,7 +374,7 @@ def main(rank, folder, world_size, names):
         try:
             globals()[name](folder, dims)
             found[name] = ""
-        except Exception:  # every check reports
+        except Exception:  # report the failure of every check
             found[name] = traceback.format_exc()
         torch.set_default_dtype(torch.float32)
         dist.barrier()

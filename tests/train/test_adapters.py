@@ -1,4 +1,4 @@
-"""LoRA on the decoder: what trains, what a checkpoint stores, and the same model merged, in peft and transformers."""
+"""LoRA on the decoder: trained weights, checkpoints, and equal outputs merged, in peft and in transformers."""
 
 import json
 from functools import partial
@@ -14,9 +14,9 @@ from ropepp_lit.hf.export import export
 from ropepp_lit.hf.folder import open_checkpoint
 from ropepp_lit.nn import ALiBi, Decoder, DecoderConfig, FoPE, Frequencies, RoPE, RoPEPP
 from ropepp_lit.nn.lora import LINEAR, LoRA, inject, trained_names
+from ropepp_lit.train.build import build_decoder
 from ropepp_lit.train.lora import adapter_entry, trained_weights
 from ropepp_lit.train.optimizer import AdamW
-from ropepp_lit.train.parallel import build_decoder
 
 IDS = torch.randint(64, (2, 25), generator=torch.Generator().manual_seed(0))
 
@@ -42,7 +42,7 @@ def write_base(path, scheme, *, dtype=torch.float32, **changes):
 
 
 def train(base, scheme, lora, *, steps=3, changes=None, **options):
-    """A decoder with adapters on a base after some steps, and what was computed before the first."""
+    """Train a decoder with adapters for some steps; returns it and its outputs before the first step."""
     torch.manual_seed(1)
     decoder = build_decoder(
         partial(make, scheme, **(changes or {})), device=torch.device("cpu"), init_from=str(base), lora=lora, **options
@@ -59,7 +59,7 @@ def train(base, scheme, lora, *, steps=3, changes=None, **options):
 
 
 def write_adapter(path, decoder, lora, base):
-    """As a run writes it."""
+    """Write a checkpoint of adapters as a run does."""
     module = torch.nn.Module()
     module.decoder = decoder
     checkpoint = make_checkpoint(
@@ -101,7 +101,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """For each case the base, the adapters, the decoder that trained them, and what it computed at first."""
+    """Base, adapters, trained decoder and its initial outputs, for each case."""
     found = {}
     for name, (scheme, changes, settings) in CASES.items():
         base, lora = write_base(folder / f"{name}-base.ckpt", scheme, **changes), LoRA(rank=4, **settings)
@@ -111,7 +111,7 @@ def trained(folder):
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_starts_as_its_base_trains_and_merges(trained, case):
+def test_starts_equal_to_its_base_trains_and_merges(trained, case):
     base, path, decoder, before = trained[case]
     with torch.no_grad():
         assert torch.equal(before, load_decoder(open_checkpoint(base))(IDS))
@@ -124,7 +124,7 @@ def test_starts_as_its_base_trains_and_merges(trained, case):
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_a_checkpoint_stores_what_trains_by_plain_names(trained, case):
+def test_a_checkpoint_stores_trained_weights_by_plain_names(trained, case):
     _, path, decoder, _ = trained[case]
     stored = torch.load(path, weights_only=True)
     scheme, changes, settings = CASES[case]
@@ -178,8 +178,8 @@ save_file(found, f"{folder}/answers.safetensors")
 """
 
 
-def test_the_same_merged_and_over_the_base_in_peft(trained, folder, run_file):
-    """In a process without ropepp_lit; with tied embeddings that were trained too."""
+def test_merged_and_peft_outputs_are_equal(trained, folder, run_file):
+    """In a process without ropepp_lit, with trained tied embeddings."""
     cases = {}
     for case in ("ec", "ec-tied", "ec-imaginary", "ec-all-tied", "eh", "eh-tied", "rope", "rope-tied", "rope-dora"):
         base, path, *_ = trained[case]
@@ -217,7 +217,7 @@ def test_the_same_merged_and_over_the_base_in_peft(trained, folder, run_file):
 )
 @pytest.mark.parametrize("base_dtype", [None, "bfloat16"])
 def test_memory_options_give_the_same_gradients(trained, options, base_dtype):
-    """Where blocks are computed again, with the same dropout, from embeddings that need no gradients."""
+    """With recomputed blocks, the same dropout, and embeddings without gradients."""
     dropout = 0.0 if "mlp_chunk_tokens" in options else 0.3
     lora = LoRA(rank=4, dropout=dropout, base_dtype=base_dtype, train_fully=["imaginary"])
     plain, other = (train(trained["ec"][0], EC, lora, steps=0, **settings)[0].train() for settings in ({}, options))
@@ -237,7 +237,7 @@ def test_memory_options_give_the_same_gradients(trained, options, base_dtype):
 
 
 def test_float32_adapters_train_over_a_bfloat16_base(trained, folder):
-    """Also beside float32 embeddings and norms; the merged model is rounded to bfloat16 once."""
+    """Also with float32 embeddings and norms; the merged model is rounded to bfloat16 once."""
     for fully in ([], ALL):
         lora = LoRA(rank=4, base_dtype="bfloat16", train_fully=fully)
         changes = {"tie_word_embeddings": bool(fully)}
@@ -268,8 +268,8 @@ def test_compiled_blocks_have_the_same_gradients(trained):
             torch.testing.assert_close(others[name].grad, parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_first_values_depend_on_the_seed_alone(trained):
-    """Whatever the default device and the random numbers drawn before; random numbers of the run stay as they are."""
+def test_initialization_depends_only_on_the_seed(trained):
+    """With any default device and random state; the random state of the run is preserved."""
     drawn = []
     for count in (0, 7):
         torch.manual_seed(11)
@@ -286,7 +286,7 @@ def test_first_values_depend_on_the_seed_alone(trained):
     assert len({float(value[0, 0]) for value in first}) == len(first)
 
 
-def test_adapters_of_another_base_and_of_none(trained, folder):
+def test_adapters_of_a_different_or_missing_base(trained, folder):
     base, path, *_ = trained["ec"]
     assert fingerprint(open_checkpoint(base)) == fingerprint(open_checkpoint(base))
     other = write_base(folder / "other.ckpt", EC, attention_output_bias=True)
@@ -309,7 +309,7 @@ def test_adapters_of_another_base_and_of_none(trained, folder):
 
 
 def test_adapters_over_a_merged_model(trained, folder):
-    """A base may be a checkpoint of adapters itself."""
+    """The base can be a checkpoint of adapters."""
     _, path, decoder, _ = trained["ec"]
     second, _ = train(path, EC, LoRA(rank=2))
     merged = load_decoder(open_checkpoint(write_adapter(folder / "second.ckpt", second, LoRA(rank=2), path)))
@@ -331,6 +331,6 @@ def test_adapters_over_a_merged_model(trained, folder):
         ({"base_dtype": "int8"}, "model.lora.base_dtype"),
     ],
 )
-def test_settings_that_do_not_fit(settings, message):
+def test_invalid_settings(settings, message):
     with torch.device("meta"), pytest.raises(UsageError, match=message):
         inject(make(RoPE()), LoRA(**settings))

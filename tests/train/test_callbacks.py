@@ -1,9 +1,9 @@
-"""What a run prints."""
+"""Printed descriptions of a run."""
 
 import pytest
 import torch
 
-from ropepp_lit.train.callbacks import precision_in_words
+from ropepp_lit.train.callbacks import describe_precision
 
 
 @pytest.mark.parametrize(
@@ -15,11 +15,11 @@ from ropepp_lit.train.callbacks import precision_in_words
         ("32-true", "cuda", "high", "32-true, matrix products in TF32"),
     ],
 )
-def test_float32_on_a_gpu_says_whether_it_uses_tf32(precision, device, setting, expected):
+def test_precision_on_a_gpu_reports_tf32(precision, device, setting, expected):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
     try:
-        found = precision_in_words(precision, torch.device(device))
+        found = describe_precision(precision, torch.device(device))
     finally:
         torch.set_float32_matmul_precision(before)
     assert found.partition(" (")[0] == expected

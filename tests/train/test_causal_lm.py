@@ -1,4 +1,4 @@
-"""The LightningModule under a plain Trainer, as from a script of one's own."""
+"""The LightningModule with a plain Trainer, as in a user's script."""
 
 import math
 import time
@@ -80,12 +80,12 @@ def train(tiny, texts, tmp_path):
     return train
 
 
-def test_micro_batches_weigh_every_token_the_same(train):
-    whole, _ = train(batch_size=4, gradient_clip_val=0.5)
+def test_tokens_have_equal_weight_in_micro_batches(train):
+    full_batch, _ = train(batch_size=4, gradient_clip_val=0.5)
     parts, _ = train(batch_size=1, accumulate_grad_batches=4, gradient_clip_val=0.5)
-    for one, other in zip(whole.decoder.parameters(), parts.decoder.parameters(), strict=True):
+    for one, other in zip(full_batch.decoder.parameters(), parts.decoder.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
-    assert whole.tokens_seen == parts.tokens_seen == 4 * 4 * 64
+    assert full_batch.tokens_seen == parts.tokens_seen == 4 * 4 * 64
 
 
 def test_gradient_norm_is_logged_before_clipping(train):
@@ -95,7 +95,7 @@ def test_gradient_norm_is_logged_before_clipping(train):
     assert clipped.logged_metrics["gradient_norm"].item() == pytest.approx(norm)
 
 
-def test_utilization_of_a_known_device_counts_the_attention_that_is_computed(train, monkeypatch):
+def test_utilization_counts_visible_pairs(train, monkeypatch):
     monkeypatch.setattr(throughput, "device_name", lambda: "NVIDIA H100 80GB HBM3")
     read = []
     monkeypatch.setattr(Throughput, "add", lambda self, tokens, pairs: read.append((self, tokens, pairs)))
@@ -113,7 +113,7 @@ def test_utilization_of_a_known_device_counts_the_attention_that_is_computed(tra
     assert "model_flops_utilization" not in train(max_steps=1)[1].logged_metrics
 
 
-def test_the_clock_goes_on_when_what_it_waits_for_fails():
+def test_the_clock_resumes_after_an_exception():
     clock = Throughput(CONFIG, RoPEPP().head_layout(num_attention_heads=4, num_key_value_heads=2, head_dim=16), 1)
 
     def fail():
@@ -128,16 +128,16 @@ def test_the_clock_goes_on_when_what_it_waits_for_fails():
 
 
 class HostReads(TorchDispatchMode):
-    """Where a value of a tensor is read, such as by `item`, `float` or `tolist`."""
+    """Record stack traces of reads of tensor values, such as by `item`, `float` or `tolist`."""
 
     def __init__(self):
         super().__init__()
-        self.places = []
+        self.stacks = []
 
     def __enter__(self):
         self.patch = patch.object(
             torch.Tensor, "tolist", lambda tensor: [value.item() for value in tensor]
-        )  # on a CPU it passes no dispatcher
+        )  # on a CPU it bypasses the dispatcher
         self.patch.start()
         return super().__enter__()
 
@@ -147,12 +147,12 @@ class HostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
-            self.places.append("".join(traceback.format_stack(limit=12)))
+            self.stacks.append("".join(traceback.format_stack(limit=12)))
         return func(*args, **(kwargs or {}))
 
 
 class WatchHostReads(Callback):
-    """Reads of a value from the device in each micro-batch, from the transfer of the batch to the loop's next one."""
+    """Record reads from the device in each micro-batch, from the transfer of its batch to that of the next one."""
 
     def __init__(self):
         self.counts, self.mode = [], None
@@ -160,29 +160,29 @@ class WatchHostReads(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if self.mode is not None:
             self.mode.__exit__(None, None, None)
-            self.counts.append(self.mode.places)
+            self.counts.append(self.mode.stacks)
         self.mode = HostReads().__enter__()
 
     def on_train_end(self, trainer, module):
         self.mode.__exit__(None, None, None)
 
 
-def test_no_micro_batch_waits_for_the_device_but_to_log(train, monkeypatch):
-    # On a CPU attention reads the lengths of documents and ids are checked; on a GPU neither is done.
+def test_only_logging_synchronizes_with_the_device(train, monkeypatch):
+    # On a CPU attention reads the lengths of documents, and ids are checked; on a GPU neither happens.
     monkeypatch.setattr(Decoder, "_check_ids", lambda self, input_ids: None)
     monkeypatch.setattr(kernels, "attend_packed", lambda q, k, v, segments, **_: q)
     watch = WatchHostReads()
     train(max_steps=6, accumulate_grad_batches=2, log_every_n_steps=3, gradient_clip_val=1.0, callbacks=[watch])
-    # Batches are made on the CPU, before they are copied.
-    reads = [[place for place in places if "collate" not in place] for places in watch.counts]
-    assert [len(places) > 0 for places in reads] == [False] * 5 + [True] + [False] * 5, reads
+    # Batches are created on the CPU, before they are copied.
+    reads = [[stack for stack in stacks if "collate" not in stack] for stacks in watch.counts]
+    assert [len(stacks) > 0 for stacks in reads] == [False] * 5 + [True] + [False] * 5, reads
     assert len(reads[5]) == 2
 
 
 @pytest.mark.parametrize("optimizer", [AdamW(lr=0.01), Muon(lr=0.01)])
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_scaled_gradients_are_clipped_at_their_true_size(train, optimizer, algorithm):
-    # AdamW divides by the scale itself, when it is too late to clip; Muon's gradients are divided by Lightning.
+def test_scaled_gradients_are_unscaled_before_clipping(train, optimizer, algorithm):
+    # Fused AdamW unscales in its step, too late for clipping; Lightning unscales Muon's gradients.
     runs = []
     for scale in (None, 2.0**10):
         scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
@@ -219,11 +219,11 @@ class NormAtStep(Callback):
 
 
 @pytest.mark.parametrize("metric", [TokenLoss, PairLoss])
-def test_a_checkpoint_keeps_every_digit_of_the_sums(metric):
+def test_a_checkpoint_stores_sums_exactly(metric):
     one, other = metric(), metric()
     for value in one.states.values():
         value += 1 / 3 if value.is_floating_point() else 2**40 + 1
-    other.go_on({name: value.tolist() for name, value in one.states.items()})
+    other.add_sums({name: value.tolist() for name, value in one.states.items()})
     assert all(torch.equal(other.states[name], value) for name, value in one.states.items())
 
 
@@ -236,12 +236,12 @@ def test_gradients_are_clipped_by_norm(train):
 def test_the_learning_rate_follows_the_schedule(train):
     schedule = Cosine(warmup_steps=1, total_steps=10)
     _, trainer = train(optimizer=AdamW(lr=0.5), schedule=schedule, max_steps=5)
-    # What is logged at step 5 is what step 6 would take.
+    # The value logged at step 5 is that of step 6.
     assert trainer.logged_metrics["lr"] == pytest.approx(0.5 * schedule.factor(5, 10))
 
 
 @pytest.mark.parametrize("precision", ["64-true", "32-true", "bf16-true", "bf16-mixed"])
-def test_validation_figures_equal_a_plain_loop(train, precision):
+def test_validation_metrics_equal_a_reference_loop(train, precision):
     model, trainer = train(precision=precision)
     trainer.validate(model, datamodule=trainer.datamodule, verbose=False)
     data, total, count = trainer.datamodule, 0.0, 0
@@ -261,7 +261,7 @@ def test_validation_figures_equal_a_plain_loop(train, precision):
     assert figures["bits_per_byte"] == pytest.approx(bits, rel=tolerance)
 
 
-def test_sampling_leaves_the_random_numbers_of_training_alone(train):
+def test_sampling_does_not_change_the_random_state_of_training(train):
     plain, _ = train(val_check_interval=1)
     state = torch.random.get_rng_state()
     sampled, _ = train(val_check_interval=1, callbacks=[TextSample(max_new_tokens=5)])

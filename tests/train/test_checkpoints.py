@@ -1,4 +1,4 @@
-"""Writing checkpoints in the background, killed, stopped and on a full disk."""
+"""Writing of checkpoints: in the background, after kills and signals, and on a full disk."""
 
 import resource
 import signal
@@ -19,7 +19,7 @@ SHARDED = ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.save_distr
 
 @pytest.fixture
 def blocked(monkeypatch):
-    """Holds up the writing of files until it is set."""
+    """Event that blocks the writing of files until it is set."""
     event, save_file = threading.Event(), checkpoint_writer.save_file
 
     def held_up(checkpoint, path):
@@ -33,7 +33,7 @@ def blocked(monkeypatch):
 
 def test_a_background_write_stores_the_state_of_its_step(tmp_path, blocked):
     weight, moment, figures = torch.ones(3), torch.ones(3), {"loss": 1.0}
-    gathered = torch.full((3,), 5.0)  # made for the checkpoint alone
+    gathered = torch.full((3,), 5.0)  # only used by the checkpoint
     state = {"weight": weight, "tied": weight, "view": weight[1:], "gathered": gathered}
     checkpoint = {"state_dict": state, "optimizer_states": [{"state": {0: {"m": moment}}}], "figures": figures}
     writer = CheckpointWriter(in_background=True, keep=0)
@@ -72,7 +72,7 @@ def test_a_file_that_cannot_be_written(tmp_path, in_background):
     small, large = ({"state_dict": {"weight": torch.zeros(size)}} for size in (10, 10**6))
     save_and_wait(writer, small, tmp_path / "step=1.ckpt")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))  # as a full disk: the system writes no more than that
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))  # simulates a full disk
     try:
         with pytest.raises(UsageError, match=r"step=2\.ckpt: cannot be written: File too large; when that is fixed"):
             save_and_wait(writer, large, tmp_path / "step=2.ckpt")
@@ -94,7 +94,7 @@ from ropepp_lit.train import checkpoint_writer
 
 
 class Recorder(Callback):
-    """Appends to a file, for each batch of rank 0, its number, a checksum and the number of broadcasts so far."""
+    """Write the number, a checksum and the number of broadcasts so far of each batch of rank 0 to a file."""
 
     def __init__(self, path: str):
         self.path = path
@@ -115,31 +115,31 @@ class Recorder(Callback):
 
 
 class KillWhileWriting(Recorder):
-    """Ends rank 0 by SIGKILL in the middle of a write, once training has gone on for two steps."""
+    """Kill rank 0 during a write, after training has continued for two steps."""
 
     def __init__(self, path: str, step: int):
         super().__init__(path)
-        self.went_on, save_file = threading.Event(), checkpoint_writer.save_file
+        self.continued, save_file = threading.Event(), checkpoint_writer.save_file
         self.step = step
 
         def half(checkpoint, path):
             save_file(checkpoint, path)
             if f"step={step}.ckpt" in str(path):
                 os.truncate(path, path.stat().st_size // 2)
-                assert self.went_on.wait(60)
+                assert self.continued.wait(60)
                 os.kill(os.getpid(), signal.SIGKILL)
 
         checkpoint_writer.save_file = half
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == self.step + 2:
-            self.went_on.set()
+            self.continued.set()
             if trainer.is_global_zero:
                 time.sleep(60)
 
 
 class Signal(Recorder):
-    """Sends a rank a signal in the middle of a batch."""
+    """Send a signal to a rank during a batch."""
 
     def __init__(self, path: str, batch: int, rank: int = 0):
         super().__init__(path)
@@ -152,7 +152,7 @@ class Signal(Recorder):
 
 
 class FullDisk(Callback):
-    """Lets the last rank write no large file."""
+    """Prevent the last rank from writing large files."""
 
     def on_train_start(self, trainer, *_):
         if trainer.global_rank == trainer.world_size - 1:
@@ -160,7 +160,7 @@ class FullDisk(Callback):
 
 
 class Occupied(Callback):
-    """Puts something in the place of a checkpoint."""
+    """Create a folder at the path of a checkpoint."""
 
     def on_train_start(self, trainer, *_):
         if trainer.is_global_zero:
@@ -170,7 +170,7 @@ class Occupied(Callback):
 
 @pytest.fixture
 def callbacks(tmp_path):
-    """Options that add one of the callbacks above to a run."""
+    """Return options that add one of the callbacks above to a run."""
     (tmp_path / "probes.py").write_text(CALLBACKS)
 
     def callbacks(name, **arguments):
@@ -191,8 +191,8 @@ ACCUMULATE = 2
 
 @pytest.fixture(scope="module")
 def train(run, tiny, tmp_path_factory):
-    """Trains for 8 steps into a folder and records the batches; without a folder, once for each set of options."""
-    root, done = tmp_path_factory.mktemp("whole"), {}
+    """Train for 8 steps in a folder and record the batches; without a folder, once per set of options."""
+    root, done = tmp_path_factory.mktemp("baseline"), {}
 
     def train(devices, *options, cwd=None, **keywords):
         key = (devices, *options)
@@ -213,7 +213,7 @@ def train(run, tiny, tmp_path_factory):
 
 
 def batches(folder):
-    """Checksums of the batches that a run has read; nothing was broadcast before any of them."""
+    """Return checksums of the batches that a run has read, and check that nothing was broadcast."""
     lines = (folder / "batches.txt").read_text().splitlines()
     assert [line for line in lines if not line.endswith(" 0")] == []
     return lines
@@ -222,7 +222,7 @@ def batches(folder):
 @pytest.mark.end_to_end
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [ONE, TWO_SHARDS, TWO], ids=["file", "shards", "file of two"])
-def test_killed_while_a_background_write_and_training_go_on(train, tmp_path, callbacks, kind):
+def test_killed_during_a_background_write(train, tmp_path, callbacks, kind):
     kind, background = list(kind), ["--checkpoints.async_save", "true"]
     killed = callbacks("KillWhileWriting", path="batches.txt", step=4)
     train(*kind, *background, *killed, cwd=tmp_path, returncode=-signal.SIGKILL)
@@ -234,9 +234,9 @@ def test_killed_while_a_background_write_and_training_go_on(train, tmp_path, cal
     again = callbacks("Recorder", path="batches.txt")
     train(*kind, *background, *again, "--ckpt_path", "auto", cwd=tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "step=6.ckpt", "step=8.ckpt"]
-    whole = train(*kind)
-    assert batches(tmp_path)[len(before) :] == batches(whole)[2 * ACCUMULATE :]
-    assert_same(folder / "last.ckpt", whole / "run" / "checkpoints" / "last.ckpt")
+    baseline = train(*kind)
+    assert batches(tmp_path)[len(before) :] == batches(baseline)[2 * ACCUMULATE :]
+    assert_same(folder / "last.ckpt", baseline / "run" / "checkpoints" / "last.ckpt")
     with pytest.raises(UsageError, match=r"step=6\.ckpt is step 6, and .* holds step 8; continue it"):
         check_folder(folder, str(folder / "step=6.ckpt"))
 
@@ -244,15 +244,15 @@ def test_killed_while_a_background_write_and_training_go_on(train, tmp_path, cal
 @pytest.mark.end_to_end
 @pytest.mark.slow
 def test_two_processes_stop_within_a_step(train, tmp_path, callbacks):
-    """Rank 1 gets the signal in batch 9, the last of step 5; both stop after batch 10, the first of step 6."""
+    """Rank 1 receives the signal in batch 9, the last of step 5; both stop after batch 10, the first of step 6."""
     stopped = callbacks("Signal", path="batches.txt", batch=9, rank=1)
     printed = train(*TWO_SHARDS, *stopped, cwd=tmp_path, returncode=128 + signal.SIGTERM).stdout
     assert "Stopped by SIGTERM at step 5, saved as run/checkpoints/step=5.ckpt." in printed
     train(*TWO_SHARDS, *callbacks("Recorder", path="batches.txt"), "--ckpt_path", "auto", cwd=tmp_path)
-    whole = train(*TWO_SHARDS)
-    assert batches(tmp_path) == batches(whole)[:11] + batches(whole)[10:]
+    baseline = train(*TWO_SHARDS)
+    assert batches(tmp_path) == batches(baseline)[:11] + batches(baseline)[10:]
     last = "run/checkpoints/last.ckpt"
-    assert_same(tmp_path / last, whole / last)
+    assert_same(tmp_path / last, baseline / last)
 
 
 @pytest.mark.end_to_end
@@ -263,7 +263,7 @@ def test_two_processes_stop_within_a_step(train, tmp_path, callbacks):
         pytest.param("Occupied", "false", "Directory not empty", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_end_when_one_cannot_write(run, tiny, tmp_path, callbacks, name, in_background, reason):
+def test_two_processes_end_when_one_fails_to_write(run, tiny, tmp_path, callbacks, name, in_background, reason):
     options = [*SHARDED, "--trainer.devices", 2, "--trainer.max_steps", 1000, "--checkpoints.async_save", in_background]
     options += ["--trainer.limit_val_batches", 0, "--trainer.default_root_dir", "run", *callbacks(name)]
     errors = run("fit", *tiny, *options, cwd=tmp_path, returncode=2).stderr
@@ -273,6 +273,6 @@ def test_two_processes_end_when_one_cannot_write(run, tiny, tmp_path, callbacks,
     assert not list((tmp_path / "run" / "checkpoints").glob(".*.partial"))
 
 
-def test_lightning_still_broadcasts_in_the_method_that_is_replaced():
-    """The tests above count its broadcasts; a Lightning that renamed the method would wait for the device unseen."""
+def test_the_replaced_method_of_lightning_broadcasts():
+    """The tests above count its broadcasts; if Lightning renamed the method, they would no longer detect any."""
     assert hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor")

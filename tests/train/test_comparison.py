@@ -1,4 +1,4 @@
-"""A checkpoint against what it meets: each way in, each thing that may differ, and what must not be needed."""
+"""Comparison of a checkpoint with a recipe: each use of the checkpoint, each possible difference."""
 
 import json
 import os
@@ -22,7 +22,7 @@ BPE = ["--data.tokenizer", "null", "--data.train_tokenizer", "300", "--model.dec
 
 @pytest.fixture(scope="module")
 def trained(run, texts, tmp_path_factory):
-    """A folder with `texts`, and a run of two steps that trained its own tokenizer on them."""
+    """Folder with `texts` and a run of two steps that trained its tokenizer on them."""
     folder = tmp_path_factory.mktemp("trained")
     shutil.copytree(texts, folder / "texts")
     run("fit", *options("run"), "--trainer.max_steps", 2, cwd=folder)
@@ -31,7 +31,7 @@ def trained(run, texts, tmp_path_factory):
 
 @pytest.fixture
 def copied(trained, tmp_path, monkeypatch):
-    """A copy of that folder, which is the current one."""
+    """Copy of that folder, as the current folder."""
     shutil.copytree(trained, tmp_path / "copy", symlinks=True)
     monkeypatch.chdir(tmp_path / "copy")
     return tmp_path / "copy"
@@ -69,7 +69,7 @@ def lose_cache(folder):
     [(change_text, True), (touch_text, False), (lose_cache, False)],
     ids=["changed", "touched", "no cache"],
 )
-def test_a_run_goes_on_with_its_own_tokenizer(run, copied, change, starts_over):
+def test_a_run_continues_with_its_own_tokenizer(run, copied, change, starts_over):
     before = last(copied)
     change(copied)
     printed = run("fit", *options("run"), "--ckpt_path", "auto", "--trainer.max_steps", 3, cwd=copied).stdout
@@ -83,7 +83,7 @@ def test_a_run_goes_on_with_its_own_tokenizer(run, copied, change, starts_over):
     assert (held_out in printed) == starts_over
 
 
-def test_text_held_out_is_that_of_the_run(run, copied, tmp_path):
+def test_held_out_documents_are_those_of_the_run(run, copied, tmp_path):
     arguments = [copied / "run" / "checkpoints" / "last.ckpt", "--tasks", "perplexity", "--lengths", 64]
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "texts").mkdir(parents=True)
@@ -94,7 +94,7 @@ def test_text_held_out_is_that_of_the_run(run, copied, tmp_path):
     lose_cache(copied)
     touch_text(copied)
     shutil.rmtree(elsewhere / "texts")
-    shutil.move(copied / "texts", elsewhere / "texts")  # the same documents are right wherever they lie
+    shutil.move(copied / "texts", elsewhere / "texts")  # the path of the documents does not matter
     assert "Note" not in run("evaluate", *arguments, "--out", "out", cwd=elsewhere).stdout
     checkpoint = last(copied)
     del checkpoint[KEY]["held_out"]
@@ -105,7 +105,7 @@ def test_text_held_out_is_that_of_the_run(run, copied, tmp_path):
 
 REFUSED, NOTED, ACCEPTED = "refused", "noted", "accepted"
 WAYS = ("init_from", "ckpt_path", "validate")
-TABLE = {  # what differs: what happens by way in, and what is printed
+TABLE = {  # difference: result for each use of the checkpoint, and printed text
     "nothing": ((ACCEPTED, ACCEPTED, ACCEPTED), ""),
     "tokenizer of the data": ((NOTED, REFUSED, REFUSED), "tokenizer"),
     "special ids": ((NOTED, REFUSED, NOTED), "opening [5] → [0], eos_token_id 2 → 1"),
@@ -120,12 +120,12 @@ TABLE = {  # what differs: what happens by way in, and what is printed
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("what", TABLE)
-def test_what_differs_by_way_in(copied, capsys, way, what):
-    """In this process: `plan` makes the checks of `fit`."""
+def test_differences_by_use_of_the_checkpoint(copied, capsys, way, what):
+    """In this process: `plan` runs the checks of `fit`."""
     happens, text = TABLE[what][0][WAYS.index(way)], TABLE[what][1]
     path = "run/checkpoints/last.ckpt"
     more = []
-    if what == "tokenizer of the data":  # a recipe that names another one
+    if what == "tokenizer of the data":  # a recipe with another tokenizer
         more = ["--data.train_tokenizer", "null", "--data.tokenizer", "bytes"]
     if what == "special ids":
         checkpoint = last(copied)
@@ -139,7 +139,7 @@ def test_what_differs_by_way_in(copied, capsys, way, what):
     if what == "ties":
         more = ["--model.decoder.tie_word_embeddings", "true"]
     names = ["--model.init_from", path] if way == "init_from" else ["--ckpt_path", path]
-    if what == "tokenizer of the data":  # so that a plan has data to look at
+    if what == "tokenizer of the data":  # so that a plan finds the data
         main(["prepare", "texts", "--out", "other", "--tokenizer", "bytes", "--validation_fraction", "0.2"])
         more = ["--data.train_tokenizer", "null", "--data.source", "other"]
     command = ["validate" if way == "validate" else "plan", *options("fresh"), *names, *more]
@@ -162,7 +162,7 @@ def test_what_differs_by_way_in(copied, capsys, way, what):
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "plan"])
-def test_another_tokenizer_in_the_recipe_of_a_run_that_goes_on(copied, capsys, subcommand):
+def test_another_tokenizer_in_the_recipe_of_a_continued_run(copied, capsys, subcommand):
     path = "run/checkpoints/last.ckpt"
     more = ["--data.train_tokenizer", "null", "--data.tokenizer", "bytes", "--ckpt_path", path]
     before = sorted(copied.rglob("*"))
@@ -176,8 +176,8 @@ def test_another_tokenizer_in_the_recipe_of_a_run_that_goes_on(copied, capsys, s
     assert sorted(copied.rglob("*")) == before
 
 
-def test_neither_weights_nor_tokenizer_nor_cache_are_needed_to_go_on(run, copied):
-    """A run that began from weights, with their tokenizer: all of them are gone, its own checkpoint is there."""
+def test_a_run_continues_without_init_from_tokenizer_and_cache(run, copied):
+    """A run was initialized from weights, with their tokenizer; only its own checkpoint still exists."""
     shutil.copy(copied / "run" / "checkpoints" / "last.ckpt", copied / "weights.ckpt")
     shutil.rmtree(copied / "run")
     begin = ["--model.init_from", "weights.ckpt", "--data.train_tokenizer", "null", "--data.tokenizer", "weights.ckpt"]
@@ -193,14 +193,14 @@ def test_neither_weights_nor_tokenizer_nor_cache_are_needed_to_go_on(run, copied
         assert note in printed
     assert "Continuing from run/checkpoints/step=2.ckpt at step 2 of 3: 1 steps are left" in plan
     assert "bits per byte" in validated
-    assert samples(last(copied)) == 6  # the position goes on
+    assert samples(last(copied)) == 6  # the data position continues
     assert last(copied)[KEY]["origin"] == "weights.ckpt"
     arguments = ["run/checkpoints/last.ckpt", "--tasks", "perplexity", "--lengths", 64, "--out", "out"]
     run("evaluate", *arguments, cwd=copied)
 
 
 def llama3_1(copied):
-    """What `import` makes of a model whose scaling reaches half of what it says that it reads."""
+    """Import of a model whose scaling supports half of the context length that it states."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     scaling = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "original_max_position_embeddings": 8,
@@ -216,8 +216,8 @@ def llama3_1(copied):
     main(["import", "hf", "llama.ckpt"])
 
 
-def test_what_import_writes_passes_plan_fit_and_validate(run, copied):
-    """With text, and with shards that were prepared with the same tokenizer."""
+def test_an_imported_recipe_passes_plan_fit_and_validate(run, copied):
+    """With text, and with shards prepared with the same tokenizer."""
     llama3_1(copied)
     main(["prepare", "texts", "--out", "shards", "--tokenizer", "llama.ckpt", "--validation_fraction", "0.2"])
     recipe = [*TINY, "--config", "llama.yaml", "--data.cache_dir", "cache", "--data.source"]
@@ -236,8 +236,8 @@ def test_what_import_writes_passes_plan_fit_and_validate(run, copied):
         assert "data.context_length: 129 is beyond the 64 tokens" in failed
 
 
-def test_tokens_that_occur_decide_and_not_those_that_a_tokenizer_has(run, copied):
-    """One more token than the model has rows, which no document has; then a document that has it."""
+def test_vocab_size_is_checked_against_tokens_in_the_data(run, copied):
+    """The tokenizer has one token more than the model, first absent from and then present in the data."""
     tokenizer = byte_tokenizer().tokenizer
     tokenizer.add_tokens(["<never>"])
     tokenizer.save(str(copied / "more.json"))
@@ -254,7 +254,7 @@ def test_tokens_that_occur_decide_and_not_those_that_a_tokenizer_has(run, copied
     assert "258 occurs in the data; prepare the data with the tokenizer of fresh/checkpoints/step=1.ckpt" in failed
 
 
-def test_tokenizers_are_the_same_by_what_they_do():
+def test_tokenizers_are_compared_by_behavior():
     text = byte_tokenizer().tokenizer.to_str()
     values = json.loads(text)
     values |= {"truncation": {"max_length": 64, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}}

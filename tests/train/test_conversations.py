@@ -1,4 +1,4 @@
-"""Training on conversations: what their loss is averaged over, packed or alone, and what their checkpoints keep."""
+"""Training on conversations: average of the loss, packing, and checkpoints."""
 
 import copy
 import itertools
@@ -41,7 +41,7 @@ def chats(tmp_path_factory):
 
 
 class Keep(Callback):
-    """Keeps the decoder as it is before the first step."""
+    """Store a copy of the decoder before the first step."""
 
     def on_train_start(self, trainer, module):
         self.decoder = copy.deepcopy(module.decoder)
@@ -69,7 +69,7 @@ def train(chats, tmp_path):
 
 
 def plain_mean(decoder, data, rows, average):
-    """Of the loss over rows, conversation by conversation."""
+    """Return the mean loss over rows, computed one conversation at a time."""
     means, counts = [], []
     for row in rows:
         batch = data.train_samples.collate(data.train_samples.__getitems__([row]))
@@ -86,9 +86,9 @@ def plain_mean(decoder, data, rows, average):
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-def test_the_loss_of_a_step_is_a_plain_mean_however_its_rows_are_spread(train, average):
+def test_the_loss_of_a_step_does_not_depend_on_the_distribution_of_rows(train, average):
     keep, settings = Keep(), {"average": average, "max_steps": 1, "gradient_clip_val": 0.1}
-    whole, trainer = train(batch_size=8, callbacks=[keep], **settings)
+    full_batch, trainer = train(batch_size=8, callbacks=[keep], **settings)
     mean = plain_mean(keep.decoder, trainer.datamodule, range(8), average)
     mean.backward()
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in keep.decoder.parameters()])
@@ -98,18 +98,18 @@ def test_the_loss_of_a_step_is_a_plain_mean_however_its_rows_are_spread(train, a
         assert found["gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-6)
         assert found[f"{average}_per_second"] > 0
         assert "train/bits_per_byte" not in found
-    for one, two in zip(whole.decoder.parameters(), parts.decoder.parameters(), strict=True):
+    for one, two in zip(full_batch.decoder.parameters(), parts.decoder.parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
 
 
-def test_conversations_are_averaged_by_tokens_unless_that_is_said(train):
+def test_conversations_are_averaged_by_tokens_by_default(train):
     assert train(max_steps=1)[0].step_average.over == "trained_tokens"
     model, trainer = train(max_steps=1, average="all_tokens")
     assert model.step_average.over == "all_tokens"
     assert trainer.logged_metrics["gradient_norm"] > 0
 
 
-def test_scaled_gradients_are_averaged_and_clipped_at_their_true_size(train):
+def test_scaled_gradients_are_averaged_and_unscaled_before_clipping(train):
     runs = []
     for scale in (None, 2.0**10):
         precision = MixedPrecision("bf16-mixed", "cpu", scaler=None)
@@ -123,7 +123,7 @@ def test_scaled_gradients_are_averaged_and_clipped_at_their_true_size(train):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-def test_a_packed_conversation_has_the_loss_and_gradients_that_it_has_alone(chats, dtype, tolerance):
+def test_packing_does_not_change_loss_and_gradients_of_a_conversation(chats, dtype, tolerance):
     torch.manual_seed(0)
     decoder = Decoder(CONFIG, RoPEPP(), Frequencies()).to(dtype)
     data = TokenData(source=str(chats), context_length=64, batch_size=2)
@@ -169,8 +169,8 @@ def test_validation_does_not_depend_on_the_batch_size(train):
 
 
 @pytest.mark.end_to_end
-def test_killed_and_continued_and_on_two_devices_it_is_the_same_run(run, chats, tmp_path):
-    """By the command, with workers; the conversations' template and ends of turns are in the checkpoint."""
+def test_killed_and_resumed_and_on_two_devices(run, chats, tmp_path):
+    """With the command and workers; the checkpoint stores the chat template and end-of-turn tokens."""
     (tmp_path / "killer.py").write_text(KILLER)
     recipe = Path(__file__).parent / "tiny.yaml"
 
@@ -182,7 +182,7 @@ def test_killed_and_continued_and_on_two_devices_it_is_the_same_run(run, chats, 
             cwd=tmp_path, returncode=returncode,
         ).stdout  # fmt: skip
 
-    printed = fit("whole", "--data.num_workers", 2)
+    printed = fit("baseline", "--data.num_workers", 2)
     assert "mean over the conversations of a step of the means over their trained tokens" in printed
     assert "chats: 150 conversations in " in printed
     assert "trained tokens:\n  loss" in printed
@@ -192,11 +192,13 @@ def test_killed_and_continued_and_on_two_devices_it_is_the_same_run(run, chats, 
     fit("killed", "--data.num_workers", 1, "--ckpt_path", "auto")
     context = ["--trainer.devices", 2, "--trainer.strategy", "FSDP2Strategy"]
     fit("two", *context, "--trainer.strategy.context_parallel_size", 2)
-    whole, killed, two = (read_checkpoint(tmp_path / f"{x}/checkpoints/last.ckpt") for x in ("whole", "killed", "two"))
-    for name, value in whole["state_dict"].items():
+    baseline, killed, two = (
+        read_checkpoint(tmp_path / f"{x}/checkpoints/last.ckpt") for x in ("baseline", "killed", "two")
+    )
+    for name, value in baseline["state_dict"].items():
         assert torch.equal(killed["state_dict"][name], value), name
         torch.testing.assert_close(two["state_dict"][name], value, atol=1e-8, rtol=0)
     for key in ("validation", "tokens_seen", "train_loss"):
-        assert killed[KEY][key] == whole[KEY][key]
-    assert json.loads(whole[KEY]["tokenizer_config"])["chat_template"] == "{{ messages }}"
-    assert json.loads(whole[KEY]["generation_config"])["eos_token_id"] == [1, END]
+        assert killed[KEY][key] == baseline[KEY][key]
+    assert json.loads(baseline[KEY]["tokenizer_config"])["chat_template"] == "{{ messages }}"
+    assert json.loads(baseline[KEY]["generation_config"])["eos_token_id"] == [1, END]

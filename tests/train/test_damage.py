@@ -1,4 +1,4 @@
-"""Checkpoints that were cut off or changed on the disk."""
+"""Truncated and corrupted checkpoints."""
 
 import os
 from pathlib import Path
@@ -25,21 +25,21 @@ def test_a_damaged_newest_checkpoint(fit, capsys):
     fit("damaged", "--ckpt_path", "auto", "--trainer.max_steps", 7)
     printed = capsys.readouterr().out
     for step in (6, 8):
-        assert f"{folder}/step={step}.ckpt is damaged: going on from {folder}/step=4.ckpt; it is" in printed
+        assert f"{folder}/step={step}.ckpt is damaged: continuing from {folder}/step=4.ckpt; it is" in printed
     assert read_checkpoint(folder / "step=6.ckpt")["global_step"] == 6
     assert (folder / "step=8.ckpt").stat().st_size == 1000
     (folder / "step=8.ckpt").write_bytes(b"")
     fit("damaged", "--ckpt_path", "auto")
-    assert f"{folder}/step=8.ckpt is damaged: going on from {folder}/step=7.ckpt" in capsys.readouterr().out
+    assert f"{folder}/step=8.ckpt is damaged: continuing from {folder}/step=7.ckpt" in capsys.readouterr().out
     assert read_checkpoint(folder / "step=8.ckpt")["global_step"] == 8
     for path in folder.iterdir():
         path.write_bytes(b"")
     with pytest.raises(SystemExit):
         fit("damaged", "--ckpt_path", "auto")
-    assert f"{folder} holds damaged checkpoints only (step=2.ckpt, step=4.ckpt" in capsys.readouterr().err
+    assert f"{folder} has only damaged checkpoints (step=2.ckpt, step=4.ckpt" in capsys.readouterr().err
 
 
-def test_a_damaged_checkpoint_is_not_one_of_those_that_are_kept(tmp_path):
+def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path):
     writer = CheckpointWriter(in_background=False, keep=2)
     for step in (4, 8, 10):
         (tmp_path / f"step={step}.ckpt").touch()
@@ -50,12 +50,12 @@ def test_a_damaged_checkpoint_is_not_one_of_those_that_are_kept(tmp_path):
         assert {step_of(path) for path in tmp_path.glob("step=*.ckpt")} == kept
 
 
-def test_a_damaged_folder_of_shards(fit, capsys):
+def test_a_damaged_sharded_checkpoint(fit, capsys):
     folder = fit("shards", *SHARDED, "--trainer.max_steps", 4) / "checkpoints"
     (shard,) = (folder / "step=4.ckpt").glob("*.distcp")
     os.truncate(shard, shard.stat().st_size // 2)
     fit("shards", *SHARDED, "--ckpt_path", "auto", "--trainer.max_steps", 4)
-    assert "step=4.ckpt is damaged: going on from shards/checkpoints/step=2.ckpt" in capsys.readouterr().out
+    assert "step=4.ckpt is damaged: continuing from shards/checkpoints/step=2.ckpt" in capsys.readouterr().out
     (shard,) = (folder / "step=4.ckpt").glob("*.distcp")
     shard.unlink()
     fit("shards", *SHARDED, "--ckpt_path", "auto", "--trainer.max_steps", 4)
@@ -66,18 +66,18 @@ def test_a_damaged_folder_of_shards(fit, capsys):
 
 
 def flip_bits(path, *, of):
-    """Change a byte of a checkpoint's tensor; neither its length nor what torch unpickles is another."""
+    """Change a byte of a checkpoint's tensor, without changing its length or the pickled data."""
     contents = bytearray(path.read_bytes())
     contents[contents.index(of.numpy().tobytes()) + 1] ^= 0xFF
     path.write_bytes(contents)
 
 
-def test_a_weight_that_has_changed_on_the_disk(fit, tiny, capsys):
+def test_a_weight_changed_on_disk(fit, tiny, capsys):
     folder = fit("changed", "--trainer.max_steps", 4) / "checkpoints"
     path = Path("changed/checkpoints/step=4.ckpt")
     weights = read_checkpoint(path)["state_dict"]
     flip_bits(path, of=next(iter(weights.values())).clone())
-    read_checkpoint(path)  # which torch does not notice
+    read_checkpoint(path)  # torch does not detect it
     refused = f"{path}: not a readable checkpoint: the checksum of archive/data/0 in it is wrong"
     commands = {
         "validate": [*tiny, "--ckpt_path", path],
@@ -96,12 +96,12 @@ def test_a_weight_that_has_changed_on_the_disk(fit, tiny, capsys):
         assert refused in capsys.readouterr().err
     assert not Path("another").exists()
     fit("changed", "--ckpt_path", "auto")
-    assert f"{path} is damaged: going on from changed/checkpoints/step=2.ckpt" in capsys.readouterr().out
+    assert f"{path} is damaged: continuing from changed/checkpoints/step=2.ckpt" in capsys.readouterr().out
     assert read_checkpoint(folder / "step=8.ckpt")["global_step"] == 8
     read_checkpoint(path, checksums=True)  # saved again
 
 
-def test_a_shard_that_has_changed_on_the_disk(fit, capsys):
+def test_a_shard_changed_on_disk(fit, capsys):
     folder = fit("changed_shards", *SHARDED, "--trainer.max_steps", 2) / "checkpoints/step=2.ckpt"
     (shard,) = folder.glob("*.distcp")
     flip_bits(shard, of=max(read_checkpoint(folder)["state_dict"].values(), key=torch.Tensor.numel))

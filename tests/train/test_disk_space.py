@@ -1,4 +1,4 @@
-"""Room for checkpoints: how large they are, and what is said before there is none left."""
+"""Disk space for checkpoints: estimated size, and warnings."""
 
 import shutil
 from pathlib import Path
@@ -33,7 +33,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_of_a_checkpoint(tmp_path, case):
-    """What a file of the same tensors takes, but for names and the like."""
+    """The estimate equals the size of a file with the same tensors, except for metadata."""
     make, optimizer, lora, precision = CASES[case]
     with torch.device("meta"):
         estimate = checkpoint_bytes(make(), optimizer, lora=lora, precision=precision)
@@ -51,7 +51,7 @@ def test_bytes_of_a_checkpoint(tmp_path, case):
     assert 0 < size_of(tmp_path / "step=1.ckpt") - estimate < 60_000
 
 
-# Checkpoints that are kept and saved, free space in checkpoints, and what is said.
+# Number of checkpoints to keep and saved, free space in checkpoints, and the warning.
 ROOM = [
     (2, 2, 1.1, None),
     (2, 2, 0.9, "the next checkpoint does not fit"),
@@ -62,19 +62,23 @@ ROOM = [
 ]
 
 
-@pytest.mark.parametrize(("keep", "saved", "free", "said"), ROOM)
-def test_room_for_the_next_checkpoints(tmp_path, monkeypatch, capsys, keep, saved, free, said):
+@pytest.mark.parametrize(("keep", "saved", "free", "warning"), ROOM)
+def test_disk_space_for_the_next_checkpoints(tmp_path, monkeypatch, capsys, keep, saved, free, warning):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(free * 2**20)))
     space = DiskSpace(keep)
     for step in (1, 2):
-        space.look(tmp_path, size=2**20, saved=saved, step=step, run_log=RunLog())
+        space.check(tmp_path, size=2**20, saved=saved, step=step, run_log=RunLog())
     errors = capsys.readouterr().err
-    assert errors.count(f"Notice: {tmp_path}: {said}: it takes 1.0 MiB, and ") == errors.count("Notice") == bool(said)
+    assert (
+        errors.count(f"Notice: {tmp_path}: {warning}: it takes 1.0 MiB, and ")
+        == errors.count("Notice")
+        == bool(warning)
+    )
 
 
 @pytest.mark.end_to_end
 def test_a_run_that_fills_the_disk(fit, monkeypatch, capsys):
-    """Room for four checkpoints and a half: the third save tells it, and only that."""
+    """Space for four and a half checkpoints: only the third save prints the warning."""
 
     def disk_usage(path):
         saved = [path.stat().st_size for path in Path("room/checkpoints").glob("step=*.ckpt")]
@@ -88,7 +92,7 @@ def test_a_run_that_fills_the_disk(fit, monkeypatch, capsys):
     assert warning["bytes"] < warning["free_bytes"] < 2 * warning["bytes"]
 
 
-def test_no_room_for_the_first_checkpoint(mistake, monkeypatch):
+def test_no_disk_space_for_the_first_checkpoint(mistake, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**17))
     line = mistake("--trainer.default_root_dir", "run")
     assert "run/checkpoints: a checkpoint takes" in line

@@ -1,4 +1,4 @@
-"""What ends a run within a step or a validation, and which folders a run refuses."""
+"""Runs that end within a step or a validation, and folders that a run refuses."""
 
 import gc
 import os
@@ -15,7 +15,7 @@ from ropepp_lit.train.cli import RecipeCLI
 
 
 class End(Callback):
-    """Ends training at a batch, by a signal or as EarlyStopping does."""
+    """End training at a batch, by a signal or like EarlyStopping."""
 
     def __init__(self, batch, by_signal):
         self.batch, self.by_signal = batch, by_signal
@@ -29,7 +29,7 @@ class End(Callback):
 
 
 class Collections(Callback):
-    """At which steps Python collects garbage."""
+    """Record the steps at which Python collects garbage."""
 
     def __init__(self):
         self.steps = []
@@ -44,7 +44,7 @@ class Collections(Callback):
 
     def on_train_batch_end(self, trainer, *_):
         assert not gc.isenabled()
-        [[] for _ in range(10_000)]  # would start a collection
+        [[] for _ in range(10_000)]  # would trigger a collection
         self.cycle = []
         self.cycle.append(self.cycle)
 
@@ -54,9 +54,9 @@ class Collections(Callback):
 
 @pytest.fixture
 def fit(tiny, tmp_path, monkeypatch):
-    """Trains in this process and the test's folder, with callbacks that are objects."""
+    """Train in this process, in the test's folder; callbacks are objects."""
     monkeypatch.chdir(tmp_path)
-    previous = signal.signal(signal.SIGTERM, lambda *_: None)  # where a handler is missing the tests go on
+    previous = signal.signal(signal.SIGTERM, lambda *_: None)  # so that the tests survive a missing handler
 
     def fit(*options, callbacks=()):
         def instantiate_trainer(self, **keywords):
@@ -74,8 +74,8 @@ def fit(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("by_signal", [True, False])
-def test_ended_within_a_step(fit, by_signal, capsys):
-    """Batches 6 to 8 are step 3: what of it was read is read again, in the same bits as if nothing had ended."""
+def test_stopped_within_a_step(fit, by_signal, capsys):
+    """Batches 6 to 8 are step 3: they are read again, and the result is bit-identical to an uninterrupted run."""
     options = ["--trainer.accumulate_grad_batches", 3, "--trainer.max_steps", 4, "--trainer.default_root_dir"]
     if by_signal:
         with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
@@ -88,12 +88,12 @@ def test_ended_within_a_step(fit, by_signal, capsys):
     assert stored[KEY]["tokens_seen"] == 2 * 3 * 2 * 64
     assert stored["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["samples"] == 2 * 3 * 2
     fit(*options, "run", "--ckpt_path", "auto")
-    fit(*options, "whole")
-    assert_same("run/checkpoints/last.ckpt", "whole/checkpoints/last.ckpt")
+    fit(*options, "baseline")
+    assert_same("run/checkpoints/last.ckpt", "baseline/checkpoints/last.ckpt")
 
 
 class SignalInValidation(Callback):
-    """Sends a signal in the first batch of a validation, and counts its batches."""
+    """Send a signal in the first batch of a validation, and count its batches."""
 
     def __init__(self):
         self.batches = 0
@@ -123,7 +123,7 @@ def test_stopped_before_the_first_step(fit, capsys):
     assert "Continuing" not in capsys.readouterr().out
 
 
-def test_garbage_is_collected_at_chosen_steps(fit, monkeypatch):
+def test_garbage_is_collected_at_fixed_steps(fit, monkeypatch):
     monkeypatch.setattr(garbage, "_EVERY_N_STEPS", 3)
     collections = Collections()
     fit("--trainer.default_root_dir", "run", callbacks=[collections])
@@ -132,7 +132,7 @@ def test_garbage_is_collected_at_chosen_steps(fit, monkeypatch):
     assert gc.get_freeze_count() == 0
 
 
-def test_a_folder_is_not_continued_from_other_checkpoints_than_its_newest(fit, mistake):
+def test_a_folder_is_only_continued_from_its_newest_checkpoint(fit, mistake):
     fit("--trainer.max_steps", 4, "--trainer.default_root_dir", "run")
     fit("--trainer.max_steps", 2, "--trainer.default_root_dir", "other")
     before = {
@@ -145,11 +145,11 @@ def test_a_folder_is_not_continued_from_other_checkpoints_than_its_newest(fit, m
         another = mistake("--trainer.default_root_dir", "run", *path)
         assert f"run/checkpoints holds checkpoints of an earlier run (step 4); {hint}" in another
     assert before == {path: os.stat(path).st_mtime_ns for path in before}
-    # In a folder of its own the older step is continued, and there `auto` stays on the branch.
+    # In another folder the older step can be continued, and `auto` then continues the branch.
     branch = ["--trainer.default_root_dir", "branch", "--model.schedule.total_steps", 8]
     fit(*branch, "--ckpt_path", "run/checkpoints/step=2.ckpt", "--trainer.max_steps", 3)
     fit(*branch, "--ckpt_path", "auto", "--trainer.max_steps", 4)
     assert sorted(os.listdir("branch/checkpoints")) == ["last.ckpt", "step=3.ckpt", "step=4.ckpt"]
-    # The link on the newest is as good as its name.
+    # The link to the newest checkpoint is equivalent to its path.
     fit("--trainer.default_root_dir", "run", "--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.max_steps", 6)
     assert sorted(os.listdir("run/checkpoints")) == ["last.ckpt", "step=4.ckpt", "step=6.ckpt"]

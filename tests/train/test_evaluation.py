@@ -1,4 +1,4 @@
-"""Evaluation and samples while a model trains."""
+"""Evaluation, diagnostics and samples during training."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ SHARDED = ["--trainer.devices", "2", "--trainer.strategy", "FSDP2Strategy"]
 
 @pytest.fixture(scope="module")
 def fit(run, tiny, tmp_path_factory):
-    """Trains 4 steps in float64 on 4 rows; returns the run's folder. The same options train once."""
+    """Train 4 steps in float64 on 4 rows, once per set of options; returns the run's folder."""
     done = {}
 
     def fit(*options, rows=4):
@@ -38,7 +38,7 @@ def fit(run, tiny, tmp_path_factory):
 
 
 def events(folder):
-    """What TensorBoard shows of validation, evaluation and samples: tag to values by step."""
+    """Return what TensorBoard shows of validation, evaluation and samples: values by step for each tag."""
     found = EventAccumulator(str(folder / "tensorboard"))
     found.Reload()
     scalars = {tag: [event.value for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
@@ -47,7 +47,7 @@ def events(folder):
 
 
 @pytest.mark.end_to_end
-def test_it_logs_what_evaluate_finds_and_leaves_training_alone(fit, run, tmp_path):
+def test_logged_results_equal_evaluate_and_training_is_unchanged(fit, run, tmp_path):
     folder = fit(*OPTIONS)
     one, other = (decoder_weights(read_checkpoint(path / "checkpoints/last.ckpt")) for path in (folder, fit()))
     assert all(torch.equal(one[name], value) for name, value in other.items())
@@ -64,7 +64,7 @@ def test_it_logs_what_evaluate_finds_and_leaves_training_alone(fit, run, tmp_pat
     assert rows[0]["value"] == pytest.approx(last, abs=1e-4)
 
 
-def test_diagnostics_are_those_of_plain_formulas(fit):
+def test_diagnostics_equal_reference_formulas(fit):
     folder = fit(*OPTIONS)
     scalars, _ = events(folder)
     config = yaml.safe_load((folder / "recipe.yaml").read_text())["data"]
@@ -115,7 +115,7 @@ def test_diagnostics_are_those_of_plain_formulas(fit):
     ids=["context", "fsdp"],
 )
 @pytest.mark.slow
-def test_two_processes_find_what_one_does(fit, options, rows):
+def test_two_processes_have_the_results_of_one(fit, options, rows):
     (scalars, text), (expected, expected_text) = events(fit(*OPTIONS, *options, rows=rows)), events(fit(*OPTIONS))
     assert text == expected_text
     assert scalars.keys() == expected.keys()
@@ -138,7 +138,7 @@ def test_evaluation_and_samples_compile_nothing(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         (["--evaluation.every_n_steps", "-1"], "evaluation.every_n_steps: -1 must be 0 (never) or more"),
         (["--evaluation.tasks", "speed"], "evaluation.tasks: no task 'speed'"),
@@ -159,12 +159,12 @@ def test_evaluation_and_samples_compile_nothing(tiny, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_mistakes(mistake, options, said):
-    assert said in mistake(*options)
+def test_mistakes(mistake, options, expected):
+    assert expected in mistake(*options)
 
 
-def test_a_run_that_goes_on_acts_at_whole_steps_alone(run, tiny, tmp_path):
-    """With two batches a step: at steps 2 and 4, and not after the first batch behind step 2."""
+def test_a_resumed_run_evaluates_only_at_ends_of_steps(run, tiny, tmp_path):
+    """With two batches per step: at steps 2 and 4, not after the first batch that follows step 2."""
     options = [*tiny, "--trainer.accumulate_grad_batches", "2", "--data.batch_size", "1"]
     options += ["--sample.max_new_tokens", "0", "--diagnostics.every_n_steps", "2", "--diagnostics.far", "8"]
     options += ["--model.schedule.total_steps", "4"]

@@ -1,4 +1,4 @@
-"""The installed command: what a run writes, and what holds when it goes on."""
+"""The installed command: output of a run, and resuming."""
 
 import hashlib
 import re
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.end_to_end
 
 @pytest.fixture(scope="module")
 def trained(run, tiny, tmp_path_factory):
-    """A finished run of 8 steps, and what it printed."""
+    """Finished run of 8 steps, and its output."""
     folder = tmp_path_factory.mktemp("trained")
     options = [
         "--trainer.default_root_dir",
@@ -36,7 +36,7 @@ def trained(run, tiny, tmp_path_factory):
     return folder / "run", finished.stdout
 
 
-def test_what_a_run_prints(trained):
+def test_output_of_a_run(trained):
     _, printed = trained
     for expected in (
         "RoPE++ EC, base 10000",
@@ -55,7 +55,7 @@ def test_what_a_run_prints(trained):
     assert 0 < float(ours) < 8.1
 
 
-def test_gzip_is_that_of_each_document_by_itself(trained, texts, tmp_path):
+def test_gzip_compresses_each_document_separately(trained, texts, tmp_path):
     _, printed = trained
     # The lowest fifth of the range of BLAKE2b's first eight bytes is held out.
     digests = {path.read_text(): hashlib.blake2b(path.read_bytes(), digest_size=8).digest() for path in texts.iterdir()}
@@ -69,11 +69,11 @@ def test_gzip_is_that_of_each_document_by_itself(trained, texts, tmp_path):
     assert f"({len(held_out)} documents" in printed
 
 
-def test_what_a_run_writes(trained):
+def test_files_of_a_run(trained):
     folder, _ = trained
     names = {path.name for path in folder.iterdir()}
     assert names == {".lock", "checkpoints", "recipe.yaml", "run.jsonl", "tensorboard"}
-    # Every third step and the last, of which the newest two are kept.
+    # Every third step and the last one; the newest two are kept.
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
         "last.ckpt",
         "step=6.ckpt",
@@ -103,7 +103,7 @@ def test_tensorboard(trained):
     assert events.Scalars("train/loss")[-1].value < events.Scalars("train/loss")[0].value
 
 
-def test_validate_repeats_the_figures_of_the_run(trained, run, tmp_path):
+def test_validate_reproduces_the_metrics_of_the_run(trained, run, tmp_path):
     folder, printed = trained
     options = ["--config", folder / "recipe.yaml", "--ckpt_path", folder / "checkpoints" / "last.ckpt"]
     again = run("validate", *options, cwd=tmp_path).stdout
@@ -134,14 +134,14 @@ def _byte_token(character):
     return byte_tokenizer().encode_text(character)[0]
 
 
-def test_the_last_step_is_saved_and_validated_whatever_the_intervals(run, tiny, tmp_path):
+def test_the_last_step_is_always_saved_and_validated(run, tiny, tmp_path):
     options = ["--trainer.max_steps", "4", "--checkpoints.every_n_steps", "3", "--trainer.val_check_interval", "100"]
     printed = run("fit", *tiny, *options, "--trainer.default_root_dir", "run", cwd=tmp_path).stdout
     assert (tmp_path / "run/checkpoints/last.ckpt").readlink().name == "step=4.ckpt"
     assert "at step 4, " in printed
 
 
-def test_the_recipe_rules_when_a_run_goes_on(trained, run, tiny, tmp_path):
+def test_the_recipe_overrides_the_checkpoint_on_resume(trained, run, tiny, tmp_path):
     folder, _ = trained
     options = [
         *("--model.optimizer.lr", "0.002", "--model.optimizer.weight_decay", "0.25"),
@@ -161,7 +161,7 @@ def test_the_recipe_rules_when_a_run_goes_on(trained, run, tiny, tmp_path):
     assert after["ropepp_lit"]["architecture"]["decoder"]["rms_norm_eps"] == 1e-4
 
 
-def test_other_batch_and_accumulation_when_a_run_goes_on(trained, run, tiny, tmp_path):
+def test_another_batch_size_and_accumulation_on_resume(trained, run, tiny, tmp_path):
     folder, _ = trained
     options = ["--data.batch_size", "1", "--trainer.accumulate_grad_batches", "4", "--trainer.max_steps", "11"]
     options += ["--trainer.default_root_dir", "run", "--ckpt_path", folder / "checkpoints" / "last.ckpt"]
@@ -185,20 +185,20 @@ def test_a_branch_decays_from_a_checkpoint_of_a_run(trained, run, tmp_path):
     assert rates == pytest.approx([5e-4 * share for share in (2 / 3, 1 / 3, 0)])
 
 
-def test_auto_starts_where_nothing_is_and_goes_on_where_something_is(run, tiny, tmp_path):
+def test_auto_starts_or_resumes(run, tiny, tmp_path):
     options = ["--ckpt_path", "auto", "--trainer.default_root_dir", "run"]
     first = run("fit", *tiny, *options, "--trainer.max_steps", "2", cwd=tmp_path).stdout
     assert "Continuing" not in first
     second = run("fit", *tiny, *options, "--trainer.max_steps", "4", cwd=tmp_path).stdout
     assert "Continuing from run/checkpoints/step=2.ckpt at step 2 of 4" in second
     third = run("fit", *tiny, *options, "--trainer.max_steps", "4", cwd=tmp_path).stdout
-    assert "raise --trainer.max_steps to go on" in third
+    assert "raise --trainer.max_steps to continue" in third
 
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_scheme_in_a_file_of_the_users_own(run, tiny, tmp_path):
+def test_a_custom_scheme_in_a_user_file(run, tiny, tmp_path):
     page = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
     (example,) = re.findall(r"```python\n(# schemes\.py.*?)```", page, re.DOTALL)
     (tmp_path / "schemes.py").write_text(example)

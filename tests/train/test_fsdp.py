@@ -1,4 +1,4 @@
-"""Several processes against one on the same global batches: FSDP2, context parallelism, and their checkpoints."""
+"""FSDP2, context parallelism and their checkpoints: multiple processes compared with one on the same global batches."""
 
 import itertools
 import json
@@ -101,7 +101,7 @@ VARIANTS = {
         ),
     ],
 )  # fmt: skip
-def test_processes_end_where_one_does(fit, model, options, devices, rows):
+def test_multiple_processes_end_with_the_weights_of_one(fit, model, options, devices, rows):
     assert_equal(fit(*VARIANTS[model], *DOUBLE), fit(*VARIANTS[model], *DOUBLE, *options, devices=devices, rows=rows))
 
 
@@ -129,11 +129,11 @@ def test_processes_end_where_one_does(fit, model, options, devices, rows):
     ],
     ids=["fsdp", "gathered once", "gather", "heads"],
 )
-def test_every_setting_ends_where_one_process_does(fit, changes, options, rows):
+def test_every_setting_ends_with_the_weights_of_one_process(fit, changes, options, rows):
     assert_equal(fit(*DOUBLE, *changes), fit(*DOUBLE, *changes, *options, devices=2, rows=rows))
 
 
-def test_memory_levers_change_no_bit_of_a_result(fit):
+def test_memory_options_do_not_change_results(fit):
     levers = ["--model.activation_checkpointing", "attention", "--model.mlp_chunk_tokens", 16]
     assert_equal(fit(*VARIANTS["ec"], *DOUBLE), fit(*VARIANTS["ec"], *DOUBLE, *levers), tolerance=1e-12)
 
@@ -168,14 +168,14 @@ class Probe(Callback):
 """
 
 
-def test_each_rank_holds_half_reads_its_own_rows_and_reduces_once_a_step(run, tiny, tmp_path):
+def test_ranks_shard_weights_read_distinct_rows_and_reduce_once_per_step(run, tiny, tmp_path):
     (tmp_path / "probe.py").write_text(PROBE)
     options = ["--trainer.devices", 2, *STRATEGY, *WHOLE_GRADIENTS]
     options += ["--trainer.callbacks+", "probe.Probe"]
     run("fit", *tiny, *COMMON, *options, "--trainer.max_steps", 3, cwd=tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     for found in ranks:
-        # Two blocks, embedding, output layer and the rest, in each step of two micro-batches.
+        # Two blocks, embedding, output layer and the root, in each step of two micro-batches.
         assert found["reductions"] == 3 * (2 + 3)
         assert found["share"] == pytest.approx(0.5, abs=0.02)
         assert len(set(found["batches"])) == 6
@@ -205,8 +205,8 @@ def test_continued_on_other_devices(fit, tmp_path, before, after, optimizer):
     (options, devices, rows), (other_options, other_devices, other_rows) = before, after
     fit(*common, *options, steps=4, devices=devices, rows=rows, folder=tmp_path / "run")
     fit(*common, *other_options, "--ckpt_path", "auto", devices=other_devices, rows=other_rows, folder=tmp_path / "run")
-    whole = fit(*common, *options, devices=devices, rows=rows)
-    found, expected = weights(tmp_path / "run"), weights(whole)
+    baseline = fit(*common, *options, devices=devices, rows=rows)
+    found, expected = weights(tmp_path / "run"), weights(baseline)
     for name, value in expected.items():
         if before is after:
             assert torch.equal(found[name], value), name
@@ -214,7 +214,7 @@ def test_continued_on_other_devices(fit, tmp_path, before, after, optimizer):
             torch.testing.assert_close(found[name], value, atol=1e-9, rtol=0, msg=name)
 
 
-def test_a_sharded_folder_is_a_checkpoint_everywhere(fit, run, tmp_path):
+def test_all_commands_accept_a_sharded_checkpoint(fit, run, tmp_path):
     folder = fit(*SHARDED, steps=4, devices=2, rows=2, folder=tmp_path / "run")
     last = folder / "checkpoints" / "last.ckpt"
     assert last.resolve().is_dir()
@@ -231,7 +231,7 @@ def test_a_sharded_folder_is_a_checkpoint_everywhere(fit, run, tmp_path):
     run("export", last, "hf", "--check", "false", cwd=tmp_path)
     failed = run("fit", "--config", folder / "recipe.yaml", "--trainer.strategy", "auto", "--trainer.devices", 1,
                  "--ckpt_path", "auto", cwd=tmp_path, returncode=2)  # fmt: skip
-    assert "is in shards; continue it by --trainer.strategy fsdp2, on any devices" in failed.stderr
+    assert "is sharded; continue it by --trainer.strategy fsdp2, on any devices" in failed.stderr
     shard = next(last.resolve().glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:100])
     assert f"the shard {shard.name} is damaged or missing" in run("generate", last, cwd=tmp_path, returncode=2).stderr
@@ -242,7 +242,7 @@ class Evil:
         return (print, ("ran",))
 
 
-def test_the_table_of_contents_of_a_sharded_folder_runs_nothing(fit, tmp_path, capsys):
+def test_metadata_of_a_sharded_checkpoint_executes_no_code(fit, tmp_path, capsys):
     import pickle
 
     from ropepp_lit.errors import UsageError
@@ -258,7 +258,7 @@ def test_the_table_of_contents_of_a_sharded_folder_runs_nothing(fit, tmp_path, c
 @pytest.mark.parametrize("number", range(10))
 @pytest.mark.parametrize("in_background", ["true", "false"])
 @pytest.mark.parametrize("kind", [SHARDED, STRATEGY], ids=["sharded", "one file"])
-def test_killed_while_it_saves_at_every_step(
+def test_killed_while_saving_at_every_step(
     start_training, run, tiny, tmp_path, command_path, kind, in_background, number
 ):
     options = [

@@ -1,4 +1,4 @@
-"""Training that begins with the weights of another model."""
+"""Training initialized from the weights of another model."""
 
 import re
 
@@ -30,8 +30,8 @@ def rope(run, tiny, tmp_path_factory):
     return folder
 
 
-def test_from_rope_to_ropepp_and_on_and_out(run, tiny, rope, tmp_path):
-    """The whole way: train, upcycle, train on with another base, export, import, and generate at each end."""
+def test_upcycle_train_export_and_import(run, tiny, rope, tmp_path):
+    """Train, upcycle, train further with another base, export, import, and generate from both."""
     text = tmp_path / "text.txt"
     text.write_text("word1 word2 word3 " * 40)
     last = rope / "rope" / "checkpoints" / "last.ckpt"
@@ -69,22 +69,22 @@ def test_from_rope_to_ropepp_and_on_and_out(run, tiny, rope, tmp_path):
     assert len(texts) == 1
 
 
-def test_the_run_says_what_changes_at_a_longer_context(run, tiny, rope, tmp_path):
+def test_the_run_reports_changes_at_a_longer_context(run, tiny, rope, tmp_path):
     options = ["--model.positions", "RoPE", "--model.init_from", rope / "rope" / "checkpoints" / "last.ckpt"]
     options += ["--data.context_length", 256, "--data.batch_size", 1, "--trainer.max_steps", 1]
-    said = run("fit", *tiny, *options, "--model.frequencies.rope_theta", 50000, cwd=tmp_path).stdout
+    printed = run("fit", *tiny, *options, "--model.frequencies.rope_theta", 50000, cwd=tmp_path).stdout
     changes = "model.frequencies.rope_theta 10000.0 → 50000.0, data.context_length 64 → 256, tokens per step 128 → 256"
-    assert changes in said
+    assert changes in printed
 
 
 def test_weights_that_do_not_fit(run, mistake, tiny, rope, tmp_path):
     last = rope / "rope" / "checkpoints" / "last.ckpt"
-    said = mistake("--model.init_from", last)
-    assert "its weights do not fit the recipe's model (model.positions RoPE → RoPEPP" in said
+    printed = mistake("--model.init_from", last)
+    assert "its weights do not fit the recipe's model (model.positions RoPE → RoPEPP" in printed
     assert "none.ckpt: no such checkpoint" in mistake("--model.init_from", "none.ckpt")
     run("upcycle", last, "ec.ckpt", "--variant", "ec", cwd=tmp_path)
-    said = mistake("--ckpt_path", "ec.ckpt")
-    assert "ckpt_path: ec.ckpt stores weights only; start from them by --model.init_from ec.ckpt" in said
+    printed = mistake("--ckpt_path", "ec.ckpt")
+    assert "ckpt_path: ec.ckpt stores weights only; start from them by --model.init_from ec.ckpt" in printed
     checked = run("validate", *tiny, "--ckpt_path", "ec.ckpt", cwd=tmp_path).stdout
     assert "bits per byte" in checked
 
@@ -93,7 +93,7 @@ def test_weights_that_do_not_fit(run, mistake, tiny, rope, tmp_path):
     "base", ["file", *(pytest.param(base, marks=pytest.mark.slow) for base in ("file, fsdp2", "shards"))]
 )
 def test_rotations_are_dropped_and_norms_added(base, run, tiny, rope, tmp_path, monkeypatch):
-    """RoPE goes on as NoPE; norms of queries and keys begin at one, but not beside adapters."""
+    """NoPE is initialized from RoPE; query and key norms start at 1, and are refused with adapters."""
     last = path = rope / "rope" / "checkpoints" / "last.ckpt"
     more = [] if base == "file" else ["--trainer.strategy", "FSDP2Strategy"]
     if base == "shards":
@@ -102,9 +102,9 @@ def test_rotations_are_dropped_and_norms_added(base, run, tiny, rope, tmp_path, 
         run("fit", *tiny, *options, cwd=tmp_path)
         path = "shards/checkpoints/last.ckpt"
     options = [*tiny, "--model.positions", "NoPE", "--model.decoder.qk_norm", "true", "--model.init_from", path, *more]
-    said = run("fit", *options, "--trainer.max_steps", 1, "--trainer.default_root_dir", "run", cwd=tmp_path).stdout
-    assert "model.positions RoPE → NoPE" in said
-    assert "model.decoder.qk_norm False → True" in said
+    printed = run("fit", *options, "--trainer.max_steps", 1, "--trainer.default_root_dir", "run", cwd=tmp_path).stdout
+    assert "model.positions RoPE → NoPE" in printed
+    assert "model.decoder.qk_norm False → True" in printed
     made = decoder_weights(read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt"))
     norms = [value for name, value in made.items() if "q_norm" in name or "k_norm" in name]
     assert len(norms) == 4
@@ -121,21 +121,21 @@ def test_rotations_are_dropped_and_norms_added(base, run, tiny, rope, tmp_path, 
         plan([*map(str, options), "--model.init_from", "damaged.ckpt"])
 
 
-def test_begun_anew_and_continued(run, tiny, rope, tmp_path):
-    """A run that began from weights goes on from its own checkpoint, not from those weights."""
+def test_initialized_and_continued(run, tiny, rope, tmp_path):
+    """A run with init_from continues from its own checkpoint, not from those weights."""
     last = rope / "rope" / "checkpoints" / "last.ckpt"
     options = [*tiny, "--model.positions", "RoPE", "--model.init_from", last, "--trainer.default_root_dir", "run"]
     run("fit", *options, "--trainer.max_steps", 2, "--model.schedule.total_steps", 4, cwd=tmp_path)
     run("fit", *options, "--trainer.max_steps", 4, "--ckpt_path", "auto", cwd=tmp_path)
-    options[-1] = "whole"
+    options[-1] = "baseline"
     run("fit", *options, "--trainer.max_steps", 4, cwd=tmp_path)
-    halves, whole = (
-        decoder_weights(read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")) for name in ("run", "whole")
+    halves, baseline = (
+        decoder_weights(read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")) for name in ("run", "baseline")
     )
-    assert all(torch.equal(halves[name], value) for name, value in whole.items())
+    assert all(torch.equal(halves[name], value) for name, value in baseline.items())
 
 
-def test_the_optimizers_state_goes_along_if_asked(run, tiny, rope, tmp_path):
+def test_init_optimizer_loads_the_optimizer_state(run, tiny, rope, tmp_path):
     last = rope / "rope" / "checkpoints" / "last.ckpt"
     options = [*tiny, "--model.positions", "RoPE", "--model.init_from", last, "--trainer.max_steps", 2]
     weights = {}

@@ -1,4 +1,4 @@
-"""Runs with LoRA: killed and resumed, on several processes, and their checkpoints in the other commands."""
+"""Runs with LoRA: killed and resumed, on multiple processes, and their checkpoints in other commands."""
 
 import signal
 
@@ -29,7 +29,7 @@ class Killer(Callback):
 
 @pytest.fixture(scope="module")
 def runs(run, tiny, tmp_path_factory):
-    """A folder with a run of the whole model, and what trains beside its weights in that folder."""
+    """Folder with a run of the full model, and a function that trains adapters on it in that folder."""
     root = tmp_path_factory.mktemp("lora")
     (root / "killer.py").write_text(KILLER)
 
@@ -47,9 +47,9 @@ def base_of(folder):
 
 @pytest.fixture(scope="module")
 def adapters(runs):
-    """Checkpoints of a whole run with LoRA."""
+    """Checkpoints of an uninterrupted run with LoRA."""
     root, fit = runs
-    return fit("whole", *LORA, *base_of(root), "--model.lora.dropout", 0.2, "--model.activation_checkpointing", 1)
+    return fit("baseline", *LORA, *base_of(root), "--model.lora.dropout", 0.2, "--model.activation_checkpointing", 1)
 
 
 def assert_same(one, other, tolerance=0.0):
@@ -67,7 +67,7 @@ def assert_same(one, other, tolerance=0.0):
     return first
 
 
-def test_killed_and_resumed_equals_whole_where_the_base_has_moved(runs, adapters, tmp_path):
+def test_killed_and_resumed_with_a_moved_base(runs, adapters, tmp_path):
     root, fit = runs
     dropout = ["--model.lora.dropout", 0.2, "--model.activation_checkpointing", 1]
     killer = ["--trainer.callbacks", "killer.Killer", "--trainer.callbacks.kill_at"]
@@ -78,14 +78,14 @@ def test_killed_and_resumed_equals_whole_where_the_base_has_moved(runs, adapters
     (root / "moved").unlink()
     there = root / "base" / "checkpoints" / "last.ckpt"
     assert (root / "killed" / "checkpoints" / "last.ckpt").resolve().name == "step=4.ckpt"
-    fit("killed", *LORA, *dropout, "--ckpt_path", "auto", returncode=2)  # the base is not where it was
+    fit("killed", *LORA, *dropout, "--ckpt_path", "auto", returncode=2)  # the base has moved
     killed = fit("killed", *LORA, *dropout, "--ckpt_path", "auto", "--model.init_from", there)
     assert_same(adapters, killed)
 
 
 @pytest.mark.slow
-def test_two_processes_end_where_one_does(runs):
-    """FSDP2 and sequence parallelism; the second half continues from one file. Adapters are whole, by plain names."""
+def test_two_processes_end_with_the_weights_of_one(runs):
+    """FSDP2 and context parallelism; the second half continues from a single file with full tensors."""
     root, fit = runs
     options = [
         *LORA, *base_of(root), "--trainer.precision", "64-true", "--model.lora.dora", "true",
@@ -104,7 +104,7 @@ def test_two_processes_end_where_one_does(runs):
 
 
 def curves(folder):
-    """The last value of each figure of attention."""
+    """Return the last value of each metric of attention."""
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     tags = (tag for tag in events.Tags()["scalars"] if tag.startswith("attention/"))
@@ -121,7 +121,7 @@ def test_float32_adapters_over_a_bfloat16_base_on_two_processes(runs):
     assert {value.dtype for value in checkpoint["state_dict"].values()} == {torch.float32}
 
 
-def test_other_commands_take_adapters(runs, adapters, run, tiny, capsys):
+def test_other_commands_accept_adapters(runs, adapters, run, tiny, capsys):
     root, fit = runs
     last = adapters / "last.ckpt"
     assert run("generate", last, "--prompt", "def", "--max_new_tokens", 4, cwd=root).stdout.startswith("def")
@@ -138,11 +138,11 @@ def test_other_commands_take_adapters(runs, adapters, run, tiny, capsys):
 
 def test_mistakes_are_one_line(runs, adapters, mistake):
     root, _ = runs
-    base, whole, last = base_of(root), root / "base" / "checkpoints" / "last.ckpt", adapters / "last.ckpt"
+    base, full_model, last = base_of(root), root / "base" / "checkpoints" / "last.ckpt", adapters / "last.ckpt"
     muon = ["--model.optimizer", "Muon"]
     sharded = ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.save_distributed_checkpoint", "true"]
     for options, expected in (
-        (["--model.lora", "{}"], "model.lora: adapters are trained beside a model's weights; name it by model.init_f"),
+        (["--model.lora", "{}"], "model.lora: adapters require a base model; set model.init_from"),
         ([*base, "--model.lora.targets", "[qkv]"], "model.lora.targets: the decoder has no 'qkv'; choose from q_proj"),
         ([*base, "--model.lora.train_fully", "[imaginary]", "--model.positions", "RoPE"], "no imaginary heads"),
         ([*base, *LORA[:2], *muon], "model.optimizer: Muon orthogonalizes"),
@@ -151,7 +151,7 @@ def test_mistakes_are_one_line(runs, adapters, mistake):
         ([*base, *LORA, "--model.lora.dropout", 0.1, "--model.mlp_chunk_tokens", 8], "model.lora.dropout"),
         ([*base, *LORA, "--model.init_optimizer", "true"], "model.init_optimizer: the state of model.init_from bel"),
         ([*base, *LORA, *sharded], "trainer.strategy.save_distributed_checkpoint: adapters are saved in one file"),
-        ([*LORA, "--ckpt_path", whole], "ckpt_path: "),
+        ([*LORA, "--ckpt_path", full_model], "ckpt_path: "),
         (["--ckpt_path", last], "stores adapters, and the recipe has no model.lora"),
         (["--model.lora.rank", 8, "--ckpt_path", last], "stores other adapters (rank 4 → 8)"),
         ([*LORA, "--ckpt_path", last, "--model.init_from", last], "trained on another base"),

@@ -1,4 +1,4 @@
-"""Runs of many processes as torchrun starts them on two machines, here all on one: the run of a single process."""
+"""Runs launched by torchrun as on two machines (here all on one), compared with a single process."""
 
 import json
 import os
@@ -39,7 +39,7 @@ class Recorder(Callback):
 
 @pytest.fixture(scope="module", params=[4, 8])
 def per_node(request):
-    """Processes of each node."""
+    """Number of processes per node."""
     needed, available = NODES * request.param * PER_PROCESS, psutil.virtual_memory().available
     if available < needed:
         pytest.skip(
@@ -50,7 +50,7 @@ def per_node(request):
 
 @pytest.fixture(scope="module")
 def fit(command_server, command_path, free_port, tiny, tmp_path_factory):
-    """Trains on nodes × processes; returns the folder with the run and what each rank read."""
+    """Train on nodes × processes; returns the folder with the run and the rows that each rank read."""
     root = tmp_path_factory.mktemp("nodes")
     (root / "recorder.py").write_text(RECORDER)
 
@@ -60,7 +60,7 @@ def fit(command_server, command_path, free_port, tiny, tmp_path_factory):
 
     def fit(name, *options, nodes=1, per_node=1, steps=STEPS):
         world = nodes * per_node
-        words = [
+        arguments = [
             command_path, "fit", *tiny, "--trainer.callbacks", "recorder.Recorder", "--trainer.callbacks.out",
             f"{name}-read", "--trainer.default_root_dir", name, "--trainer.num_nodes", nodes, "--trainer.devices",
             per_node, "--data.batch_size", BATCH // world, "--trainer.max_steps", steps, "--sample.max_new_tokens", 2,
@@ -74,7 +74,7 @@ def fit(command_server, command_path, free_port, tiny, tmp_path_factory):
             place = {key: str(value) for key, value in place.items()} | shared if world > 1 else {}
             output = str(root / f"{name}-{rank}.txt")
             environment = {**os.environ, **place}
-            job = {"command": [str(word) for word in words], "cwd": str(root), "environment": environment}
+            job = {"command": [str(argument) for argument in arguments], "cwd": str(root), "environment": environment}
             started.append(ask(**job, output=output, errors=output, detached=True))
         codes = [ask(wait=process) for process in started]
         assert codes == [0] * world, "\n".join((root / f"{name}-{rank}.txt").read_text() for rank in range(world))
@@ -98,13 +98,13 @@ STRATEGIES = {
 
 
 def records(folder):
-    """What each rank read, in order."""
+    """Return the rows that each rank read, in order."""
     files = folder.parent.glob(f"{folder.name}-read-*.jsonl")
     return [json.loads(line) for file in sorted(files) for line in file.read_text().splitlines()]
 
 
 def rows_by_batch(folder):
-    """Rows that all ranks read together, by the number of the batch."""
+    """Return the rows that all ranks read, by the number of the batch."""
     found = {}
     for record in records(folder):
         found.setdefault(record["batch"], Counter()).update(map(tuple, record["rows"]))
@@ -112,14 +112,14 @@ def rows_by_batch(folder):
 
 
 def files_of(folder):
-    """Names of a run's files; the shards of a checkpoint count as one."""
+    """Return the names of a run's files; the shards of a checkpoint count as one."""
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
     found = {name.partition(".ckpt/")[0] + ".ckpt" if ".ckpt/" in name else name for name in found}
     return {"tensorboard" if name.startswith("tensorboard") else name for name in found}
 
 
 def assert_same_run(folder, other, *, step):
-    """Weights and curves of two runs agree but for the order in which numbers are added."""
+    """Check that weights and logs of two runs agree up to the order of summation."""
     one, two = (read_checkpoint(run / f"checkpoints/step={step}.ckpt") for run in (folder, other))
     assert one["global_step"] == two["global_step"] == step
     assert one[KEY]["tokens_seen"] == two[KEY]["tokens_seen"] == step * BATCH * 64
@@ -135,11 +135,11 @@ def assert_same_run(folder, other, *, step):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_nodes_train_as_one_process_does(fit, alone, per_node, strategy):
+def test_nodes_train_like_one_process(fit, alone, per_node, strategy):
     world = NODES * per_node
     folder = fit(f"{strategy}-{world}", *STRATEGIES[strategy], nodes=NODES, per_node=per_node)
-    places = {(record["rank"], record["node"], record["local"]) for record in records(folder)}
-    assert places == {(rank, rank // per_node, rank % per_node) for rank in range(world)}
+    positions = {(record["rank"], record["node"], record["local"]) for record in records(folder)}
+    assert positions == {(rank, rank // per_node, rank % per_node) for rank in range(world)}
     assert {record["seed"] for record in records(folder)} == {0}
     assert rows_by_batch(folder) == rows_by_batch(alone)
     assert sum(map(Counter.total, rows_by_batch(folder).values())) == STEPS * BATCH
@@ -148,13 +148,13 @@ def test_nodes_train_as_one_process_does(fit, alone, per_node, strategy):
         shards = {path.name for path in (folder / f"checkpoints/step={STEPS}.ckpt").glob("*.distcp")}
         assert shards == {f"__{rank}_0.distcp" for rank in range(world)}
     assert_same_run(folder, alone, step=STEPS)
-    # It goes on with two processes, and ends as the process that was never stopped.
+    # Resumed with two processes, it ends like the uninterrupted single process.
     resumed = ["--ckpt_path", folder / f"checkpoints/step={STEPS}.ckpt"]
-    other = "ddp" if strategy != "shards" else "fsdp2"  # which alone reads folders of shards
-    goes_on = fit(f"{strategy}-{world}-on", *STRATEGIES[other], *resumed, per_node=2, steps=STEPS + 2)
-    whole = alone.with_name("whole")
-    if not whole.exists():
-        fit("whole", steps=STEPS + 2)
-    read = rows_by_batch(whole)
-    assert rows_by_batch(goes_on) == {batch: read[batch] for batch in (STEPS, STEPS + 1)}
-    assert_same_run(goes_on, whole, step=STEPS + 2)
+    other = "ddp" if strategy != "shards" else "fsdp2"  # required for sharded checkpoints
+    resumed = fit(f"{strategy}-{world}-on", *STRATEGIES[other], *resumed, per_node=2, steps=STEPS + 2)
+    baseline = alone.with_name("baseline")
+    if not baseline.exists():
+        fit("baseline", steps=STEPS + 2)
+    read = rows_by_batch(baseline)
+    assert rows_by_batch(resumed) == {batch: read[batch] for batch in (STEPS, STEPS + 1)}
+    assert_same_run(resumed, baseline, step=STEPS + 2)

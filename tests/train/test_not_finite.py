@@ -1,4 +1,4 @@
-"""Losses and gradients that are NaN or infinite."""
+"""NaN and infinite losses and gradients."""
 
 import os
 import shlex
@@ -17,21 +17,21 @@ pytestmark = pytest.mark.end_to_end
 
 
 def bad(step, *, every=False):
-    """Makes the gradients of a step NaN."""
+    """Set the gradients of a step to NaN."""
 
-    def spoil(trainer):
+    def set_nan(trainer):
         next(trainer.lightning_module.decoder.parameters()).grad[0] = torch.nan
 
     class Spoil(Callback):
         def on_after_backward(self, trainer, module):
             if trainer.global_step + 1 == step or (every and trainer.global_step + 1 > step):
-                spoil(trainer)
+                set_nan(trainer)
 
     return Spoil()
 
 
 class Poison(Callback):
-    """Makes the loss of each batch NaN that holds a certain row: that which step 50 of the run reads first."""
+    """Set the loss of batches with a certain row to NaN: the first row that step 50 reads."""
 
     def on_train_start(self, trainer, module):
         tokens, _ = trainer.datamodule.train_samples.__getitems__([98])
@@ -44,37 +44,37 @@ class Poison(Callback):
         module._summed_loss = spoilt
 
 
-class LeaveOut(Callback):
-    """Takes the gradients of step 50 away before it."""
+class SkipStep(Callback):
+    """Remove the gradients before step 50."""
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         if trainer.global_step + 1 == 50:
             optimizer.zero_grad(set_to_none=True)
 
 
-def test_a_document_that_makes_the_loss_nan(fit, capsys):
-    """The run stops, goes on by what its last line says, and ends as one that left step 50 out."""
+def test_a_document_with_a_nan_loss(fit, capsys):
+    """The run stops, is continued by the printed command, and ends like one without step 50."""
     options = ["--trainer.accumulate_grad_batches", 1, "--trainer.max_steps", 52, "--checkpoints.every_n_steps", 20]
     options += ["--model.schedule.total_steps", 60, "--trainer.limit_val_batches", 0, "--trainer.log_every_n_steps", 4]
     with pytest.raises(SystemExit):
         fit("poisoned", *options, callbacks=[Poison()])
-    line, _, typed = capsys.readouterr().err.strip().splitlines()[-1].partition(" such steps: ")
+    line, _, suggested = capsys.readouterr().err.strip().splitlines()[-1].partition(" such steps: ")
     assert line == (
         "ropepp-lit: error: loss or gradients are NaN or infinite at step 50; the last good checkpoint is "
         "poisoned/checkpoints/step=40.ckpt. Lower model.optimizer.lr, or continue without"
     )
-    assert typed == "ropepp-lit fit --config poisoned/recipe.yaml --ckpt_path auto --model.on_nan skip"
-    poisoned = fit("poisoned", *shlex.split(typed)[2:], callbacks=[Poison()])
+    assert suggested == "ropepp-lit fit --config poisoned/recipe.yaml --ckpt_path auto --model.on_nan skip"
+    poisoned = fit("poisoned", *shlex.split(suggested)[2:], callbacks=[Poison()])
     printed = capsys.readouterr().out
     assert printed.count("Step 50 is skipped: its loss or gradients are NaN or infinite") == 1
     assert "Step 52 (1 of them skipped), 6,656 tokens read" in printed
-    left_out = fit("left_out", *options, callbacks=[LeaveOut()])
-    assert_same(*(folder / "checkpoints/step=52.ckpt" for folder in (poisoned, left_out)))
-    a, b = (read_checkpoint(folder / "checkpoints/step=52.ckpt") for folder in (poisoned, left_out))
+    skipped = fit("skipped", *options, callbacks=[SkipStep()])
+    assert_same(*(folder / "checkpoints/step=52.ckpt" for folder in (poisoned, skipped)))
+    a, b = (read_checkpoint(folder / "checkpoints/step=52.ckpt") for folder in (poisoned, skipped))
     assert a["lr_schedulers"] == b["lr_schedulers"]
     states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (a, b)]
     assert all(torch.equal(states[1][n][key], value) for n, state in states[0].items() for key, value in state.items())
-    # Resumed, the run keeps the count.
+    # The resumed run restores the count.
     fit("poisoned", "--config", "poisoned/recipe.yaml", "--ckpt_path", "auto", "--trainer.max_steps", 56)
     assert "Step 56 (1 of them skipped)" in capsys.readouterr().out
     found = curves(poisoned)
@@ -88,7 +88,7 @@ def test_a_document_that_makes_the_loss_nan(fit, capsys):
 
 @pytest.mark.parametrize(("step", "last"), [(6, 4), (2, None)])
 def test_nan_ends_the_run(fit, capsys, step, last):
-    """Before the sample, which would fail, and before the step is saved."""
+    """Before the sample, which would fail, and before the checkpoint."""
     folder = f"nan{step}"
     with pytest.raises(SystemExit) as ended:
         fit(folder, callbacks=[bad(step)])
@@ -143,7 +143,7 @@ def options_of(recipe, folder):
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
-def test_two_processes_decide_alike_about_nan(run, tiny, tmp_path, strategy):
+def test_two_processes_agree_on_nan(run, tiny, tmp_path, strategy):
     """Only rank 1 has a bad loss."""
     callback = {"class_path": "probes.NaN", "init_args": {"step": 3}}
     options = options_of({"trainer": {"callbacks": callback, "devices": 2, "strategy": strategy}}, tmp_path)

@@ -47,13 +47,13 @@ def test_norms_biases_and_embeddings_are_not_matrices(tied):
 
 
 @pytest.mark.parametrize(("decay_all", "expected"), [(False, [0.3, 0.0]), (True, [0.3, 0.3])])
-def test_what_adamw_decays(decay_all, expected):
+def test_parameters_with_weight_decay(decay_all, expected):
     optimizer = AdamW(weight_decay=0.3, decay_all=decay_all).build(make_decoder())
     assert [group["weight_decay"] for group in optimizer.param_groups] == expected
     assert all(group["fused"] for group in optimizer.param_groups)
 
 
-def test_muon_equals_its_two_parts():
+def test_muon_equals_separate_optimizers():
     together, apart = make_decoder(), make_decoder()
     optimizer = Muon(lr=0.01, adamw_lr=0.003, weight_decay=0.1).build(together)
     matrices, rest = split_parameters(apart, output_layer_is_matrix=False)
@@ -72,7 +72,7 @@ def test_muon_equals_its_two_parts():
 
 
 @pytest.mark.parametrize("settings", [AdamW(lr=0.01), Muon(lr=0.01)])
-def test_state_saved_and_loaded_continues_bit_for_bit(settings, tmp_path):
+def test_a_loaded_state_continues_bit_for_bit(settings, tmp_path):
     decoder = make_decoder()
     optimizer = settings.build(decoder)
     descend(decoder, optimizer, 3)
@@ -89,7 +89,7 @@ def test_state_saved_and_loaded_continues_bit_for_bit(settings, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [AdamW(lr=0.01), Muon(lr=0.01)])
-def test_a_schedule_reaches_every_group(settings):
+def test_a_schedule_applies_to_every_group(settings):
     optimizer = settings.build(make_decoder())
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
     assert scheduler.get_last_lr() == [0.005, 0.005]
@@ -97,7 +97,7 @@ def test_a_schedule_reaches_every_group(settings):
         assert [part.param_groups[0]["lr"] for part in optimizer._parts] == [0.005, 0.005]
 
 
-def test_learning_rates_that_cannot_be():
+def test_invalid_learning_rates():
     with pytest.raises(UsageError, match=r"model\.optimizer\.lr: 0 must be above 0"):
         AdamW(lr=0)
     with pytest.raises(UsageError, match=r"model\.optimizer\.adamw_lr: -1 must be above 0"):

@@ -1,4 +1,4 @@
-"""What is applied to a decoder before it trains; what needs several processes runs in `on_ranks.py`."""
+"""Preparation of a decoder for training; checks that require multiple processes are in `on_ranks.py`."""
 
 import json
 import subprocess
@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPEPP
+from ropepp_lit.train.build import build_decoder
 from ropepp_lit.train.fsdp import FSDP2Strategy
-from ropepp_lit.train.parallel import build_decoder
 
 CHECKS = ["first_weights", "gradients", "dtypes", "shards", "muon", "ranks_and_meshes", "generation", "loss_averages"]
 
@@ -34,7 +34,7 @@ def make():
 
 @pytest.fixture(scope="module")
 def on_ranks(tmp_path_factory):
-    """Runs checks on so many ranks, once; returns what failed by check and rank."""
+    """Run checks on a number of ranks, once; returns the failures by check and rank."""
     done = {}
 
     def on_ranks(ranks, checks):
@@ -77,8 +77,8 @@ class _NoRandomNumbers(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-def test_weights_that_a_checkpoint_replaces_are_not_drawn(tmp_path):
-    """Nor read from `init_from`, which need not even exist any more."""
+def test_weights_loaded_from_a_checkpoint_are_not_initialized(tmp_path):
+    """Nor are they read from `init_from`, which need not exist any more."""
     with _NoRandomNumbers():
         decoder = build_decoder(
             make, device=torch.device("cpu"), init_from=str(tmp_path / "gone.ckpt"), loads_checkpoint=True
@@ -112,7 +112,7 @@ def trainer(strategy, **settings):
 
 
 @pytest.mark.parametrize("strategy", [lambda: "fsdp2", FSDP2Strategy], ids=["name", "object"])
-def test_fsdp2_casts_parameters_and_needs_no_autocast(strategy):
+def test_fsdp2_casts_parameters_without_autocast(strategy):
     made = trainer(strategy(), precision="bf16-mixed")
     assert made.precision == "bf16-mixed"
     assert not isinstance(made.precision_plugin, MixedPrecision)
@@ -125,12 +125,12 @@ def test_fsdp2_refuses_a_precision_that_scales_gradients(mistake):
     expected = "trainer.precision: 16-mixed does not work with fsdp2; use bf16-mixed"
     strategy = ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.replicate_size", 1]
     assert expected in mistake(*strategy, "--trainer.precision", "16-mixed")
-    with pytest.raises(UsageError, match=expected):  # as Lightning does for the name fsdp2 on a GPU
+    with pytest.raises(UsageError, match=expected):  # like Lightning for the name fsdp2 on a GPU
         FSDP2Strategy().precision_plugin = MixedPrecision("16-mixed", "cpu")
 
 
 @pytest.mark.parametrize("strategy", ["auto", "ddp"])
-def test_ddp_keeps_each_gradient_once(strategy):
+def test_ddp_stores_each_gradient_once(strategy):
     made = trainer(strategy, devices=2).strategy
     assert isinstance(made, DDPStrategy)
     assert made._ddp_kwargs["gradient_as_bucket_view"]

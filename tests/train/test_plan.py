@@ -1,4 +1,4 @@
-"""`plan`: the arithmetic against plain counts, and what it says of recipes."""
+"""`plan`: FLOPs, memory and devices, and its output for recipes."""
 
 import re
 
@@ -13,7 +13,7 @@ from ropepp_lit.train.costs import cache_bytes_per_token, training_flops_per_tok
 from ropepp_lit.train.devices import DEVICES, find_device, peak_flops
 from ropepp_lit.train.memory import StepMemory
 from ropepp_lit.train.plan import plan
-from ropepp_lit.train.setup import Setup
+from ropepp_lit.train.step_setup import Setup
 
 GEOMETRY = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
 CONFIG = DecoderConfig(**GEOMETRY, num_attention_heads=4, num_key_value_heads=2)
@@ -23,8 +23,8 @@ SCHEMES = [RoPE(), RoPEPP(variant="eh"), RoPEPP(variant="ec"), PartialRoPE(), AL
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_flops_are_those_that_torch_counts(scheme):
-    """Torch counts attention as if it were not causal, so with twice the scores."""
+def test_flops_equal_torchs_counter(scheme):
+    """Torch does not account for causality, so it counts twice the scores."""
     decoder = Decoder(CONFIG, scheme, Frequencies())
     tokens = torch.randint(500, (1, 129))
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
@@ -35,7 +35,7 @@ def test_flops_are_those_that_torch_counts(scheme):
     assert counter.get_total_flops() / 128 == pytest.approx(expected, rel=1e-9)
 
 
-def test_cache_is_that_which_is_allocated():
+def test_cache_size_equals_the_allocated_bytes():
     for scheme in (*SCHEMES, FoPE()):
         decoder = Decoder(CONFIG, scheme, Frequencies())
         cache = decoder.allocate_cache(batch_size=1, max_tokens=10)
@@ -60,11 +60,11 @@ def test_memory_options_and_devices_lower_the_estimate():
     sharded = {"strategy": "fsdp2", "devices": 8}
     assert parts(**sharded)["optimizer"] == plain["optimizer"] / 8
     accumulated = {**sharded, "accumulate_grad_batches": 2}
-    whole = parts(**accumulated, reduce_each_micro_batch=False)["gradients"]
-    assert whole - parts(**accumulated)["gradients"] == pytest.approx(4 * 200_000 * 7 / 8)
+    unreduced = parts(**accumulated, reduce_each_micro_batch=False)["gradients"]
+    assert unreduced - parts(**accumulated)["gradients"] == pytest.approx(4 * 200_000 * 7 / 8)
 
 
-# As torch.cuda.get_device_name returns them, with the peak in 10¹² operations per second and the memory in GiB.
+# Names returned by torch.cuda.get_device_name, peak in 10¹² operations per second, memory in GiB.
 NAMES = {
     "NVIDIA H100 80GB HBM3": (989, 80),
     "NVIDIA H100 PCIe": (756, 80),
@@ -103,7 +103,7 @@ UNKNOWN = [
 ]
 
 
-def test_devices_by_the_names_that_torch_returns():
+def test_devices_by_names_that_torch_reports():
     found = {name: find_device(name) for name in NAMES}
     assert found == NAMES
     assert all(peak_flops(name) is None for name in UNKNOWN)
@@ -117,11 +117,11 @@ def options(texts, tmp_path, *more):
     return [*geometry, "--model.decoder.num_attention_heads=4", *data, "--trainer.max_steps", "10", *more]
 
 
-def test_a_plan_shows_the_first_batch_where_data_are_prepared(texts, tmp_path, capsys, monkeypatch):
+def test_a_plan_shows_the_first_batch_of_prepared_data(texts, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plan(options(texts, tmp_path, "--device", "A100", "--utilization", "0.5", "--data.context_length", "64"))
     first = capsys.readouterr().out
-    assert "The data are not here, or not prepared yet." in first
+    assert "The data are not on this machine, or not prepared yet." in first
     main(["fit", *options(texts, tmp_path, "--trainer.max_steps", "1", "--trainer.accelerator", "cpu",
                           "--data.context_length", "64", "--trainer.limit_val_batches", "0")])  # fmt: skip
     capsys.readouterr()
@@ -132,7 +132,7 @@ def test_a_plan_shows_the_first_batch_where_data_are_prepared(texts, tmp_path, c
     assert "word" in second
 
 
-def test_a_plan_shows_the_recipes_own_scheme(texts, tmp_path, capsys):
+def test_a_plan_shows_the_scheme_of_the_recipe(texts, tmp_path, capsys):
     """Two bytes, three layers, keys and values of four heads of 16, to which ALiBi adds 8."""
     for scheme, size, frequencies in (("ALiBi", 2 * 2 * 3 * 4 * 24, ""), ("PartialRoPE", 2 * 2 * 3 * 4 * 16, ", base")):
         plan([*options(texts, tmp_path), "--model.positions", scheme])
@@ -143,7 +143,7 @@ def test_a_plan_shows_the_recipes_own_scheme(texts, tmp_path, capsys):
         assert ("base" in printed) == bool(frequencies)
 
 
-def test_what_would_fit(texts, tmp_path, capsys):
+def test_advice_on_memory(texts, tmp_path, capsys):
     big = ["--model.decoder.size", "1.5b", "--data.context_length", "65536", "--model.decoder.hidden_size", "2048"]
     plan([*options(texts, tmp_path), *big, "--device_memory", "40GiB"])
     assert "It does not fit. This would, with" in capsys.readouterr().out
@@ -153,7 +153,7 @@ def test_what_would_fit(texts, tmp_path, capsys):
     assert "would not with all memory options" in capsys.readouterr().out
 
 
-def test_what_a_plan_starts_from(texts, tmp_path, capsys, monkeypatch):
+def test_a_plan_reports_the_initial_checkpoint(texts, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = options(texts, tmp_path, "--data.context_length", "64", "--trainer.accelerator", "cpu")
     main(["fit", *common, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"])
@@ -185,6 +185,6 @@ def test_what_a_plan_starts_from(texts, tmp_path, capsys, monkeypatch):
           "--trainer.strategy.context_parallel_size", "2"], r"2 must divide the 3 devices"),
     ],
 )  # fmt: skip
-def test_wrong_recipes(texts, tmp_path, more, message):
+def test_invalid_recipes(texts, tmp_path, more, message):
     with pytest.raises(UsageError, match=message):
         plan(options(texts, tmp_path, *more))

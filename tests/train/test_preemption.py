@@ -1,4 +1,4 @@
-"""Runs that a scheduler or a launcher ends and starts again."""
+"""Runs that a scheduler or a launcher ends and restarts."""
 
 import shutil
 import subprocess
@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.end_to_end, pytest.mark.slow]
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
-def test_torchrun_starts_all_ranks_again_when_one_was_killed(tiny, tmp_path, start_training, monkeypatch):
-    """As `torchrun --max_restarts` does on a cluster; three times, the last rank each time."""
+def test_torchrun_restarts_all_ranks_after_a_kill(tiny, tmp_path, start_training, monkeypatch):
+    """With `torchrun --max_restarts`; the last rank is killed three times."""
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     options = ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--trainer.max_steps", "60"]
     fit = ["-m", "ropepp_lit", "fit", *tiny, *options, "--ckpt_path", "auto", "--trainer.default_root_dir"]
@@ -33,12 +33,12 @@ def test_torchrun_starts_all_ranks_again_when_one_was_killed(tiny, tmp_path, sta
             time.sleep(0.1)
     assert process.wait(timeout=300) == 0, (tmp_path / "errors").read_text()
     assert (tmp_path / "output").read_text().count("Continuing from run/checkpoints/step=") == 3
-    subprocess.run([*launch, *fit, "whole"], cwd=tmp_path, check=True, capture_output=True)
-    assert_same(checkpoints / "last.ckpt", tmp_path / "whole/checkpoints/last.ckpt")
+    subprocess.run([*launch, *fit, "baseline"], cwd=tmp_path, check=True, capture_output=True)
+    assert_same(checkpoints / "last.ckpt", tmp_path / "baseline/checkpoints/last.ckpt")
 
 
 @pytest.mark.skipif(shutil.which("slurmctld") is None, reason="needs slurmctld, slurmd and munge")
-def test_a_job_of_slurm_is_preempted_five_times(tmp_path):
+def test_a_slurm_job_is_preempted_five_times(tmp_path):
     command = [sys.executable, TOOLS / "slurm_preemption.py", "--out", tmp_path / "slurm"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Preference tuning: the losses, their mean over a step however its rows are spread, and the reference of a run."""
+"""Preference tuning: losses, their mean over a step, and the reference of a run."""
 
 import copy
 import itertools
@@ -62,7 +62,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_are_their_plain_formulas(name):
+def test_losses_equal_reference_formulas(name):
     preference, plain = LOSSES[name]
     generator = torch.Generator().manual_seed(0)
     sums, reference = (-50 * torch.rand(20, 2, generator=generator, dtype=torch.float64) - 0.1 for _ in range(2))
@@ -87,7 +87,7 @@ def test_losses_are_their_plain_formulas(name):
         (ORPO(weight=math.nan), "model.preference.weight: nan must be above 0"),
     ],
 )
-def test_settings_that_make_no_sense(preference, message):
+def test_invalid_settings(preference, message):
     with pytest.raises(UsageError, match=message):
         make(preference)
 
@@ -107,7 +107,7 @@ def pairs(tmp_path_factory):
 
 
 class Keep(Callback):
-    """Keeps the decoder as it is before each micro-batch."""
+    """Store a copy of the decoder before each micro-batch."""
 
     def __init__(self):
         self.decoders = []
@@ -130,7 +130,7 @@ def train(pairs, folder, preference, *, batch_size=4, max_steps=2, **settings):
 
 
 def answers_of(decoder, batch):
-    """Log-probability and length of each answer, computed alone."""
+    """Return log-probability and length of each answer, computed separately."""
     ids, labels = batch.input_ids.flatten(), batch.labels.flatten()
     found = []
     for start, end in itertools.pairwise(batch.documents.cu_seqlens.tolist()):
@@ -143,10 +143,10 @@ def answers_of(decoder, batch):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_loss_of_a_step_is_a_plain_mean_over_pairs(name, pairs, tmp_path):
-    """At the second step, where the model is not the reference any more, in micro-batches and as a whole."""
+def test_the_loss_of_a_step_is_the_mean_over_pairs(name, pairs, tmp_path):
+    """At the second step, when the model differs from the reference, with and without micro-batches."""
     preference, plain = LOSSES[name]
-    whole, trainer, keep = train(pairs, tmp_path, preference, batch_size=8, gradient_clip_val=0.1)
+    full_batch, trainer, keep = train(pairs, tmp_path, preference, batch_size=8, gradient_clip_val=0.1)
     reference, decoder = keep.decoders
     samples = trainer.datamodule.train_samples
     losses, rewards = [], []
@@ -171,7 +171,7 @@ def test_the_loss_of_a_step_is_a_plain_mean_over_pairs(name, pairs, tmp_path):
         assert found["train/accuracy"].item() == pytest.approx((chosen > rejected).double().mean().item())
         assert found["pairs_per_second"] > 0
         assert "train/perplexity" not in found
-    for one, two in zip(whole.decoder.parameters(), parts.decoder.parameters(), strict=True):
+    for one, two in zip(full_batch.decoder.parameters(), parts.decoder.parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
 
 
@@ -184,22 +184,22 @@ def test_the_first_loss_is_log_2(precision, pairs, tmp_path):
     assert model.decoder.training
 
 
-def test_a_reference_is_found_by_the_tokens_of_a_pair():
+def test_references_are_indexed_by_the_tokens_of_a_pair():
     keys, values = np.array([5, -3, 5, 8]), np.arange(8.0).reshape(4, 2)
     reference = Reference.from_entry(Reference(keys, values).entry())
     assert len(reference) == 3
     assert reference.look_up([8, 5, 5, -3]).tolist() == [[6, 7], [0, 1], [0, 1], [2, 3]]
     assert reference.look_up([]).shape == (0, 2)
     for unknown in ([7], [9], [-4]):
-        with pytest.raises(UsageError, match="pairs of answers that were not there when the run began"):
+        with pytest.raises(UsageError, match="pairs of answers that were not there when the run started"):
             reference.look_up(unknown)
 
 
 @pytest.mark.end_to_end
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
-def test_killed_and_continued_it_is_the_same_run(lora, run, pairs, tmp_path):
-    """Also with shards, and on two devices that share rows. With dropout, LoRA's reference is the base alone."""
+def test_killed_and_resumed(lora, run, pairs, tmp_path):
+    """Also with a sharded checkpoint, and on two devices sharing rows. With dropout, LoRA's reference is the base."""
     (tmp_path / "killer.py").write_text(KILLER)
 
     def fit(folder, *options, returncode=0):
@@ -215,28 +215,28 @@ def test_killed_and_continued_it_is_the_same_run(lora, run, pairs, tmp_path):
         "--trainer.accumulate_grad_batches", 2, "--model.schedule.total_steps", 4,
     ]  # fmt: skip
     options += ["--model.lora.rank", 4, "--model.lora.dropout", 0.2] if lora else []
-    printed = fit("whole", *options)
-    assert "DPO, beta 0.1; the reference is the model that the run began with" in printed
+    printed = fit("baseline", *options)
+    assert "DPO, beta 0.1; the reference is the model at the start of the run" in printed
     assert "Held-out pairs of pairs at step 4, " in printed
     killer = ["--trainer.callbacks", "killer.Kill", "--trainer.callbacks.at", 5]
     fit("killed", *options, *killer, returncode=-signal.SIGKILL)
     fit("killed", *options, "--ckpt_path", "auto")
-    whole, killed = (read_checkpoint(tmp_path / f"{name}/checkpoints/last.ckpt") for name in ("whole", "killed"))
-    for name, value in whole["state_dict"].items():
+    baseline, killed = (read_checkpoint(tmp_path / f"{name}/checkpoints/last.ckpt") for name in ("baseline", "killed"))
+    for name, value in baseline["state_dict"].items():
         assert torch.equal(killed["state_dict"][name], value), name
     for key in ("validation", "tokens_seen", "train_loss"):
-        assert killed[KEY][key] == whole[KEY][key]
-    assert set(whole[KEY]["train_loss"]) == {"nats", "tokens", "rewards"}
-    for name, value in whole[KEY][ENTRY].items():
+        assert killed[KEY][key] == baseline[KEY][key]
+    assert set(baseline[KEY]["train_loss"]) == {"nats", "tokens", "rewards"}
+    for name, value in baseline[KEY][ENTRY].items():
         assert torch.equal(killed[KEY][ENTRY][name], value)
     if lora:
-        return  # dropout draws other numbers on other ranks
+        return  # dropout differs between ranks
     ranks = ["--trainer.devices", 2, "--trainer.strategy", "FSDP2Strategy"]
     ranks += ["--trainer.strategy.save_distributed_checkpoint", "true"]
     fit("two", *options, *ranks, "--trainer.strategy.context_parallel_size", 2, "--trainer.max_steps", 2)
     fit("two", *options, *ranks, "--data.batch_size", 2, "--ckpt_path", "auto")
     two = read_checkpoint(tmp_path / "two/checkpoints/last.ckpt")
-    for found, expected in ((two["state_dict"], whole["state_dict"]), (two[KEY][ENTRY], whole[KEY][ENTRY])):
+    for found, expected in ((two["state_dict"], baseline["state_dict"]), (two[KEY][ENTRY], baseline[KEY][ENTRY])):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, atol=1e-8, rtol=0)
 
@@ -253,10 +253,10 @@ def test_mistakes(run, pairs, tmp_path):
     data = ["--data.source", str(pairs), "--data.tokenizer", "null"]
     tune = ["--model.preference", "DPO"]
     for options, message in (
-        (data, "model.preference: the data hold pairs of answers; choose the loss of these: DPO, SimPO or ORPO"),
-        (["--data.source", str(chats), *data[2:], *tune], "model.preference: the data hold no pairs of answers; make"),
-        ([*data, *tune], "model.preference: DPO begins with a model that answers; name it by model.init_from"),
-        ([*data, *tune, "--ckpt_path", base], "stores no reference for model.preference; begin from its weights by"),
+        (data, "model.preference: the data are pairs of answers; choose their loss: DPO, SimPO or ORPO"),
+        (["--data.source", str(chats), *data[2:], *tune], "model.preference: the data are not pairs of answers; prep"),
+        ([*data, *tune], "model.preference: DPO starts from a fine-tuned model; set model.init_from"),
+        ([*data, *tune, "--ckpt_path", base], "stores no reference for model.preference; initialize from its"),
         ([*data, *tune, "--model.init_from", base, "--model.loss_average", "all_tokens"], "model.loss_average: all_to"),
         ([*data, *tune, "--model.preference.beta", "0"], "model.preference.beta: 0.0 must be above 0"),
         ([*data, *tune, "--model.preference.gamma", "0"], "DPO': Option 'gamma' is not accepted"),
@@ -266,11 +266,11 @@ def test_mistakes(run, pairs, tmp_path):
             plan([*recipe, *options])
         assert message in str(error.value)
         assert "Union" not in str(error.value)
-    # A loss without a reference can go on from a run on text, whose sums of the training loss are others.
+    # A loss without a reference can continue a run on text, whose training loss has another kind of metric.
     simpo = ["--model.preference", "SimPO", "--ckpt_path", base, "--trainer.default_root_dir", "simpo"]
     assert "Held-out pairs" in run(*fit, *data, *simpo, "--trainer.max_steps", 2, cwd=tmp_path).stdout
     options = [*data, *tune, "--model.init_from", base]
     run(*fit, *options, "--trainer.max_steps", 2, cwd=tmp_path)
     wrong = [*options, "--ckpt_path", "auto", "--data.source", other]
     printed = run(*fit, *wrong, cwd=tmp_path, returncode=2).stderr
-    assert "pairs of answers that were not there when the run began" in printed
+    assert "pairs of answers that were not there when the run started" in printed

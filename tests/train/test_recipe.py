@@ -1,4 +1,4 @@
-"""Recipes and commands that a run writes for the user are read back as they were meant."""
+"""Round trips of recipes and commands that a run writes."""
 
 import shlex
 from pathlib import Path
@@ -23,8 +23,8 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def test_recipes_are_read_back(tiny, tmp_path):
-    """By the parser of `fit`, and by any other of YAML."""
+def test_recipes_round_trip(tiny, tmp_path):
+    """With the parser of `fit` and with other YAML parsers."""
     values = dict(zip(TEXTS, reversed(TEXTS), strict=True))
     recipe = {"data": {"validation": values, "source": {"a": 3e-3, "b": 2.0}}, "sample": {"prompt": "1e3"}}
     (tmp_path / "recipe.yaml").write_text(to_yaml(recipe), encoding="ascii")
@@ -36,8 +36,8 @@ def test_recipes_are_read_back(tiny, tmp_path):
     assert read["sample"]["prompt"] == "1e3"
 
 
-def test_recipes_with_callbacks_of_yaml_and_below_a_folder_that_looks_like_an_option(tiny, tmp_path, monkeypatch):
-    """Timer's default is a member of an enumeration."""
+def test_recipes_with_yaml_callbacks_in_a_folder_named_like_an_option(tiny, tmp_path, monkeypatch):
+    """Timer has an enum as default."""
     monkeypatch.chdir(tmp_path)
     timer = "{class_path: Timer, init_args: {duration: {minutes: 5}}}"
     cli = PlanCLI(["fit", *tiny, "--trainer.callbacks", f"[LearningRateMonitor, {timer}]"])
@@ -46,7 +46,7 @@ def test_recipes_with_callbacks_of_yaml_and_below_a_folder_that_looks_like_an_op
     assert recipe["trainer"]["callbacks"][1]["init_args"]["interval"] == "step"
 
 
-def test_a_recipe_that_is_read_as_another_one_is_not_written(tmp_path):
+def test_a_recipe_that_does_not_round_trip_is_not_written(tmp_path):
     path = tmp_path / "recipe.yaml"
     with pytest.raises(UsageError, match=r"read as it was given: sample\.prompt 'a' → 1000\.0"):
         write_recipe(path, {"sample": {"prompt": "a"}}, lambda path: {"sample": {"prompt": 1000.0}})
@@ -54,26 +54,26 @@ def test_a_recipe_that_is_read_as_another_one_is_not_written(tmp_path):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_commands_are_read_back(text):
+def test_commands_round_trip(text):
     read = []
 
     def generate(checkpoint: str, *, prompt: str = "") -> None:
         read.append((checkpoint, prompt))
 
-    words = shlex.split(command("ropepp-lit", "generate", f"runs/{text}", prompt=text))
-    call(generate, words[1:])
+    arguments = shlex.split(command("ropepp-lit", "generate", f"runs/{text}", prompt=text))
+    call(generate, arguments[1:])
     assert read == [(f"runs/{text}", text)]
 
 
-def test_a_run_with_an_odd_prompt_and_folder(fit, run, capsys):
-    """Its recipe and the commands that it prints work."""
+def test_a_run_with_special_characters_in_prompt_and_folder(fit, run, capsys):
+    """The written recipe and the printed commands work."""
     fit("it's", "--sample.prompt=1e3", "--trainer.max_steps", 1)
     printed = capsys.readouterr().out
-    words = shlex.split(printed.partition("Next:")[2])
-    assert words[:5] == ["ropepp-lit", "generate", "it's/checkpoints/last.ckpt", "--prompt", "1e3"]
-    end = words.index("ropepp-lit", 6)
-    main(words[6:end])
+    arguments = shlex.split(printed.partition("Next:")[2])
+    assert arguments[:5] == ["ropepp-lit", "generate", "it's/checkpoints/last.ckpt", "--prompt", "1e3"]
+    end = arguments.index("ropepp-lit", 6)
+    main(arguments[6:end])
     assert "at step 1, " in capsys.readouterr().out
-    start = words.index("fit")
-    main(words[start : start + 7])
+    start = arguments.index("fit")
+    main(arguments[start : start + 7])
     assert "--- sample at step 2 ---" in capsys.readouterr().out

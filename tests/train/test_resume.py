@@ -1,4 +1,4 @@
-"""Stopping and resuming in a new process against running through, bit for bit."""
+"""Stopping and resuming in a new process, bit-identical to an uninterrupted run."""
 
 import re
 import signal
@@ -84,30 +84,30 @@ OPTIMIZERS = {
     [OPTIMIZERS["AdamW"], pytest.param(OPTIMIZERS["Muon"], marks=pytest.mark.slow)],
     ids=["AdamW", "Muon"],
 )
-def test_half_and_half_equals_whole(fit, tmp_path, optimizer):
-    fit("whole", *optimizer)
+def test_a_resumed_run_equals_an_uninterrupted_one(fit, tmp_path, optimizer):
+    fit("baseline", *optimizer)
     length = ["--model.schedule.total_steps", "8"]
     fit("halves", "--trainer.max_steps", "4", *length, *optimizer)
     fit("halves", "--ckpt_path", "halves/checkpoints/last.ckpt", *length, *optimizer)
-    assert batches(tmp_path, "halves") == batches(tmp_path, "whole")
-    assert len(batches(tmp_path, "whole")) == 8 * ACCUMULATE
-    assert_same_run(tmp_path, "whole", "halves")
+    assert batches(tmp_path, "halves") == batches(tmp_path, "baseline")
+    assert len(batches(tmp_path, "baseline")) == 8 * ACCUMULATE
+    assert_same_run(tmp_path, "baseline", "halves")
 
 
 def test_killed_within_an_accumulation_window(fit, tmp_path):
-    fit("whole", "--trainer.val_check_interval", "4")
+    fit("baseline", "--trainer.val_check_interval", "4")
     # Batch 16 is the second of the three of step 6; step 4 was the last to be saved.
     fit("killed", "--trainer.val_check_interval", "4", kill_at=16, returncode=-signal.SIGKILL)
     assert (tmp_path / "killed/checkpoints/last.ckpt").resolve().name == "step=4.ckpt"
     fit("killed", "--trainer.val_check_interval", "4", "--ckpt_path", "auto")
     before, after = batches(tmp_path, "killed")[:17], batches(tmp_path, "killed")[17:]
-    assert before == batches(tmp_path, "whole")[:17]
-    assert after == batches(tmp_path, "whole")[12:]
-    assert_same_run(tmp_path, "whole", "killed")
+    assert before == batches(tmp_path, "baseline")[:17]
+    assert after == batches(tmp_path, "baseline")[12:]
+    assert_same_run(tmp_path, "baseline", "killed")
 
 
 def stop_run(start_training, command_path, tiny, folder, number, *, devices=1, to="first"):
-    """Start a run, send it a signal when it has saved something, and return its exit code, output and errors."""
+    """Start a run, send it a signal after its first checkpoint, and return exit code, output and errors."""
     options = ["--trainer.max_steps", "100000", "--model.schedule.total_steps", "100000"]
     options += ["--trainer.default_root_dir", "run", "--trainer.devices", devices]
     options += ["--trainer.strategy", "fsdp2"] if devices > 1 else []
@@ -120,8 +120,8 @@ def stop_run(start_training, command_path, tiny, folder, number, *, devices=1, t
     return process.returncode, *((folder / name).read_text() for name in ("output", "errors"))
 
 
-def stop_and_go_on(start_training, command_path, tiny, run, folder, number, **how):
-    """A run stopped by a signal saves, says so, and ends in the same bits as one that was not stopped."""
+def stop_and_resume(start_training, command_path, tiny, run, folder, number, **how):
+    """Check that a run stopped by a signal saves, reports it, and resumes bit-identically."""
     returncode, output, errors = stop_run(start_training, command_path, tiny, folder, number, **how)
     assert returncode == 128 + number, errors
     assert "Traceback" not in errors
@@ -132,32 +132,32 @@ def stop_and_go_on(start_training, command_path, tiny, run, folder, number, **ho
     strategy = ["--trainer.devices", devices, *(["--trainer.strategy", "fsdp2"] if devices > 1 else [])]
     options = ["--trainer.max_steps", step + 3, "--model.schedule.total_steps", 100000, *strategy]
     run("fit", *tiny, *options, "--trainer.default_root_dir", "run", "--ckpt_path", "auto", cwd=folder)
-    run("fit", *tiny, *options, "--trainer.default_root_dir", "whole", cwd=folder)
-    paths = (folder / name / "checkpoints" / f"step={step + 3}.ckpt" for name in ("run", "whole"))
-    stopped, whole = (torch.load(path, weights_only=True)["state_dict"] for path in paths)
-    assert all(torch.equal(stopped[name], value) for name, value in whole.items())
+    run("fit", *tiny, *options, "--trainer.default_root_dir", "baseline", cwd=folder)
+    paths = (folder / name / "checkpoints" / f"step={step + 3}.ckpt" for name in ("run", "baseline"))
+    stopped, baseline = (torch.load(path, weights_only=True)["state_dict"] for path in paths)
+    assert all(torch.equal(stopped[name], value) for name, value in baseline.items())
 
 
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGUSR1))]
 )
 def test_stopped_by_a_signal(start_training, command_path, tiny, run, tmp_path, number):
-    stop_and_go_on(start_training, command_path, tiny, run, tmp_path, number)
+    stop_and_resume(start_training, command_path, tiny, run, tmp_path, number)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["first", "last", "all"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("again", range(10))
-def test_two_processes_are_stopped_ten_times_of_ten(start_training, command_path, tiny, tmp_path, number, to, again):
+def test_two_processes_stop_reliably(start_training, command_path, tiny, tmp_path, number, to, again):
     returncode, output, errors = stop_run(start_training, command_path, tiny, tmp_path, number, devices=2, to=to)
     assert returncode == 128 + number, errors
     assert f"Stopped by {number.name} at step" in output.strip().splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_torchrun_is_stopped_by_a_signal(start_training, tiny, run, tmp_path):
-    """torchrun gives a SIGTERM to its ranks, which save before they end."""
+def test_torchrun_stopped_by_a_signal(start_training, tiny, run, tmp_path):
+    """torchrun forwards SIGTERM to its ranks, which save before they end."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ropepp_lit", "fit", *tiny]
     options = ["--trainer.devices", "2", "--trainer.strategy", "fsdp2", "--model.schedule.total_steps", "100000"]
     length = ["--trainer.max_steps", "100000", "--trainer.default_root_dir", "run"]
@@ -176,7 +176,7 @@ def test_torchrun_is_stopped_by_a_signal(start_training, tiny, run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kill_at", range(1, 24))
 def test_killed_at_any_batch(fit, tmp_path, kill_at):
-    fit("whole")
+    fit("baseline")
     fit("killed", kill_at=kill_at, returncode=-signal.SIGKILL)
     fit("killed", "--ckpt_path", "auto")
-    assert_same_run(tmp_path, "whole", "killed")
+    assert_same_run(tmp_path, "baseline", "killed")

@@ -1,4 +1,4 @@
-"""A run's folder is that of one run at a time."""
+"""The folder of a run is used by one run at a time."""
 
 import pytest
 

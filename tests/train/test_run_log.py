@@ -1,4 +1,4 @@
-"""What a run writes into `run.jsonl`, and the file after kills and on a full disk."""
+"""Events in `run.jsonl`, and the file after kills and on a full disk."""
 
 import json
 import resource
@@ -14,8 +14,8 @@ from ropepp_lit.train.run_log import RunLog, read_run_log
 pytestmark = pytest.mark.end_to_end
 
 
-def test_the_events_of_a_run(fit, capsys):
-    """Stopped by a signal, killed, its newest checkpoint damaged, and ended."""
+def test_events_of_a_run(fit, capsys):
+    """A run is stopped by a signal, killed, resumed with a damaged newest checkpoint, and finished."""
     with pytest.raises(SystemExit):
         fit("run", callbacks=[At("on_train_batch_end", terminate, batch=13)])
     with pytest.raises(KillError):
@@ -48,7 +48,7 @@ def test_the_events_of_a_run(fit, capsys):
     assert end["tokens"] == 8 * 3 * 2 * 64
 
 
-def test_a_cut_line_and_a_full_disk(tmp_path, capsys):
+def test_an_incomplete_line_and_a_full_disk(tmp_path, capsys):
     log, path = RunLog(), tmp_path / "run.jsonl"
     log.write("start", step=0)  # not open: nothing
     path.write_bytes(b'{"event": "start"}\n{"event": "sa')
@@ -67,11 +67,11 @@ def test_a_cut_line_and_a_full_disk(tmp_path, capsys):
         ("start", None), ("resume", 1), ("end", 4)
     ]  # fmt: skip
     assert next(event for event in read_run_log(tmp_path) if event["event"] == "resume")["loss"] is None
-    assert capsys.readouterr().err.count("run.jsonl: File too large; the run goes on, and events may be missing") == 1
+    assert capsys.readouterr().err.count("run.jsonl: File too large; the run continues, and events may be missing") == 1
 
 
-def test_a_folder_that_cannot_take_the_log(tiny, tmp_path, monkeypatch, capsys):
+def test_a_log_that_cannot_be_opened(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("run/run.jsonl").mkdir(parents=True)
     main(["fit", *tiny, "--trainer.max_steps", "1", "--trainer.default_root_dir", "run"])
-    assert capsys.readouterr().err.count("Notice: run/run.jsonl: Is a directory; the run goes on") == 1
+    assert capsys.readouterr().err.count("Notice: run/run.jsonl: Is a directory; the run continues") == 1

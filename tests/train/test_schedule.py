@@ -25,7 +25,7 @@ def test_warmup_stable_decay():
     assert found == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
 
 
-def test_a_decay_from_a_step_on():
+def test_decay_from_a_step():
     schedule = WarmupStableDecay(warmup_steps=1, decay_share=None, decay_from=6)
     schedule.check(10)
     assert factors(schedule, 11, 10) == factors(WarmupStableDecay(warmup_steps=1, decay_share=0.4), 11, 10)
@@ -34,17 +34,17 @@ def test_a_decay_from_a_step_on():
             schedule.check(steps)
 
 
-def test_all_decay():
+def test_decay_without_a_constant_phase():
     assert factors(WarmupStableDecay(decay_share=1.0), 5, 4) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
 
 
 @pytest.mark.parametrize("schedule", [Cosine(warmup_steps=9), WarmupStableDecay(warmup_steps=9)])
-def test_a_schedule_shorter_than_its_warmup_is_all_warmup(schedule):
+def test_a_schedule_shorter_than_its_warmup(schedule):
     assert factors(schedule, 4, 4) == pytest.approx([0.1, 0.2, 0.3, 0.4])
 
 
 @pytest.mark.parametrize("schedule", [Cosine(final_factor=0.2), WarmupStableDecay(final_factor=0.2)])
-def test_beyond_the_end_the_final_factor_stays(schedule):
+def test_the_final_factor_applies_after_the_end(schedule):
     assert schedule.factor(1000, 10) == pytest.approx(0.2)
 
 
@@ -60,6 +60,6 @@ def test_beyond_the_end_the_final_factor_stays(schedule):
         (lambda: WarmupStableDecay(decay_share=None), ""),
     ],
 )
-def test_settings_that_cannot_be(make, name):
+def test_invalid_settings(make, name):
     with pytest.raises(UsageError, match=rf"model\.schedule\.{name}" if name else "give decay_share, or decay_from"):
         make()

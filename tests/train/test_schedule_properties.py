@@ -1,4 +1,4 @@
-"""Learning-rate schedules of any length: bounds, end values, no jumps, and the same wherever a run goes on."""
+"""Properties of learning rate schedules: bounds, end values, no jumps, and independence of resuming."""
 
 import math
 from itertools import pairwise
@@ -16,7 +16,7 @@ WARMUPS = st.integers(0, 70)
 
 
 def assert_schedule(schedule, total, *, final, biggest_step):
-    """Rises to 1 in the warm-up, then never rises, ends at `final` and stays there; no step changes it by more."""
+    """Check that a schedule rises to 1, then never rises, ends at `final`, and has no larger changes than allowed."""
     warmup = schedule.warmup_steps
     factors = [schedule.factor(step, total) for step in range(total + 3)]
     assert factors[:warmup] == pytest.approx([(step + 1) / (warmup + 1) for step in range(warmup)][: total + 3])
@@ -26,7 +26,7 @@ def assert_schedule(schedule, total, *, final, biggest_step):
     assert all(abs(later - earlier) <= biggest_step + 1e-12 for earlier, later in pairwise(behind))
     if warmup < total:
         assert factors[total:] == pytest.approx([final] * 3)
-    # A factor depends on the step alone: a run that goes on has that of a run that was never stopped.
+    # The multiplier depends only on the step, so a resumed run has that of an uninterrupted one.
     assert [schedule.factor(step, total) for step in reversed(range(total + 3))] == factors[::-1]
     return factors
 
@@ -61,7 +61,7 @@ def test_warmup_stable_decay(warmup, total, final, share):
 
 
 @given(warmup=WARMUPS, total=STEPS, final=SHARES, start=st.integers(0, 70))
-def test_a_decay_from_a_step_on(warmup, total, final, start):
+def test_decay_from_a_step(warmup, total, final, start):
     settings = {"warmup_steps": warmup, "final_factor": final, "decay_share": None, "decay_from": start}
     if start < warmup:
         with pytest.raises(UsageError, match=r"model\.schedule\.decay_from"):
@@ -75,6 +75,6 @@ def test_a_decay_from_a_step_on(warmup, total, final, start):
     schedule.check(total)
     factors = assert_schedule(schedule, total, final=final, biggest_step=(1 - final) / (total - start))
     assert factors[warmup : start + 1] == [1.0] * (start + 1 - warmup)
-    # It is the end of a constant schedule: a run that stopped at its peak decays from there.
+    # It extends a constant schedule: a run that stopped at the peak decays from there.
     constant = Constant(warmup_steps=warmup)
     assert factors[:start] == [constant.factor(step, start) for step in range(start)]

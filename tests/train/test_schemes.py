@@ -1,4 +1,4 @@
-"""The other position schemes through the command: trained, continued, validated, sampled, refused by `export`."""
+"""Other position schemes in the commands: train, continue, validate, generate; `export` refuses them."""
 
 import pytest
 import torch
@@ -29,11 +29,11 @@ def test_from_training_to_text(name, tiny, tmp_path, monkeypatch, capsys):
     class_path = checkpoint[KEY]["architecture"]["positions"]["class_path"]
     assert class_path == f"ropepp_lit.nn.{'pope' if name == 'PoPE' else 'baselines'}.{name}"
     main(["fit", *options, "run", "--trainer.max_steps", "4", "--ckpt_path", "auto"])
-    main(["fit", *options, "whole", "--trainer.max_steps", "4"])
-    halves, whole = (decoder_weights(read_checkpoint(f"{run}/checkpoints/last.ckpt")) for run in ("run", "whole"))
+    main(["fit", *options, "baseline", "--trainer.max_steps", "4"])
+    halves, baseline = (decoder_weights(read_checkpoint(f"{run}/checkpoints/last.ckpt")) for run in ("run", "baseline"))
     before = decoder_weights(checkpoint)
-    assert halves.keys() == whole.keys() == before.keys()
-    for key, value in whole.items():
+    assert halves.keys() == baseline.keys() == before.keys()
+    for key, value in baseline.items():
         assert torch.equal(halves[key], value), key
         assert torch.equal(before[key], value) == ("coef" in key or "exponents" in key), key
     capsys.readouterr()
@@ -51,7 +51,7 @@ def test_from_training_to_text(name, tiny, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "hf").exists()
 
 
-def test_fit_has_the_processor_skip_what_is_below_normal_numbers(run, tiny, tmp_path):
+def test_fit_flushes_denormal_numbers(run, tiny, tmp_path):
     (tmp_path / "probe.py").write_text(
         "import torch\n"
         "from lightning.pytorch import Callback\n\n\n"
@@ -63,7 +63,7 @@ def test_fit_has_the_processor_skip_what_is_below_normal_numbers(run, tiny, tmp_
     assert "smallest sum 0.0" in run("fit", *tiny, *options, cwd=tmp_path).stdout
 
 
-def test_a_wrong_name_is_answered_with_the_right_ones(run, tiny, tmp_path):
+def test_an_unknown_name_lists_the_known_ones(run, tiny, tmp_path):
     failed = run("fit", *tiny, "--model.positions", "Alibi", cwd=tmp_path, returncode=2).stderr
     for name in SCHEMES:
         assert name in failed

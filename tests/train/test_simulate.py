@@ -1,4 +1,4 @@
-"""A simulated step: collectives and operations against formulas, memory against the estimate, recipes on clusters."""
+"""Simulated steps: collectives and FLOPs compared with formulas, memory with the estimate, recipes on clusters."""
 
 import dataclasses
 import itertools
@@ -17,8 +17,8 @@ from ropepp_lit.train.lora import trained_shapes
 from ropepp_lit.train.memory import PARTS, StepMemory
 from ropepp_lit.train.optimizer import AdamW, Muon
 from ropepp_lit.train.plan import plan
-from ropepp_lit.train.setup import Setup
 from ropepp_lit.train.simulate import simulate
+from ropepp_lit.train.step_setup import Setup
 
 # All sizes are multiples of 8, so that shards need no padding.
 TINY = DecoderConfig(
@@ -46,7 +46,7 @@ def meta(config=TINY, scheme=EC):
 
 @pytest.mark.parametrize("devices", [2, 1024])
 def test_ddp_sends_each_gradient_twice(devices):
-    """A ring's all-reduce: a reduce-scatter and an all-gather of N / P numbers, P - 1 times each."""
+    """Ring all-reduce: a reduce-scatter and an all-gather of N / P elements, P - 1 times each."""
     setup = Setup(rows=1, context_length=64, strategy="ddp", devices=devices, accumulate_grad_batches=3)
     counts = run_step(setup).counts
     assert set(counts.calls) == {Collective("all-reduce", devices)}
@@ -58,7 +58,7 @@ def test_ddp_sends_each_gradient_twice(devices):
 def test_fsdp2_gathers_blocks_twice_and_reduces_in_float32(devices, precision, gathered):
     setup = Setup(rows=1, context_length=64, strategy="fsdp2", devices=devices, precision=precision)
     counts, parameters = run_step(setup).counts, meta().num_parameters
-    blocks = parameters - 2 * EMBEDDING - 64  # the last norm is gathered once, by itself
+    blocks = parameters - 2 * EMBEDDING - 64  # the last norm is gathered once, separately
     share = (devices - 1) / devices
     gathers, scatters = Collective("all-gather", devices), Collective("reduce-scatter", devices)
     assert dict(counts.calls) == {gathers: 2 * 3 + 3, scatters: 3 + 3}
@@ -71,13 +71,13 @@ def test_fsdp2_gathers_blocks_twice_and_reduces_in_float32(devices, precision, g
     [({}, 4, 4), ({"reduce_each_micro_batch": False}, 4, 1), ({"reshard_after_forward": False}, None, 4)],
 )
 def test_accumulation_counts_every_micro_batch(changes, gathers, scatters):
-    """Of four micro-batches two are run; without resharding parameters are gathered once in a step."""
+    """Two of four micro-batches are simulated; without resharding, parameters are gathered once per step."""
     setup = Setup(rows=1, context_length=64, strategy="fsdp2", devices=8, accumulate_grad_batches=4, **changes)
     counts, parameters = run_step(setup).counts, meta().num_parameters
-    whole, blocks = 4 * parameters * 7 / 8, 4 * (parameters - 2 * EMBEDDING - 64) * 7 / 8
-    expected = whole if gathers is None else gathers * (whole + blocks)
+    total, blocks = 4 * parameters * 7 / 8, 4 * (parameters - 2 * EMBEDDING - 64) * 7 / 8
+    expected = total if gathers is None else gathers * (total + blocks)
     assert counts.sent[Collective("all-gather", 8)] == expected
-    assert counts.sent[Collective("reduce-scatter", 8)] == scatters * whole
+    assert counts.sent[Collective("reduce-scatter", 8)] == scatters * total
 
 
 @pytest.mark.parametrize(("devices", "replicas"), [(8, 2), (1024, 128)])
@@ -101,22 +101,22 @@ def test_sequence_parallelism_exchanges_heads():
 
 @pytest.mark.parametrize("scheme", [EC, ALiBi()], ids=str)
 @pytest.mark.parametrize("groups", [1, 2])
-def test_gathering_sends_keys_and_values_and_shares_the_operations(scheme, groups):
-    """A reduce-scatter sends what its all-gather does; groups of heads are gathered again in the backward pass."""
+def test_gathering_sends_keys_and_values_and_divides_the_flops(scheme, groups):
+    """A reduce-scatter sends as much as its all-gather; groups of heads are gathered again in the backward pass."""
     setup = Setup(rows=2, context_length=64, strategy="fsdp2", devices=8, attention_head_groups=groups)
-    whole = run_step(setup, scheme=scheme).counts
+    full_rows = run_step(setup, scheme=scheme).counts
     shared = dataclasses.replace(setup, context_parallel_size=4, context_parallel_mode="gather")
     counts, layout = run_step(shared, scheme=scheme).counts, meta(scheme=scheme).head_layout
     sent = elements_moved(layout, 8, 4, "gather") * 2 * 64 // 4 * 3 * 4
     gathers, scatters = Collective("all-gather", 4), Collective("reduce-scatter", 4)
     assert (counts.calls[gathers], counts.calls[scatters]) == (3 * groups * groups, 3 * groups)
     assert (counts.sent[gathers], counts.sent[scatters]) == (groups * sent, sent)
-    assert counts.flops == whole.flops / 4
+    assert counts.flops == full_rows.flops / 4
 
 
 @pytest.mark.parametrize("scheme", [RoPE(), EC, PoPE()], ids=str)
-def test_operations_are_the_formula_and_the_scores_computed_again(scheme):
-    """Flash attention computes the scores a second time in the backward pass: 14 where the formula has 12."""
+def test_flops_are_the_formula_plus_recomputed_scores(scheme):
+    """Flash attention recomputes the scores in the backward pass: 14 instead of 12 in the formula."""
     counts, layout = run_step(Setup(rows=2, context_length=64), scheme=scheme).counts, meta(scheme=scheme).head_layout
     matrices = meta(scheme=RoPE() if isinstance(scheme, PoPE) else scheme).num_parameters - EMBEDDING - 7 * 64
     pairs = 2 * 64 * 65 / 2
@@ -124,16 +124,16 @@ def test_operations_are_the_formula_and_the_scores_computed_again(scheme):
     assert counts.flops == 6 * matrices * 2 * 64 + scores
 
 
-def test_checkpointing_computes_blocks_again():
+def test_checkpointing_recomputes_blocks():
     setups = [Setup(rows=1, context_length=64, activation_checkpointing=every) for every in (0, 1)]
     plain, again = (run_step(setup).counts.flops for setup in setups)
     matrices = (
         meta().num_parameters - 2 * EMBEDDING - 7 * 64 - 3 * 96 * 64
-    )  # all but down_proj, whose output nothing reads
+    )  # all except down_proj, whose output is not needed
     assert again - plain == 2 * matrices * 64 + 4 * 3 * 16 * 8 * 64 * 65 / 2
 
 
-def test_the_loss_by_itself():
+def test_cost_of_the_loss():
     loss = run_step(Setup(rows=2, context_length=64)).loss
     assert loss.flops == 6 * EMBEDDING * 128
     logits = 128 * 512 * 4
@@ -142,7 +142,7 @@ def test_the_loss_by_itself():
 
 
 def test_parts_of_the_memory():
-    """Parameters, gradients and states of a step whose activations are few; a shard of each with FSDP2."""
+    """Parameters, gradients and optimizer states of a step with few activations; their shards with FSDP2."""
     parameters = meta().num_parameters
     memory = run_step(Setup(rows=1, context_length=8, accumulate_grad_batches=2)).memory
     assert memory["parameters"] == pytest.approx(4 * parameters, rel=0.01)
@@ -156,12 +156,12 @@ def test_parts_of_the_memory():
 
 
 def test_offloaded_inputs_are_not_on_the_device():
-    kept, offloaded = (
+    stored, offloaded = (
         run_step(Setup(rows=1, context_length=1024, activation_checkpointing=1, offload_activations=offloads)).memory
         for offloads in (False, True)
     )
-    # In the loss, which is the peak; cosines and sines go too.
-    assert kept["activations"] - offloaded["activations"] == pytest.approx(3 * 1024 * 64 * 4, rel=0.1)
+    # In the loss, which is the peak; cosines and sines are offloaded too.
+    assert stored["activations"] - offloaded["activations"] == pytest.approx(3 * 1024 * 64 * 4, rel=0.1)
 
 
 GEOMETRIES = {
@@ -212,7 +212,7 @@ GRID = {
 
 
 def pairwise():
-    """Cases of the grid such that every two values of two dimensions meet in one."""
+    """Return cases of the grid such that every pair of values of two dimensions occurs in one of them."""
     dimensions, draw = list(GRID.values()), random.Random(0)
 
     def pairs(case):
@@ -263,8 +263,8 @@ SETUPS = {
 
 @pytest.mark.parametrize("lora", ADAPTERS.values(), ids=ADAPTERS)
 @pytest.mark.parametrize("geometry", ["8b", "tied"])
-def test_a_frozen_base_has_no_gradients_and_no_states(geometry, lora):
-    """LoRA at the width of Llama 3 8B: the estimate, and what is reduced and gathered."""
+def test_a_frozen_base_has_no_gradients_and_no_optimizer_states(geometry, lora):
+    """LoRA at the width of Llama 3 8B: the estimate, and bytes reduced and gathered."""
     config, context = GEOMETRIES[geometry]
     for name, settings in SETUPS.items():
         setup = Setup(rows=1, context_length=context, lora=lora, **settings)
@@ -281,24 +281,24 @@ def test_a_frozen_base_has_no_gradients_and_no_states(geometry, lora):
             assert sent[Collective("all-reduce", 8)] == pytest.approx(2 * 7 / 8 * 4 * trained, rel=0.01)
 
 
-def test_operations_of_lora_are_the_formula():
-    """No gradients of the base: 4 for each of its parameters where full training has 6."""
+def test_flops_of_lora_equal_the_formula():
+    """The base has no weight gradients: a factor of 4 instead of 6 for its parameters."""
     lora, setup = LoRA(rank=8), Setup(rows=2, context_length=64)
     counts = run_step(dataclasses.replace(setup, lora=lora)).counts
     formula = training_flops(TINY, meta().head_layout, tokens=128, pairs=2 * 64 * 65 / 2, lora=lora)
-    scores = 2 * 3 * 16 * 8 * 2 * 64 * 65 / 2  # flash attention computes them a second time
+    scores = 2 * 3 * 16 * 8 * 2 * 64 * 65 / 2  # flash attention recomputes them
     assert counts.flops == pytest.approx(formula + scores, rel=0.03)  # less what nothing before needs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("geometry", list(GEOMETRIES))
-def test_the_estimate_over_the_whole_grid(geometry):
+def test_the_estimate_over_the_complete_grid(geometry):
     for case in itertools.product(*list(GRID.values())[1:]):
         check(geometry, *case)
 
 
 def simulated_plan(capsys, *options):
-    """What `plan --simulate true` prints as numbers: simulated and estimated GiB by part, and collectives."""
+    """Return the numbers printed by `plan --simulate true`: simulated and estimated GiB by part, and collectives."""
     plan([*options, "--simulate", "true"])
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     cells = {row[1].strip(): row[2:] for row in rows}

@@ -1,4 +1,4 @@
-"""Loss spikes: back to a checkpoint, without the data of the spike."""
+"""Loss spikes: rollback to a checkpoint, and skipping of the data."""
 
 import itertools
 import json
@@ -17,31 +17,31 @@ from ropepp_lit.train.spikes import SpikeDetector, forget_skipped, skipped_sampl
 
 
 @pytest.mark.parametrize(("replicas", "rank"), [(1, 0), (2, 1)])
-def test_samples_that_are_left_out(replicas, rank):
+def test_skipped_samples(replicas, rank):
     skipped = [[4, 9], [9, 11], [20, 21]]
     batches = RankBatches(2, 6, skipped, batch_size=2, num_replicas=replicas, rank=rank)
-    kept = [number for number in range(2, 60) if not any(first <= number < end for first, end in skipped)]
-    ours = [kept[index : index + 2] for index in range(2 * rank, len(kept), 2 * replicas)][:6]
+    remaining = [number for number in range(2, 60) if not any(first <= number < end for first, end in skipped)]
+    ours = [remaining[index : index + 2] for index in range(2 * rank, len(remaining), 2 * replicas)][:6]
     assert list(batches) == ours
-    assert [samples[-1] for samples in batches.global_batches()] == kept[2 * replicas - 1 :: 2 * replicas][:6]
+    assert [samples[-1] for samples in batches.global_batches()] == remaining[2 * replicas - 1 :: 2 * replicas][:6]
 
 
-def test_what_a_spike_is():
+def test_spike_detection():
     detector = SpikeDetector(z_score=6, window=40, patience=3)
     quiet = [3 + 0.01 * (step % 5) for step in range(40)]
-    high = [None, *[9.0] * 2, quiet[0], *[9.0] * 3]  # two high steps are none
+    high = [None, *[9.0] * 2, quiet[0], *[9.0] * 3]  # two high steps are not a spike
     losses = [9.0, *quiet, float("nan"), *high[1:]]
     found = [(step, detector.add(step, loss)) for step, loss in enumerate(losses)]
     assert [(step, spike.step) for step, spike in found if spike is not None] == [(47, 45)]
     assert found[-1][1].mean == pytest.approx(3.02, abs=0.01)
 
 
-def test_what_a_folder_of_checkpoints_leaves_out(tmp_path):
+def test_skipped_samples_of_a_folder(tmp_path):
     identity = {"names": ["texts"], "contents": [["digest", 1.0]], "context_length": 64, "seed": 0, "sources": []}
     path, stored = str(tmp_path / "step=1.ckpt"), tmp_path / "skipped.json"
     stored.write_text(json.dumps({"identity": identity, "skipped": [[2, 4]]}))
     assert skipped_samples(tmp_path, path, identity) == [[2, 4]]
-    assert skipped_samples(tmp_path, path, {**identity, "seed": 1}) == []  # another order of the data
+    assert skipped_samples(tmp_path, path, {**identity, "seed": 1}) == []  # another data order
     for other in (None, "elsewhere/step=1.ckpt"):
         assert skipped_samples(tmp_path, other, identity) == []
     stored.write_text("{")
@@ -52,7 +52,7 @@ def test_what_a_folder_of_checkpoints_leaves_out(tmp_path):
 
 
 class Rise(Callback):
-    """Multiplies the loss of the batches that hold a row which steps 24 to 26 read, or of all from step 24."""
+    """Multiply the loss of batches with a row that steps 24 to 26 read, or of all batches from step 24."""
 
     def __init__(self, *, for_ever=False, kill_at=None):
         self.for_ever, self.kill_at, self.visits = for_ever, kill_at, 0
@@ -85,11 +85,14 @@ RISE = [
 
 
 @pytest.mark.end_to_end
-def test_a_spike_is_left_out(fit, capsys):
-    """In one command; killed before the next checkpoint, it is left out all the same."""
+def test_the_data_of_a_spike_are_skipped(fit, capsys):
+    """In one command; also if the run is killed before the next checkpoint."""
     folder = fit("spike", *RISE, callbacks=[Rise()])
     printed = capsys.readouterr().out
-    assert printed.count(": back to spike/checkpoints/step=20.ckpt, without samples 40 to 51 of the data\n") == 1
+    assert (
+        printed.count(": rolling back to spike/checkpoints/step=20.ckpt and skipping samples 40 to 51 of the data\n")
+        == 1
+    )
     assert printed.count("Next:") == 1
     (event,) = (event for event in read_run_log(folder) if event["event"] == "rollback")
     assert (event["step"], event["to_step"], event["spike"]["step"], event["skipped_samples"]) == (26, 20, 24, [40, 52])
@@ -100,7 +103,7 @@ def test_a_spike_is_left_out(fit, capsys):
     (position,) = last["loops"]["fit_loop"]["state_dict"]["combined_loader"]
     assert (position["samples"], position["skipped"]) == (52 + 10 * 2, [[40, 52]])
 
-    # A run whose position in the data was set behind the spike.
+    # A run whose data position was set to that after the spike.
     stored = torch.load(folder / "checkpoints/step=20.ckpt", weights_only=True)
     stored["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["samples"] = 52
     torch.save(stored, "behind.ckpt")
@@ -117,8 +120,8 @@ def test_a_spike_is_left_out(fit, capsys):
 
 
 @pytest.mark.end_to_end
-def test_a_loss_that_rises_again_and_again(fit, capsys):
-    """A checkpoint that was saved in the spike is deleted; without one before it the run goes on."""
+def test_repeated_spikes(fit, capsys):
+    """A checkpoint saved during the spike is deleted; without an earlier one the run continues."""
     often = [
         "--checkpoints.every_n_steps",
         4,
@@ -132,14 +135,14 @@ def test_a_loss_that_rises_again_and_again(fit, capsys):
     with pytest.raises(SystemExit):
         fit("often", *RISE, *often, callbacks=[Rise(for_ever=True)])
     captured = capsys.readouterr()
-    assert "back to often/checkpoints/step=16.ckpt, without samples 32 to" in captured.out
+    assert "back to often/checkpoints/step=16.ckpt and skipping samples 32 to" in captured.out
     assert "; deleted: step=20.ckpt, step=24.ckpt\n" in captured.out
     line = captured.err.strip().splitlines()[-1]
-    assert "at step 24, and the run has gone back as often as spikes.max_rollbacks allows (1). Lower model.opt" in line
-    typed = line.partition(" before it: ")[2]
-    assert "--ckpt_path often/checkpoints/step=20.ckpt --trainer.default_root_dir often-20" in typed
+    assert "at step 24, and the run has rolled back as often as spikes.max_rollbacks allows (1). Lower model." in line
+    suggested = line.partition(" before the spike: ")[2]
+    assert "--ckpt_path often/checkpoints/step=20.ckpt --trainer.default_root_dir often-20" in suggested
     folder = fit("none", *RISE, "--checkpoints.every_n_steps", 100, callbacks=[Rise()])
-    assert "and there is no checkpoint before it to go back to." in capsys.readouterr().out
+    assert "and there is no checkpoint before it to roll back to." in capsys.readouterr().out
     assert [event["event"] for event in read_run_log(folder)].count("warning") == 1
 
 
@@ -177,8 +180,8 @@ KINDS = {"shards": SHARDS, "fsdp2": ["--trainer.strategy", "fsdp2"], "ddp": ["--
 @pytest.mark.end_to_end
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_go_back(run, tiny, tmp_path, kind):
-    """The same processes go on; with accumulation."""
+def test_two_processes_roll_back(run, tiny, tmp_path, kind):
+    """The same processes continue; with accumulation."""
     (tmp_path / "probes.py").write_text(PROBES)
     recipe = {"trainer": {"callbacks": {"class_path": "probes.Rise"}, "limit_val_batches": 0, "devices": 2}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
@@ -193,7 +196,7 @@ def test_two_processes_go_back(run, tiny, tmp_path, kind):
         1,
     ]
     finished = run("fit", *tiny, *options, "--trainer.accumulate_grad_batches", 2, cwd=tmp_path)
-    assert finished.stdout.count("back to run/checkpoints/step=20.ckpt, without samples 80 to 103 of") == 1
+    assert finished.stdout.count("back to run/checkpoints/step=20.ckpt and skipping samples 80 to 103 of") == 1
     assert "Traceback" not in finished.stderr
     last = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")
     (position,) = last["loops"]["fit_loop"]["state_dict"]["combined_loader"]

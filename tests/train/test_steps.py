@@ -1,4 +1,4 @@
-"""Checkpoints, validations and curves of a run that was stopped, killed or ended by a user's callback."""
+"""Checkpoints, validations and logs of runs that are stopped, killed or ended by a user's callback."""
 
 import csv
 import signal
@@ -17,12 +17,12 @@ pytestmark = pytest.mark.end_to_end
 
 
 @pytest.fixture(scope="module")
-def whole(fit):
-    """A run of 8 steps that nothing disturbed."""
-    return fit("whole")
+def baseline(fit):
+    """Uninterrupted run of 8 steps."""
+    return fit("baseline")
 
 
-# What ends the run at batch 13, the second of step 5: after it checkpoint and curves are those of step 4.
+# Causes that end the run, most at batch 13, the second of step 5; checkpoint and logs are then those of step 4.
 STOPS = {
     "a signal": (At("on_train_batch_end", terminate, batch=13), SystemExit),
     "a callback": (At("on_train_batch_end", stop, batch=13), None),
@@ -38,7 +38,7 @@ STOPS = {
 
 
 @pytest.mark.parametrize("stopped", STOPS)
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(fit, whole, stopped):
+def test_a_stopped_run_resumes_exactly(fit, baseline, stopped):
     callback, error = STOPS[stopped]
     name = stopped.replace(" ", "_")
     if error is None:
@@ -46,9 +46,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(fit, whole, stoppe
     else:
         with pytest.raises(error):
             fit(name, callbacks=[callback])
-    if stopped != "a callback after the step":  # it ends at step 5, which the whole run neither saves nor validates
+    if stopped != "a callback after the step":  # it ends at step 5, which the other run neither saves nor validates
         fit(name, "--ckpt_path", "auto")
-        assert_same_run(Path(name), whole)
+        assert_same_run(Path(name), baseline)
         return
     stored = read_checkpoint(f"{name}/checkpoints/last.ckpt")
     assert stored["global_step"] == 5
@@ -58,7 +58,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(fit, whole, stoppe
     assert [step for tag, step in curves(Path(name)) if tag == "val/loss"] == [2, 4, 5, 6, 8]
 
 
-def test_readers_of_the_curves_see_each_step_once(fit, whole):
+def test_each_step_is_logged_once(fit, baseline):
     """Steps 5 and 6 were logged and not saved; `validate` logs nothing."""
     options = ["--trainer.log_every_n_steps", 1, "--checkpoints.every_n_steps", 4]
     with pytest.raises(KillError):
@@ -71,18 +71,18 @@ def test_readers_of_the_curves_see_each_step_once(fit, whole):
     assert [event.step for event in events.Scalars("val/loss")] == [2, 4, 6, 8]
 
 
-def test_killed_before_anything_was_saved(fit, whole):
-    """The run begins again, in its first files."""
+def test_killed_before_the_first_checkpoint(fit, baseline):
+    """The run restarts in the same files."""
     for _ in range(2):
         with pytest.raises(KillError):
             fit("early", "--trainer.log_every_n_steps", 1, callbacks=[At("on_save_checkpoint", kill, step=2)])
     assert [step for tag, step in curves(Path("early")) if tag == "train/loss"] == [1, 2]
     fit("early", "--ckpt_path", "auto")
-    assert_same_run(Path("early"), whole)
+    assert_same_run(Path("early"), baseline)
 
 
-def test_a_csv_logger_goes_on_in_its_file(fit, whole):
-    """A single logger that is no list; the version is found again."""
+def test_a_csv_logger_continues_its_file(fit, baseline):
+    """A single logger instead of a list; its version is reused."""
     logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "csv"]
     with pytest.raises(KillError):
         fit("csv", *logger, callbacks=[At("on_train_batch_start", kill, batch=23)])
@@ -94,12 +94,12 @@ def test_a_csv_logger_goes_on_in_its_file(fit, whole):
     for name, steps in (("train/loss", [3, 6]), ("val/loss", [2, 4, 6, 8])):
         found = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
         assert [step for step, _ in found] == steps
-        theirs = curves(whole)
+        theirs = curves(baseline)
         assert [value for _, value in found] == pytest.approx([theirs[name, step] for step in steps])
 
 
-def test_checkpoints_of_a_users_own(fit, whole, capsys):
-    """They store the same state, and change nothing; a signal still ends in its code."""
+def test_a_user_checkpoint_callback(fit, baseline, capsys):
+    """They store the same state and do not affect the run; exit codes of signals are unchanged."""
     theirs = ModelCheckpoint(dirpath="own/theirs", filename="{step}", every_n_train_steps=2, save_top_k=-1)
     with pytest.raises(SystemExit) as ended:
         fit("own", callbacks=[theirs, At("on_train_batch_end", terminate, batch=13)])
@@ -107,23 +107,23 @@ def test_checkpoints_of_a_users_own(fit, whole, capsys):
     assert "saved as own/checkpoints/step=4.ckpt" in capsys.readouterr().out
     fit("own", "--ckpt_path", "auto", callbacks=[theirs])
     assert "Next:" in capsys.readouterr().out
-    assert_same_run(Path("own"), whole)
+    assert_same_run(Path("own"), baseline)
     for step in (2, 4, 6, 8):
         assert Path(f"own/theirs/step={step}.ckpt").exists()
     fit("from_theirs", "--ckpt_path", "own/theirs/step=6.ckpt")
-    a, b = (read_checkpoint(path / "checkpoints/step=8.ckpt") for path in (Path("from_theirs"), whole))
+    a, b = (read_checkpoint(path / "checkpoints/step=8.ckpt") for path in (Path("from_theirs"), baseline))
     assert all(torch.equal(a["state_dict"][name], value) for name, value in b["state_dict"].items())
 
 
-def test_an_interval_that_is_no_whole_number_of_steps(fit):
-    """Validations come at the ends of steps: batches 4, 8, … 24 are in steps 2, 3, 4, 6, 7 and 8."""
+def test_a_validation_interval_within_a_step(fit):
+    """Validations run at the ends of steps: batches 4, 8, … 24 are in steps 2, 3, 4, 6, 7 and 8."""
     folder = fit("odd", "--trainer.val_check_interval", 4)
     assert [step for tag, step in curves(folder) if tag == "val/loss"] == [2, 3, 4, 6, 7, 8]
     folder = fit("often", "--trainer.val_check_interval", 1, "--trainer.max_steps", 2)
     assert [step for tag, step in curves(folder) if tag == "val/loss"] == [1, 2]
 
 
-def test_min_steps_do_not_keep_a_signal_from_stopping(fit, capsys):
+def test_min_steps_do_not_prevent_a_stop_by_signal(fit, capsys):
     with pytest.raises(SystemExit):
         fit("least", "--trainer.min_steps", 8, callbacks=[At("on_train_batch_end", terminate, batch=4)])
     assert "Stopped by SIGTERM at step 1" in capsys.readouterr().out
@@ -132,7 +132,7 @@ def test_min_steps_do_not_keep_a_signal_from_stopping(fit, capsys):
     assert Path(folder, "checkpoints/last.ckpt").readlink().name == "step=3.ckpt"
 
 
-def test_a_dry_run_leaves_nothing(fit, capsys):
+def test_a_dry_run_writes_nothing(fit, capsys):
     before = sorted(Path().rglob("*"))
     fit("dry", "--trainer.fast_dev_run", 2, callbacks=[])
     printed = capsys.readouterr().out
@@ -147,10 +147,10 @@ def test_a_dry_run_leaves_nothing(fit, capsys):
     assert {path: path.stat().st_mtime_ns for path in Path("dry").rglob("*")} == after
 
 
-def test_a_run_without_a_step_is_no_success(fit, capsys):
+def test_a_run_without_a_step_fails(fit, capsys):
     for options, callbacks, expected in (
         ([], [At("on_train_start", stop)], "the run ended without a step"),
-        (["--trainer.max_time", "00:00:00:00"], [], "trainer.max_time: all of it is used up before a step"),
+        (["--trainer.max_time", "00:00:00:00"], [], "trainer.max_time: used up before the first step"),
         (["--trainer.max_steps", 0], [], "trainer.max_steps: give the number of optimizer steps"),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -167,7 +167,7 @@ from lightning.pytorch import Callback
 
 class FullDisk(Callback):
     def on_train_start(self, *_):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # as a full disk: the system writes no more than that
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))  # simulates a full disk
 """
 
 
@@ -177,7 +177,7 @@ def options_of(recipe, folder):
     return ["--config", "mine.yaml", "--trainer.default_root_dir", "run"]
 
 
-def test_a_single_callback_that_saves(run, tiny, tmp_path):
+def test_a_single_checkpoint_callback(run, tiny, tmp_path):
     callback = {"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 4, "monitor": "train/loss"}}
     options = options_of({"trainer": {"callbacks": callback}}, tmp_path)
     printed = run("fit", *tiny, *options, cwd=tmp_path).stdout
@@ -208,11 +208,11 @@ def test_a_full_disk_ends_the_run_with_one_line(run, tiny, tmp_path, logger):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_options_of_lightning_that_change_nothing(fit, whole):
-    """Neither the run nor its curves; a validation before the first step is not in them."""
+def test_options_of_lightning_without_effect_on_results(fit, baseline):
+    """Run and logs are unchanged; a sanity validation before the first step is not logged."""
     options = ["--trainer.num_sanity_val_steps", 1, "--trainer.detect_anomaly", "true", "--trainer.profiler", "simple"]
     options += ["--trainer.inference_mode", "true", "--trainer.max_time", "01:00:00:00", "--trainer.min_steps", 4]
     options += ["--trainer.enable_model_summary", "true", "--trainer.enable_progress_bar", "false"]
     options += ["--trainer.deterministic", "true", "--trainer.callbacks", "EarlyStopping"]
     options += ["--trainer.callbacks.monitor", "val/loss", "--trainer.callbacks.patience", 100]
-    assert_same_run(fit("options", *options), whole)
+    assert_same_run(fit("options", *options), baseline)

@@ -1,4 +1,4 @@
-"""The Trainer's options: what a run takes, and the one line by which it refuses the others."""
+"""Options of the Trainer: supported ones, and one-line errors for others."""
 
 import inspect
 
@@ -7,18 +7,18 @@ import pytest
 import torch.distributed as dist
 
 from ropepp_lit.errors import LostProcessError
-from ropepp_lit.train.refusals import in_one_line
-from ropepp_lit.train.trainer_options import REFUSED_OPTIONS, TAKEN_OPTIONS
+from ropepp_lit.train.lightning_errors import in_one_line
+from ropepp_lit.train.trainer_options import REFUSED_OPTIONS, SUPPORTED_OPTIONS
 
 pytestmark = pytest.mark.end_to_end
 
 CALLBACKS = "--trainer.callbacks"
 
 
-def test_every_option_of_the_trainer_is_taken_or_refused():
+def test_every_option_of_the_trainer_is_supported_or_refused():
     options = set(inspect.signature(pl.Trainer).parameters)
-    assert options == TAKEN_OPTIONS | REFUSED_OPTIONS.keys()
-    assert not TAKEN_OPTIONS & REFUSED_OPTIONS.keys()
+    assert options == SUPPORTED_OPTIONS | REFUSED_OPTIONS.keys()
+    assert not SUPPORTED_OPTIONS & REFUSED_OPTIONS.keys()
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_every_option_of_the_trainer_is_taken_or_refused():
         (["--trainer.limit_train_batches", "10"], "trainer.limit_train_batches: it would cut an optimizer step"),
         (["--trainer.limit_train_batches", "1"], "trainer.limit_train_batches: it would cut"),
         (["--trainer.limit_train_batches", "0.5"], "trainer.limit_train_batches: it would cut"),
-        (["--trainer.overfit_batches", "2"], "trainer.overfit_batches: a run reads new batches in one order"),
+        (["--trainer.overfit_batches", "2"], "trainer.overfit_batches: a run reads new batches in a fixed order"),
         (["--trainer.check_val_every_n_epoch", "1"], "trainer.check_val_every_n_epoch: runs are counted in steps"),
         (["--trainer.reload_dataloaders_every_n_epochs", "1"], "trainer.reload_dataloaders_every_n_epochs: a run is"),
         (["--trainer.limit_test_batches", "1"], "trainer.limit_test_batches: there is no test"),
@@ -128,6 +128,6 @@ def test_a_process_that_was_killed(error, expected):
     assert f"another process of the run cannot be reached any more {expected}; its own last lines" in str(lost.value)
 
 
-def test_an_error_of_ours_is_no_lost_process():
+def test_other_errors_are_not_lost_processes():
     with pytest.raises(RuntimeError, match="shapes"), in_one_line("trainer"):
         raise RuntimeError("shapes do not match")

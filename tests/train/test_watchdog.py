@@ -1,4 +1,4 @@
-"""Ranks that hang: stopped, and waiting for each other."""
+"""Ranks that hang: suspended, and waiting for each other."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from ropepp_lit.train.watchdog import EXIT_CODE, _names, _Position, _Ranks
 
 @pytest.fixture
 def ranks():
-    """Four ranks that tell each other where they are, by a store in this process."""
+    """Four ranks that exchange positions through a store in this process."""
     store, ranks = dist.HashStore(), [_Ranks() for _ in range(4)]
     for number, rank in enumerate(ranks):
         rank._rank, rank._size, rank._store = number, 4, store
@@ -26,8 +26,8 @@ def ranks():
 FORWARD, BACKWARD = (_Position(9, 1_005, f"{name} pass") for name in ("forward", "backward"))
 EVALUATION = _Position(9, 1_004, "evaluation")
 HANG = {
-    # Where each rank is, which of them tell something while rank 1 waits, and what rank 1 then says.
-    "one is stopped": (
+    # Position of each rank, the ranks that write while rank 1 waits, and the hang that rank 1 finds.
+    "one is suspended": (
         [BACKWARD, BACKWARD, FORWARD, BACKWARD],
         [0, 3],
         "rank 2 does not respond, last known at step 1,005, forward pass; ranks 0-1, 3 at step 1,005, backward pass",
@@ -38,47 +38,47 @@ HANG = {
         "ranks 0-1, 3 at step 1,005, backward pass; rank 2 at step 1,005, forward pass",
     ),
     "one evaluates": ([EVALUATION, BACKWARD, BACKWARD, BACKWARD], [0, 2, 3], None),
-    "one was stopped in its evaluation": (
+    "one is suspended in its evaluation": (
         [EVALUATION, BACKWARD, BACKWARD, BACKWARD],
         [2, 3],
         "rank 0 does not respond, last known at step 1,004, evaluation; ranks 1-3 at step 1,005, backward pass",
     ),
-    "one is still being started": ([None, BACKWARD, BACKWARD, BACKWARD], [2, 3], None),
+    "one is still starting": ([None, BACKWARD, BACKWARD, BACKWARD], [2, 3], None),
 }
 
 
 @pytest.mark.parametrize("case", HANG)
-def test_who_hangs(ranks, case):
-    positions, telling, expected = HANG[case]
+def test_find_hang(ranks, case):
+    positions, responding, expected = HANG[case]
     for rank, position in zip(ranks, positions, strict=True):
         if position is not None:
-            rank.tell(position, None)
+            rank.write(position, None)
 
     def wait():
-        for number in telling:
-            ranks[number].tell(positions[number], None)
+        for number in responding:
+            ranks[number].write(positions[number], None)
 
-    found = ranks[1].who_hangs(positions[1], wait=wait)
-    assert (found and found.text) == expected
-    if found is not None:
-        assert found.is_mine == expected.startswith("rank 0 does not respond")
+    hang = ranks[1].find_hang(positions[1], wait=wait)
+    assert (hang and hang.text) == expected
+    if hang is not None:
+        assert hang.is_reporter == expected.startswith("rank 0 does not respond")
 
 
-def test_one_that_moves_is_no_hang(ranks):
+def test_a_rank_with_progress_is_not_a_hang(ranks):
     for rank in ranks:
-        rank.tell(FORWARD, None)
-    moves = iter(range(10, 99))
+        rank.write(FORWARD, None)
+    numbers = iter(range(10, 99))
 
     def wait():
         for number in (0, 2, 3):
-            ranks[number].tell(FORWARD._replace(moves=next(moves)), None)
+            ranks[number].write(FORWARD._replace(number=next(numbers)), None)
 
-    assert ranks[1].who_hangs(FORWARD, wait=wait) is None
+    assert ranks[1].find_hang(FORWARD, wait=wait) is None
 
 
-def test_a_store_that_does_not_answer(ranks, monkeypatch):
-    """As where rank 0, which holds it, is stopped."""
-    monkeypatch.setattr(watchdog, "_SECONDS_TO_ANSWER", 0.1)
+def test_a_store_that_does_not_respond(ranks, monkeypatch):
+    """Rank 0, which hosts the store, is suspended."""
+    monkeypatch.setattr(watchdog, "_STORE_TIMEOUT", 0.1)
     release = threading.Event()
 
     class Stopped:
@@ -89,13 +89,13 @@ def test_a_store_that_does_not_answer(ranks, monkeypatch):
             release.wait(30)
 
     ranks[1]._store = Stopped()
-    found = ranks[1].who_hangs(FORWARD, wait=lambda: None)
+    hang = ranks[1].find_hang(FORWARD, wait=lambda: None)
     release.set()
-    assert found.text == "rank 0, or the launcher that holds the processes' store, does not respond"
-    assert found.is_mine
+    assert hang.text == "rank 0, or the launcher that holds the processes' store, does not respond"
+    assert hang.is_reporter
 
 
-def test_ranks_as_people_write_them():
+def test_format_of_ranks():
     assert [_names(ranks) for ranks in ([3], [0, 1, 2, 3], [0, 2, 3, 9])] == ["rank 3", "ranks 0-3", "ranks 0, 2-3, 9"]
 
 
@@ -123,7 +123,7 @@ def start(start_training, tiny, folder, *options, launch):
 
 
 def wait_for_end(process):
-    """Wait for a process that is not this one's child, so that nobody here collects it."""
+    """Wait for a process that is not a child of this one, so that it is not reaped here."""
     deadline = time.monotonic() + 90
     while process.is_running() and process.status() != "zombie":
         assert time.monotonic() < deadline
@@ -132,7 +132,7 @@ def wait_for_end(process):
 
 @pytest.mark.end_to_end
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
-def test_a_rank_that_is_stopped(start_training, command_path, tiny, tmp_path, strategy):
+def test_a_suspended_rank(start_training, command_path, tiny, tmp_path, strategy):
     process = start(start_training, tiny, tmp_path, "--trainer.strategy", strategy, launch=[command_path])
     (other,) = process.children()
     began = time.monotonic()
@@ -154,8 +154,8 @@ def test_a_rank_that_is_stopped(start_training, command_path, tiny, tmp_path, st
 
 
 @pytest.mark.slow
-def test_the_first_rank_is_stopped(start_training, command_path, tiny, tmp_path):
-    """It holds the store; the other one ends by itself."""
+def test_a_suspended_first_rank(start_training, command_path, tiny, tmp_path):
+    """It hosts the store; the other rank ends by itself."""
     process = start(start_training, tiny, tmp_path, launch=[command_path])
     (other,) = process.children()
     process.suspend()
@@ -166,7 +166,7 @@ def test_the_first_rank_is_stopped(start_training, command_path, tiny, tmp_path)
 
 
 @pytest.mark.slow
-def test_torchrun_starts_again(start_training, tiny, tmp_path):
+def test_torchrun_restarts(start_training, tiny, tmp_path):
     """A rank whose main thread sleeps; every start hangs at the fourth step."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--max_restarts", 1]
     process = start(

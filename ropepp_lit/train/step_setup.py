@@ -1,4 +1,4 @@
-"""What decides the memory of a training step besides the model."""
+"""Settings of a training step, besides the model, that its memory depends on."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from ropepp_lit.nn.context_parallel import Mode
 from ropepp_lit.nn.lora import LoRA
 
 DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
-"""Of computing, by the begin of Lightning's name of a precision."""
+"""Compute dtypes by the first part of the name of a Lightning precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What decides the memory of a step, besides the model: batch, devices, precision and memory options.
+    """Settings that the memory of a step depends on: batch, devices, precision and memory options.
 
     Args:
-        rows: In a micro-batch of a device (of a group of devices with context parallelism).
+        rows: Rows in a micro-batch of a device (of a group of devices with context parallelism).
         context_length: Tokens in each row.
-        strategy: One device, DDP, or FSDP2 (with `replicate_size` above 1 HSDP).
-        devices: In the cluster.
-        replicate_size: Copies of the sharded model.
-        context_parallel_size: Devices that share the tokens of each row.
-        context_parallel_mode: How they do it, see :mod:`ropepp_lit.nn.context_parallel`.
-        precision: Lightning's name, such as `bf16-mixed`.
+        strategy: One device, DDP, or FSDP2 (HSDP if `replicate_size` is above 1).
+        devices: Number of devices in the cluster.
+        replicate_size: Number of replicas of the sharded model.
+        context_parallel_size: Number of devices that share the tokens of each row.
+        context_parallel_mode: See :mod:`ropepp_lit.nn.context_parallel`.
+        precision: Precision as named by Lightning, such as `bf16-mixed`.
         accumulate_grad_batches: Micro-batches in a step.
-        gradient_clip_val: Largest norm of the gradient; None does not clip.
-        reduce_each_micro_batch: See :class:`~ropepp_lit.train.fsdp.FSDP2Strategy`.
-        reshard_after_forward: See there.
-        activation_checkpointing: See :class:`~ropepp_lit.train.causal_lm.CausalLM`.
-        offload_activations: See there.
-        mlp_chunk_tokens: See there.
-        attention_head_groups: See there.
-        lora: See there.
+        gradient_clip_val: Maximum norm of the gradient; None disables clipping.
+        reduce_each_micro_batch: Option of :class:`~ropepp_lit.train.fsdp.FSDP2Strategy`.
+        reshard_after_forward: Likewise.
+        activation_checkpointing: Option of :class:`~ropepp_lit.train.causal_lm.CausalLM`.
+        offload_activations: Likewise.
+        mlp_chunk_tokens: Likewise.
+        attention_head_groups: Likewise.
+        lora: Likewise.
     """
 
     rows: int
@@ -58,56 +58,56 @@ class Setup:
 
     @property
     def shards(self) -> int:
-        """Devices that parameters, gradients and optimizer states are spread over."""
+        """Number of devices over which parameters, gradients and optimizer states are sharded."""
         return self.devices // self.replicate_size if self.strategy == "fsdp2" else 1
 
     @property
     def tokens_per_row(self) -> int:
-        """Of each row, on this device."""
+        """Tokens of each row on this device."""
         return self.context_length // self.context_parallel_size
 
     @property
     def tokens(self) -> int:
-        """In a micro-batch, on this device."""
+        """Tokens of a micro-batch on this device."""
         return self.rows * self.tokens_per_row
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of matrix products."""
+        """Dtype of matrix products."""
         return self.base_dtype if not self.is_mixed else DTYPES[self.precision.split("-")[0]]
 
     @property
     def is_mixed(self) -> bool:
-        """Whether matrix products have another dtype than the parameters that train."""
+        """Whether matrix products have another dtype than the trained parameters."""
         return self.precision.endswith("mixed")
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Of parameters that train, gradients and optimizer states."""
+        """Dtype of trained parameters, gradients and optimizer states."""
         return torch.float32 if self.is_mixed else DTYPES[self.precision.split("-")[0]]
 
     @property
     def base_dtype(self) -> torch.dtype:
-        """Of parameters that are frozen."""
+        """Dtype of frozen parameters."""
         named = None if self.lora is None else self.lora.base_dtype
         return self.weight_dtype if named is None else getattr(torch, named)
 
     @property
     def checkpoint_every(self) -> int:
-        """Every so many blocks one is computed again in the backward pass; 0 means none."""
+        """Interval of checkpointed blocks: every Nth is recomputed in the backward pass; 0 means none."""
         return 1 if self.activation_checkpointing == "attention" else self.activation_checkpointing
 
     @property
     def keeps_attention(self) -> bool:
-        """Whether blocks that are computed again keep what attention returned."""
+        """Whether checkpointed blocks store the outputs of attention."""
         return self.activation_checkpointing == "attention"
 
     @property
     def uses_autocast(self) -> bool:
-        """Whether operations cast what they read; FSDP2 casts parameters as it gathers them instead."""
+        """Whether operations cast their inputs; FSDP2 casts parameters as it gathers them instead."""
         return self.is_mixed and self.strategy != "fsdp2"
 
     @property
-    def keeps_whole_gradients(self) -> bool:
-        """Whether gradients wait unreduced between micro-batches."""
+    def keeps_full_gradients(self) -> bool:
+        """Whether gradients are stored unreduced between micro-batches."""
         return self.accumulate_grad_batches > 1 and not (self.strategy == "fsdp2" and self.reduce_each_micro_batch)

@@ -1,4 +1,4 @@
-"""A run's curves: figures to its loggers, one value for each step also where a run goes on from an older step."""
+"""Logging of metrics to the run's loggers, with one value per step even when a run resumes from an older step."""
 
 from __future__ import annotations
 
@@ -28,54 +28,52 @@ _IN_PROGRESS_BAR = {
     "lr",
     "gradient_norm",
 }
-_OF_A_VALIDATION = ("val/", "sample")
-"""What begins the names of figures that a validation logs."""
+_VALIDATION_PREFIXES = ("val/", "sample")
+"""Prefixes of the names that a validation logs."""
 
 
-def loss_figures(prefix: str, loss: float, bytes_per_token: float | None) -> dict[str, Any]:
-    """Loss in nats per token, its perplexity, and bits per byte where the bytes are known."""
-    values = {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(min(loss, 700.0))}
-    if bytes_per_token is not None:
-        values[f"{prefix}bits_per_byte"] = loss / math.log(2) / bytes_per_token
-    return values
-
-
-def figures_of(
+def metric_values(
     metric: TokenLoss, prefix: str, values: Sequence[float], bytes_per_token: float | None
 ) -> dict[str, Any]:
-    """What a metric of the loss computed: see :func:`loss_figures`; of pairs of answers the loss, and their rewards.
+    """Return the values of a loss metric by the names under which they are logged.
+
+    For tokens these are the loss in nats per token, its perplexity, and bits per byte if `bytes_per_token` is given;
+    for pairs of answers the loss and the rewards.
 
     Args:
-        metric: Of the loss.
-        prefix: Of the figures' names.
-        values: The loss, and those that the metric's `others` name.
-        bytes_per_token: Of the text.
+        metric: Metric of the loss.
+        prefix: Prefix of the names.
+        values: The loss, followed by the values that the metric's `others` names.
+        bytes_per_token: Mean number of bytes of the text per token.
     """
     loss, *others = values
-    if not metric.others:
-        return loss_figures(prefix, loss, bytes_per_token)
-    return {f"{prefix}{name}": value for name, value in zip(("loss", *metric.others), (loss, *others), strict=True)}
+    if metric.others:
+        return {f"{prefix}{name}": value for name, value in zip(("loss", *metric.others), (loss, *others), strict=True)}
+    named = {f"{prefix}loss": loss, f"{prefix}perplexity": math.exp(min(loss, 700.0))}
+    if bytes_per_token is not None:
+        named[f"{prefix}bits_per_byte"] = loss / math.log(2) / bytes_per_token
+    return named
 
 
-def log_figures(trainer: pl.Trainer, values: dict[str, float], step: int) -> None:
+def log_metrics(trainer: pl.Trainer, values: dict[str, float], step: int) -> None:
     """Log numbers to the loggers, the progress bar and `trainer.callback_metrics`.
 
-    Not by Lightning's `log`: it keeps numbers on the device and reads them back after every batch that follows.
-    TensorBoard gets integers in float64, as float32 holds none beyond 2²⁴ exactly.
+    This replaces Lightning's `log`, which keeps numbers on the device and reads them back after every later batch.
+    TensorBoard gets integers in float64, because float32 does not represent all integers beyond 2²⁴.
 
     Args:
-        trainer: Of the run.
-        values: By name.
+        trainer: Trainer of the run.
+        values: Numbers by name.
         step: Optimizer steps taken.
     """
     for logger in trainer.loggers:
-        others = values
+        floats = values
         if isinstance(logger, TensorBoardLogger):
-            others = {name: value for name, value in values.items() if not isinstance(value, int)}
+            floats = {name: value for name, value in values.items() if not isinstance(value, int)}
             if trainer.is_global_zero:
-                for name in values.keys() - others.keys():
+                for name in values.keys() - floats.keys():
                     logger.experiment.add_scalar(name, values[name], step, new_style=True, double_precision=True)
-        logger.log_metrics(others, step)
+        logger.log_metrics(floats, step)
     tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
     trainer.callback_metrics.update(tensors)
     trainer.logged_metrics.update(tensors)
@@ -84,7 +82,7 @@ def log_figures(trainer: pl.Trainer, values: dict[str, float], step: int) -> Non
 
 @rank_zero_only
 def flush(loggers: list[Logger]) -> None:
-    """Write what was logged to the disk, so that a checkpoint is never ahead of the curves."""
+    """Flush the loggers to disk, so that a checkpoint is never ahead of the logs."""
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.flush()
@@ -93,22 +91,22 @@ def flush(loggers: list[Logger]) -> None:
 
 
 @rank_zero_only
-def go_on_from(loggers: list[Logger], step: int, *, run_folder: Path, validates: bool) -> None:
-    """Take out of TensorBoard's and CSV files what a run logged after the step that it now goes on from.
+def truncate_logs(loggers: list[Logger], step: int, *, run_folder: Path, validates: bool) -> None:
+    """Remove from TensorBoard and CSV files what was logged after the step from which the run resumes.
 
     Args:
-        loggers: Before they have opened their files.
-        step: Of the checkpoint; 0 where a run begins, perhaps again after it was killed before its first checkpoint:
-            then only files in its own folder are changed.
-        run_folder: Loggers without a version go on with their newest version in this folder.
-        validates: Whether the validation of that step is still to come: then its figures are taken out too.
+        loggers: Loggers that have not opened their files yet.
+        step: Step of the checkpoint. 0 if the run starts from the beginning (perhaps again, after it was killed before
+            its first checkpoint): then only files in its own folder are changed.
+        run_folder: Folder of the run. Loggers without a version continue their newest version in it.
+        validates: Whether the validation of that step is still due: then its metrics are removed too.
 
     Raises:
         OSError: a file cannot be written, for example because the disk is full.
     """
 
     def is_kept(at: int, name: str) -> bool:
-        return at < step or (at == step and not (validates and name.startswith(_OF_A_VALIDATION)))
+        return at < step or (at == step and not (validates and name.startswith(_VALIDATION_PREFIXES)))
 
     for logger in loggers:
         if not isinstance(logger, TensorBoardLogger | CSVLogger):
@@ -131,7 +129,7 @@ def go_on_from(loggers: list[Logger], step: int, *, run_folder: Path, validates:
 
 
 def _filter_events(path: Path, is_kept: Any) -> None:
-    """Rewrite a file of TensorBoard's events without some of them; a record that a kill cut off is left out."""
+    """Rewrite a TensorBoard event file with only the values to keep; an incomplete last record is dropped."""
     kept, is_changed = [], False
     for event in LegacyEventFileLoader(str(path)).Load():
         if event.HasField("summary"):
@@ -153,14 +151,14 @@ def _filter_events(path: Path, is_kept: Any) -> None:
 
 
 class _Buffer(bytearray):
-    """Bytes that a RecordWriter appends to."""
+    """Byte buffer that a RecordWriter appends to."""
 
     def write(self, data: bytes) -> None:
         self.extend(data)
 
 
 def _rows(path: Path, is_kept: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a CSVLogger's file that are kept, without empty fields."""
+    """Yield the rows of a CSVLogger's file to keep, without empty fields."""
     if not os.path.isfile(path):
         return
     with path.open(newline="", encoding="utf-8") as file:

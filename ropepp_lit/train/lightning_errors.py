@@ -1,4 +1,4 @@
-"""What Lightning, a strategy, a cluster's environment or the disk refuses, in one line."""
+"""Conversion of errors of Lightning, strategies, cluster environments and the disk to one-line messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ropepp_lit.errors import DISK_ERRORS, LostProcessError, UsageError
 
 _ENVIRONMENTS = "lightning.fabric.plugins.environments"
-_REFUSE = (
+_SETTING_MODULES = (
     "lightning.fabric.accelerators",
     "lightning.fabric.connector",
     "lightning.fabric.plugins",
@@ -31,18 +31,18 @@ _REFUSE = (
     "lightning.pytorch.trainer.setup",
     "lightning.pytorch.trainer.trainer",
 )
-"""Modules of Lightning whose errors refuse a setting."""
+"""Modules of Lightning that raise errors about settings."""
 
 _MAX_LENGTH = 400
-"""Characters of a message of several lines that is still given as a whole."""
+"""Maximum number of characters of a message; of longer ones only the first line is used."""
 
 
 @contextmanager
 def in_one_line(key: str) -> Iterator[None]:
-    """Turn a refusal into a UsageError; other exceptions are bugs and keep their traceback.
+    """Convert errors about settings or the environment to UsageError; other exceptions are bugs and propagate.
 
     Args:
-        key: Of the recipe, for the line's beginning.
+        key: Key of the recipe with which the message starts.
     """
     try:
         yield
@@ -62,63 +62,63 @@ def in_one_line(key: str) -> Iterator[None]:
         if _is_lost_process(root) and not _is_connecting(error):
             raise LostProcessError(
                 f"another process of the run cannot be reached any more ({_first_sentence(root)}); its own last lines "
-                "say why; continue by --ckpt_path auto"
+                "give the reason; continue by --ckpt_path auto"
             ) from error
-        if _is_refusal(root) and root is not error:  # the parser tried a class whose arguments Lightning refuses
+        if _is_setting_error(root) and root is not error:  # wrapped by the parser, which instantiated a class
             raise UsageError(f"{key}: {_message(root)}") from error
         modules = _modules(error.__traceback__)
         if any(module.startswith(_ENVIRONMENTS) for module in modules):
-            raise UsageError(f"the cluster's environment variables: {_in_words(error)}") from error
+            raise UsageError(f"the cluster's environment variables: {_describe(error)}") from error
         if _is_connecting(error):
-            raise UsageError(f"the processes cannot connect: {_in_words(error)}") from error
-        if modules and modules[-1].startswith(_REFUSE):
-            raise UsageError(f"{key}: {_in_words(error)}") from error
+            raise UsageError(f"the processes cannot connect: {_describe(error)}") from error
+        if modules and modules[-1].startswith(_SETTING_MODULES):
+            raise UsageError(f"{key}: {_describe(error)}") from error
         raise
 
 
 def check_launcher(variables: Mapping[str, str]) -> None:
-    """Refuse restarts by torchrun in which the new processes would wait for those before them.
+    """Check that processes restarted by torchrun would not wait for the previous ones.
 
-    They find the addresses of the ones before in the store that they share with the launcher (pytorch issue 135712).
+    They would read the previous addresses from the store that they share with the launcher (pytorch issue 135712).
 
     Args:
-        variables: The process's environment.
+        variables: Environment variables of the process.
 
     Raises:
-        UsageError: torchrun may start processes again and keeps their store.
+        UsageError: torchrun can restart the processes and reuses their store.
     """
     restarts = variables.get("TORCHELASTIC_MAX_RESTARTS", "0")
     keeps_store = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if restarts != "0" and keeps_store and variables.get("WORLD_SIZE", "1") != "1":
         raise UsageError(
-            f"torchrun --max_restarts {restarts}: restarted processes would wait for those before them, for ever; put "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+            f"torchrun --max_restarts {restarts}: restarted processes would wait for the previous ones forever; set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
         )
 
 
 def _root(error: BaseException) -> BaseException:
-    """The exception that others were raised for."""
+    """Return the first exception of a chain."""
     while (before := error.__cause__ or error.__context__) is not None:
         error = before
     return error
 
 
 def _is_lost_process(error: BaseException) -> bool:
-    """Whether a collective failed because another process has ended, or does not answer in time."""
+    """Return whether a collective failed because another process has ended or timed out."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def _is_connecting(error: BaseException) -> bool:
-    """Whether the processes were about to find each other."""
+    """Return whether the error occurred while the processes connected."""
     return "_init_dist_connection" in _functions(error.__traceback__)
 
 
 def _first_sentence(error: BaseException) -> str:
-    """Of an error of a collective, without the place in the library's source."""
+    """Return the first sentence of a collective's error, without the location in the library's source."""
     return re.sub(r"^\[[^]]*\] *", "", _message(error)).split(". ")[0]
 
 
-def _is_refusal(error: BaseException) -> bool:
+def _is_setting_error(error: BaseException) -> bool:
     return isinstance(error, MisconfigurationException | ModuleNotFoundError)
 
 
@@ -130,7 +130,7 @@ def _functions(trace: TracebackType | None) -> list[str]:
     return [frame.f_code.co_name for frame, _ in traceback.walk_tb(trace)]
 
 
-def _in_words(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"{error.args[0]} is not set" if error.args else "a name is missing"
     return _message(error)
