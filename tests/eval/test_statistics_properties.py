@@ -58,13 +58,13 @@ def test_an_interval_of_a_difference_holds_it_and_turns_with_the_models(seed, ru
     first, counted = draw(seed, runs[0], examples, is_share=is_share)
     second, _ = draw(seed, runs[1], examples, is_share=is_share)
     settings = {"is_share": is_share, "is_proportion": kind == "proportion", "same_seeds": runs[0] == runs[1]}
-    settings["finish"] = (lambda ratio: 100 * ratio) if is_share else np.exp
+    settings["transform"] = (lambda ratio: 100 * ratio) if is_share else np.exp
     found = difference_interval(first, second, **settings)
     if counted < 2:
         assert found is None
         return
     low, high = found
-    value = settings["finish"](second.value) - settings["finish"](first.value)
+    value = settings["transform"](second.value) - settings["transform"](first.value)
     assert low <= value <= high
     if is_share:
         assert -100 <= low <= high <= 100
