@@ -77,7 +77,8 @@ def test_the_loss_is_that_of_the_answers_alone(small_checkpoints, tmp_path, vari
 def test_what_is_written_is_what_each_prompt_gets_alone(small_checkpoints, tmp_path):
     model = load(small_checkpoints["ec"])
     pairs = answers.read_pairs(model, str(write(tmp_path / "pairs.jsonl", PAIRS)), limit=50)
-    assert [text for pair in pairs for text in answers.write(model, [pair])] == answers.write(model, pairs)
+    single = [text for pair in pairs for text in answers.generate_answers(model, [pair])]
+    assert single == answers.generate_answers(model, pairs)
 
 
 def test_the_last_answer_of_a_conversation_is_expected(chat_folder, tmp_path):
@@ -91,7 +92,7 @@ def test_the_last_answer_of_a_conversation_is_expected(chat_folder, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "no pair"}], r"'chat_template_kwargs'; write prompt and completion, or messages"),
+        ([{"text": "no pair"}], r"'chat_template_kwargs'; use the columns prompt and completion, or messages"),
         ([], "pairs.jsonl: no rows; name files of prompts and answers"),
         ([{"messages": [{"role": "user", "content": "Well?"}]}], "no prompt before an answer"),
         ([{"prompt": "x", "completion": ""}], "an empty completion"),

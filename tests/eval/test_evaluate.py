@@ -151,7 +151,7 @@ def test_a_mixture_is_read_from_every_set_and_other_runs_are_named(run, tiny, te
     (short,) = [name for name, found in lengths.items() if max(found) == most]
     longer = [*options[:-1], "long", "--min_tokens", most + 1]
     said = run("evaluate", models[0], *longer, cwd=tmp_path).stdout
-    assert f"of the held-out sets {short} holds no document of {most + 1:,} tokens or more and is left out" in said
+    assert f"the held-out set {short} has no document of {most + 1:,} tokens or more and is skipped" in said
     options = [*options[:-1], "text", "--text", "first"]
     run("evaluate", *models, *options, cwd=tmp_path)
     notices = json.loads((tmp_path / "text" / "results.json").read_text())["notices"]
@@ -169,7 +169,7 @@ def test_text_by_a_key_with_empty_lines_and_of_models_that_do_not_say_what_they_
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["settings"]["documents"] == 5
     assert len(results["notices"]) == 2
-    assert "Note: B does not store what it was trained on" in said
+    assert "Note: B does not store its training data" in said
     options = ["--tasks", "perplexity", "--lengths", 64, "--out", "parts", "--text", "parts.txt", "--split=<end>"]
     run("evaluate", *models, *options, cwd=tmp_path)
     assert json.loads((tmp_path / "parts" / "results.json").read_text())["settings"]["documents"] == 3
@@ -223,9 +223,9 @@ def test_a_checkpoint_that_is_replaced_after_the_beginning_is_refused(small_chec
     [
         (
             ["--tasks", "speed"],
-            "tasks: no task 'speed'; choose of perplexity, longppl, retrieval, ruler, recall, induction",
+            "tasks: no task 'speed'; choose from perplexity, longppl, retrieval, ruler, recall, induction",
         ),
-        (["--tasks", "retrieval:none"], "tasks: retrieval has no family 'none'; choose of single, multikey"),
+        (["--tasks", "retrieval:none"], "tasks: retrieval has no family 'none'; choose from single, multikey"),
         (
             ["--tasks", "noise:attention"],
             "tasks: noise is for perplexity and prompts, not attention",
@@ -234,20 +234,23 @@ def test_a_checkpoint_that_is_replaced_after_the_beginning_is_refused(small_chec
         (["--lengths", "long"], "lengths: 'long' is no number of tokens such as 512 or 64k"),
         (["--lengths", "100000000k"], "lengths: 102,400,000,000 tokens need about"),
         (["--tasks", "retrieval:single", "--lengths", "20"], "lengths: 20 tokens are too few for retrieval:single"),
-        (["--tasks", "attention", "--lengths", "64k"], "text: attention at 65,536 tokens needs a document as long"),
+        (
+            ["--tasks", "attention", "--lengths", "64k"],
+            "text: attention at 65,536 tokens needs a document of this length",
+        ),
         (["--limit", "0"], "limit: 0 must be 1 or more"),
         (["--stride", "4096"], "stride: 4096 must be 1 or more, and no more than the shortest of lengths"),
         (["--noise_std", "loud"], "noise_std: 'loud' must be numbers with commas"),
         (["--noise_std=-1"], "noise_std: give standard deviations of 0 or more"),
         (["--dtype", "int8"], "dtype: 'int8' must be float32 or bfloat16"),
         (["--text", "nowhere"], "text: nowhere: no such file or folder"),
-        (["--text", "empty.txt"], "text: empty.txt holds no document"),
+        (["--text", "empty.txt"], "text: empty.txt has no document"),
         (["--text", "empty.txt,"], "text: an empty name among the sources"),
         (
             ["--text", "latin.txt"],
             "text: latin.txt: not UTF-8; convert it by `iconv -f ENCODING -t UTF-8`, or leave the file out",
         ),
-        (["--min_tokens", "100000"], "holds no document of 100,000 tokens or more"),
+        (["--min_tokens", "100000"], "has no document of 100,000 tokens or more"),
         (["--out", "taken"], "out: taken holds something else than an evaluation"),
     ],
 )

@@ -14,8 +14,8 @@ from ropepp_lit.eval.figures import (
     LIGHT,
     REAL,
     draw_positions,
+    factor_ranges,
     limit_scores,
-    met_factors,
     scores,
     to_png,
     trigonometric_integrals,
@@ -79,16 +79,16 @@ def test_scores_of_many_pairs_come_near_the_closed_form(rope_theta):
     assert error.max() < 1e-4
 
 
-def test_met_factors_are_those_of_the_plain_formula():
+def test_factor_ranges_are_those_of_the_plain_formula():
     cos, sin = (f(angles(10_000, head_dim=128, rope_theta=10_000.0)) for f in (np.cos, np.sin))
     expected = np.array([[[cos, sin], [sin, -cos]], [[-sin, cos], [cos, sin]]])  # query's dimension, head, key's
-    found = met_factors(10_000, head_dim=128, rope_theta=10_000.0).numpy()
+    found = factor_ranges(10_000, head_dim=128, rope_theta=10_000.0).numpy()
     np.testing.assert_allclose(found[0], expected.min(axis=-2), atol=1e-9)
     np.testing.assert_allclose(found[1], expected.max(axis=-2), atol=1e-9)
 
 
 def test_imaginary_heads_bring_the_other_sign_to_slow_pairs():
-    least, greatest = met_factors(4096, head_dim=128, rope_theta=10_000.0)
+    least, greatest = factor_ranges(4096, head_dim=128, rope_theta=10_000.0)
     slow = angles(4096, head_dim=128, rope_theta=10_000.0)[-1] < np.pi / 2
     assert slow.nonzero()[0].tolist() == list(range(55, 64))  # what the README says
     # Dimension n of the query, [real or imaginary, pair], over both dimensions of the key.

@@ -106,7 +106,7 @@ def test_no_key_tokens_are_said_in_a_line(models, task, capsys):
     assert not any(found[0].denominators)
     assert found[2].value == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.endswith(" finds no key tokens among 285 at 64 tokens, so there is no longppl")
+    assert line.endswith(" finds no key tokens among 285 at 64 tokens, so longppl has no value")
 
 
 def test_what_cannot_be_measured_is_refused(models, task, small_checkpoints):
@@ -118,7 +118,7 @@ def test_what_cannot_be_measured_is_refused(models, task, small_checkpoints):
         task.check(model, _request(model, lengths=(400, 800)))
     request = _request(model)
     other = [[0, *ids] for ids in request.documents]
-    with pytest.raises(UsageError, match=r"ec and .*, which finds the key tokens, read the texts as different tokens"):
+    with pytest.raises(UsageError, match=r"of ec and .*, which finds the key tokens, encode the texts differently"):
         task.check(model, dataclasses.replace(request, documents=other))
 
 

@@ -132,7 +132,7 @@ def test_a_random_model_predicts_nothing_and_chunks_change_nothing(small_checkpo
 
 def test_words_that_a_tokenizer_does_not_tell_apart_are_refused():
     tokenizer = TextTokenizer(tokenizer=Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]")), eos_token_id=0)
-    with pytest.raises(UsageError, match="recall:4: this tokenizer does not tell the words apart"):
+    with pytest.raises(UsageError, match="recall:4: this tokenizer maps different words to the same tokens"):
         TASKS["recall:4"].check(SimpleNamespace(tokenizer=tokenizer), _request(512))
 
 

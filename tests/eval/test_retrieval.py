@@ -139,8 +139,12 @@ NOT_DIGITS, DIGITS = Regex(r"\D+"), Regex(r"\d")
 @pytest.mark.parametrize(
     ("make", "family", "message"),
     [
-        (_one_word, "single", "retrieval:single: this tokenizer cannot write its answers: '[0-9]{5}.' comes back as"),
-        (lambda: _bytes_behind(Replace(DIGITS, "")), "tracking", "cannot write its answers"),
+        (
+            _one_word,
+            "single",
+            "retrieval:single: this tokenizer cannot represent its answers: '[0-9]{5}.' is decoded as",
+        ),
+        (lambda: _bytes_behind(Replace(DIGITS, "")), "tracking", "cannot represent its answers"),
         (
             lambda: _bytes_behind(Replace(NOT_DIGITS, "")),
             "single",

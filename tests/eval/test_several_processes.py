@@ -111,5 +111,5 @@ def test_without_locks_one_process_goes_on_alone(small_checkpoints, tmp_path, mo
     monkeypatch.setattr(pieces, "has_locks", lambda path: False)
     options = {"tasks": "retrieval:single", "lengths": "256", "limit": 2, "out": str(tmp_path / "out")}
     evaluate(str(small_checkpoints["rope"]), **options)
-    assert "has no locks, so one process alone can measure into it" in capsys.readouterr().out
+    assert "does not support locks, so only one process can evaluate into it" in capsys.readouterr().out
     assert (tmp_path / "out" / "index.html").exists()

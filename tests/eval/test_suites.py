@@ -203,7 +203,7 @@ def test_prompts_of_ruler_are_its_templates(part):
 
 def test_words_of_long_contexts_come_more_often(monkeypatch):
     monkeypatch.setattr(ruler.RulerTask, "length", 4096)
-    made = ruler.FAMILIES["cwe"].draw(units=1000, seed="0")
+    made = ruler.FAMILIES["cwe"].numbered_draft(units=1000, seed="0")
     counts = collections.Counter(word for _, word in made.needles)
     assert set(counts.values()) == {30}
     assert set(collections.Counter(made.take(300)).values()) == {3}
@@ -216,9 +216,9 @@ def test_essays_are_asked_for():
     }  # fmt: skip
     (line,) = settings.notices
     assert line.startswith("ruler: niah_single_2, ")
-    assert line.endswith(" need essays and are left out; name files of them by --text.")
+    assert line.endswith(" need essays and are skipped; pass files of them by --text.")
     assert not settings.needs_text
-    with pytest.raises(UsageError, match="tasks: ruler:niah_single_2 hides its needles in essays; name files of them"):
+    with pytest.raises(UsageError, match="tasks: ruler:niah_single_2 needs essays; pass files of them"):
         Settings(tasks=("ruler:vt+niah_single_2",), lengths=(512,), has_essays=False)
     settings = Settings(tasks=("ruler",), lengths=(512,))
     assert len(settings.parsed) == 11

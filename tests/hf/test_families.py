@@ -95,8 +95,8 @@ REFUSED = {
     "a part of each head": ("phi3", {"partial_rotary_factor": 0.75}, r"partial_rotary_factor 0\.75 is not supported"),
     "gemma": ("gemma", {}, "model_type 'gemma' is not supported; it has GeGLU"),
     "olmo2": ("olmo2", {}, "model_type 'olmo2' is not supported; it normalizes"),
-    "experts": ("mixtral", {}, "model_type 'mixtral' is not supported; it has layers of experts"),
-    "unknown": ("other", {}, "model_type 'other' is not supported; known are llama"),
+    "experts": ("mixtral", {}, "model_type 'mixtral' is not supported; it has mixture-of-experts layers"),
+    "unknown": ("other", {}, "model_type 'other' is not supported; supported are llama"),
     "none": (None, {}, "model_type None is not supported"),
 }  # fmt: skip
 

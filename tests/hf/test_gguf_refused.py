@@ -58,7 +58,7 @@ REFUSED = {
     "qk_norm and a ramp": (lambda: make(qk_norm=True, frequencies=Yarn(**YARN, beta_slow=2.0)), r"Yarn with beta_fast"),
     "float64": (lambda: make(dtype=torch.float64), r"embed_tokens\.weight is float64; give --dtype float32"),
     "no tokenizer": (lambda: make(entry={"tokenizer": None}), r"stores no tokenizer"),
-    "no EOS": (lambda: make(entry={"eos_token_id": None}), r"names no token that ends a text"),
+    "no EOS": (lambda: make(entry={"eos_token_id": None}), r"has no EOS token"),
     "two before": (lambda: make(entry={"opening": [0, 1]}), r"before a text and three that end it; here are 2"),
     "four ends": (lambda: make(entry={"generation_config": '{"eos_token_id": [1, 2, 3, 4]}'}), r"here are 1 and 4"),
     "too many tokens": (lambda: make(vocab_size=200), r"the tokenizer has 258 tokens, and the embedding has 200 rows"),
@@ -75,7 +75,7 @@ REFUSED = {
     "lower case": (changed(assign("normalizer", normalizers.Lowercase())), r"lacks .* normalizer Lowercase"),
     "token that strips": (
         changed(lambda tokenizer: tokenizer.add_tokens([AddedToken("<|user|>", rstrip=True)]) and None),
-        r"the token '<\|user\|>' depends on the characters beside it",
+        r"the token '<\|user\|>' depends on adjacent characters",
     ),
 }
 

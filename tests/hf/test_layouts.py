@@ -102,10 +102,10 @@ def test_names_on_the_hub(tmp_path, hub):
         assert find_folder(source, revision=revision).name == commit * 40
         assert open_checkpoint(source, revision=revision)[KEY]["card"] == {"base_model": "org/model"}
     for source, revision, message in (
-        ("org/other", None, "source: org/other: no such folder here, and cannot be fetched from the Hugging Face Hub"),
+        ("org/other", None, "source: org/other: no such local folder, and it cannot be downloaded"),
         ("org/model@v2", "v2", "source: org/model@v2: no such folder"),
         (tmp_path, None, r"no config\.json there; name a folder in Hugging Face's format"),
-        (tmp_path, "v2", "revision: .* is a folder on this machine"),
+        (tmp_path, "v2", "revision: .* is a local folder"),
         ("a/b/c", None, "source: a/b/c: no such folder; name one in Hugging Face's format, or ORGANIZATION/MODEL"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -189,22 +189,22 @@ REFUSED = {
     "TensorFlow": (instead("tf_model.h5"), "is TensorFlow's"),
     "Flax": (instead("flax_model.msgpack"), "is Flax's"),
     "an adapter": (instead("adapter_model.safetensors"), r"stores an adapter without its base model; merge it"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights there that can be read: model"),
-    "training's own files": (instead("training_args.bin"), "no weights there that can be read"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights in a supported layout: model"),
+    "training's own files": (instead("training_args.bin"), "no weights in a supported layout"),
     "two models": (
         lambda folder: (instead("a.safetensors")(folder), add("b.safetensors", b"x")(folder)),
-        r"several files of weights and no index of them \(a\.safetensors, b\.safetensors\)",
+        r"multiple files of weights without an index \(a\.safetensors, b\.safetensors\)",
     ),
     "a part lost": (lose_a_part, "file 2 of 3 of model is missing"),
-    "a part cut": (cut, r"pytorch_model-00002-of-00003\.bin: damaged or cut off; download it again"),
+    "a part cut": (cut, r"pytorch_model-00002-of-00003\.bin: damaged or truncated; download it again"),
     "absolute name": (write_index(a="/etc/passwd"), r"index\.json: '/etc/passwd' is not a file name inside its"),
     "name outside": (write_index(a="../model.safetensors"), r"index\.json: '\.\./model\.safetensors' is not a file"),
     "name of Windows": (write_index(a="C:\\x.safetensors"), r"is not a file name inside its folder"),
     "a number for a name": (write_index(a=3), "index.json: 3 is not a file name inside its folder"),
-    "an index of nothing": (write_index(), r"index\.json: no weight_map in it"),
+    "an index of nothing": (write_index(), r"index\.json: it has no weight_map"),
     "a missing file": (write_index(a="b.safetensors"), r"b\.safetensors: missing, and model\.safetensors\.index\.json"),
-    "int8": (quantize, r"mlp\.up_proj\.weight is int8; quantized weights are not read"),
-    "a training checkpoint": (nest, r"stores other things than tensors by name"),
+    "int8": (quantize, r"mlp\.up_proj\.weight is int8; quantized weights are not supported"),
+    "a training checkpoint": (nest, r"not a dict of tensors"),
     "no JSON": (add("config.json", b"{"), r"config\.json: not JSON"),
     "a list": (add("config.json", b"[]"), r"config\.json: not a JSON object"),
 }  # fmt: skip
@@ -342,7 +342,7 @@ def test_model_cards(tmp_path, case):
 @pytest.mark.parametrize(
     ("finished", "message"),
     [
-        ((-9, ""), r"was killed \(SIGKILL\), perhaps because memory ran out; .* --check false"),
+        ((-9, ""), r"was killed \(SIGKILL\), probably because it ran out of memory; .* --check false"),
         ((1, ""), r"transformers cannot load the export \(exit status 1\)"),
         ((1, "Traceback\nValueError: no\n"), r"transformers cannot load the export \(ValueError: no\)"),
     ],
@@ -394,6 +394,6 @@ def test_options_that_read_a_folder_are_refused_for_a_checkpoint(tmp_path, mista
     folder = make_folder(tmp_path / "hf")
     main(["import", str(folder), str(tmp_path / "model.ckpt")])
     line = mistake("model.ckpt", "new.ckpt", "--variant", "ec", "--rope_theta", "5", subcommand="upcycle", base=[])
-    assert "model.ckpt is no Hugging Face folder" in line
+    assert "model.ckpt is not a Hugging Face folder" in line
     line = mistake(folder, "x.ckpt", "--revision", "v1", subcommand="import", base=[])
-    assert "is a folder on this machine" in line
+    assert "is a local folder" in line

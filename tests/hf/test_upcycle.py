@@ -79,7 +79,7 @@ def test_eh_is_exact_where_the_paired_heads_are_equal():
 
 
 def test_what_cannot_be_upcycled():
-    with pytest.raises(UsageError, match=r"source: only a checkpoint with plain RoPE can be turned into RoPE\+\+"):
+    with pytest.raises(UsageError, match=r"source: only a checkpoint with plain RoPE can be upcycled to RoPE\+\+"):
         upcycle(make(RoPEPP(variant="ec")), variant="ec")
     for scheme in (ALiBi(), FoPE(), NoPE(), PartialRoPE()):
         with pytest.raises(UsageError, match=f"source: only .* and this one has {type(scheme).__name__}"):

@@ -19,7 +19,7 @@ from ropepp_lit.cli import main
 from ropepp_lit.errors import UsageError
 from ropepp_lit.inference.completion import complete
 from ropepp_lit.inference.conversation import Conversation
-from ropepp_lit.inference.model import Writing, load_model
+from ropepp_lit.inference.model import GenerationSettings, load_model
 from ropepp_lit.inference.prompts import encode_messages
 from ropepp_lit.nn import Decoder
 from ropepp_lit.nn.sampling import Sampling
@@ -150,14 +150,14 @@ def test_lines_from_a_pipe(type_lines, talker, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     model = load_model(str(talker))
     template = ChatTemplate.from_tokenizer(model.tokenizer)
-    messages, writing = [], Writing(max_new_tokens=9)
+    messages, generation = [], GenerationSettings(max_new_tokens=9)
     for text in ("Hello", "/etc"):
         messages.append({"role": "user", "content": text})
         ids = encode_messages(template, {"messages": messages})
-        (reply,) = complete(model, [ids], writing, indices=[0], stop_token_ids=template.end_of_turn)
+        (reply,) = complete(model, [ids], generation, indices=[0], stop_token_ids=template.end_of_turn)
         messages.append({"role": "assistant", "content": reply.text})
     assert printed.out == "".join(message["content"] + "\n" for message in messages[1::2])
-    cut = "[the reply is cut: max_new_tokens is 9]"
+    cut = "[the reply is truncated: max_new_tokens is 9]"
     expected = [cut, "[no command /nothing; /help lists them]", cut, "[saved: talk.jsonl]"]
     assert printed.err.splitlines() == expected
     assert json.loads((tmp_path / "talk.jsonl").read_text()) == {"messages": messages}
@@ -170,8 +170,10 @@ def made(talker):
     def made(*, system="", context_length=None, **settings):
         model, notices = load_model(str(talker), context_length=context_length), []
         template = ChatTemplate.from_tokenizer(model.tokenizer)
-        writing = Writing(**{"max_new_tokens": 12, "sampling": Sampling(temperature=1.0, top_k=5), **settings})
-        return Conversation(model, template, writing, system=system, notify=notices.append), notices, model, template
+        generation = GenerationSettings(
+            **{"max_new_tokens": 12, "sampling": Sampling(temperature=1.0, top_k=5), **settings}
+        )
+        return Conversation(model, template, generation, system=system, notify=notices.append), notices, model, template
 
     return made
 
@@ -190,8 +192,8 @@ def test_replies_are_those_to_the_whole_history(made):
         messages = [{"role": "system", "content": "Be brief."}, *conversation.messages[:-1]]
         assert (messages[-1]["content"], conversation.messages[-1]["content"]) == (text, reply)
         ids = encode_messages(template, {"messages": messages})
-        writing = Writing(max_new_tokens=12, sampling=Sampling(temperature=1.0, top_k=5))
-        (expected,) = complete(model, [ids], writing, indices=[turn], stop_token_ids=template.end_of_turn)
+        generation = GenerationSettings(max_new_tokens=12, sampling=Sampling(temperature=1.0, top_k=5))
+        (expected,) = complete(model, [ids], generation, indices=[turn], stop_token_ids=template.end_of_turn)
         assert reply == expected.text
         assert conversation.num_tokens == len(ids) + expected.num_tokens
         assert conversation.status == f"{conversation.num_tokens}/512"
@@ -210,7 +212,9 @@ def test_the_oldest_turns_leave_a_full_context(made):
     assert len(conversation.messages) == 12  # nothing is lost
     told = [notice for notice in notices if "oldest" in notice]
     assert told
-    assert all(re.fullmatch(r"the \d+ oldest messages are left out .*: the context holds 120 tokens", n) for n in told)
+    assert all(
+        re.fullmatch(r"the \d+ oldest messages are dropped .*: the context length is 120 tokens", n) for n in told
+    )
     left_out = sum(int(notice.split()[1]) for notice in told)
     assert left_out % 2 == 0
     ids, again = conversation._fit([*conversation.messages, {"role": "user", "content": "Last?"}])
@@ -225,7 +229,7 @@ def test_messages_and_replies_that_do_not_fit(made):
         next(conversation.ask("fox " * 40))
     assert (conversation.messages, notices) == ([], [])
     "".join(conversation.ask("A fox?"))
-    assert notices[-1] in ("the reply is cut: the context ends", *notices[:-1])
+    assert notices[-1] in ("the reply is truncated: end of the context", *notices[:-1])
     assert conversation.num_tokens <= 60
 
 
@@ -255,7 +259,7 @@ def test_an_interrupted_reply(made, tmp_path):
 
     hook = model.decoder.lm_head.register_forward_hook(end)
     assert list(conversation.ask("A dog?")) == []
-    assert (conversation.messages, notices[-1]) == (before, "an empty reply; the message is taken back")
+    assert (conversation.messages, notices[-1]) == (before, "the reply is empty; the message was removed")
 
 
 def test_templates(mistake, base, tmp_path, capsys, type_lines):
@@ -274,7 +278,7 @@ def test_templates(mistake, base, tmp_path, capsys, type_lines):
     model = load_model(str(base))
     own = ChatTemplate.from_tokenizer(model.tokenizer, template.read_text())
     ids = own.tokens.encode(["[user] A fox?</s>[assistant]"], [[]])[0][0].tolist()
-    (expected,) = complete(model, [ids], Writing(max_new_tokens=3), indices=[0])
+    (expected,) = complete(model, [ids], GenerationSettings(max_new_tokens=3), indices=[0])
     assert capsys.readouterr().out == expected.text + "\n"
 
 

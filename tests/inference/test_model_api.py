@@ -11,7 +11,7 @@ from fastapi import HTTPException
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.inference.openai_format import ChatRequest, TextRequest
-from ropepp_lit.inference.server import ModelAPI, Settings
+from ropepp_lit.inference.server import ModelAPI, ServerSettings
 from ropepp_lit.text.tokenizer import load_tokenizer
 
 FOX = [{"role": "user", "content": "A fox?"}]
@@ -20,7 +20,7 @@ FOX = [{"role": "user", "content": "A fox?"}]
 def settings(checkpoint, **changes):
     values = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     values |= {"context_length": None, "trust": None, "chat_template": None, "max_new_tokens": 12, "max_requests": 2}
-    return Settings(checkpoint=str(checkpoint), **{**values, **changes})
+    return ServerSettings(checkpoint=str(checkpoint), **{**values, **changes})
 
 
 async def decode(model, kind=ChatRequest, uid="a", **body):
@@ -40,7 +40,7 @@ def test_a_model_without_a_chat_template(base, capsys):
     model.setup("cpu")
     assert model.outcome.recv() is False
     message = "chat_template: the tokenizer has no chat template"
-    assert capsys.readouterr().err.startswith(f"Notice: /v1/completions alone answers: {message}")
+    assert capsys.readouterr().err.startswith(f"Notice: only /v1/completions is available: {message}")
     text = asyncio.run(decode(model, TextRequest, prompt="A"))
     assert (text.ids, text.stop_token_ids) == (load_tokenizer(str(base)).encode_prompt("A"), [])
     with pytest.raises(HTTPException) as error:

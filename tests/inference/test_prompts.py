@@ -9,7 +9,7 @@ import pytest
 
 from ropepp_lit.cli import main
 from ropepp_lit.inference.completion import Stream
-from ropepp_lit.inference.model import Writing, load_model
+from ropepp_lit.inference.model import GenerationSettings, load_model
 from ropepp_lit.nn.generation import Row
 from ropepp_lit.text.chat import ChatTemplate
 
@@ -62,7 +62,7 @@ def test_conversations_by_the_chat_template(talker, tmp_path):
         text = template.render(given, add_generation_prompt=True)
         assert text.endswith("<|im_start|>assistant\n")
         ids = template.tokens.encode([text], [[]])[0][0].tolist()
-        assert row["text"] == "".join(Stream(model, Row(model.decoder), ids, Writing(max_new_tokens=12)))
+        assert row["text"] == "".join(Stream(model, Row(model.decoder), ids, GenerationSettings(max_new_tokens=12)))
     assert found[0]["text"] != found[1]["text"] == found[2]["text"] == found[3]["text"]
 
 
@@ -140,7 +140,7 @@ def test_what_was_begun_otherwise_is_not_continued(begun, talker, tmp_path, caps
     ):
         options = ["--batch_size", "2"] if option != "--batch_size" else []
         line = refused([*begun, *options, option, value], capsys)
-        assert f"out.jsonl.partial was begun with another value of {name}; give the same again" in line
+        assert f"out.jsonl.partial was created with another value of {name}; use the same value" in line
     write(tmp_path / "in.jsonl", [{"prompt": "a box"}] * 6)
     assert "another value of prompts;" in refused([*begun, "--batch_size", "2"], capsys)
     assert (tmp_path / "out.jsonl.partial").read_bytes() == before
@@ -163,10 +163,10 @@ BAD = {
     "no object": ("[1]", "not an object"),
     "no prompt": ('{"text_": "a"}', "no key 'prompt'"),
     "another type": ('{"prompt": 1}', "prompt is not a text"),
-    "messages": ('{"messages": []}', "has messages and no prompt; add --chat true"),
+    "messages": ('{"messages": []}', "has messages but no prompt; add --chat true"),
     "a key of ours": ('{"prompt": "a", "tokens": 1}', "has a key 'tokens'"),
-    "half a character": (r'{"prompt": "a\ud83d"}', "a text with half of a surrogate pair at character 2"),
-    "too long": (json.dumps({"prompt": "fox " * 600}), "the prompt has 2,400 tokens and leaves no room in"),
+    "half a character": (r'{"prompt": "a\ud83d"}', "a text with an unpaired surrogate at character 2"),
+    "too long": (json.dumps({"prompt": "fox " * 600}), "the prompt has 2,400 tokens and leaves no space in"),
 }
 BAD_CHATS = {
     "empty": ('{"messages": []}', "messages has no messages"),

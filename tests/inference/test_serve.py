@@ -16,7 +16,7 @@ from others import make_folder
 from safetensors.torch import load_file, save_file
 
 from ropepp_lit.inference.completion import complete
-from ropepp_lit.inference.model import Writing, load_model
+from ropepp_lit.inference.model import GenerationSettings, load_model
 from ropepp_lit.inference.prompts import encode_messages
 from ropepp_lit.nn.sampling import Sampling
 from ropepp_lit.text.chat import ChatTemplate
@@ -80,7 +80,11 @@ def expected(talker):
     def expected(messages=FOX, *, count=1, **settings):
         ids = encode_messages(template, {"messages": messages})
         answers = complete(
-            model, [ids] * count, Writing(**settings), indices=range(count), stop_token_ids=template.end_of_turn
+            model,
+            [ids] * count,
+            GenerationSettings(**settings),
+            indices=range(count),
+            stop_token_ids=template.end_of_turn,
         )
         return len(ids), answers
 
@@ -170,7 +174,10 @@ def test_texts_are_continued(client, talker, stream):
     model = load_model(str(talker))
     prompt = model.tokenizer.encode_prompt("The quick")
     answers = complete(
-        model, [prompt] * 2, Writing(max_new_tokens=9, seed=5, sampling=Sampling(temperature=1.0)), indices=range(2)
+        model,
+        [prompt] * 2,
+        GenerationSettings(max_new_tokens=9, seed=5, sampling=Sampling(temperature=1.0)),
+        indices=range(2),
     )
     options = {"max_tokens": 9, "seed": 5, "n": 2, "temperature": 1.0, "top_p": 1.0}
     found = client.completions.create(model=str(talker), prompt="The quick", stream=stream, **options)
@@ -250,7 +257,7 @@ def test_what_is_not_there(server, client, ask):
     for body, message in (
         ("{", "the body is not JSON"),
         ("[]", "the body is not a JSON object"),
-        (r'{"messages": [{"role": "user", "content": "\ud83d"}]}', "messages: a text with half of a surrogate pair"),
+        (r'{"messages": [{"role": "user", "content": "\ud83d"}]}', "messages: a text with an unpaired surrogate"),
         (r'{"messages": [{"role": "user", "content": "a"}], "\ud83d": 1}', "the body: "),
         ('{"messages": ' + "[" * 5000 + "]" * 5000 + "}", "the body is not JSON"),
         ('{"messages": [{"role": "robot", "content": "a", "b": ' + "[" * 400 + "]" * 400 + "}]}", "messages: a role"),

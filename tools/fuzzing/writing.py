@@ -18,7 +18,7 @@ from ropepp_lit.eval.pieces import Work
 from ropepp_lit.eval.report.examples import choose_examples
 from ropepp_lit.eval.results import summarize
 from ropepp_lit.eval.tasks import Settings
-from ropepp_lit.inference.model import Writing, load_model
+from ropepp_lit.inference.model import GenerationSettings, load_model
 from ropepp_lit.inference.prompts import PromptFile
 
 
@@ -38,7 +38,7 @@ def writer() -> Any:
     return load_model(model_file())
 
 
-WRITING = Writing(max_new_tokens=2)
+WRITING = GenerationSettings(max_new_tokens=2)
 
 
 def make_prompts(folder: Path) -> None:
