@@ -197,8 +197,8 @@ def _read_card(folder: Path) -> dict[str, Any]:
         front = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
         front = None
-    kept = ("license", "license_name", "license_link", "base_model")
-    card = {key: front[key] for key in kept if front.get(key)} if isinstance(front, dict) else {}
+    keys = ("license", "license_name", "license_link", "base_model")
+    card = {key: front[key] for key in keys if front.get(key)} if isinstance(front, dict) else {}
     name, is_from_hub, _ = origin_of(folder).partition("@")
     return card | ({"base_model": name} if is_from_hub else {})
 

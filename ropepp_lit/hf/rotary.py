@@ -87,18 +87,18 @@ def read_frequencies(config: dict[str, Any], rotary: Rotary, *, name: str, defau
         raise UsageError(f"{name}: rope_type {scaling!r} is not supported; {reason}")
     kind, keys = SCALINGS[scaling]
     for key in ("factor", "original_max_position_embeddings"):
-        given = getattr(rotary, key)
-        if given is not None and key not in keys:
+        specified = getattr(rotary, key)
+        if specified is not None and key not in keys:
             raise UsageError(
                 f"{key}: the scaling {scaling!r} does not use it; add --scaling with one of "
                 + ", ".join(other for other, (_, settings) in SCALINGS.items() if key in settings)
             )
-        values |= {} if given is None else {key: given}
+        values |= {} if specified is None else {key: specified}
     _check_settings(values, keys, scaling, config, name)
     missing = [key for key in _REQUIRED if key in keys and values.get(key) is None]
     if missing:
-        given = {key: value for key, value in rotary._asdict().items() if value is not None}
-        options = {"scaling": scaling, **given, **dict.fromkeys(missing, "N")}
+        specified = {key: value for key, value in rotary._asdict().items() if value is not None}
+        options = {"scaling": scaling, **specified, **dict.fromkeys(missing, "N")}
         raise UsageError(
             f"{', '.join(missing)}: {name} does not specify "
             + " and ".join(_REQUIRED[key].format(scaling) for key in missing)
@@ -163,8 +163,8 @@ def _unify_layer_types(values: dict[str, Any], field: str, used: Any, name: str)
 def _theta(config: dict[str, Any], nested: Any, rotary: Rotary, *, name: str, default: float) -> float:
     if rotary.rope_theta is not None:
         return float(rotary.rope_theta)
-    given = [value for value in (nested, config.get("rope_theta", ...)) if value is not ...]
-    numbers = [value for value in given if value is not None]
+    specified = [value for value in (nested, config.get("rope_theta", ...)) if value is not ...]
+    numbers = [value for value in specified if value is not None]
     remedy = f"{IMPORT} --rope_theta N"
     for value in numbers:
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -173,7 +173,7 @@ def _theta(config: dict[str, Any], nested: Any, rotary: Rotary, *, name: str, de
         raise UsageError(
             f"{name}: rope_theta is {numbers[1]!r}, but {numbers[0]!r} in rope_parameters; specify one: {remedy}"
         )
-    if given and not numbers:
+    if specified and not numbers:
         raise UsageError(f"{name}: rope_theta is null; specify the base: {remedy}")
     return float(numbers[0]) if numbers else default
 

@@ -54,7 +54,7 @@ def upcycle(
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     ours = checkpoint[KEY]
-    kept = (
+    preserved = (
         "tokenizer",
         "tokenizer_config",
         "generation_config",
@@ -68,7 +68,7 @@ def upcycle(
         weights,
         architecture=describe_architecture(config, scheme, old.frequencies),
         origin=ours.get("origin") or "a RoPE checkpoint",
-        **{key: ours.get(key) for key in kept},
+        **{key: ours.get(key) for key in preserved},
     )
 
 

@@ -254,9 +254,9 @@ def _resume(partial: Path, identity: dict[str, Any], batches: Sequence[Sequence[
             "--out, or delete it to start again"
         )
     finished = [row for batch in batches if all(row in completions for row in batch) for row in batch]
-    kept = lines[0] + b"".join(lines[1 : 1 + len(finished)])
+    finished_lines = lines[0] + b"".join(lines[1 : 1 + len(finished)])
     if [row["row"] for row in rows[: len(finished)]] != finished:
         raise UsageError(f"{partial}: damaged; delete it to start again")
-    os.truncate(partial, len(kept))
+    os.truncate(partial, len(finished_lines))
     flush(partial)
     return {row: completions[row] for row in finished}

@@ -9,14 +9,14 @@ from ropepp_lit.eval.report.examples import MAX_CHARACTERS, choose_examples
 
 
 def test_examples_are_correct_and_wrong_answers_at_the_longest_length_with_both(folder):
-    ((key, found),) = choose_examples(folder / "answers.jsonl").items()
-    assert (key, found["caption"]) == (("retrieval", "single"), "single at 1,024 tokens")
-    assert [line["expected"] for line in found["lines"]] == ["00.", "10.", "30.", "40."]
-    assert [[text["is_correct"] for text in line["written"]] for line in found["lines"]] == [[True] * 3] * 2 + [
-        [False] * 3
-    ] * 2
-    assert [text["model"] for text in found["lines"][0]["written"]] == ["RoPE", "RoPE++ EH", "RoPE++ EC"]
-    assert all(len(line["prompt"]) == MAX_CHARACTERS + 1 for line in found["lines"])
+    ((key, section_examples),) = choose_examples(folder / "answers.jsonl").items()
+    assert (key, section_examples["caption"]) == (("retrieval", "single"), "single at 1,024 tokens")
+    assert [line["expected"] for line in section_examples["lines"]] == ["00.", "10.", "30.", "40."]
+    assert [[text["is_correct"] for text in line["written"]] for line in section_examples["lines"]] == [
+        [True] * 3
+    ] * 2 + [[False] * 3] * 2
+    assert [text["model"] for text in section_examples["lines"][0]["written"]] == ["RoPE", "RoPE++ EH", "RoPE++ EC"]
+    assert all(len(line["prompt"]) == MAX_CHARACTERS + 1 for line in section_examples["lines"])
     assert choose_examples(folder / "none.jsonl") == {}
 
 

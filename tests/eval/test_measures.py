@@ -16,12 +16,12 @@ def test_page_has_a_section_for_each_task(run, small_checkpoints, tmp_path):
     output = run("evaluate", *models, "--tasks", tasks, *options, "--out", "out", cwd=tmp_path).stdout
     assert "finds no key tokens among" in output
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    found = {
+    measured = {
         (row["task"], row["part"], row["metric"], row["length"])
         for row in results["scores"]
         if row["model"] == "B" and row["position"] is None and row["depth"] is None and not row["heads"]
     }
-    assert {name for name in found if name[0] != "longppl"} == {
+    assert {name for name in measured if name[0] != "longppl"} == {
         (task, part, metric, length)
         for task, part, metrics in (
             ("recall", "2", ("score", "loss")), ("induction", "", ("score", "loss")),
@@ -30,7 +30,7 @@ def test_page_has_a_section_for_each_task(run, small_checkpoints, tmp_path):
         for metric in metrics
         for length in (800, 900)
     }  # fmt: skip
-    assert {name[2:] for name in found if name[0] == "longppl"} == {("key_tokens", 900), ("gain", 900)}
+    assert {name[2:] for name in measured if name[0] == "longppl"} == {("key_tokens", 900), ("gain", 900)}
     assert {row["heads"] for row in results["scores"] if row["task"] == "recall"} == {"", "real", "imaginary"}
     for metric in ("recall-loss", "induction-score", "longppl-gain"):
         assert (tmp_path / "out" / f"task-{metric}-by-position.png").exists()
@@ -53,7 +53,7 @@ def test_page_has_a_section_for_each_task(run, small_checkpoints, tmp_path):
         (["--tasks", "noise:longppl"], "tasks: noise is for perplexity and prompts, not longppl"),
     ],
 )
-def test_mistakes(mistake, small_checkpoints, tmp_path, options, message):
+def test_invalid_options(mistake, small_checkpoints, tmp_path, options, message):
     (tmp_path / "text.txt").write_text(TEXT)
     lengths = [] if "--lengths" in options else ["--lengths", "1k"]
     options = [small_checkpoints["ec"], *options, *lengths, "--out", "out"]

@@ -35,7 +35,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(params=[(1400, "light"), (1400, "dark"), (360, "light")], ids=lambda param: f"{param[0]}-{param[1]}")
 def opened(request, browser, folder):
-    """The browser with the page open, and its width."""
+    """Browser with the opened page, and its width."""
     width, scheme = request.param
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -79,7 +79,7 @@ def test_wide_tables_scroll_with_a_sticky_first_column(opened):
     browser.execute_script("arguments[0].scrollLeft = 10000", box)
     name = box.find_element("css selector", "tbody th")
     left = browser.execute_script("return arguments[0].getBoundingClientRect().left", name)
-    assert left - box.rect["x"] <= 1  # the border
+    assert left - box.rect["x"] <= 1  # width of the border
     last = box.find_elements("css selector", "tbody tr")[0].find_elements("css selector", "td")[-1]
     right = browser.execute_script("return arguments[0].getBoundingClientRect().right", last)
     assert right <= box.rect["x"] + box.rect["width"]

@@ -31,20 +31,20 @@ def make_ratios(seed, runs, examples, *, is_share, share_counted=0.8):
 def test_an_interval_contains_the_value(seed, runs, examples, kind):
     ratios, counted = make_ratios(seed, runs, examples, is_share=kind != "number")
     settings = {"is_share": kind != "number", "is_proportion": kind == "proportion"}
-    found = interval(ratios, **settings)
+    ends = interval(ratios, **settings)
     if counted < 2:
-        assert found is None
+        assert ends is None
         return
-    low, high = found
+    low, high = ends
     assert low <= ratios.value <= high
     if kind != "number":
         assert 0 <= low <= high <= 1
     if kind == "proportion":
         assert low < high
-    assert interval(ratios, **settings) == found
+    assert interval(ratios, **settings) == ends
     # The order of the runs has no effect.
     swapped = Ratios(ratios.numerators[::-1], ratios.denominators[::-1])
-    assert interval(swapped, **settings) == pytest.approx(found)
+    assert interval(swapped, **settings) == pytest.approx(ends)
     if kind == "number":  # scaled and shifted
         scaled = Ratios(3 * ratios.numerators + 2 * ratios.denominators, ratios.denominators)
         assert interval(scaled, **settings) == pytest.approx((3 * low + 2, 3 * high + 2))
@@ -59,11 +59,11 @@ def test_an_interval_of_a_difference_contains_it_and_is_antisymmetric(seed, runs
     second, _ = make_ratios(seed, runs[1], examples, is_share=is_share)
     settings = {"is_share": is_share, "is_proportion": kind == "proportion", "same_seeds": runs[0] == runs[1]}
     settings["transform"] = (lambda ratio: 100 * ratio) if is_share else np.exp
-    found = difference_interval(first, second, **settings)
+    ends = difference_interval(first, second, **settings)
     if counted < 2:
-        assert found is None
+        assert ends is None
         return
-    low, high = found
+    low, high = ends
     value = settings["transform"](second.value) - settings["transform"](first.value)
     assert low <= value <= high
     if is_share:
@@ -80,7 +80,7 @@ def test_an_interval_of_a_difference_contains_it_and_is_antisymmetric(seed, runs
 
 @given(degrees=st.floats(1, 1e5), more=st.floats(1e-3, 1e3))
 def test_quantiles_decrease_to_that_of_the_normal_distribution(degrees, more):
-    found, later = t_quantile(degrees), t_quantile(degrees + more)
-    assert 1.959963 < later <= found + 1e-9
-    assert math.isfinite(found)
-    assert found <= 12.7063
+    ends, later = t_quantile(degrees), t_quantile(degrees + more)
+    assert 1.959963 < later <= ends + 1e-9
+    assert math.isfinite(ends)
+    assert ends <= 12.7063

@@ -1,4 +1,4 @@
-"""What llama.cpp cannot run is refused, and no file is left."""
+"""Models and tokenizers that llama.cpp does not support are rejected, and no file is written."""
 
 import json
 
@@ -23,9 +23,9 @@ pytest.importorskip("gguf")
 
 def word_level(tokenizer):
     vocabulary = tokenizer.get_vocab()
-    found = Tokenizer(models.WordLevel(vocabulary, unk_token="<|end_of_text|>"))
-    found.decoder = decoders.ByteLevel()
-    return found
+    changed = Tokenizer(models.WordLevel(vocabulary, unk_token="<|end_of_text|>"))
+    changed.decoder = decoders.ByteLevel()
+    return changed
 
 
 def with_model(**values):
@@ -81,7 +81,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused(tmp_path, name):
+def test_unsupported_models_and_tokenizers(tmp_path, name):
     make_it, message = REFUSED[name]
     with pytest.raises(UsageError, match=message) as caught:
         export_gguf(make_it(), tmp_path / "model.gguf", dtype=None)

@@ -1,4 +1,4 @@
-"""Hugging Face folders as they are found: read whole, or refused by name."""
+"""Import of Hugging Face folders, and rejection of unsupported ones."""
 
 import json
 import os
@@ -27,7 +27,7 @@ GEOMETRY = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "head
 
 @pytest.fixture
 def folder(tmp_path):
-    """A small folder."""
+    """A small Hugging Face folder."""
     return write(tmp_path / "llama")
 
 
@@ -48,8 +48,8 @@ def test_official_folders(tmp_path, official_folder, case):
     torch.testing.assert_close(decoder(io["input_ids"]), io["logits"], atol=2e-5, rtol=0)
 
 
-def test_official_folders_that_say_nothing_of_the_method(tmp_path, official_folder):
-    """Shapes tell the variant; the scaling must be told."""
+def test_official_folders_without_rope_config(tmp_path, official_folder):
+    """The shapes determine the variant; the scaling must be specified."""
     folder = official_folder("eh_pi8", tmp_path / "eh")
     config = json.loads((folder / "config.json").read_text())
     del config["rope_config"]
@@ -102,13 +102,13 @@ def test_official_folders_that_say_nothing_of_the_method(tmp_path, official_fold
         ({"tie_word_embeddings": True}, r"tie_word_embeddings is true, but lm_head\.weight differs from the embedding"),
     ],
 )  # fmt: skip
-def test_what_the_decoder_cannot_represent_is_refused_by_name(folder, values, message):
+def test_unsupported_fields_are_rejected_by_name(folder, values, message):
     change(folder, **values)
     with pytest.raises(UsageError, match=message):
         read_folder(folder)
 
 
-def test_fields_that_change_nothing_may_be_ignored(folder):
+def test_unknown_fields_can_be_ignored(folder):
     change(folder, unsloth_version="2026.1")
     read_folder(folder, ignore=("unsloth_version",))
 
@@ -121,7 +121,7 @@ class Evil:
         return (os.mkdir, (self.path,))
 
 
-def test_pickles_are_read_as_weights_and_run_nothing(folder, tmp_path):
+def test_pickles_are_loaded_with_weights_only(folder, tmp_path):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
@@ -161,15 +161,15 @@ def test_damaged_folders(tmp_path):
         read_folder(folder)
 
 
-def test_old_buffers_are_left_out(folder):
+def test_old_buffers_are_dropped(folder):
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, folder / "model.safetensors")
     assert len(read_folder(folder)["state_dict"]) == len(weights)
 
 
-def test_special_tokens_and_settings_of_the_tokenizer(folder):
-    made = byte_tokenizer().tokenizer
-    made.save(str(folder / "tokenizer.json"))
+def test_special_tokens_and_tokenizer_settings(folder):
+    byte_level = byte_tokenizer().tokenizer
+    byte_level.save(str(folder / "tokenizer.json"))
     ours = read_folder(folder)[KEY]
     assert (ours["bos_token_id"], ours["eos_token_id"]) == (0, 1)  # not 1 and 2, transformers' defaults in config.json
     settings = {"bos_token": None, "eos_token": {"content": "<|begin_of_text|>"}, "chat_template": "{{ x }}"}
@@ -187,7 +187,7 @@ def test_the_command(run, mistake, tmp_path):
     assert "Notice:" in first
     assert "has no tokenizer" in first
     assert read_checkpoint(tmp_path / "model.ckpt")[KEY]["origin"] == "llama"
-    (tmp_path / "model.ckpt").unlink()  # as after a kill between the recipe and the checkpoint
+    (tmp_path / "model.ckpt").unlink()  # as if the command was killed between the recipe and the checkpoint
     run("import", folder, "model.ckpt", cwd=tmp_path)
     (tmp_path / "mine.yaml").write_text("model: {}\n")
     out = run("export", "model.ckpt", "hf", "--dtype", "bfloat16", cwd=tmp_path).stdout

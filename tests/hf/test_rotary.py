@@ -1,4 +1,4 @@
-"""Rotary settings of config.json: each is used, or refused by its name."""
+"""RoPE parameters of config.json: each is used, or rejected by name."""
 
 import math
 import shlex
@@ -80,12 +80,12 @@ READ = {
 
 
 @pytest.mark.parametrize("case", READ)
-def test_what_is_read(case):
+def test_supported_parameters(case):
     config, options, expected = READ[case]
-    found = read(config, Rotary(**options))
-    assert type(found) is type(expected)
-    assert vars(found) == pytest.approx(vars(expected))
-    written = write_frequencies(found)
+    actual = read(config, Rotary(**options))
+    assert type(actual) is type(expected)
+    assert vars(actual) == pytest.approx(vars(expected))
+    written = write_frequencies(actual)
     again = read({"rope_parameters": written, "rope_theta": written["rope_theta"]})
     assert vars(again) == pytest.approx(vars(expected))
 
@@ -131,19 +131,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(case):
+def test_unsupported_parameters(case):
     config, options, message = REFUSED[case]
     with pytest.raises(UsageError, match=message):
         read(config, Rotary(**options))
 
 
-def test_the_commands_that_refusals_recommend_work():
+def test_commands_in_error_messages_work():
     recommended = 0
     for config, options, _ in REFUSED.values():
         with pytest.raises(UsageError) as refusal:
             read(config, Rotary(**options))
-        _, found, arguments = str(refusal.value).partition(IMPORT)
-        if found:
+        _, actual, arguments = str(refusal.value).partition(IMPORT)
+        if actual:
             words = shlex.split(arguments.partition("(")[0])
             named = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
             numbers = {key: 8.0 if value == "N" else float(value) for key, value in named.items() if key != "scaling"}

@@ -56,9 +56,11 @@ def _findings(results: dict[str, Any]) -> list[dict[str, str]]:
         lengths = sorted({row["length"] for row in rows})
         for length in lengths:
             if length in (trained, lengths[-1]):
-                relative = "the training length" if length == trained else f"{length / trained:g} × training length"
                 quantity = "Loss" if metric == "loss" else "Retrieval"
-                heading = f"{quantity} at {length:,} tokens{f' ({relative})' if trained else ''}"
+                heading = f"{quantity} at {length:,} tokens"
+                if trained is not None:
+                    multiple = "the" if length == trained else f"{length / trained:g} ×"
+                    heading += f" ({multiple} training length)"
                 text = _best(select(rows, length=length), model_names(results)[0])
                 findings.append({"heading": heading, "text": text})
     return findings

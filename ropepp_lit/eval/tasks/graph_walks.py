@@ -70,9 +70,9 @@ class GraphWalk(Family):
 
     def score(self, answers: list[str], written: str) -> float:
         """Return the F1 of the expected and the generated nodes."""
-        found = set(re.findall(rf"\b[a-z]{{{LETTERS}}}\b", re.split(r"[\]\n]", written.lstrip())[0]))
-        correct = len(found & set(answers))
-        return 2 * correct / (len(found) + len(set(answers)))
+        generated = set(re.findall(rf"\b[a-z]{{{LETTERS}}}\b", re.split(r"[\]\n]", written.lstrip())[0]))
+        correct = len(generated & set(answers))
+        return 2 * correct / (len(generated) + len(set(answers)))
 
     def _question(self, start: str) -> str:
         if self._depth < 0:
