@@ -36,7 +36,7 @@ def test_page_has_a_section_for_each_task(run, small_checkpoints, tmp_path):
         assert (tmp_path / "out" / f"task-{metric}-by-position.png").exists()
     assert not (tmp_path / "out" / "task-graphwalks-score-by-position.png").exists()
     page = (tmp_path / "out" / "index.html").read_text()
-    for title in ("Associative recall", "Induction", "Perplexity over key tokens", "Walks in a graph", "RULER"):
+    for title in ("Associative recall", "Induction", "Perplexity over key tokens", "Graph walks", "RULER"):
         assert f">{title}</h2>" in page
     assert "Score (0 to 100), by position or distance (first of each range)" in page
 

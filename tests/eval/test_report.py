@@ -131,7 +131,7 @@ def test_summary_names_the_best_model_and_insignificant_differences(make, tmp_pa
     expected = (
         "second has the lowest loss with 4.375; first has 4.500. The difference to first is −0.125, 95% interval "
     )
-    assert f"Loss at 256 tokens (the training length): {expected}[−0.200, +0.100], which includes 0" in text
+    assert f"Loss at 256 tokens (training length): {expected}[−0.200, +0.100], which includes 0" in text
     assert f"Loss at 2,048 tokens (8 × training length): {expected}[−0.200, −0.050]. " in text
 
 

@@ -11,7 +11,7 @@ CAPTIONS = {
         "Loss by position",
         "The same loss, by the position of the predicted token in the longest windows: at position p the model has a "
         "context of p tokens. Each point is the mean over a range of positions. The first points, with little context, "
-        "may be outside of the plot.",
+        "may be outside the plot.",
     ),
     "retrieval-by-length": (
         "Retrieval by length",
@@ -45,8 +45,8 @@ CAPTIONS = {
 """Title and description of each plot."""
 
 DIFFERENCES = {
-    "loss-by-length": "Right: difference from {first} on the same documents; below 0 is better.",
-    "retrieval-by-length": "Right: difference from {first} on the same examples; above 0 is better.",
+    "loss-by-length": "Right: difference to {first} on the same documents; below 0 is better.",
+    "retrieval-by-length": "Right: difference to {first} on the same examples; above 0 is better.",
 }
 """Descriptions of the panels with differences, which exist if there are multiple models."""
 
@@ -59,7 +59,7 @@ FAMILIES = {
     "common_words": "the most common words of a list",
     "frequent_words": "the most frequent random words, with counts by Zipf's law",
 }
-"""Answers that the families of retrieval tasks require, after RULER (arXiv 2404.06654)."""
+"""Descriptions of the families of retrieval tasks, after RULER (arXiv 2404.06654)."""
 
 TASKS: dict[str, tuple[str, str]] = {
     "longppl": (
@@ -87,7 +87,7 @@ TASKS: dict[str, tuple[str, str]] = {
         "string match: the share of the expected strings that occur in the answer.",
     ),
     "graphwalks": (
-        "Walks in a graph",
+        "Graph walks",
         "The context lists the edges of a graph, and the answer is the set of nodes at a distance from a given node "
         "(after OpenAI's GraphWalks). The score is the F1 of the sets of nodes.",
     ),

@@ -59,8 +59,8 @@ def _findings(results: dict[str, Any]) -> list[dict[str, str]]:
                 quantity = "Loss" if metric == "loss" else "Retrieval"
                 heading = f"{quantity} at {length:,} tokens"
                 if trained is not None:
-                    multiple = "the" if length == trained else f"{length / trained:g} ×"
-                    heading += f" ({multiple} training length)"
+                    multiple = "" if length == trained else f"{length / trained:g} × "
+                    heading += f" ({multiple}training length)"
                 text = _best(select(rows, length=length), model_names(results)[0])
                 findings.append({"heading": heading, "text": text})
     return findings
