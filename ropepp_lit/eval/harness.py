@@ -91,7 +91,7 @@ def _manager_of(task: str, include_path: str | None) -> tuple[Any, dict[str, Any
     return manager, metadata
 
 
-def measure(
+def run_tasks(
     model: Model, task: str, *, lengths: Sequence[int], limit: int | None, options: Options
 ) -> list[Measurement]:
     """Run a task of lm-eval, or a group with all its tasks.
@@ -115,7 +115,7 @@ def measure(
     measurements: list[Measurement] = []
     names = [task]
     for length in lengths:
-        at_length, names_with_lengths = run_task(model, names, length=length, limit=limit, options=options)
+        at_length, names_with_lengths = run_at_length(model, names, length=length, limit=limit, options=options)
         measurements += at_length
         names = names_with_lengths  # the others do not depend on the length
         if not names:
@@ -125,7 +125,7 @@ def measure(
     return measurements
 
 
-def run_task(
+def run_at_length(
     model: Model, names: Sequence[str], *, length: int, limit: int | None, options: Options
 ) -> tuple[list[Measurement], list[str]]:
     """Run tasks of lm-eval at one length.
@@ -134,7 +134,7 @@ def run_task(
         model: The model.
         names: Names of the tasks and groups.
         length: Tokens of prompt and answer, for tasks that depend on a length.
-        limit: See :func:`measure`.
+        limit: See :func:`run_tasks`.
         options: Options of lm-eval.
 
     Returns:

@@ -26,7 +26,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.eval.models import Model
 from ropepp_lit.eval.report import ANSWERS
 from ropepp_lit.eval.results import Measurement, checked
-from ropepp_lit.eval.tasks import Settings, Unit, check, derived, measure
+from ropepp_lit.eval.tasks import EvaluationSettings, Unit, check_units, derived, measure_unit
 from ropepp_lit.eval.tasks.base import Answer
 from ropepp_lit.eval.texts import Texts
 from ropepp_lit.files import has_locks, locked, whole_file, write_whole
@@ -89,14 +89,14 @@ class Work:
     Args:
         models: Models without weights.
         load: Function that loads a model with its weights, by its index in `models`.
-        settings: Settings of the evaluation.
+        settings: EvaluationSettings of the evaluation.
         sets: Documents by set.
         folder: Folder of the evaluation; results are cached in its subfolder `parts`.
         dtype: Name of the dtype of the computation, for the keys.
         device: Device of the computation.
 
     Raises:
-        UsageError: See :func:`~ropepp_lit.eval.tasks.check`.
+        UsageError: See :func:`~ropepp_lit.eval.tasks.check_units`.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Work:
         models: Sequence[Model],
         *,
         load: Callable[[int], Model],
-        settings: Settings,
+        settings: EvaluationSettings,
         sets: Texts,
         folder: Path,
         dtype: str,
@@ -121,7 +121,7 @@ class Work:
             request = settings.request(
                 min(settings.lengths), texts=self._texts, documents=self._documents(model.tokenizer)
             )
-            check(model, units, request, device=device)
+            check_units(model, units, request, device=device)
             self.pieces.append([self._piece(model, unit) for unit in units])
         self._parts.mkdir(parents=True, exist_ok=True)
         self._delete_damaged()
@@ -152,7 +152,7 @@ class Work:
                 waits = True
                 time.sleep(WAIT_SECONDS)
 
-    def found(self, number: int) -> tuple[list[Measurement], float]:
+    def results(self, number: int) -> tuple[list[Measurement], float]:
         """Return a model's measurements with those derived from them, and the time of the measurement in seconds."""
         results = [piece.read() for piece in self.pieces[number]]
         measurements = [measurement for result in results for measurement in result.measurements]
@@ -249,7 +249,7 @@ class Work:
     def _measure_piece(self, model: Model, piece: Piece, bar: tqdm) -> None:
         bar.set_postfix_str(str(piece.unit))
         before, started = bar.n, time.monotonic()
-        result = measure(
+        result = measure_unit(
             model, piece.unit, self.settings, texts=self._texts, documents=self._documents(model.tokenizer),
             progress=bar.update,
         )  # fmt: skip

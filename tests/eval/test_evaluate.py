@@ -211,7 +211,7 @@ def test_a_checkpoint_that_changes_during_the_evaluation_is_rejected(small_check
     from ropepp_lit.eval import pieces
 
     path = shutil.copyfile(small_checkpoints["rope"], tmp_path / "last.ckpt")
-    monkeypatch.setattr(pieces, "check", lambda *_, **__: shutil.copyfile(small_checkpoints["ec"], path))
+    monkeypatch.setattr(pieces, "check_units", lambda *_, **__: shutil.copyfile(small_checkpoints["ec"], path))
     options = {"tasks": "perplexity", "lengths": "64", "text": str(text), "limit": 2}
     with pytest.raises(UsageError, match=r"last.ckpt: was changed after the evaluation began; run the command again"):
         evaluate(str(path), out=str(tmp_path / "out"), **options)

@@ -100,7 +100,7 @@ def test_requests_match_the_hf_model(folders, small_checkpoints, kind):
 def test_tasks_match_the_hf_model(folders, small_checkpoints, tasks, kind):
     from lm_eval.tasks import TaskManager
 
-    measurements, has_lengths = harness.run_task(
+    measurements, has_lengths = harness.run_at_length(
         load(small_checkpoints.get(kind, folders(kind))), PLAIN[:-1], length=64, limit=None,
         options=Options(include_path=tasks, max_length=MAX_LENGTH),
     )  # fmt: skip
@@ -128,7 +128,7 @@ def by_metric(measurements):
 def measurements(small_checkpoints, tasks):
     """Measurements of all local tasks, by task and metric."""
     options = Options(include_path=tasks, max_length=MAX_LENGTH)
-    run, _ = harness.run_task(load(small_checkpoints["ec"]), PLAIN[:-1], length=64, limit=None, options=options)
+    run, _ = harness.run_at_length(load(small_checkpoints["ec"]), PLAIN[:-1], length=64, limit=None, options=options)
     return by_metric(run)
 
 
@@ -169,7 +169,7 @@ def test_details_contain_the_settings(measurements):
 
 def test_options_are_passed_to_lm_eval(small_checkpoints, tasks):
     options = Options(include_path=tasks, max_length=MAX_LENGTH, num_fewshot=1)
-    few = harness.measure(load(small_checkpoints["ec"]), "local_choice", lengths=[64], limit=3, options=options)
+    few = harness.run_tasks(load(small_checkpoints["ec"]), "local_choice", lengths=[64], limit=3, options=options)
     for item in few:
         assert (item.details["shots"], item.details["examples"], item.details["of"]) == (1, 3, 8)
 
@@ -177,21 +177,21 @@ def test_options_are_passed_to_lm_eval(small_checkpoints, tasks):
 def test_tasks_run_at_every_length(small_checkpoints, tasks):
     model = load(small_checkpoints["ec"])
     options = Options(include_path=tasks)
-    measurements = harness.measure(model, "local_needles", lengths=[4096, 512, 9000], limit=2, options=options)
+    measurements = harness.run_tasks(model, "local_needles", lengths=[4096, 512, 9000], limit=2, options=options)
     assert [(item.length, item.metric, item.numerators) for item in measurements] == [
         (length, "score", [float(length % 7)] * 2) for length in (4096, 512, 9000)
     ]
     assert [item.details["max_length"] for item in measurements] == [4096, 512, 9000]
-    unlimited = harness.measure(model, "local_needles", lengths=[512], limit=None, options=options)
+    unlimited = harness.run_tasks(model, "local_needles", lengths=[512], limit=None, options=options)
     assert len(unlimited[0].numerators) == 6
-    plain = harness.measure(model, "local_rolling", lengths=[512, 1024], limit=1, options=options)
+    plain = harness.run_tasks(model, "local_rolling", lengths=[512, 1024], limit=1, options=options)
     assert [item.length for item in plain] == [None] * 3
 
 
 def test_truncation_is_reported(small_checkpoints, tasks, capfd, monkeypatch):
     monkeypatch.setenv("GIT_DIR", "nowhere")  # a call of git by lm-eval would print an error
     options = Options(include_path=tasks, max_length=40)
-    (item, *_) = harness.measure(
+    (item, *_) = harness.run_tasks(
         load(small_checkpoints["ec"]), "local_lambada", lengths=[64], limit=None, options=options
     )
     assert item.details["prompts_cut"] > 0
@@ -204,8 +204,8 @@ def test_truncation_is_reported(small_checkpoints, tasks, capfd, monkeypatch):
 def test_chat_template(folders, tasks):
     options = Options(include_path=tasks, max_length=400, apply_chat_template=True)
     chat = load(folders("chat"))
-    plain = harness.measure(chat, "local_lambada", lengths=[64], limit=2, options=Options(include_path=tasks))
-    measurements = harness.measure(chat, "local_lambada", lengths=[64], limit=2, options=options)
+    plain = harness.run_tasks(chat, "local_lambada", lengths=[64], limit=2, options=Options(include_path=tasks))
+    measurements = harness.run_tasks(chat, "local_lambada", lengths=[64], limit=2, options=options)
     reference = lm_eval.simple_evaluate(
         model=hf_model(folders("chat")), tasks=["local_lambada"], limit=2, bootstrap_iters=0, apply_chat_template=True,
         task_manager=lm_eval.tasks.TaskManager(include_path=tasks, include_defaults=False),
@@ -216,7 +216,7 @@ def test_chat_template(folders, tasks):
     )
     assert value != plain[0].value
     with pytest.raises(UsageError, match=r"apply_chat_template: .* stores no chat template"):
-        harness.measure(load(folders("qwen")), "local_lambada", lengths=[64], limit=2, options=options)
+        harness.run_tasks(load(folders("qwen")), "local_lambada", lengths=[64], limit=2, options=options)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_errors_are_one_line(small_checkpoints, tasks, tmp_path, monkeypatch, ta
             rest += f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {tmp_path}/c}}\n"
         (tmp_path / "task.yaml").write_text(f"{settings}\n{rest}")
     with pytest.raises(UsageError, match=message) as caught:
-        harness.measure(
+        harness.run_tasks(
             load(small_checkpoints["ec"]), task, lengths=[64], limit=1,
             options=Options(include_path=tasks, max_length=reads),
         )  # fmt: skip
@@ -311,7 +311,7 @@ def test_retrieval_scores_match_ruler(small_checkpoints, task, length):
         scores.append(FAMILIES["single"].score(answers, written))
         for text in (written, "", answers[0], f"They are {', '.join(answers)}.", answers[-1].upper()):
             assert FAMILIES["single"].score(answers, text) == process_results(document, [text])[str(length)]
-    (measured,) = harness.measure(model, task, lengths=[length], limit=2, options=Options())
+    (measured,) = harness.run_tasks(model, task, lengths=[length], limit=2, options=Options())
     assert (measured.part, measured.metric, measured.length) == (task, "score", length)
     assert measured.numerators == scores
 
@@ -321,5 +321,5 @@ def test_retrieval_scores_match_ruler(small_checkpoints, task, length):
 def test_example_generation_of_ruler_terminates(small_checkpoints, task):
     pytest.importorskip("wonderwords", reason="RULER's examples need the extra eval")
     with pytest.raises(UsageError, match=r"cannot generate examples of|cannot load") as caught:
-        harness.measure(load(small_checkpoints["ec"]), task, lengths=[128], limit=2, options=Options())
+        harness.run_tasks(load(small_checkpoints["ec"]), task, lengths=[128], limit=2, options=Options())
     assert "\n" not in str(caught.value)

@@ -8,7 +8,7 @@ import torch
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval.models import load_model
-from ropepp_lit.eval.tasks import Request, Settings
+from ropepp_lit.eval.tasks import EvaluationSettings, Request
 from ropepp_lit.eval.tasks import long_perplexity as module
 from ropepp_lit.eval.tasks.long_perplexity import LongPerplexity
 from ropepp_lit.eval.tasks.perplexity import Perplexity, token_losses
@@ -123,7 +123,7 @@ def test_invalid_settings(models, task, small_checkpoints):
 
 
 def test_the_first_or_a_given_checkpoint_identifies_the_key_tokens():
-    settings = Settings(tasks=("longppl", "longppl:other.ckpt"), lengths=(16, 32), checkpoint="first.ckpt")
+    settings = EvaluationSettings(tasks=("longppl", "longppl:other.ckpt"), lengths=(16, 32), checkpoint="first.ckpt")
     assert [(task.source, str(task)) for task, _ in settings.parsed] == [
         ("first.ckpt", "longppl"), ("other.ckpt", "longppl:other.ckpt"),
     ]  # fmt: skip

@@ -26,7 +26,7 @@ class Slow(Task):
             print(os.getpid(), file=file)
         while not Path("go").exists():
             time.sleep(0.02)
-        return [self.measured(request, metric="number", numerators=[1.0, 2.0], denominators=[1.0, 1.0])]
+        return [self.measurement(request, metric="number", numerators=[1.0, 2.0], denominators=[1.0, 1.0])]
 """
 
 

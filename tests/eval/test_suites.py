@@ -11,7 +11,7 @@ from others import make_tokenizer
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval.models import Model, load_model
-from ropepp_lit.eval.tasks import Request, Settings, examples, graph_walks, mrcr, ruler
+from ropepp_lit.eval.tasks import EvaluationSettings, Request, examples, graph_walks, mrcr, ruler
 from ropepp_lit.eval.tasks.examples import make_examples
 from ropepp_lit.text.tokenizer import byte_tokenizer, load_tokenizer
 
@@ -212,7 +212,7 @@ def test_words_of_long_contexts_are_repeated_more_often(monkeypatch):
 
 
 def test_tasks_with_essays_require_text():
-    settings = Settings(tasks=("ruler",), lengths=(512,), has_essays=False)
+    settings = EvaluationSettings(tasks=("ruler",), lengths=(512,), has_essays=False)
     assert {task.part for task, _ in settings.parsed} == {
         "niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe",
     }  # fmt: skip
@@ -221,8 +221,8 @@ def test_tasks_with_essays_require_text():
     assert line.endswith(" need essays and are skipped; pass files of them by --text.")
     assert not settings.needs_text
     with pytest.raises(UsageError, match="tasks: ruler:niah_single_2 needs essays; pass files of them"):
-        Settings(tasks=("ruler:vt+niah_single_2",), lengths=(512,), has_essays=False)
-    settings = Settings(tasks=("ruler",), lengths=(512,))
+        EvaluationSettings(tasks=("ruler:vt+niah_single_2",), lengths=(512,), has_essays=False)
+    settings = EvaluationSettings(tasks=("ruler",), lengths=(512,))
     assert len(settings.parsed) == 11
     assert settings.needs_text
     assert not settings.notices

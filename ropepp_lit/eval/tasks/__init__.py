@@ -79,8 +79,8 @@ class UnitResult(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Settings of an evaluation."""
+class EvaluationSettings:
+    """EvaluationSettings of an evaluation."""
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
@@ -233,7 +233,7 @@ def _own_task(class_path: str) -> Task:
         raise UsageError(f"tasks: {class_path}: cannot be {step}: {type(error).__name__}: {error}") from error
 
 
-def check(model: Model, units: Sequence[Unit], request: Request, *, device: torch.device | None = None) -> None:
+def check_units(model: Model, units: Sequence[Unit], request: Request, *, device: torch.device | None = None) -> None:
     """Check that units can be measured, before the evaluation starts.
 
     Args:
@@ -252,10 +252,10 @@ def check(model: Model, units: Sequence[Unit], request: Request, *, device: torc
         task.check(model, request)
 
 
-def measure(
+def measure_unit(
     model: Model,
     unit: Unit,
-    settings: Settings,
+    settings: EvaluationSettings,
     *,
     texts: Sequence[str] = (),
     documents: Sequence[Sequence[int]] = (),
@@ -266,7 +266,7 @@ def measure(
     Args:
         model: The model.
         unit: The unit.
-        settings: Settings of the evaluation.
+        settings: EvaluationSettings of the evaluation.
         texts: Documents, for tasks that need text.
         documents: Token ids of the documents, see :class:`Request`.
         progress: Called with the number of tokens read.
@@ -319,7 +319,7 @@ def averages(measurements: Sequence[Measurement]) -> Iterator[Measurement]:
 
 
 def derived(
-    measurements: Sequence[Measurement], settings: Settings, sets: Texts, documents: Sequence[Sequence[int]]
+    measurements: Sequence[Measurement], settings: EvaluationSettings, sets: Texts, documents: Sequence[Sequence[int]]
 ) -> Iterator[Measurement]:
     """Yield the measurements that are computed from those of a model's units.
 
@@ -328,7 +328,7 @@ def derived(
 
     Args:
         measurements: Measurements of all units.
-        settings: Settings of the evaluation.
+        settings: EvaluationSettings of the evaluation.
         sets: Documents by set.
         documents: Token ids of all documents.
     """

@@ -136,10 +136,10 @@ class Answers(Task):
         )  # fmt: skip
         tokens = [float(len(pair.answer)) for pair in pairs]
         score_measurement = partial(
-            self.measured, request, denominators=[1.0] * len(pairs), sample=sample_of(expected), aggregation="score"
+            self.measurement, request, denominators=[1.0] * len(pairs), sample=sample_of(expected), aggregation="score"
         )
         return [
-            self.measured(request, metric="loss", numerators=nats, denominators=tokens, sample=sample_of(pairs)),
+            self.measurement(request, metric="loss", numerators=nats, denominators=tokens, sample=sample_of(pairs)),
             score_measurement(metric="exact", numerators=exact),
             score_measurement(metric="rouge_l", numerators=rouge),
         ]

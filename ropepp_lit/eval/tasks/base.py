@@ -134,7 +134,7 @@ class Task(ABC):
             request: Length, number of examples, documents and other settings.
 
         Returns:
-            Measurements, created by :meth:`measured`.
+            Measurements, created by :meth:`measurement`.
         """
 
     def check(self, model: Model, request: Request) -> None:  # noqa: B027
@@ -165,7 +165,7 @@ class Task(ABC):
         }
         return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in files.items() if file}
 
-    def measured(self, request: Request, **fields: Any) -> Measurement:
+    def measurement(self, request: Request, **fields: Any) -> Measurement:
         """Create a measurement of this task at the request's length.
 
         Args:
@@ -299,7 +299,7 @@ class Family(Task):
                 )  # fmt: skip
             request.progress(len(batch) * length)
         request.answers.extend(answers)
-        score = partial(self.measured, request, metric="score", sample=sample_of(samples))
+        score = partial(self.measurement, request, metric="score", sample=sample_of(samples))
         scores = [answer.score for answer in answers]
         measurements = [score(numerators=scores, denominators=[1.0] * len(scores))]
         for depth in DEPTHS:

@@ -34,5 +34,5 @@ class Harness(Task):
         return {**self.options.identity(), "lengths": request.lengths, "limit": self.limit}
 
     def measure(self, model: Model, request: Request) -> list[Measurement]:
-        """See :func:`~ropepp_lit.eval.harness.measure`."""
-        return harness.measure(model, self.part, lengths=request.lengths, limit=self.limit, options=self.options)
+        """See :func:`~ropepp_lit.eval.harness.run_tasks`."""
+        return harness.run_tasks(model, self.part, lengths=request.lengths, limit=self.limit, options=self.options)

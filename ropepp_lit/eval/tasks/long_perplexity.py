@@ -96,7 +96,7 @@ class LongPerplexity(Task):
         """Return measurements with one entry per document; see :data:`~ropepp_lit.eval.report.captions.TASKS`."""
         assert request.length is not None
         length, documents = request.length, request.documents
-        measurement = partial(self.measured, request, sample=sample_of(map(list, documents)))
+        measurement = partial(self.measurement, request, sample=sample_of(map(list, documents)))
         if length == min(request.lengths):  # no token has more context
             zeros = [0.0] * len(documents)
             return [measurement(metric="loss", numerators=zeros, denominators=zeros)]

@@ -91,7 +91,7 @@ class Perplexity(Task):
         totals, tokens = losses.sum(1).tolist(), counts.sum(1).tolist()
         sizes = [float(len(text.encode())) for text in request.texts]
         # Losses are by token, so models are compared where they read the same tokens; bits per byte, the same texts.
-        measurement = partial(self.measured, request, sample=sample_of(map(list, documents)))
+        measurement = partial(self.measurement, request, sample=sample_of(map(list, documents)))
         return [
             measurement(metric="loss", numerators=totals, denominators=tokens),
             measurement(metric="perplexity", numerators=totals, denominators=tokens),

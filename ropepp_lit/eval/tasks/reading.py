@@ -222,7 +222,7 @@ class Reading(Task):
                     sums[:, number, distance.bit_length() - 1] += values
             request.progress(len(rows) * request.length)
         correct_words, words, total_nats, tokens = sums
-        measurement = partial(self.measured, request, sample=sample_of(samples))
+        measurement = partial(self.measurement, request, sample=sample_of(samples))
         metrics = (("score", correct_words, words), ("loss", total_nats, tokens))
         return [
             *(
