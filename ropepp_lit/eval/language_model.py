@@ -272,15 +272,15 @@ def make_tokenizer(model: Model) -> PreTrainedTokenizerFast:
 
     Special tokens, chat template and decoding are those of the checkpoint's tokenizer_config.json.
     """
-    ours = model.tokenizer
+    text_tokenizer = model.tokenizer
     settings = json.loads(model.entry.get("tokenizer_config") or "{}")
     names: dict[str, Any] = {}
     for key in _SPECIAL:
         names[key] = content_of(settings.get(key))
-    for key, token_id in (("bos_token", ours.bos_token_id), ("eos_token", ours.eos_token_id)):
-        names[key] = None if token_id is None else ours.tokenizer.id_to_token(token_id)
+    for key, token_id in (("bos_token", text_tokenizer.bos_token_id), ("eos_token", text_tokenizer.eos_token_id)):
+        names[key] = None if token_id is None else text_tokenizer.tokenizer.id_to_token(token_id)
     return PreTrainedTokenizerFast(
-        tokenizer_object=ours.tokenizer,  # copied
+        tokenizer_object=text_tokenizer.tokenizer,  # copied
         chat_template=settings.get("chat_template"),
         clean_up_tokenization_spaces=bool(settings.get("clean_up_tokenization_spaces", False)),
         **{key: token for key, token in names.items() if token is not None},

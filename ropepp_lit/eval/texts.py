@@ -47,14 +47,14 @@ def read_texts(
         texts = data.held_out_texts(limit, min_tokens=min_tokens)
     else:
         texts = {source: _choose(model, source, reading, min_tokens, limit) for source in text.split(",")}
-    least = f" of {min_tokens:,} tokens or more" if min_tokens else ""
+    suffix = f" of {min_tokens:,} tokens or more" if min_tokens else ""
     for name in [name for name, documents in texts.items() if not documents]:
         if text is not None:
-            raise UsageError(f"text: {name} has no document{least}; name other text, or lower min_tokens")
+            raise UsageError(f"text: {name} has no document{suffix}; name other text, or lower min_tokens")
         del texts[name]
-        notices.append(f"text: the held-out set {name} has no document{least} and is skipped")
+        notices.append(f"text: the held-out set {name} has no document{suffix} and is skipped")
     if not texts:
-        raise UsageError(f"text: the held-out text has no document{least}; name other text by --text")
+        raise UsageError(f"text: the held-out text has no document{suffix}; name other text by --text")
     return texts, notices
 
 
@@ -101,8 +101,8 @@ def notices_of(name: str, entry: dict[str, Any], first: dict[str, Any], text: st
                     "--text, the evaluation uses the documents that the first model's run held out."
                 )
     elif entry is not first:
-        ours, theirs = (stored.get("held_out") or {} for stored in (first, entry))
-        if not ours or not set(ours.values()) <= set(theirs.values()):
+        first_held_out, own_held_out = (stored.get("held_out") or {} for stored in (first, entry))
+        if not first_held_out or not set(first_held_out.values()) <= set(own_held_out.values()):
             yield (
                 f"{name} was not trained on the first model's data and held out other documents, so its training data "
                 "may include these documents."

@@ -106,7 +106,7 @@ def merge(
     Raises:
         UsageError: The adapters do not fit the base or contain NaN, or peft is not installed.
     """
-    lora, ours, weights = settings_of(checkpoint, path), checkpoint[KEY], decoder_weights(base)
+    lora, adapter_entry, weights = settings_of(checkpoint, path), checkpoint[KEY], decoder_weights(base)
     layers: dict[str, dict[str, Tensor]] = {}
     for name, value in decoder_weights(checkpoint).items():
         layer, part = _split(name)
@@ -119,15 +119,15 @@ def merge(
     for layer, parts in layers.items() if not shapes_only else ():
         weight = weights[f"{layer}.weight"]
         try:
-            weights[f"{layer}.weight"] = merge_layer(lora, weight, parts, head_dim=_head_dim(ours))
+            weights[f"{layer}.weight"] = merge_layer(lora, weight, parts, head_dim=_head_dim(adapter_entry))
         except (RuntimeError, KeyError, ValueError) as error:  # wrong shapes, or NaN (from peft)
             raise UsageError(f"{path}: its adapters of {layer} cannot be merged ({error})") from error
-    if ours["architecture"]["decoder"].get("tie_word_embeddings"):
+    if adapter_entry["architecture"]["decoder"].get("tie_word_embeddings"):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     merged = {
         "state_dict": {WEIGHTS_PREFIX + name: value for name, value in weights.items()},
         "global_step": checkpoint["global_step"],
-        KEY: {**{key: value for key, value in ours.items() if key != "adapter"}, "optimizer": None},
+        KEY: {**{key: value for key, value in adapter_entry.items() if key != "adapter"}, "optimizer": None},
     }
     if not shapes_only:
         digest = hashlib.sha256(f"{fingerprint(base)} {fingerprint(checkpoint)}".encode()).hexdigest()

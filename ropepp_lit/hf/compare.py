@@ -72,15 +72,15 @@ def load_in_float32(checkpoint: dict[str, Any], *, dtype: torch.dtype | None = N
 
 def _tokenize(checkpoint: dict[str, Any], text: Path) -> list[torch.Tensor]:
     """Tokenize a text into up to 16 rows of up to the model's context length."""
-    ours = checkpoint[KEY]
-    if ours["tokenizer"] is None:
+    entry = checkpoint[KEY]
+    if entry["tokenizer"] is None:
         raise UsageError("text: the checkpoint stores no tokenizer, so no loss on a text can be computed")
     try:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"text: {text}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from error
-    ids = TextTokenizer.from_entry(ours).encode_whole(content)
+    ids = TextTokenizer.from_entry(entry).encode_whole(content)
     if len(ids) < 2:
         raise UsageError(f"text: {text}: too short to predict anything")
-    size = min(ours["context_length"] or 2048, 2048)
+    size = min(entry["context_length"] or 2048, 2048)
     return [row for row in torch.tensor([ids]).split(size, dim=1)[:16] if row.shape[1] > 1]

@@ -148,9 +148,9 @@ def _write_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype 
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_settings(ours: dict[str, Any], fields: dict[str, Any], dtype: torch.dtype, folder: Path) -> None:
+def _write_settings(entry: dict[str, Any], fields: dict[str, Any], dtype: torch.dtype, folder: Path) -> None:
     """Write config.json, generation_config.json, the tokenizer and, for RoPE++, the modeling code."""
-    ids = {f"{key}_token_id": ours[f"{key}_token_id"] for key in ("bos", "eos")}
+    ids = {f"{key}_token_id": entry[f"{key}_token_id"] for key in ("bos", "eos")}
     name = str(dtype).removeprefix("torch.")
     config = {**fields, **ids, "pad_token_id": None, "torch_dtype": name, "use_cache": True}
     if fields["model_type"] == "ropepp":
@@ -158,20 +158,20 @@ def _write_settings(ours: dict[str, Any], fields: dict[str, Any], dtype: torch.d
         for file in MODELING:
             shutil.copyfile(Path(__file__).with_name(file), folder / file)
     generation = {key: value for key, value in ids.items() if value is not None}
-    if ours.get("generation_config") is not None:
-        generation |= json.loads(ours["generation_config"])
+    if entry.get("generation_config") is not None:
+        generation |= json.loads(entry["generation_config"])
     for file, values in ((CONFIG, config), (GENERATION, generation)):
         (folder / file).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    if ours["tokenizer"] is not None:
-        _write_tokenizer(ours, folder, model_max_length=fields["max_position_embeddings"])
+    if entry["tokenizer"] is not None:
+        _write_tokenizer(entry, folder, model_max_length=fields["max_position_embeddings"])
 
 
-def _write_tokenizer(ours: dict[str, Any], folder: Path, *, model_max_length: int) -> None:
+def _write_tokenizer(entry: dict[str, Any], folder: Path, *, model_max_length: int) -> None:
     """Write the tokenizer, configured to add the same BOS and EOS tokens as in training."""
-    text_tokenizer = TextTokenizer.from_entry(ours)
+    text_tokenizer = TextTokenizer.from_entry(entry)
     tokenizer = text_tokenizer.tokenizer
     bos, eos = (text_tokenizer.token(index) for index in (text_tokenizer.bos_token_id, text_tokenizer.eos_token_id))
-    settings = json.loads(ours.get("tokenizer_config") or "{}")
+    settings = json.loads(entry.get("tokenizer_config") or "{}")
     settings.pop("auto_map", None)  # custom code, which trust_remote_code would run
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     settings.setdefault("model_max_length", model_max_length)
@@ -189,7 +189,7 @@ def _write_tokenizer(ours: dict[str, Any], folder: Path, *, model_max_length: in
 
 
 def _write_card(
-    ours: dict[str, Any], architecture: Architecture, fields: dict[str, Any], dtype: torch.dtype, folder: Path
+    entry: dict[str, Any], architecture: Architecture, fields: dict[str, Any], dtype: torch.dtype, folder: Path
 ) -> None:
     """Write README.md, the model card: architecture, usage, and training."""
     is_ropepp, config = fields["model_type"] == "ropepp", architecture.decoder
@@ -199,7 +199,7 @@ def _write_card(
         heads += f" ({fields['num_attention_heads'] // 2} real, {fields['num_attention_heads'] // 2} imaginary)"
     cache = 2 * config.num_hidden_layers * fields["num_key_value_heads"] * config.head_dim * dtype.itemsize
     remote = ", trust_remote_code=True" if is_ropepp else ""
-    card = ours.get("card") or {}
+    card = entry.get("card") or {}
     front = {
         **card,
         "library_name": "transformers",
@@ -219,17 +219,17 @@ def _write_card(
         f"- KV cache: {cache:,} bytes per token in {str(dtype).removeprefix('torch.')}",
         f"- exported by ropepp-lit {__version__}",
     ]
-    if ours.get("origin"):
-        lines.append(f"- initialized from {ours['origin']}")
-    if ours["tokens_seen"]:
-        lines.append(f"- trained on {ours['tokens_seen']:,} tokens")
+    if entry.get("origin"):
+        lines.append(f"- initialized from {entry['origin']}")
+    if entry["tokens_seen"]:
+        lines.append(f"- trained on {entry['tokens_seen']:,} tokens")
     lines += [
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if ours["tokenizer"] else ""),
+        "from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if entry["tokenizer"] else ""),
         "",
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{remote})',
-        *([f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{remote})'] if ours["tokenizer"] else []),
+        *([f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{remote})'] if entry["tokenizer"] else []),
         "",
         "# LoRA, for peft.get_peft_model(model, config)",
         "from peft import LoraConfig",
@@ -244,11 +244,11 @@ def _write_card(
             f"transformers; tested with transformers {TESTED_VERSIONS}.",
             "",
         ]
-    for name, metrics in (ours.get("validation") or {}).items():
+    for name, metrics in (entry.get("validation") or {}).items():
         values = ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items() if metric != "step")
         lines += [f"Held-out text of {name}, step {metrics['step']:,.0f}: {values}.", ""]
-    if ours["recipe"] is not None:
-        recipe = yaml.safe_dump(ours["recipe"], sort_keys=False)
+    if entry["recipe"] is not None:
+        recipe = yaml.safe_dump(entry["recipe"], sort_keys=False)
         lines += ["<details><summary>Recipe</summary>", "", "```yaml", recipe + "```", "", "</details>", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 

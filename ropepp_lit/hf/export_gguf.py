@@ -232,7 +232,7 @@ def _describe_rotary(writer: GGUFWriter, architecture: Architecture, *, has_fact
 
 
 def _describe_tokenizer(
-    writer: GGUFWriter, ours: Mapping[str, Any], tokenizer: TextTokenizer, vocabulary: _Vocabulary
+    writer: GGUFWriter, entry: Mapping[str, Any], tokenizer: TextTokenizer, vocabulary: _Vocabulary
 ) -> None:
     """Write the vocabulary, special tokens and chat template."""
     writer.add_tokenizer_model("gpt2")
@@ -250,19 +250,19 @@ def _describe_tokenizer(
         add(token)
     writer.add_add_bos_token(bool(tokenizer.opening))
     writer.add_add_eos_token(False)  # prompts are continued
-    if template := json.loads(ours.get("tokenizer_config") or "{}").get("chat_template"):
+    if template := json.loads(entry.get("tokenizer_config") or "{}").get("chat_template"):
         writer.add_chat_template(template)
 
 
-def _read_tokenizer(ours: Mapping[str, Any], vocab_size: int) -> tuple[TextTokenizer, _Vocabulary]:
+def _read_tokenizer(entry: Mapping[str, Any], vocab_size: int) -> tuple[TextTokenizer, _Vocabulary]:
     """Return a checkpoint's tokenizer, and its vocabulary in GGUF's format.
 
     Raises:
         UsageError: llama.cpp would tokenize texts differently.
     """
-    if ours["tokenizer"] is None:
+    if entry["tokenizer"] is None:
         raise UsageError("gguf: the checkpoint stores no tokenizer, which llama.cpp requires")
-    tokenizer = TextTokenizer.from_entry(ours)
+    tokenizer = TextTokenizer.from_entry(entry)
     if tokenizer.eos_token_id is None:
         raise UsageError("gguf: the tokenizer has no EOS token, which llama.cpp requires")
     if len(tokenizer.opening) > 1 or len(tokenizer.stop_token_ids) > 3:

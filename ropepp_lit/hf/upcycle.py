@@ -53,7 +53,7 @@ def upcycle(
         weights[output] = torch.stack((columns, torch.zeros_like(columns)), dim=2).flatten(1)
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    ours = checkpoint[KEY]
+    entry = checkpoint[KEY]
     preserved = (
         "tokenizer",
         "tokenizer_config",
@@ -67,8 +67,8 @@ def upcycle(
     return make_checkpoint(
         weights,
         architecture=describe_architecture(config, scheme, old.frequencies),
-        origin=ours.get("origin") or "a RoPE checkpoint",
-        **{key: ours.get(key) for key in preserved},
+        origin=entry.get("origin") or "a RoPE checkpoint",
+        **{key: entry.get(key) for key in preserved},
     )
 
 

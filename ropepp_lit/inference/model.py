@@ -127,8 +127,8 @@ def load_model(path: str, *, trust: str | None = None, context_length: int | Non
     if context_length is not None and context_length < 2:
         raise UsageError(f"context_length: {context_length} must be 2 or more")
     contents = open_checkpoint(path, checksums=True)
-    ours = contents[KEY]
-    if ours["tokenizer"] is None:
+    entry = contents[KEY]
+    if entry["tokenizer"] is None:
         raise UsageError(f"{path}: the checkpoint stores no tokenizer, so it cannot generate text")
     if notice := describe_dtypes(contents):
         print(f"Notice: {notice}; the first is the compute dtype.", file=sys.stderr)
@@ -136,6 +136,6 @@ def load_model(path: str, *, trust: str | None = None, context_length: int | Non
     return Model(
         path=path,
         decoder=load_decoder(contents, trust=trust).to(device),
-        tokenizer=TextTokenizer.from_entry(ours),
-        context_length=ours.get("context_length") if context_length is None else context_length,
+        tokenizer=TextTokenizer.from_entry(entry),
+        context_length=entry.get("context_length") if context_length is None else context_length,
     )

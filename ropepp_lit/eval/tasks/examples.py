@@ -60,12 +60,12 @@ def make_examples(
     fitted = [example for example in examples if example is not None]
     if len(fitted) == len(numbers):
         return fitted
-    least = length
-    while least <= MAX_SUGGESTED_LENGTH and any(
-        _fit(family, tokenizer, least, seed, number) is None for number in numbers
+    sufficient = length
+    while sufficient <= MAX_SUGGESTED_LENGTH and any(
+        _fit(family, tokenizer, sufficient, seed, number) is None for number in numbers
     ):
-        least += 1 + least // 20
-    remedy = f"give {least} or more" if least <= MAX_SUGGESTED_LENGTH else "leave the family out"
+        sufficient += 1 + sufficient // 20
+    remedy = f"give {sufficient} or more" if sufficient <= MAX_SUGGESTED_LENGTH else "leave the family out"
     raise UsageError(f"lengths: {length} tokens are too few for {family} with this tokenizer; {remedy}")
 
 
@@ -178,8 +178,8 @@ class _CannotFillError(Exception):
     """No number of fillers makes an example long enough."""
 
 
-def _fill(tokenizer: TextTokenizer, draft: Draft, room: int, per_filler: float) -> tuple[str, list[int]] | None:
-    """Return the text with as many fillers as `room` tokens require, and its last `room` token ids.
+def _fill(tokenizer: TextTokenizer, draft: Draft, num_tokens: int, per_filler: float) -> tuple[str, list[int]] | None:
+    """Return the text with as many fillers as `num_tokens` tokens require, and its last `num_tokens` token ids.
 
     Each step tokenizes the complete text, so the search for the number of fillers takes few steps at any length.
 
@@ -192,12 +192,12 @@ def _fill(tokenizer: TextTokenizer, draft: Draft, room: int, per_filler: float) 
     pool: list[str] = []
     ids: list[int] = []
     text = ""
-    while len(ids) < room:
-        more = draft.take(math.ceil((room - len(ids)) / per_filler))
+    while len(ids) < num_tokens:
+        more = draft.take(math.ceil((num_tokens - len(ids)) / per_filler))
         pool += more
         text, before = draft.text(pool), len(ids)
         ids = _encode(tokenizer, text)
-        if len(ids) < room and (not more or len(ids) <= before or len(text) > MAX_CHARACTERS * room):
+        if len(ids) < num_tokens and (not more or len(ids) <= before or len(text) > MAX_CHARACTERS * num_tokens):
             raise _CannotFillError(
                 f"its text of {len(text):,} characters has {len(ids):,} tokens with this tokenizer, and more of it "
                 "would not fill that length"
@@ -209,17 +209,17 @@ def _fill(tokenizer: TextTokenizer, draft: Draft, room: int, per_filler: float) 
             break
         if step >= GUESSES:
             middle = (low + high) // 2
-        elif low == 0 or len(ids) - room <= room - longest_below:
-            middle = high - int((len(ids) - room) / per_filler)
+        elif low == 0 or len(ids) - num_tokens <= num_tokens - longest_below:
+            middle = high - int((len(ids) - num_tokens) / per_filler)
         else:
-            middle = low + math.ceil((room - longest_below) / per_filler)
+            middle = low + math.ceil((num_tokens - longest_below) / per_filler)
         middle = min(max(middle, low + 1), high - 1)
         shorter = draft.text(pool[:middle])
         shorter_ids = _encode(tokenizer, shorter)
-        if len(shorter_ids) >= room:
+        if len(shorter_ids) >= num_tokens:
             high, text, ids = middle, shorter, shorter_ids
         else:
             low, longest_below = middle, len(shorter_ids)
-    if len(ids) - room > len(_encode(tokenizer, draft.units(pool[:high])[0])):
+    if len(ids) - num_tokens > len(_encode(tokenizer, draft.units(pool[:high])[0])):
         return None  # truncation would remove more than the first filler
-    return text, ids[len(ids) - room :]
+    return text, ids[len(ids) - num_tokens :]

@@ -159,12 +159,14 @@ class Reading(Task):
         rows = [row for row in fitted if row is not None]
         if len(rows) == len(fitted):
             return rows
-        least = length
-        while least <= MAX_SUGGESTED_LENGTH and any(
-            self._fit(tokenizer, least, seed, number) is None for number in numbers
+        sufficient = length
+        while sufficient <= MAX_SUGGESTED_LENGTH and any(
+            self._fit(tokenizer, sufficient, seed, number) is None for number in numbers
         ):
-            least += 1 + least // 20
-        raise UsageError(f"lengths: {length} tokens are too few for {self} with this tokenizer; give {least} or more")
+            sufficient += 1 + sufficient // 20
+        raise UsageError(
+            f"lengths: {length} tokens are too few for {self} with this tokenizer; give {sufficient} or more"
+        )
 
     def _fit(self, tokenizer: TextTokenizer, length: int, seed: int, number: int) -> Row | None:
         copies: list[Copy] = []

@@ -111,7 +111,7 @@ class _CommonWords(_Retrieval):
     def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
         """See :meth:`Family.draft`."""
         common_count, rare_count = next(
-            (pair for least, pair in ((600, (30, 3)), (200, (10, 2)), (70, (5, 1))) if units >= least), (3, 1)
+            (pair for min_units, pair in ((600, (30, 3)), (200, (10, 2)), (70, (5, 1))) if units >= min_units), (3, 1)
         )
         keys = stock.pairs(rng)
         common = list(itertools.islice(keys, _COMMON))
