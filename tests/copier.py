@@ -1,10 +1,10 @@
-"""A decoder that copies: an oracle for tasks whose answers stand in the context."""
+"""A decoder that copies from its context: an oracle for tasks whose answers occur in the context."""
 
 import torch
 
 
 class Copier(torch.nn.Module):
-    """Continues as the text did after the longest match of its end."""
+    """Decoder that predicts the token after the longest match of the text's suffix."""
 
     def __init__(self, tokenizer):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tasks for lm-eval without a network: one of each kind of request and of aggregation, with their data."""
+"""Local tasks for lm-eval with their data: one for each type of request and aggregation."""
 
 from __future__ import annotations
 

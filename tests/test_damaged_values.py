@@ -13,7 +13,7 @@ from small_checkpoints import make
 from ropepp_lit import checkpoint
 from ropepp_lit.commands.evaluate import _replaced
 from ropepp_lit.errors import UsageError
-from ropepp_lit.eval.pieces import Kept, Piece, Work
+from ropepp_lit.eval.pieces import CachedResult, Piece, Work
 from ropepp_lit.eval.results import Measurement
 from ropepp_lit.eval.tasks.base import Answer
 from ropepp_lit.hf.folder import open_checkpoint
@@ -127,7 +127,7 @@ def test_json_of_a_folder_of_hugging_face(tmp_path, name, content):
 
 @pytest.mark.parametrize("config", [{"model_type": ["llama"]}, {"rope_scaling": {"rope_type": ["yarn"]}}])
 def test_lists_for_names_in_config_json(tmp_path, config):
-    with pytest.raises(UsageError, match=r"config\.json: .* is not supported; known are"):
+    with pytest.raises(UsageError, match=r"config\.json: .* is not supported; supported are"):
         open_checkpoint(make_folder(tmp_path / "hf", **config))
 
 
@@ -185,13 +185,13 @@ def test_a_damaged_piece_of_an_evaluation_is_measured_again(tmp_path, capsys, ki
     measurement = Measurement(task="t", metric="loss", numerators=[1.0, 3.0], denominators=[1.0, 1.0])
     answer = Answer(number=0, prompt="p", expected="e", written="w", score=1.0)
     piece = Piece(None, {"a": 1}, tmp_path / "piece.json", 0)  # type: ignore[arg-type]
-    kept = vars(Kept({"a": 1}, 0.5, [measurement.to_dict()], [vars(answer)]))
+    kept = vars(CachedResult({"a": 1}, 0.5, [measurement.to_dict()], [vars(answer)]))
     work = Work.__new__(Work)
     work.pieces = [[piece]]
     for values in (sealed(kept), kept):  # of an earlier version
         piece.path.write_text(json.dumps(values))
         work._leave_out_damaged()
-        assert piece.read() == Kept({"a": 1}, 0.5, [measurement], [answer])
+        assert piece.read() == CachedResult({"a": 1}, 0.5, [measurement], [answer])
     values = json.loads(json.dumps(sealed(kept) if kind in KEPT else kept))
     {**KEPT, **UNSEALED}[kind](values)
     piece.path.write_text(json.dumps(values))
@@ -232,7 +232,7 @@ def test_kept_answers_that_are_damaged(tmp_path, kind):
     assert _resume(partial, IDENTITY, [[0]])[0].text == "a"
     changed = b"".join(PARTIALS[kind](lines))
     partial.write_bytes(changed)
-    with pytest.raises(UsageError, match=r"out\.jsonl\.partial: damaged; delete it to begin anew"):
+    with pytest.raises(UsageError, match=r"out\.jsonl\.partial: damaged; delete it to start again"):
         _resume(partial, IDENTITY, [[0]])
     assert partial.read_bytes() == changed
 

@@ -141,7 +141,7 @@ def test_pipes_in_a_folder_of_hugging_face(tmp_path):
     folder = make_folder(tmp_path / "hf")
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
-    with pytest.raises(UsageError, match="no weights there that can be read"):
+    with pytest.raises(UsageError, match="no weights in a supported layout"):
         open_checkpoint(folder)
 
 

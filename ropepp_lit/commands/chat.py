@@ -41,12 +41,12 @@ def chat(
         trust: `module.Class` of a position scheme of your own that the checkpoint was made with and may be imported.
     """
     from ropepp_lit.inference.conversation import Conversation  # heavy imports wait until the arguments are parsed
-    from ropepp_lit.inference.model import Writing, load_model, parse_stop
+    from ropepp_lit.inference.model import GenerationSettings, load_model, parse_stop
     from ropepp_lit.inference.terminal_chat import notify, talk
     from ropepp_lit.nn.sampling import Sampling
     from ropepp_lit.text.chat import ChatTemplate, read_template
 
-    writing = Writing(
+    writing = GenerationSettings(
         max_new_tokens=max_new_tokens,
         sampling=Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty

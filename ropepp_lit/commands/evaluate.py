@@ -94,7 +94,7 @@ def evaluate(
     from ropepp_lit.eval.pieces import Work
     from ropepp_lit.eval.report import folder_names
     from ropepp_lit.eval.results import summarize
-    from ropepp_lit.eval.tasks import Settings
+    from ropepp_lit.eval.tasks import EvaluationSettings
     from ropepp_lit.eval.texts import notices_of, read_texts, seed_of
     from ropepp_lit.files import write_whole
 
@@ -105,7 +105,7 @@ def evaluate(
     )  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device, "trust": trust}
-    settings = Settings(
+    settings = EvaluationSettings(
         tasks=tuple(word.strip() for word in tasks.split(",") if word.strip()),
         lengths=sizes, limit=limit, stride=stride, noise_std=deviations, seed=seed, options=options_of_harness,
         has_essays=text is not None, checkpoint=checkpoints[0], load=functools.partial(load_model, **options),
@@ -132,7 +132,7 @@ def evaluate(
     for number, model in enumerate(models):
         if texts:
             notices |= dict.fromkeys(notices_of(model.name, model.entry, models[0].entry, text))
-        measurements, seconds = work.found(number)
+        measurements, seconds = work.results(number)
         runs.append((model.name, measurements))
         descriptions.append({**model.describe(), "seconds": round(seconds, 1)})
     seeds = [seed_of(model.entry) for model in models]

@@ -59,10 +59,10 @@ def generate(
 
     from pathlib import Path
 
-    from ropepp_lit.inference.model import Writing, load_model, parse_stop
+    from ropepp_lit.inference.model import GenerationSettings, load_model, parse_stop
     from ropepp_lit.nn.sampling import Sampling
 
-    writing = Writing(
+    writing = GenerationSettings(
         max_new_tokens=max_new_tokens,
         sampling=Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
@@ -96,7 +96,7 @@ def generate(
     from ropepp_lit.nn.generation import Row
 
     ids = model.tokenizer.encode_prompt(prompt) if template is None else encode_messages(template, {"prompt": prompt})
-    if model.room_behind(ids) == 0:
+    if model.remaining_tokens(ids) == 0:
         raise UsageError(
             f"prompt: it has {len(ids):,} tokens and leaves no room in the model's context of "
             f"{model.context_length:,}; shorten it, or give --context_length"

@@ -65,7 +65,7 @@ def serve(
         print(f"Serving {checkpoint} at {url} (Ctrl-C to stop). Try:")
         print(f"curl {url}/{'chat/' if can_chat else ''}completions{key} -d '{json.dumps(body)}'", flush=True)
 
-    settings = server.Settings(
+    settings = server.ServerSettings(
         checkpoint=checkpoint, chat_template=chat_template, max_requests=max_requests, max_new_tokens=max_new_tokens,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         context_length=context_length, trust=trust,

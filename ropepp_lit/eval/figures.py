@@ -1,7 +1,8 @@
-"""Figures of the method (arXiv 2512.07525, Figures 1 and 3), drawn from the toolkit's own rotation in float64.
+"""Figures of the method (arXiv 2512.07525, Figures 1 and 3), computed with this package's rotation in float64.
 
-Shapes: T distances, D head size. A query at distance Δ behind its key is a query at position Δ and a key at position 0,
-which no rotation turns; so the entries of the rotated query are the factors on the entries of the key.
+Shapes: T distances, D head size. For a query at distance Δ from its key, the query is at position Δ and the key at
+position 0, where the rotation is the identity. The entries of the rotated query are therefore the factors of the
+entries of the key.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from ropepp_lit.nn import Frequencies, RoPEPP
 REAL, IMAGINARY = "#2563eb", "#ea580c"
 DARK, GREY, LIGHT = "#111827", "#9ca3af", "#e5e7eb"
 DASHES = (0, (3, 3))
-BEYOND = 8
-"""How many trained lengths beyond which `draw_positions` looks."""
+EXTRAPOLATION = 8
+"""Longest context of `draw_positions`, in multiples of the training context length."""
 
 
 def rotate(query: Tensor, distances: Tensor, *, rope_theta: float) -> Tensor:
-    """A query at each distance behind a key at position 0, as its real and its imaginary head have it.
+    """Rotate a query to each distance from a key at position 0, for its real and its imaginary head.
 
     Args:
         query: [D], float64.
-        distances: [T], integers.
-        rope_theta: The base of the rotary frequencies.
+        distances: [T], int64.
+        rope_theta: Base of the rotary frequencies.
 
     Returns:
-        [T, 2, D], float64; real, imaginary.
+        Rotated queries [T, 2, D], float64, in the order real, imaginary.
     """
     scheme, head_dim = RoPEPP(), len(query)
     tables = scheme.tables(distances[None], Frequencies(rope_theta=rope_theta), head_dim=head_dim, dtype=query.dtype)
@@ -45,18 +46,18 @@ def rotate(query: Tensor, distances: Tensor, *, rope_theta: float) -> Tensor:
 
 
 def scores(num_distances: int, *, head_dim: int, rope_theta: float) -> Tensor:
-    """Real and imaginary score of a query and a key that agree in every rotary pair, against distance.
+    """Return the real and imaginary score of a query and a key that are equal in every rotary pair, by distance.
 
-    Such a pair adds q_n · conj(k_n) = 1, so these are the means over n of cos(θ_n Δ) and sin(θ_n Δ). Up to a factor
-    they are also the expected scores of random queries and keys whose pairs agree on average.
+    Each pair contributes q_n · conj(k_n) = 1, so the scores are the means over n of cos(θ_n Δ) and sin(θ_n Δ). Up to a
+    factor, these are also the expected scores of random queries and keys with positively correlated pairs.
 
     Args:
-        num_distances: How many distances, from 0 on.
-        head_dim: D.
-        rope_theta: The base of the rotary frequencies.
+        num_distances: Number of distances, starting at 0.
+        head_dim: Head size D.
+        rope_theta: Base of the rotary frequencies.
 
     Returns:
-        [2, num_distances], float64; real and imaginary, as shares of the real score at distance 0.
+        Scores [2, num_distances], float64, in the order real, imaginary, relative to the real score at distance 0.
     """
     ones = torch.zeros(head_dim, dtype=torch.float64)
     ones[: head_dim // 2] = 1  # each pair is the complex number 1
@@ -65,17 +66,17 @@ def scores(num_distances: int, *, head_dim: int, rope_theta: float) -> Tensor:
 
 
 def limit_scores(distances: np.ndarray, *, rope_theta: float) -> np.ndarray:
-    """What :func:`scores` tend to for many pairs, in closed form.
+    """Return the limit of :func:`scores` for many pairs, in closed form.
 
     With θ = base^(-x) and x even on [0, 1), the mean of exp(iθΔ) is the integral of exp(iu) / (u ln(base)) over u from
     Δ / base to Δ. Hence real (Ci(Δ) - Ci(Δ / base)) / ln(base), imaginary (Si(Δ) - Si(Δ / base)) / ln(base).
 
     Args:
-        distances: [T], 0 or more; need not be integers.
-        rope_theta: The base of the rotary frequencies.
+        distances: [T], non-negative, not necessarily integers.
+        rope_theta: Base of the rotary frequencies.
 
     Returns:
-        [T], complex128.
+        Real and imaginary scores as complex numbers, [T], complex128.
     """
     values = np.ones(len(distances), dtype=np.complex128)  # the limit at distance 0
     far = distances > 0
@@ -85,13 +86,13 @@ def limit_scores(distances: np.ndarray, *, rope_theta: float) -> np.ndarray:
 
 
 def trigonometric_integrals(x: np.ndarray) -> np.ndarray:
-    """Ci(x) + i·Si(x), the cosine and sine integrals, to about 1e-14.
+    """Return Ci(x) + i·Si(x), the cosine and sine integrals, with an error of about 1e-14.
 
-    Up to 4 by the power series γ + ln x + Σ (ix)^k / (k·k!), whose terms stay small there; above by the continued
-    fraction of the exponential integral, since Ci(x) + i·Si(x) = iπ/2 - E1(-ix) (DLMF 6.5, 6.6 and 6.9).
+    For x ≤ 4 by the power series γ + ln x + Σ (ix)^k / (k·k!), whose terms are small there; otherwise by the continued
+    fraction of the exponential integral, using Ci(x) + i·Si(x) = iπ/2 - E1(-ix) (DLMF 6.5, 6.6 and 6.9).
 
     Args:
-        x: [T], above 0, float64.
+        x: [T], positive, float64.
 
     Returns:
         [T], complex128.
@@ -108,19 +109,20 @@ def trigonometric_integrals(x: np.ndarray) -> np.ndarray:
     return np.where(x <= 4.0, series, 0.5j * math.pi - np.exp(-z) / (z + 1 - fraction))
 
 
-def met_factors(context_length: int, *, head_dim: int, rope_theta: float) -> Tensor:
-    """The least and greatest factor that each dimension of a query meets in a context, for each dimension of the pair.
+def factor_ranges(context_length: int, *, head_dim: int, rope_theta: float) -> Tensor:
+    """Return the minimum and maximum factor of each dimension of a query within a context, for each key dimension.
 
-    With φ = θ_n Δ, dimension n of a query enters the real score by cos φ and sin φ and the imaginary one by sin φ and
-    -cos φ; dimension n + D/2 by -sin φ and cos φ, and by cos φ and sin φ. For a key it is the other way round.
+    With φ = θ_n Δ, dimension n of a query contributes to the real score with the factors cos φ and sin φ, and to the
+    imaginary score with sin φ and -cos φ; dimension n + D/2 with -sin φ and cos φ, and with cos φ and sin φ. For keys,
+    the two dimensions are exchanged.
 
     Args:
-        context_length: Tokens; distances are below it.
-        head_dim: D.
-        rope_theta: The base of the rotary frequencies.
+        context_length: Context length in tokens; distances are smaller than it.
+        head_dim: Head size D.
+        rope_theta: Base of the rotary frequencies.
 
     Returns:
-        [2, 2, 2, 2, D/2], float64: least and greatest; dimension n and n + D/2 of the query; real and imaginary;
+        [2, 2, 2, 2, D/2], float64: minimum and maximum; dimension n and n + D/2 of the query; real and imaginary;
         dimension n and n + D/2 of the key; pair n.
     """
     halves = []
@@ -137,7 +139,7 @@ def met_factors(context_length: int, *, head_dim: int, rope_theta: float) -> Ten
 
 
 def _parts(num_distances: int, head_dim: int) -> Iterator[Tensor]:
-    """The distances 0, 1, 2, … in pieces whose rotated queries take some megabytes."""
+    """Split the distances 0, 1, 2, … into chunks whose rotated queries take a few megabytes."""
     step = max(1, 2**19 // head_dim)
     for start in range(0, num_distances, step):
         yield torch.arange(start, min(start + step, num_distances))
@@ -145,7 +147,7 @@ def _parts(num_distances: int, head_dim: int) -> Iterator[Tensor]:
 
 @matplotlib.rc_context({"font.size": 11})
 def draw_scores(*, head_dim: int, rope_theta: float) -> Figure:
-    """Scores against distance: single distances (dots), their mean within 15% (thick), the closed forms (dashed)."""
+    """Plot scores by distance: single distances (dots), means within 15% (thick lines), closed forms (dashed lines)."""
     end = 100_000
     values = scores(end + 1, head_dim=head_dim, rope_theta=rope_theta).numpy()
     some = np.unique(np.geomspace(1, end, 1000).astype(int))
@@ -171,7 +173,7 @@ def draw_scores(*, head_dim: int, rope_theta: float) -> Figure:
     axes.set_xlim(0, end)
     axes.set_xticks([0, 1, 10, 100, 1_000, 10_000, 100_000], ["0", "1", "10", "100", "1k", "10k", "100k"])
     axes.set_xlabel("distance Δ between query and key (tokens)")
-    axes.set_ylabel("score (share of that at 0)")
+    axes.set_ylabel("score (relative to distance 0)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return figure
@@ -179,21 +181,21 @@ def draw_scores(*, head_dim: int, rope_theta: float) -> Figure:
 
 @matplotlib.rc_context({"font.size": 11})
 def draw_positions(*, head_dim: int, rope_theta: float, context_length: int) -> Figure:
-    """The factors that each dimension of a query meets within a trained length, and those that are new beyond it."""
-    longer = BEYOND * context_length
+    """Plot the ranges of the factors of query dimensions within the training context, and the extension beyond it."""
+    longer = EXTRAPOLATION * context_length
     trained, beyond = (
-        met_factors(tokens, head_dim=head_dim, rope_theta=rope_theta).numpy() for tokens in (context_length, longer)
+        factor_ranges(tokens, head_dim=head_dim, rope_theta=rope_theta).numpy() for tokens in (context_length, longer)
     )
     frequencies = Frequencies(rope_theta=rope_theta).inverse_frequencies(head_dim, dtype=torch.float64)
     turns = frequencies.numpy() * (context_length - 1)
     num_pairs = head_dim // 2
     num_full = int((turns >= 2 * math.pi).sum())
-    pairs = np.arange(max(0, min(num_full - 4, num_pairs - 16)), num_pairs)  # faster ones have met everything too
+    pairs = np.arange(max(0, min(num_full - 4, num_pairs - 16)), num_pairs)  # faster pairs cover the full range too
     ticks = pairs[pairs % max(1, round(len(pairs) / 5)) == 0].tolist()
     layers = (
         (beyond, [0, 1], LIGHT, f"new from {context_length:,} to {longer:,} tokens"),
         (trained, [1], IMAGINARY, "imaginary heads add (RoPE++)"),
-        (trained, [0], REAL, "met by real heads (RoPE)"),
+        (trained, [0], REAL, "covered by real heads (RoPE)"),
     )
     figure = Figure(figsize=(8, 4), layout=ConstrainedLayoutEngine(wspace=0.05))
     for half, (axes, name, real, imaginary) in enumerate(
@@ -231,7 +233,7 @@ def draw_positions(*, head_dim: int, rope_theta: float, context_length: int) -> 
 
 
 def to_png(figure: Figure) -> bytes:
-    """A figure as a PNG file, 1,120 pixels wide where it is 8 inches."""
+    """Render a figure as a PNG with 140 dpi."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=140, pil_kwargs={"optimize": True})
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval, by its own rules: prompts, filters, aggregation and few-shot examples are its own."""
+"""Runs tasks of lm-eval with lm-eval's own prompts, filters, few-shot examples and aggregation."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from ropepp_lit.eval.harness_loading import load_tasks
 from ropepp_lit.eval.models import Model
 from ropepp_lit.eval.results import Measurement
 
-PARTS = 200
-"""Parts of the examples that are left out in turn where a metric is not a mean over examples."""
+JACKKNIFE_BLOCKS = 200
+"""Number of blocks of the delete-d jackknife for metrics that are not means over examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """lm-eval's own options."""
+    """Options of lm-eval."""
 
     num_fewshot: int | None = None
-    """Examples in the prompt; None means the task's own number."""
+    """Number of few-shot examples; None means the task's default."""
 
     include_path: str | None = None
-    """A folder with tasks (YAML) of one's own."""
+    """Folder with the user's own tasks (YAML)."""
 
     apply_chat_template: bool = False
     max_length: int | None = None
-    """Tokens that are read at most; None means the trained context."""
+    """Maximum sequence length in tokens; None means the trained context length."""
 
     def __post_init__(self) -> None:
         if self.num_fewshot is not None and self.num_fewshot < 0:
@@ -50,7 +50,7 @@ class Options:
             raise UsageError(f"include_path: {self.include_path}: no such folder; name one with tasks (YAML)")
 
     def identity(self) -> dict[str, Any]:
-        """What tells results apart: the options, lm-eval's version and the files of `include_path`."""
+        """Return what results depend on: options, lm-eval's version and the digest of the files in `include_path`."""
         digest = hashlib.sha256()
         for file in sorted(Path(self.include_path).rglob("*")) if self.include_path else ():
             if file.is_file() and file.suffix in (".yaml", ".py", ".json", ".jsonl", ".csv"):
@@ -59,19 +59,19 @@ class Options:
 
 
 def check_harness() -> None:
-    """Raise UsageError where lm-eval is not installed."""
+    """Raise UsageError if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UsageError("tasks: harness needs lm-eval: pip install 'ropepp-lit[eval]'")
 
 
 def check_task(task: str, options: Options) -> None:
-    """Raise UsageError where lm-eval knows no such task."""
+    """Raise UsageError if lm-eval has no such task."""
     _manager_of(task, options.include_path)
 
 
 @functools.cache
 def _manager(include_path: str | None, *, defaults: bool) -> tuple[Any, dict[str, Any]]:
-    """lm-eval's task manager (indexing its own tasks takes seconds), and what it passes to tasks as it loads them."""
+    """Return lm-eval's task manager (indexing its tasks takes seconds) and the metadata that it passes to tasks."""
     from lm_eval.tasks import TaskManager
 
     metadata: dict[str, Any] = {"max_seq_lengths": []}
@@ -79,7 +79,7 @@ def _manager(include_path: str | None, *, defaults: bool) -> tuple[Any, dict[str
 
 
 def _manager_of(task: str, include_path: str | None) -> tuple[Any, dict[str, Any]]:
-    """The manager of the tasks of `include_path` where the task is one of them, else of all."""
+    """Return the manager of the tasks in `include_path` if it includes the task, otherwise the one of all tasks."""
     if include_path is not None:
         manager, metadata = _manager(include_path, defaults=False)
         if task in manager.all_subtasks:
@@ -87,58 +87,58 @@ def _manager_of(task: str, include_path: str | None) -> tuple[Any, dict[str, Any
     manager, metadata = _manager(include_path, defaults=True)
     if task not in manager.all_tasks:
         where = "" if include_path is None else f", and {include_path} has none"
-        raise UsageError(f"tasks: lm-eval knows no task {task!r}{where}; see: lm_eval ls tasks")
+        raise UsageError(f"tasks: lm-eval has no task {task!r}{where}; see: lm_eval ls tasks")
     return manager, metadata
 
 
-def measure(
+def run_tasks(
     model: Model, task: str, *, lengths: Sequence[int], limit: int | None, options: Options
 ) -> list[Measurement]:
-    """What lm-eval finds for a task, or for each task of a group and the group.
+    """Run a task of lm-eval, or a group with all its tasks.
 
-    Tasks that make examples of a given length (RULER's) are run once for each length.
+    Tasks that generate examples of a given length (RULER's) are run once for each length.
 
     Args:
-        model: What is measured.
-        task: Its name.
-        lengths: Tokens of prompt and answer, for tasks that have lengths.
-        limit: Examples of each task and length, the first ones; None means all.
-        options: Of lm-eval.
+        model: The model.
+        task: Name of the task or group.
+        lengths: Tokens of prompt and answer, for tasks that depend on a length.
+        limit: Number of examples of each task and length, the first ones; None means all.
+        options: Options of lm-eval.
 
     Returns:
-        One measurement per task, metric, filter and length, with lm-eval's value. A filter other than `none` is named
-        in the metric: `exact_match,strict-match`.
+        One measurement per task, metric, filter and length, with lm-eval's value. A filter other than `none` is part of
+        the metric's name: `exact_match,strict-match`.
 
     Raises:
-        UsageError: no such task, its data cannot be had, or the model cannot be measured by it.
+        UsageError: There is no such task, its data cannot be loaded, or the model does not support the task.
     """
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     names = [task]
     for length in lengths:
-        run, has_lengths = run_task(model, names, length=length, limit=limit, options=options)
-        found += run
-        names = has_lengths  # the others do not depend on the length
+        at_length, names_with_lengths = run_at_length(model, names, length=length, limit=limit, options=options)
+        measurements += at_length
+        names = names_with_lengths  # the others do not depend on the length
         if not names:
             break
-    if not found:
-        raise UsageError(f"tasks: harness:{task} gives no number")
-    return found
+    if not measurements:
+        raise UsageError(f"tasks: harness:{task} returns no numeric metric")
+    return measurements
 
 
-def run_task(
+def run_at_length(
     model: Model, names: Sequence[str], *, length: int, limit: int | None, options: Options
 ) -> tuple[list[Measurement], list[str]]:
-    """Run tasks of lm-eval, those that have lengths at one.
+    """Run tasks of lm-eval at one length.
 
     Args:
-        model: What is measured.
-        names: Of the tasks.
-        length: Tokens of prompt and answer.
-        limit: See :func:`measure`.
-        options: Of lm-eval.
+        model: The model.
+        names: Names of the tasks and groups.
+        length: Tokens of prompt and answer, for tasks that depend on a length.
+        limit: See :func:`run_tasks`.
+        options: Options of lm-eval.
 
     Returns:
-        Measurements; and the names of the tasks that have lengths.
+        Measurements, and the names of the tasks that depend on the length.
     """
     from lm_eval import evaluator
 
@@ -147,15 +147,15 @@ def run_task(
     with _loaded(model, names, length, options) as (loaded, manager):
         tasks = loaded["tasks"]
         has_lengths = [name for name, task in tasks.items() if _has_lengths(task)]
-        reads = options.max_length or model.entry.get("context_length") or length
-        language_model = DecoderLM(model, max_length=max(reads, length) if has_lengths else reads)
+        max_length = options.max_length or model.entry.get("context_length") or length
+        language_model = DecoderLM(model, max_length=max(max_length, length) if has_lengths else max_length)
         if options.apply_chat_template and language_model.tokenizer.chat_template is None:
             raise UsageError(f"apply_chat_template: {model.path} stores no chat template; leave the option out")
         inside = {task.task_name for group in loaded.get("groups", {}).values() for task in group.get_all_tasks()}
         groups = loaded.get("groups", {})
         nested = {inner.name for group in groups.values() for inner in group.get_all_groups()}
         try:
-            # It would ask git for the commit of the current folder, which prints an error where that is none of git's.
+            # lm-eval queries the git commit of the current folder, which prints an error outside of a repository.
             evaluator.get_git_commit_hash = lambda: None
             results = evaluator.simple_evaluate(
                 model=language_model,
@@ -170,18 +170,18 @@ def run_task(
             )
         except ImportError as error:
             raise UsageError(f"tasks: {', '.join(names)}: {error}; pip install 'ropepp-lit[eval]'") from error
-    if language_model.requests_cut:
+    if language_model.num_truncated:
         print(
-            f"harness:{'+'.join(names)}: {language_model.requests_cut:,} prompts or texts were longer than the "
-            f"{language_model.max_length:,} tokens that {model.name} reads and lost their beginning "
-            f"({language_model.tokens_cut:,} tokens in all); --max_length gives more",
+            f"harness:{'+'.join(names)}: {language_model.num_truncated:,} prompts or texts were longer than the "
+            f"maximum length of {language_model.max_length:,} tokens of {model.name} and were truncated at the start "
+            f"({language_model.num_truncated_tokens:,} tokens in total); increase it with --max_length",
             file=sys.stderr,
         )
     details = {
         "lm-eval": version("lm_eval"),
         "max_length": language_model.max_length,
-        "prompts_cut": language_model.requests_cut,
-        "tokens_cut": language_model.tokens_cut,
+        "prompts_cut": language_model.num_truncated,
+        "tokens_cut": language_model.num_truncated_tokens,
         "limit": limit,
         "chat_template": options.apply_chat_template,
     }
@@ -190,26 +190,26 @@ def run_task(
 
 @contextlib.contextmanager
 def _loaded(model: Model, names: Sequence[str], length: int, options: Options) -> Iterator[tuple[Any, Any]]:
-    """Tasks and groups with their data, and lm-eval's task manager."""
+    """Yield the tasks and groups with their data, and lm-eval's task manager."""
     from ropepp_lit.eval.language_model import make_tokenizer
 
     managers = [_manager_of(name, options.include_path) for name in names]
     manager, metadata = max(managers, key=lambda pair: len(pair[0].all_tasks))
-    with tempfile.TemporaryDirectory() as folder:  # tasks that make their own data load the tokenizer by its name
+    with tempfile.TemporaryDirectory() as folder:  # tasks that generate their data load the tokenizer by name
         tokenizer = make_tokenizer(model)
         tokenizer.save_pretrained(folder)
         metadata.update(max_seq_lengths=[length], tokenizer=folder, pretrained=folder)
         loaded = load_tasks(manager, names, tokenizer, model.opening, length)
         for name, task in loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False):
-                raise UsageError(f"tasks: harness:{name} runs code that the model writes; it is not run here")
+                raise UsageError(f"tasks: harness:{name} executes code generated by the model, which is not supported")
             if getattr(task, "MULTIMODAL", False):
-                raise UsageError(f"tasks: harness:{name} shows more than text, and the model reads text alone")
+                raise UsageError(f"tasks: harness:{name} is multimodal, and the model supports only text")
         yield loaded, manager
 
 
 def _has_lengths(task: Any) -> bool:
-    """Whether the task names its metrics by lengths, as RULER's do."""
+    """Return whether the names of the task's metrics are lengths, as for RULER."""
     return bool(task.aggregation()) and all(metric.isdigit() for metric in task.aggregation())
 
 
@@ -221,22 +221,22 @@ def _measurements(
     length: int,
     details: dict[str, Any],
 ) -> Iterator[Measurement]:
-    """What lm-eval found, metric by metric, each with its values for single examples."""
-    found: dict[tuple[str, str], Measurement] = {}
+    """Yield a measurement for each metric of lm-eval's results, with the values of the samples."""
+    measurements: dict[tuple[str, str], Measurement] = {}
     for name, key, metric, filter_key, value in _values_of(results, length):
         higher = results["higher_is_better"].get(name, {}).get(metric, True)
-        said = {
+        task_details = {
             **details,
             "filter": filter_key,
             "shots": results["n-shot"].get(name),
             "task_version": results["versions"].get(name),
         }
-        sized = metric.isdigit()
+        is_length = metric.isdigit()
         fields = {
             "task": "harness",
             "part": name,
-            "metric": ("score" if sized else metric) + ("" if filter_key == "none" else f",{filter_key}"),
-            "length": length if sized else None,
+            "metric": ("score" if is_length else metric) + ("" if filter_key == "none" else f",{filter_key}"),
+            "length": length if is_length else None,
             "higher_is_better": higher,
         }
         if name in tasks:
@@ -248,56 +248,58 @@ def _measurements(
             items, names = [sample[metric] for sample in samples], [sample["doc_hash"] for sample in samples]
             aggregate = tasks[name].aggregation().get(metric) or _mean
             numerators, denominators, aggregation = spread(items, aggregate, value)
-            said |= {"examples": len(items), "of": results["n-samples"][name]["original"]}
+            task_details |= {"examples": len(items), "of": results["n-samples"][name]["original"]}
         else:
             leaves = [
-                found[task.task_name, key] for task in groups[name].get_all_tasks() if (task.task_name, key) in found
+                measurements[task.task_name, key]
+                for task in groups[name].get_all_tasks()
+                if (task.task_name, key) in measurements
             ]
             numerators, denominators, aggregation = _of_group(leaves, value)
             names = [leaf.sample for leaf in leaves]
-            said |= {"examples": len(numerators), "tasks": len(leaves)}
-        found[name, key] = Measurement(
+            task_details |= {"examples": len(numerators), "tasks": len(leaves)}
+        measurements[name, key] = Measurement(
             **fields,
             numerators=numerators,
             denominators=denominators,
             sample=hashlib.sha256("\0".join(names).encode()).hexdigest()[:16],
             aggregation=aggregation,
-            details=said,
+            details=task_details,
         )
-        yield found[name, key]
+        yield measurements[name, key]
 
 
 def _values_of(results: dict[str, Any], length: int) -> Iterator[tuple[str, str, str, str, float]]:
-    """Name, `metric,filter`, metric, filter and value of whatever lm-eval gives as a number; tasks before groups."""
+    """Yield name, `metric,filter`, metric, filter and value of all numeric results; tasks before groups."""
     for name in sorted(results["results"], key=lambda name: name not in results["samples"]):
         for key, value in results["results"][name].items():
             metric, comma, filter_key = key.partition(",")
             if not comma or metric.endswith("_stderr") or isinstance(value, bool | str):
                 continue
             if metric.isdigit() and int(metric) != length:
-                continue  # RULER's tasks give -1 for lengths that were not run
+                continue  # RULER's tasks report -1 for lengths that were not run
             if isinstance(value, int | float | np.number):
                 yield name, key, metric, filter_key, float(value)
 
 
 def _mean(items: Sequence[float]) -> float:
-    """lm-eval's aggregation of metrics that name none."""
+    """Compute the mean, lm-eval's default aggregation."""
     return sum(items) / len(items)
 
 
 def spread(
     items: Sequence[Any], aggregate: Callable[[Sequence[Any]], float], value: float
 ) -> tuple[list[float], list[float], str]:
-    """Numbers for single examples, of which a metric's value is made as lm-eval makes it.
+    """Return values of single samples whose aggregation is the value that lm-eval computes.
 
-    Means and perplexities are made of the examples' own numbers. Others (F1, BLEU, word error rate) are not: there the
-    examples get influence values (the jackknife's pseudo-values, moved so that their mean is the value), whose spread
-    is that of the metric to first order. An aggregation that refuses fewer examples gives the value alone.
+    Means and perplexities use the values of the samples. For other metrics (F1, BLEU, word error rate) the samples get
+    influence values (jackknife pseudo-values, shifted to have the metric's value as their mean), whose variance is that
+    of the metric to first order. If the aggregation fails on fewer samples, only the value is returned.
 
     Args:
-        items: The examples' values, of whatever type the aggregation takes.
-        aggregate: lm-eval's aggregation.
-        value: What it makes of all items.
+        items: Values of the samples, of the type that the aggregation takes.
+        aggregate: Aggregation function of lm-eval.
+        value: Aggregation of all items.
 
     Returns:
         Numerators, denominators, and the aggregation of :class:`~ropepp_lit.eval.results.Measurement`.
@@ -308,29 +310,28 @@ def spread(
     if aggregate is metrics.perplexity:
         return [-float(item) for item in items], ones, "perplexity"
     if aggregate in (metrics.weighted_perplexity, metrics.bits_per_byte):
-        finish = "perplexity" if aggregate is metrics.weighted_perplexity else "bits_per_byte"
-        return [-float(item[0]) for item in items], [float(item[1]) for item in items], finish
-    with contextlib.suppress(Exception):  # not every aggregation takes a single item
+        aggregation = "perplexity" if aggregate is metrics.weighted_perplexity else "bits_per_byte"
+        return [-float(item[0]) for item in items], [float(item[1]) for item in items], aggregation
+    with contextlib.suppress(Exception):  # not every aggregation accepts a single item
         with warnings.catch_warnings(action="ignore"):
             singles = [float(aggregate([item])) for item in items]
         half = max(1, len(items) // 2)
-        parts_and_values = ((singles, value), (singles[:half], aggregate(items[:half])))
-        if all(math.isclose(_mean(part), whole, rel_tol=1e-9, abs_tol=1e-12) for part, whole in parts_and_values):
+        comparisons = ((singles, value), (singles[:half], aggregate(items[:half])))
+        if all(math.isclose(_mean(some), result, rel_tol=1e-9, abs_tol=1e-12) for some, result in comparisons):
             return singles, ones, "mean"
-    parts = np.array_split(np.arange(len(items)), min(PARTS, len(items)))
     influence = np.zeros(len(items))
-    for part in parts:
-        left_out = set(part.tolist())
+    for block in np.array_split(np.arange(len(items)), min(JACKKNIFE_BLOCKS, len(items))):
+        deleted = set(block.tolist())
         try:
-            rest = aggregate([item for number, item in enumerate(items) if number not in left_out])
-        except Exception:  # an aggregation may need more, such as examples of both classes
+            rest = aggregate([item for number, item in enumerate(items) if number not in deleted])
+        except Exception:  # an aggregation may need more samples, such as some of each class
             return [value], [1.0], "mean"
-        influence[part] = (value - rest) * (len(items) - len(part)) / len(part)
+        influence[block] = (value - rest) * (len(items) - len(block)) / len(block)
     return (value + influence - influence.mean()).tolist(), ones, "mean"
 
 
 def _of_group(leaves: Sequence[Measurement], value: float) -> tuple[list[float], list[float], str]:
-    """A group's mean over its tasks, weighted by their examples or not: whichever gives lm-eval's value."""
+    """Return a group's mean over its tasks, weighted by size or unweighted, whichever equals lm-eval's value."""
     if all(leaf.aggregation == "mean" for leaf in leaves):
         total = sum(len(leaf.numerators) for leaf in leaves)
         for weights in ([1.0] * len(leaves), [total / len(leaves) / len(leaf.numerators) for leaf in leaves]):

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval and their data, loaded within bounds: some of RULER's never end at short lengths."""
+"""Loads tasks of lm-eval with their data, and aborts RULER tasks that would loop forever at short lengths."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from typing import Any
 from ropepp_lit.errors import UsageError
 
 MAX_TRIES = 20_000
-"""Texts in a row of which none is the longest so far, while lm-eval makes the 500 examples of a RULER task."""
+"""Maximum number of consecutive texts without a new longest one while lm-eval generates the 500 RULER examples."""
 
 
 def load_tasks(manager: Any, names: Sequence[str], tokenizer: Any, opening: Sequence[int], length: int) -> Any:
     """Load tasks with their data.
 
-    Where no example fits into a length, the loops in which some of RULER's tasks make examples never end and catch
-    every exception, so they run in a thread that can be left: what they call at each try holds it.
+    If no example fits into a length, some of RULER's tasks loop forever and catch every exception. They therefore run
+    in a daemon thread, which is blocked forever in a function that they call on each try.
+
+    Raises:
+        UsageError: A task or its data cannot be loaded, or no example fits into the length.
     """
     from lm_eval.tasks.ruler import common_utils
 
@@ -34,8 +37,8 @@ def load_tasks(manager: Any, names: Sequence[str], tokenizer: Any, opening: Sequ
     def give_up() -> None:
         outcome.put(
             UsageError(
-                f"lengths: lm-eval makes no example of harness:{'+'.join(names)} of {length:,} tokens with this "
-                "tokenizer; give more"
+                f"lengths: lm-eval cannot generate examples of harness:{'+'.join(names)} with {length:,} tokens and "
+                "this tokenizer; give more"
             )
         )
         threading.Event().wait()
@@ -53,7 +56,7 @@ def load_tasks(manager: Any, names: Sequence[str], tokenizer: Any, opening: Sequ
         raise loaded
     if isinstance(loaded, ImportError):
         raise UsageError(f"tasks: {', '.join(names)}: {loaded}; pip install 'ropepp-lit[eval]'") from loaded
-    if isinstance(loaded, Exception):  # of datasets, the Hub, the network and the tasks' own code
+    if isinstance(loaded, Exception):  # from datasets, the Hub, the network or the code of the tasks
         reason = (str(loaded).strip().splitlines() or [""])[0]
         raise UsageError(
             f"tasks: harness:{', '.join(names)}: lm-eval cannot load the task or its data "
@@ -63,7 +66,7 @@ def load_tasks(manager: Any, names: Sequence[str], tokenizer: Any, opening: Sequ
 
 
 class _Tries(io.TextIOBase):
-    """Counts tries in a row, and calls `give_up` behind MAX_TRIES. What is printed is one, and is not shown."""
+    """Counter of consecutive tries that calls `give_up` after MAX_TRIES; also a stream whose writes count as tries."""
 
     def __init__(self, give_up: Callable[[], None]) -> None:
         super().__init__()
@@ -78,7 +81,7 @@ class _Tries(io.TextIOBase):
 
 
 class _CountedTokenizer:
-    """The tokenizer of one RULER task; a text that is not the longest so far counts as a try."""
+    """Tokenizer of a RULER task that counts each text that is not the longest so far as a try."""
 
     def __init__(self, tokenizer: Any, opening: Sequence[int], tries: _Tries) -> None:
         self.tokenizer, self.opening, self.tries = tokenizer, list(opening), tries

@@ -1,7 +1,7 @@
-"""The decoder as a language model of lm-eval: nothing is exported, and one model is in memory.
+"""lm-eval model for our decoders, without an export.
 
-Requests are encoded, cut and scored as lm-eval's `hf` model does (lm_eval/models/huggingface.py), so both give the same
-numbers for a checkpoint and its export.
+Requests are tokenized, truncated and scored as in lm-eval's `hf` model (lm_eval/models/huggingface.py), so a checkpoint
+and its export get the same results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.eval.models import TOKENS_AT_ONCE, Model
+from ropepp_lit.eval.models import MAX_BATCH_TOKENS, Model
 from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.generation import generate
 from ropepp_lit.nn.loss import rows_per_chunk
@@ -28,22 +28,22 @@ from ropepp_lit.nn.sampling import Sampling
 from ropepp_lit.text.tokenizer_files import content_of
 
 MAX_GEN_TOKS = 256
-"""Tokens of an answer where a task gives no number (lm-eval's default)."""
+"""Default maximum number of generated tokens (lm-eval's default)."""
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,), "num_return_sequences": (1,), "repetition_penalty": (1.0,), "length_penalty": (1.0,),
     "top_k": (None, 0), "min_p": (None, 0.0), "typical_p": (None, 1.0), "use_cache": (True, False), "seed": (None,),
 }  # fmt: skip
-"""Arguments of generation that change nothing at these values; others are refused."""
+"""Generation arguments that have no effect at these values; other values are rejected."""
 
 
 class DecoderLM(TemplateLM):
-    """A decoder that answers lm-eval's requests.
+    """An lm-eval model.
 
     Args:
         model: Decoder and tokenizer.
-        max_length: Tokens that are read at most; longer requests lose their beginning, which is counted.
+        max_length: Maximum sequence length in tokens; longer requests are truncated at the start and counted.
     """
 
     def __init__(self, model: Model, *, max_length: int) -> None:
@@ -51,38 +51,39 @@ class DecoderLM(TemplateLM):
         self.model = model
         self.max_length = max_length
         self.tokenizer = make_tokenizer(model)
-        self.requests_cut = 0
-        self.tokens_cut = 0
-        """Requests that lost their beginning, and how many tokens all of them lost."""
+        self.num_truncated = 0
+        """Number of truncated requests."""
+        self.num_truncated_tokens = 0
+        """Number of tokens that truncation removed."""
 
     @property
     def eot_token_id(self) -> int | None:
-        """The token that ends documents."""
+        """Id of the EOS token."""
         return self.model.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int | None:
-        """What stands before a text without context: BOS where the tokenizer names one, else EOS."""
+        """Token id that replaces an empty context: BOS if the tokenizer has one, otherwise EOS."""
         bos = self.model.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def max_gen_toks(self) -> int:
-        """See MAX_GEN_TOKS."""
+        """Default maximum number of generated tokens."""
         return MAX_GEN_TOKS
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in lm-eval's cache of requests."""
+        """Name of the tokenizer in lm-eval's request cache."""
         return self.model.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text, after what the tokenizer puts before every text; special tokens in it are tokens.
+        """Tokenize a text; special tokens in the text are parsed.
 
         Args:
             string: The text.
-            add_special_tokens: Whether the opening is put before it; None means unless it is there already.
-            kwargs: Not used.
+            add_special_tokens: Whether to prepend BOS; None prepends it unless the text starts with it.
+            kwargs: Ignored.
         """
         ids = self.tokenizer.encode(string, add_special_tokens=False)
         opening = list(self.model.opening)
@@ -91,7 +92,7 @@ class DecoderLM(TemplateLM):
         return [*opening, *ids] if add_special_tokens else ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a conversation by the tokenizer's chat template."""
+        """Render a conversation with the tokenizer's chat template."""
         text = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -102,11 +103,11 @@ class DecoderLM(TemplateLM):
         return text
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of `max_length` tokens one after the other.
+        """Return the log-likelihoods of full texts, computed in disjoint windows of `max_length` tokens.
 
         Args:
-            requests: lm-eval's instances with arguments (text,).
-            disable_tqdm: No progress bar.
+            requests: Instances of lm-eval with arguments (text,).
+            disable_tqdm: Whether to hide the progress bar.
         """
         windows: list[tuple[None, list[int], list[int]]] = []
         owners: list[int] = []
@@ -128,56 +129,57 @@ class DecoderLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of continuations, and whether each of their tokens is the most likely one."""
-        rows: dict[tuple[int, ...], list[int]] = {}  # what is read: the requests that read it
+        """Return the log-likelihood of each continuation, and whether all its tokens are top-1 predictions."""
+        rows: dict[tuple[int, ...], list[int]] = {}  # from inputs to the requests with these inputs
         for number, (_, context, continuation) in enumerate(requests):
             if not context or not continuation:
                 raise UsageError("tasks: lm-eval: an example has an empty context or continuation, which has no score")
             if len(continuation) > self.max_length:
                 raise UsageError(
-                    f"max_length: {self.max_length:,} tokens are read, and a continuation has {len(continuation):,}"
+                    f"max_length: a continuation has {len(continuation):,} tokens, more than the maximum length of "
+                    f"{self.max_length:,}; give more"
                 )
-            rows.setdefault(tuple(self._cut(context + continuation, self.max_length + 1)[:-1]), []).append(number)
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+            rows.setdefault(tuple(self._truncate(context + continuation, self.max_length + 1)[:-1]), []).append(number)
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         order = sorted(rows, key=len, reverse=True)
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
             for batch in _batches(order, extra_tokens=0):
-                hidden = self._read(batch)
+                hidden = self._hidden_states(batch)
                 for row, ids in enumerate(batch):
                     for number in rows[ids]:
                         continuation = requests[number][2]
-                        found[number] = self._score(hidden[row, : len(ids)][-len(continuation) :], continuation)
+                        results[number] = self._score(hidden[row, : len(ids)][-len(continuation) :], continuation)
                     bar.update(len(rows[ids]))
-        return found
+        return results
 
-    def _read(self, batch: Sequence[Sequence[int]]) -> torch.Tensor:
-        """[rows, tokens, hidden_size], padded on the right, which earlier tokens do not see."""
+    def _hidden_states(self, batch: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return hidden states [rows, tokens, hidden_size]; padding is on the right, so it affects no other token."""
         input_ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.int64)
         for row, ids in enumerate(batch):
             input_ids[row, : len(ids)] = torch.tensor(ids)
         return self.model.decoder.hidden_states(input_ids.to(self.model.device))
 
     def _score(self, hidden: torch.Tensor, continuation: list[int]) -> tuple[float, bool]:
-        """The sum of the log-likelihoods of tokens, and whether each is the most likely one."""
-        output = self.model.decoder.lm_head
+        """Return the log-likelihood of a continuation, and whether all its tokens are top-1 predictions."""
+        lm_head = self.model.decoder.lm_head
         labels = torch.tensor(continuation, device=hidden.device)
-        size = rows_per_chunk(output.weight.shape[0], hidden.device.type)
-        total, greedy = hidden.new_zeros((), dtype=torch.float64), labels.new_ones((), dtype=torch.bool)
-        for part, wanted in zip(hidden.split(size), labels.split(size), strict=True):
-            logits = output(part).float()
-            total -= F.cross_entropy(logits, wanted, reduction="none").double().sum()
-            greedy &= (logits.argmax(dim=-1) == wanted).all()
-        return float(total), bool(greedy)
+        size = rows_per_chunk(lm_head.weight.shape[0], hidden.device.type)
+        total, is_greedy = hidden.new_zeros((), dtype=torch.float64), labels.new_ones((), dtype=torch.bool)
+        for chunk, targets in zip(hidden.split(size), labels.split(size), strict=True):
+            logits = lm_head(chunk).float()
+            total -= F.cross_entropy(logits, targets, reduction="none").double().sum()
+            is_greedy &= (logits.argmax(dim=-1) == targets).all()
+        return float(total), bool(is_greedy)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers up to a stop sequence, the token that ends documents, or the number of tokens that a task allows.
+        """Generate answers up to a stop sequence, a stop token or the task's maximum number of tokens.
 
         Args:
-            requests: lm-eval's instances with arguments (context, arguments of generation).
-            disable_tqdm: No progress bar.
+            requests: Instances of lm-eval with arguments (context, generation arguments).
+            disable_tqdm: Whether to hide the progress bar.
 
         Raises:
-            UsageError: a task samples in a way that is not supported, or writes more than the model reads.
+            UsageError: A task uses unsupported generation arguments, or generates more tokens than `max_length`.
         """
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -185,66 +187,70 @@ class DecoderLM(TemplateLM):
         answers = [""] * len(requests)
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
             for numbers in groups.values():
-                self._answer(requests, numbers, answers, bar)
+                self._generate_group(requests, numbers, answers, bar)
         return answers
 
-    def _answer(self, requests: list[Any], numbers: list[int], answers: list[str], bar: tqdm) -> None:
-        """Answer the requests of these numbers, which have the same arguments of generation."""
+    def _generate_group(self, requests: list[Any], numbers: list[int], answers: list[str], bar: tqdm) -> None:
+        """Generate the answers to the requests of these numbers, which have the same generation arguments."""
         settings = dict(normalize_gen_kwargs(requests[numbers[0]].args[1], MAX_GEN_TOKS))
         eos = None if self.eot_token_id is None else self._decode([self.eot_token_id], special=True)
         until = handle_stop_sequences(settings.pop("until"), eos=eos)
         max_new_tokens = settings.pop("max_gen_toks")
-        room = self.max_length - max_new_tokens
-        if room < 1:
+        max_prompt_tokens = self.max_length - max_new_tokens
+        if max_prompt_tokens < 1:
             raise UsageError(
-                f"max_length: the task writes up to {max_new_tokens:,} tokens, and {self.max_length:,} are read and "
-                "written together; give more"
+                f"max_length: the task generates up to {max_new_tokens:,} tokens, which leaves no space for a prompt "
+                f"within {self.max_length:,}; give more"
             )
         sampling = _sampling(settings)
         prefix = [] if self.prefix_token_id is None else [self.prefix_token_id]
-        prompts = {n: self._cut(self.tok_encode(requests[n].args[0]), room) or prefix for n in numbers}
+        prompts = {
+            n: self._truncate(self.tok_encode(requests[n].args[0]), max_prompt_tokens) or prefix for n in numbers
+        }
         if not all(prompts.values()):
-            raise UsageError("tasks: lm-eval: an example has an empty prompt, and the tokenizer names no BOS or EOS")
+            raise UsageError(
+                "tasks: lm-eval: an example has an empty prompt, and the tokenizer has no BOS or EOS token"
+            )
         by_length = sorted(numbers, key=lambda n: len(prompts[n]), reverse=True)
         for batch in _batches([prompts[n] for n in by_length], extra_tokens=max_new_tokens):
             done, by_length = by_length[: len(batch)], by_length[len(batch) :]
-            for number, ids in zip(done, self._write(batch, until, max_new_tokens, sampling), strict=True):
+            for number, ids in zip(done, self._generate_batch(batch, until, max_new_tokens, sampling), strict=True):
                 answers[number] = postprocess_generated_text(self._decode(ids), until, None)
             bar.update(len(done))
 
-    def _write(
+    def _generate_batch(
         self, prompts: Sequence[Sequence[int]], until: list[str], max_new_tokens: int, sampling: Sampling
     ) -> list[list[int]]:
-        """What is written after each prompt, before a token that ends it and at least up to a stop sequence."""
+        """Return the generated ids of each prompt, up to a stop token (excluded) or at least up to a stop sequence."""
         longest = max(map(len, prompts))
         input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
         for row, ids in enumerate(prompts):
             input_ids[row, longest - len(ids) :] = torch.tensor(ids)
         documents = None
-        if any(len(ids) < longest for ids in prompts):  # padding is a document of its own before the prompt
+        if any(len(ids) < longest for ids in prompts):  # padding is a separate document before the prompt
             padding = torch.tensor([longest - len(ids) for ids in prompts])
             is_prompt = torch.arange(longest) >= padding[:, None]
             documents = Documents.from_ids(is_prompt.int().to(self.model.device))
-        # A stop sequence of n bytes is of n tokens at most; special tokens may stand among them.
+        # A stop sequence of n bytes has up to n tokens; special tokens may occur between them.
         tail = max((len(stop.encode()) for stop in until), default=0) + 8
         ends = self.model.tokenizer.stop_token_ids
         written: list[list[int]] = [[] for _ in prompts]
-        open_rows = set(range(len(prompts)))
+        unfinished = set(range(len(prompts)))
         for tokens in generate(
             self.model.decoder, input_ids.to(self.model.device), max_new_tokens=max_new_tokens, documents=documents,
             sampling=sampling,
         ):  # fmt: skip
             for row, token in enumerate(tokens.tolist()):
-                if row not in open_rows:
+                if row not in unfinished:
                     continue
                 if token in ends:
-                    open_rows.remove(row)
+                    unfinished.remove(row)
                     continue
                 written[row].append(token)
                 text = self._decode(written[row][-tail:], special=True)
                 if any(stop in text for stop in until if stop):
-                    open_rows.remove(row)
-            if not open_rows:
+                    unfinished.remove(row)
+            if not unfinished:
                 break
         return written
 
@@ -253,28 +259,28 @@ class DecoderLM(TemplateLM):
         assert isinstance(text, str)
         return text
 
-    def _cut(self, ids: list[int], most: int) -> list[int]:
-        """The last `most` tokens; what is lost is counted."""
-        if len(ids) > most:
-            self.requests_cut += 1
-            self.tokens_cut += len(ids) - most
-        return ids[-most:]
+    def _truncate(self, ids: list[int], max_tokens: int) -> list[int]:
+        """Return the last `max_tokens` tokens, and count the removed ones."""
+        if len(ids) > max_tokens:
+            self.num_truncated += 1
+            self.num_truncated_tokens += len(ids) - max_tokens
+        return ids[-max_tokens:]
 
 
 def make_tokenizer(model: Model) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers' class: lm-eval's tasks know no other.
+    """Convert a model's tokenizer to the class of transformers, which lm-eval's tasks require.
 
-    It encodes as the checkpoint's; special tokens, chat template and decoding are those of its tokenizer_config.json.
+    Special tokens, chat template and decoding are those of the checkpoint's tokenizer_config.json.
     """
-    ours = model.tokenizer
+    text_tokenizer = model.tokenizer
     settings = json.loads(model.entry.get("tokenizer_config") or "{}")
     names: dict[str, Any] = {}
     for key in _SPECIAL:
         names[key] = content_of(settings.get(key))
-    for key, token_id in (("bos_token", ours.bos_token_id), ("eos_token", ours.eos_token_id)):
-        names[key] = None if token_id is None else ours.tokenizer.id_to_token(token_id)
+    for key, token_id in (("bos_token", text_tokenizer.bos_token_id), ("eos_token", text_tokenizer.eos_token_id)):
+        names[key] = None if token_id is None else text_tokenizer.tokenizer.id_to_token(token_id)
     return PreTrainedTokenizerFast(
-        tokenizer_object=ours.tokenizer,  # copied
+        tokenizer_object=text_tokenizer.tokenizer,  # copied
         chat_template=settings.get("chat_template"),
         clean_up_tokenization_spaces=bool(settings.get("clean_up_tokenization_spaces", False)),
         **{key: token for key, token in names.items() if token is not None},
@@ -282,15 +288,15 @@ def make_tokenizer(model: Model) -> PreTrainedTokenizerFast:
 
 
 def _batches(rows: Sequence[Sequence[int]], *, extra_tokens: int) -> Iterator[list[Any]]:
-    """Rows in their order, as many at once as have no more than TOKENS_AT_ONCE tokens, padded to the first one."""
+    """Yield batches of consecutive rows with up to MAX_BATCH_TOKENS tokens, including padding to the first row."""
     remaining = iter(rows)
     for first in remaining:
-        size = max(1, TOKENS_AT_ONCE // (len(first) + extra_tokens))
+        size = max(1, MAX_BATCH_TOKENS // (len(first) + extra_tokens))
         yield [first, *itertools.islice(remaining, size - 1)]
 
 
 def _sampling(settings: dict[str, Any]) -> Sampling:
-    """Temperature and top_p of a task's arguments of generation."""
+    """Convert a task's generation arguments."""
     sampled = settings.pop("do_sample", False)
     temperature = float(settings.pop("temperature", 0.0) or 0.0)
     top_p = float(settings.pop("top_p", 1.0) or 1.0)

@@ -1,4 +1,4 @@
-"""A model to be measured: decoder, tokenizer, and what the results say of it."""
+"""A model under evaluation: decoder, tokenizer and the metadata that results report."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ropepp_lit.hf.folder import locate, open_checkpoint
 from ropepp_lit.nn import Decoder
 from ropepp_lit.text.tokenizer import TextTokenizer
 
-TOKENS_AT_ONCE = 16_384
-"""Rows are read together as long as they have no more tokens than this."""
+MAX_BATCH_TOKENS = 16_384
+"""Maximum number of tokens of a batch with more than one row."""
 
 
 @dataclass(kw_only=True)
 class Model:
-    """A decoder that reads and writes text."""
+    """A decoder with its tokenizer and metadata."""
 
     name: str
-    """Models of one name are runs (seeds) of one."""
+    """Name of the model; models with the same name are runs (seeds) of one model."""
 
     path: str
     decoder: Decoder
@@ -33,24 +33,24 @@ class Model:
     """SHA-256 of the checkpoint."""
 
     entry: dict[str, Any] = field(default_factory=dict)
-    """What the checkpoint says of itself; see :mod:`ropepp_lit.checkpoint`."""
+    """Metadata of the checkpoint; see :mod:`ropepp_lit.checkpoint`."""
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the weights."""
         return self.decoder.model.embed_tokens.weight.device
 
     @property
     def opening(self) -> list[int]:
-        """What texts begin with."""
+        """Token ids at the start of every text (BOS)."""
         return list(self.tokenizer.opening)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without what opens and closes documents."""
+        """Return the token ids of a text, without BOS and EOS tokens."""
         return self.tokenizer.encode_text(text)
 
     def describe(self) -> dict[str, Any]:
-        """What results say of it."""
+        """Return the metadata for results."""
         decoder = self.decoder
         config, layout = decoder.config, decoder.head_layout
         cache = decoder.allocate_cache(batch_size=1, max_tokens=1)
@@ -72,24 +72,24 @@ class Model:
 def load_model(
     source: str, *, trust: str | None = None, dtype: torch.dtype, device: torch.device, weights: bool = True
 ) -> Model:
-    """A checkpoint, Hugging Face folder or name on the Hugging Face Hub as a model.
+    """Load a checkpoint, a Hugging Face folder or a repository of the Hugging Face Hub.
 
     Args:
-        source: `PATH`, or `NAME=PATH`; without a name it is that of the run's folder, or of the file.
-        trust: `module.Class` of a position scheme that is not ours and may be imported.
-        dtype: In which it computes.
-        device: On which it computes.
-        weights: Read them; else the file is checked, and the parameters are on the meta device.
+        source: `PATH` or `NAME=PATH`; the default name is that of the run's folder, or of the file.
+        trust: `module.Class` of a position scheme outside this package that may be imported.
+        dtype: Dtype of the weights and the computation.
+        device: Device of the model.
+        weights: Whether to load the weights; otherwise the file is checked and the parameters are on the meta device.
 
     Raises:
-        UsageError: no such checkpoint, a damaged one, or one without a tokenizer.
+        UsageError: The checkpoint does not exist, is damaged, or has no tokenizer.
     """
     name, path = _split(source)
     location = locate(path)
     contents = open_checkpoint(location, shapes_only=not weights, checksums=True)
     entry: dict[str, Any] = contents[KEY]
     if entry["tokenizer"] is None:
-        raise UsageError(f"{path}: the checkpoint stores no tokenizer, so it cannot read text")
+        raise UsageError(f"{path}: the checkpoint stores no tokenizer, so it cannot be evaluated on text")
     if not weights:
         device = torch.device("meta")
         contents["state_dict"] = {name: value.to(device) for name, value in contents["state_dict"].items()}
@@ -104,13 +104,13 @@ def load_model(
 
 
 def _split(source: str) -> tuple[str, str]:
-    """Name and path; without a name it is empty."""
+    """Split into name and path; the name may be empty."""
     name, path = source.split("=", 1) if "=" in source and not Path(source).exists() else ("", source)
     return name, path
 
 
 def _name_of(path: Path) -> str:
-    """runs/NAME/checkpoints/last.ckpt is NAME; others are called as their file or folder."""
+    """Return NAME for runs/NAME/checkpoints/last.ckpt, and otherwise the name of the file or folder."""
     path = path.absolute()
     if path.parent.name == "checkpoints":
         return path.parent.parent.name

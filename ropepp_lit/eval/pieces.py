@@ -1,7 +1,8 @@
-"""The pieces of an evaluation's work: measured by one process or several, kept in a folder, and found again.
+"""Pieces of an evaluation: measured by one or more processes, and cached in a folder.
 
-A piece is a unit (:mod:`ropepp_lit.eval.tasks`) of a model. Its file's name is a digest of whatever decides its result.
-A process that measures a piece holds a lock, which the system releases when the process ends, even by a kill.
+A piece is a unit (:mod:`ropepp_lit.eval.tasks`) of one model. The name of its file is a digest of everything that the
+result depends on. A process that measures a piece holds a file lock, which the operating system releases when the
+process ends, even if it is killed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.eval.models import Model
 from ropepp_lit.eval.report import ANSWERS
 from ropepp_lit.eval.results import Measurement, checked
-from ropepp_lit.eval.tasks import Settings, Unit, check, derived, measure
+from ropepp_lit.eval.tasks import EvaluationSettings, Unit, check_units, derived, measure_unit
 from ropepp_lit.eval.tasks.base import Answer
 from ropepp_lit.eval.texts import Texts
 from ropepp_lit.files import has_locks, locked, whole_file, write_whole
@@ -33,69 +34,69 @@ from ropepp_lit.json_files import CHECKSUM, json_line, read_json, sealed, typed,
 from ropepp_lit.text.tokenizer import TextTokenizer
 
 VERSION = 3
-"""Of what is kept; another one is measured again."""
+"""Version of the cached results; those of other versions are measured again."""
 
 WAIT_SECONDS = 1.0
-"""Between looks at pieces that other processes measure."""
+"""Polling interval for pieces that other processes measure."""
 
 
 @dataclass
-class Kept:
-    """The result of a piece, as it is kept."""
+class CachedResult:
+    """Content of the file of a piece."""
 
     key: dict[str, Any]
-    """What decides it."""
+    """Everything that the result depends on."""
     seconds: float
     measurements: list[Any]
-    """Each a :class:`~ropepp_lit.eval.results.Measurement`, or its values."""
+    """Measurements (:class:`~ropepp_lit.eval.results.Measurement`), as objects or dicts."""
     answers: list[Any]
-    """Each an :class:`~ropepp_lit.eval.tasks.base.Answer`, or its values."""
+    """Answers (:class:`~ropepp_lit.eval.tasks.base.Answer`), as objects or dicts."""
 
 
 class Piece(NamedTuple):
-    """A unit of a model, and where its result is kept."""
+    """A unit of a model, and the path of its cached result."""
 
     unit: Unit
     key: dict[str, Any]
     path: Path
     num_tokens: int
 
-    def read(self) -> Kept:
-        """What is kept.
+    def read(self) -> CachedResult:
+        """Read the cached result.
 
         Raises:
-            UsageError: it is damaged, or of another piece.
+            UsageError: The file is damaged, or belongs to another piece.
         """
         try:
             stored = read_json(self.path)
-            kept = typed(Kept, unsealed(stored))
-            if json.dumps(kept.key) != json.dumps(self.key):
+            result = typed(CachedResult, unsealed(stored))
+            if json.dumps(result.key) != json.dumps(self.key):
                 raise ValueError("of another piece")
-            if CHECKSUM in stored:  # what tasks gave, which may be of a user's own
-                kept.measurements = [Measurement(**found) for found in kept.measurements]
-                kept.answers = [Answer(**answer) for answer in kept.answers]
+            if CHECKSUM in stored:  # written by us, possibly with values of any type from a user's task
+                result.measurements = [Measurement(**values) for values in result.measurements]
+                result.answers = [Answer(**values) for values in result.answers]
             else:
-                kept.measurements = [checked(typed(Measurement, found)) for found in kept.measurements]
-                kept.answers = [typed(Answer, answer) for answer in kept.answers]
+                result.measurements = [checked(typed(Measurement, values)) for values in result.measurements]
+                result.answers = [typed(Answer, values) for values in result.answers]
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"{self.path}: damaged ({error}); delete it to measure it again") from error
-        return kept
+        return result
 
 
 class Work:
     """All pieces of an evaluation.
 
     Args:
-        models: Without weights.
-        load: Gives the model of a number with its weights.
-        settings: What is measured.
-        sets: Documents.
-        folder: Of the evaluation; pieces are kept in its folder `parts`.
-        dtype: In which is computed, for the keys.
-        device: On which is computed.
+        models: Models without weights.
+        load: Function that loads a model with its weights, by its index in `models`.
+        settings: EvaluationSettings of the evaluation.
+        sets: Documents by set.
+        folder: Folder of the evaluation; results are cached in its subfolder `parts`.
+        dtype: Name of the dtype of the computation, for the keys.
+        device: Device of the computation.
 
     Raises:
-        UsageError: see :func:`~ropepp_lit.eval.tasks.check`.
+        UsageError: See :func:`~ropepp_lit.eval.tasks.check_units`.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class Work:
         models: Sequence[Model],
         *,
         load: Callable[[int], Model],
-        settings: Settings,
+        settings: EvaluationSettings,
         sets: Texts,
         folder: Path,
         dtype: str,
@@ -120,28 +121,28 @@ class Work:
             request = settings.request(
                 min(settings.lengths), texts=self._texts, documents=self._documents(model.tokenizer)
             )
-            check(model, units, request, device=device)
+            check_units(model, units, request, device=device)
             self.pieces.append([self._piece(model, unit) for unit in units])
         self._parts.mkdir(parents=True, exist_ok=True)
-        self._leave_out_damaged()
+        self._delete_damaged()
         self._has_locks = has_locks(self._parts / ".lock")
         if not self._has_locks:
-            print(f"{folder}: its file system has no locks, so one process alone can measure into it")
+            print(f"{folder}: its file system does not support locks, so only one process can evaluate into it")
 
-    def _leave_out_damaged(self) -> None:
+    def _delete_damaged(self) -> None:
         for piece in itertools.chain.from_iterable(self.pieces):
             if piece.path.is_file():
                 try:
                     piece.read()
                 except UsageError:
                     print(f"{piece.path}: damaged; it is measured again")
-                    piece.path.unlink(missing_ok=True)  # another process may have done so
+                    piece.path.unlink(missing_ok=True)  # another process may have deleted it
 
     def measure(self) -> None:
-        """Measure what is missing and no other process measures, and wait until nothing is missing."""
+        """Measure all missing pieces, except those that other processes measure, and wait for these."""
         waits = False
         while True:
-            counts = [self._measure_free(number) for number in range(len(self.models))]
+            counts = [self._measure_missing(number) for number in range(len(self.models))]
             measured, busy = (sum(column) for column in zip(*counts, strict=True))
             if not busy:
                 return
@@ -151,21 +152,22 @@ class Work:
                 waits = True
                 time.sleep(WAIT_SECONDS)
 
-    def found(self, number: int) -> tuple[list[Measurement], float]:
-        """A model's measurements, with what follows from them; and how many seconds they took."""
-        kept = [piece.read() for piece in self.pieces[number]]
-        found = [measurement for part in kept for measurement in part.measurements]
+    def results(self, number: int) -> tuple[list[Measurement], float]:
+        """Return a model's measurements with those derived from them, and the time of the measurement in seconds."""
+        results = [piece.read() for piece in self.pieces[number]]
+        measurements = [measurement for result in results for measurement in result.measurements]
         documents = self._documents(self.models[number].tokenizer)
-        return [*found, *derived(found, self.settings, self.sets, documents)], sum(part.seconds for part in kept)
+        measurements += list(derived(measurements, self.settings, self.sets, documents))
+        return measurements, sum(result.seconds for result in results)
 
     def images(self, number: int) -> Iterator[tuple[Unit, bytes]]:
-        """A model's maps of attention."""
+        """Yield a model's attention maps."""
         for piece in self.pieces[number]:
             if (path := piece.path.with_suffix(".png")).is_file():
                 yield piece.unit, path.read_bytes()
 
     def write_answers(self) -> None:
-        """Write what the models wrote, a line for each example, into answers.jsonl; nothing where none wrote."""
+        """Write the models' answers to answers.jsonl, one line for each example; no file if there are none."""
         path = self.folder / ANSWERS
         with whole_file(path) as partial, partial.open("wb") as file:
             for model, pieces in zip(self.models, self.pieces, strict=True):
@@ -179,7 +181,7 @@ class Work:
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
-        """Write a report while no other process does."""
+        """Hold the lock for writing the report."""
         with locked(self._parts / ".report.lock") if self._has_locks else contextlib.nullcontext():
             yield
 
@@ -196,23 +198,23 @@ class Work:
         return Piece(unit, key, self._parts / f"{name}.json", unit.task.num_tokens(request))
 
     def _documents(self, tokenizer: TextTokenizer) -> list[list[int]]:
-        """Token ids of all documents; those of the last tokenizer are remembered, which models mostly share."""
+        """Return the token ids of all documents; cached for the last tokenizer, because most models share one."""
         identity = repr((tokenizer.json, tokenizer.opening, tokenizer.closing))
         if self._encoded is None or self._encoded[0] != identity:
             self._encoded = identity, [tokenizer.encode_whole(text) for text in self._texts]
         return self._encoded[1]
 
-    def _measure_free(self, number: int) -> tuple[int, int]:
-        """Measure the pieces of a model that nobody else measures; returns how many these were, and the others."""
+    def _measure_missing(self, number: int) -> tuple[int, int]:
+        """Measure a model's missing pieces; return their number, and that of pieces that other processes measure."""
         missing = [piece for piece in self.pieces[number] if not piece.path.is_file()]
         total = sum(piece.num_tokens for piece in missing)
         model: Model | None = None
         measured = busy = 0
         with contextlib.ExitStack() as stack:
             for piece in missing:
-                with self._claimed(piece) as is_ours:
-                    if not is_ours or piece.path.is_file():  # another process has it, or has kept it since
-                        busy += not is_ours
+                with self._locked(piece) as has_lock:
+                    if not has_lock or piece.path.is_file():  # another process measures it, or has finished it
+                        busy += not has_lock
                         total -= piece.num_tokens
                         continue
                     if model is None:
@@ -224,8 +226,8 @@ class Work:
         return measured, busy
 
     @contextlib.contextmanager
-    def _claimed(self, piece: Piece) -> Iterator[bool]:
-        """Hold a piece's lock; yields False where another process has it."""
+    def _locked(self, piece: Piece) -> Iterator[bool]:
+        """Hold a piece's lock; yield False if another process holds it."""
         if not self._has_locks:
             yield True
             return
@@ -238,8 +240,8 @@ class Work:
             return
         try:
             yield True
-            if piece.path.is_file():  # whoever opened the lock's file before sees that the piece is kept
-                with contextlib.suppress(OSError):  # Windows deletes no open files
+            if piece.path.is_file():  # a process that has opened the lock file before sees this file too
+                with contextlib.suppress(OSError):  # Windows cannot delete open files
                     path.unlink()
         finally:
             lock.release()
@@ -247,13 +249,13 @@ class Work:
     def _measure_piece(self, model: Model, piece: Piece, bar: tqdm) -> None:
         bar.set_postfix_str(str(piece.unit))
         before, started = bar.n, time.monotonic()
-        found = measure(
+        result = measure_unit(
             model, piece.unit, self.settings, texts=self._texts, documents=self._documents(model.tokenizer),
             progress=bar.update,
         )  # fmt: skip
         seconds = time.monotonic() - started
-        kept = sealed(dataclasses.asdict(Kept(piece.key, seconds, found.measurements, found.answers)))
-        for image in found.images:
+        cached = sealed(dataclasses.asdict(CachedResult(piece.key, seconds, result.measurements, result.answers)))
+        for image in result.images:
             write_whole(piece.path.with_suffix(".png"), image)
-        write_whole(piece.path, json.dumps(kept))
+        write_whole(piece.path, json.dumps(cached))
         bar.update(before + piece.num_tokens - bar.n)

@@ -1,4 +1,4 @@
-"""What attention does: noise on the scores of one group of heads, and where the weights go (Figure 5 of the paper)."""
+"""Attention probes: noise on the scores of one group of heads (Figure 5 of the paper), and attention by distance."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ropepp_lit.eval.results import Measurement, sample_of
 from ropepp_lit.nn import Probe
 
 CHUNK_TOKENS = 512
-"""Queries whose scores are held at once."""
+"""Maximum number of queries per forward pass, which bounds the memory of the scores."""
 
 MAP_CELLS = 64
 """Rows and columns of an attention map."""
 
 
 class Noise(Probe):
-    """Gaussian noise on the scores of one group of heads; the other group's stay as they are, bit for bit.
+    """Gaussian noise on the attention scores of one group of heads; those of other heads are unchanged, bit for bit.
 
     Args:
-        groups: Those that the model has.
-        heads: The group: real or imaginary.
+        groups: Groups of heads of the model.
+        heads: Group that gets the noise, such as real or imaginary.
         std: Standard deviation, in units of the score (qᵀk / √D).
-        seed: Of the noise.
+        seed: Seed of the noise.
     """
 
     def __init__(self, *, groups: tuple[str, ...], heads: str, std: float, seed: int) -> None:
@@ -38,17 +38,17 @@ class Noise(Probe):
         self._generator: torch.Generator | None = None
 
     def scores(self, layer: int, scores: Tensor) -> Tensor:
-        """Scores with noise."""
+        """Add noise to the scores, in place."""
         if self._generator is None:
             self._generator = torch.Generator(scores.device).manual_seed(self._seed)
-        chosen = scores[:, self._first :: self._step]
-        noise = torch.empty_like(chosen).normal_(std=1, generator=self._generator)
-        scores[:, self._first :: self._step] = chosen + self._std * noise
+        selected = scores[:, self._first :: self._step]
+        noise = torch.empty_like(selected).normal_(std=1, generator=self._generator)
+        scores[:, self._first :: self._step] = selected + self._std * noise
         return scores
 
 
-class _Watch(Probe):
-    """Sums of the weights by distance and, coarsely, by place."""
+class _WeightSums(Probe):
+    """Sums of the attention weights by distance, and by cells of a map."""
 
     def __init__(self, *, num_layers: int, num_groups: int, length: int) -> None:
         self.num_groups, self.length = num_groups, length
@@ -63,7 +63,7 @@ class _Watch(Probe):
         self.maps = torch.zeros(num_layers, num_groups, MAP_CELLS, MAP_CELLS, dtype=torch.float64)
 
     def weights(self, layer: int, weights: Tensor) -> None:
-        """Add a layer's weights [B, H, T, S]; the last T of S places ask."""
+        """Add a layer's weights [B, H, T, S]; the queries are at the last T of S positions."""
         _, heads, num_queries, num_keys = weights.shape
         grouped = weights.unflatten(1, (heads // self.num_groups, self.num_groups)).mean(dim=(0, 1)).double().cpu()
         queries = torch.arange(num_keys - num_queries, num_keys)
@@ -90,48 +90,48 @@ def measure_attention(
     length: int,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> tuple[list[Measurement], Tensor]:
-    """Where the attention of real and imaginary heads goes.
+    """Measure the attention weights of real and imaginary heads by distance, and as maps.
 
     Args:
-        model: What reads.
-        texts: Token ids, each at least `length`.
-        length: Tokens that are read of each.
+        model: The model.
+        texts: Token ids of texts with at least `length` tokens.
+        length: Number of tokens that are read of each text.
         progress: Called with the number of tokens read.
 
     Returns:
-        Shares of the weight by distance (of the queries in the second half, mean over layers and heads; `position` is
-        the first distance of a range) and on the first token (`part` is `first token`), with one entry per text; and
-        maps [layers, groups, MAP_CELLS, MAP_CELLS]: of a query in a cell, the mean weight on all keys of another.
+        Shares of the weights by distance (mean over the queries of the second half, layers and heads; `position` is the
+        first distance of a range) and on the first token (`part` is `first token`), with one entry per text; and maps
+        [layers, groups, MAP_CELLS, MAP_CELLS]: the mean weight of a query of one cell on all keys of another.
     """
     groups = model.decoder.scheme.head_kinds
-    watches = [_watch(model, text[:length], len(groups), progress) for text in texts]
-    found, sample = [], sample_of(list(text[:length]) for text in texts)
+    probes = [_sum_weights(model, text[:length], len(groups), progress) for text in texts]
+    measurements, sample = [], sample_of(list(text[:length]) for text in texts)
     for group, heads in enumerate(groups):
-        measured = partial(Measurement, task="attention", metric="attention", length=length, heads=heads, sample=sample)
-        rows = [float(watch.num_rows) for watch in watches]
-        first = [float(watch.on_first[group]) for watch in watches]
-        found.append(measured(part="first token", numerators=first, denominators=rows))
-        for number, edge in enumerate(watches[0].edges):
-            sums = [float(watch.by_distance[group, number]) for watch in watches]
-            found.append(measured(position=edge, numerators=sums, denominators=rows))
+        share = partial(Measurement, task="attention", metric="attention", length=length, heads=heads, sample=sample)
+        rows = [float(probe.num_rows) for probe in probes]
+        first = [float(probe.on_first[group]) for probe in probes]
+        measurements.append(share(part="first token", numerators=first, denominators=rows))
+        for number, edge in enumerate(probes[0].edges):
+            sums = [float(probe.by_distance[group, number]) for probe in probes]
+            measurements.append(share(position=edge, numerators=sums, denominators=rows))
     per_cell = torch.bincount(torch.arange(length) * MAP_CELLS // length, minlength=MAP_CELLS)
-    maps = torch.stack([watch.maps for watch in watches]).mean(dim=0)
-    return found, maps / per_cell[:, None].clamp(min=1)
+    maps = torch.stack([probe.maps for probe in probes]).mean(dim=0)
+    return measurements, maps / per_cell[:, None].clamp(min=1)
 
 
-def _watch(model: Model, ids: Sequence[int], num_groups: int, progress: Callable[[int], object]) -> _Watch:
-    """Read one text."""
-    watch = _Watch(num_layers=model.decoder.config.num_hidden_layers, num_groups=num_groups, length=len(ids))
+def _sum_weights(model: Model, ids: Sequence[int], num_groups: int, progress: Callable[[int], object]) -> _WeightSums:
+    """Read one text and return the sums of its attention weights."""
+    probe = _WeightSums(num_layers=model.decoder.config.num_hidden_layers, num_groups=num_groups, length=len(ids))
     cache = model.decoder.allocate_cache(batch_size=1, max_tokens=len(ids))
-    with model.decoder.probed(watch):
+    with model.decoder.probed(probe):
         for part in torch.tensor([list(ids)], device=model.device).split(CHUNK_TOKENS, dim=1):
             model.decoder(part, cache=cache, logits_to_keep=1)
             progress(part.shape[1])
-    return watch
+    return probe
 
 
 def draw_maps(maps: Tensor, groups: Sequence[str], title: str) -> Figure:
-    """Attention maps [layers, groups, cells, cells]: a row of panels for each group, a column for each layer."""
+    """Draw attention maps [layers, groups, cells, cells]: a row of panels for each group, a column for each layer."""
     num_layers, num_groups = maps.shape[:2]
     figure = Figure(figsize=(1 + 1.7 * num_layers, 0.9 + 1.7 * num_groups), layout="constrained")
     axes = figure.subplots(num_groups, num_layers, squeeze=False)
@@ -144,6 +144,6 @@ def draw_maps(maps: Tensor, groups: Sequence[str], title: str) -> Figure:
             panel.set_title(f"layer {layer}", fontsize=9)
         if layer == 0:
             panel.set_ylabel(f"{groups[group]} heads", fontsize=9)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the weight")
-    figure.suptitle(f"{title}: queries downwards, keys to the right", fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="attention weight")
+    figure.suptitle(f"{title}: queries from top to bottom, keys from left to right", fontsize=10)
     return figure

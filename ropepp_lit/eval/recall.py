@@ -1,8 +1,8 @@
-"""Documents from which a small model can learn to retrieve, to be mixed into its training text.
+"""Synthetic training documents for retrieval, to be mixed into a small model's training text.
 
-They have the form of :mod:`ropepp_lit.eval.tasks.retrieval`, with the answers, and come from other random numbers than
-any test. Words and numbers are of one stock, so each is met in training; which value a key has is drawn anew in every
-document, so nothing learned by heart helps in a test.
+They have the format of :mod:`ropepp_lit.eval.tasks.retrieval`, with the answers, and different random seeds from the
+evaluation. The vocabulary is the same, so every word occurs in training. The value of each key is sampled for each
+document, so memorized documents do not help in the evaluation.
 """
 
 from __future__ import annotations
@@ -12,39 +12,39 @@ import itertools
 import random
 from collections.abc import Iterator, Sequence
 
-from ropepp_lit.eval.tasks.base import place
+from ropepp_lit.eval.tasks.base import needle_index
 from ropepp_lit.eval.tasks.retrieval import FAMILIES
 
 MAX_QUESTIONS = 12
 SHARE_IN_ORDER = 0.5
-"""Of `multikey`: questions in the order of the text, from the first one on, which is easier to learn than any order."""
+"""Share of `multikey` documents with questions in text order, which is easier to learn than a random order."""
 
 
 def recall_documents(families: Sequence[str], *, units: tuple[int, int], seed: int) -> Iterator[str]:
-    """An endless stream of documents, families in turn.
+    """Yield documents without end, cycling through the families.
 
-    Of `multikey` several keys are asked, so that a document has more to learn from than one answer.
+    Documents of `multikey` have questions for multiple keys, so that they have more than one answer to learn from.
 
     Args:
-        families: Of :data:`~ropepp_lit.eval.tasks.retrieval.FAMILIES`.
-        units: Fewest and most sentences (or words) that lengthen a document; as many as any are drawn.
-        seed: Of the stream.
+        families: Names from :data:`~ropepp_lit.eval.tasks.retrieval.FAMILIES`.
+        units: Minimum and maximum number of fillers (sentences or words) of a document; the number is uniform.
+        seed: Seed of the stream.
     """
     rng = random.Random(f"training/{seed}")  # noqa: S311
     for number in itertools.count():
         family = families[number % len(families)]
         count = rng.randint(*units)
-        made = FAMILIES[family].draw(units=count, seed=f"training/{seed}", number=number)
-        fillers = made.take(count)
-        # A test goes through few depths: here answers may lie anywhere, in their order.
-        depths = sorted(rng.random() for _ in made.needles)
-        needles = [needle for _, needle in sorted(made.needles, key=lambda pair: pair[0])]
-        made = dataclasses.replace(made, needles=list(zip(depths, needles, strict=True)))
-        text = made.text(fillers) + made.ideal
+        draft = FAMILIES[family].numbered_draft(units=count, seed=f"training/{seed}", number=number)
+        fillers = draft.take(count)
+        # The evaluation uses few depths; here answers are at random depths, in the same order.
+        depths = sorted(rng.random() for _ in draft.needles)
+        needles = [needle for _, needle in sorted(draft.needles, key=lambda pair: pair[0])]
+        draft = dataclasses.replace(draft, needles=list(zip(depths, needles, strict=True)))
+        text = draft.text(fillers) + draft.ideal
         if family == "multikey":
-            behind = place(depths[0], len(fillers)) + 1
-            told = fillers[::-1]
+            after = needle_index(depths[0], len(fillers)) + 1
+            entries = fillers[::-1]
             in_order = rng.random() < SHARE_IN_ORDER
-            asked = [*told[behind:], *told[:behind]] if in_order else rng.sample(told, len(told))
-            text = " ".join([text, *asked[:MAX_QUESTIONS]])
+            questions = [*entries[after:], *entries[:after]] if in_order else rng.sample(entries, len(entries))
+            text = " ".join([text, *questions[:MAX_QUESTIONS]])
         yield text

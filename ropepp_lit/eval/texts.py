@@ -1,4 +1,4 @@
-"""The documents of an evaluation: which are read, and which of the models may have been trained on them."""
+"""Documents of an evaluation: their selection, and notices about models that may have been trained on them."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from ropepp_lit.errors import UsageError
 from ropepp_lit.eval.models import Model
 from ropepp_lit.text.sources import Reader, find_files
 
-MOST_DOCUMENTS, MOST_BYTES = 10_000, 2**28
-"""Of a source of text: documents are chosen from so many at its beginning."""
+MAX_DOCUMENTS, MAX_BYTES = 10_000, 2**28
+"""Documents and bytes at the start of a source, from which documents are selected."""
 
 Texts = dict[str, list[str]]
-"""Documents by the set that they are of."""
+"""Documents by set."""
 
 
 def read_texts(
     model: Model, text: str | None, reading: dict[str, Any], *, min_tokens: int, limit: int
 ) -> tuple[Texts, list[str]]:
-    """Documents of each source of text, or of each set that a run held out, chosen by a hash.
+    """Read documents of each source of text, or of each set that a run held out; they are selected by their hash.
 
     Args:
-        model: The first of the evaluation: its run's held-out documents are read, its tokenizer counts.
-        text: Sources with commas, see :func:`~ropepp_lit.text.sources.find_files`; None means the held-out documents.
+        model: First model of the evaluation, whose run held documents out and whose tokenizer counts tokens.
+        text: Sources, separated by commas, see :func:`~ropepp_lit.text.sources.find_files`; None means the held-out
+            documents.
         reading: Options of :class:`~ropepp_lit.text.sources.Reader` for the sources.
-        min_tokens: Leave out documents of fewer tokens.
-        limit: Documents of each source or set.
+        min_tokens: Minimum number of tokens; shorter documents are skipped.
+        limit: Maximum number of documents of each source or set.
 
     Returns:
-        The documents, and lines to print.
+        The documents, and notices to print.
 
     Raises:
-        UsageError: a source cannot be read, nothing is left, or the run's held-out documents are not to be had here.
+        UsageError: A source cannot be read, no document remains, or the run's held-out documents are not available.
     """
     notices: list[str] = []
     if text is None:
@@ -46,14 +47,14 @@ def read_texts(
         texts = data.held_out_texts(limit, min_tokens=min_tokens)
     else:
         texts = {source: _choose(model, source, reading, min_tokens, limit) for source in text.split(",")}
-    least = f" of {min_tokens:,} tokens or more" if min_tokens else ""
+    suffix = f" of {min_tokens:,} tokens or more" if min_tokens else ""
     for name in [name for name, documents in texts.items() if not documents]:
         if text is not None:
-            raise UsageError(f"text: {name} holds no document{least}")
+            raise UsageError(f"text: {name} has no document{suffix}; name other text, or lower min_tokens")
         del texts[name]
-        notices.append(f"text: of the held-out sets {name} holds no document{least} and is left out")
+        notices.append(f"text: the held-out set {name} has no document{suffix} and is skipped")
     if not texts:
-        raise UsageError(f"text: the held-out text holds no document{least}; name other text by --text")
+        raise UsageError(f"text: the held-out text has no document{suffix}; name other text by --text")
     return texts, notices
 
 
@@ -64,52 +65,52 @@ def _choose(model: Model, source: str, reading: dict[str, Any], min_tokens: int,
 
 
 def _documents(source: str, reading: dict[str, Any]) -> Iterator[str]:
-    """The first documents of a source."""
+    """Yield the first documents of a source."""
     documents = num_bytes = 0
     for _, record in Reader(find_files([source], key="text"), **reading):
         if record.text is None:
-            if record.problem == "empty":  # left out, as `prepare` does
+            if record.problem == "empty":  # skipped, as in `prepare`
                 continue
             raise UsageError(f"text: {record.where}: {record.problem}; {record.remedy}, or leave the file out")
         if not record.text.strip():
             continue
         yield record.text
         documents, num_bytes = documents + 1, num_bytes + len(record.text)
-        if documents >= MOST_DOCUMENTS or num_bytes >= MOST_BYTES:
+        if documents >= MAX_DOCUMENTS or num_bytes >= MAX_BYTES:
             return
 
 
 def notices_of(name: str, entry: dict[str, Any], first: dict[str, Any], text: str | None) -> Iterator[str]:
-    """Lines that say why a model may have been trained on the documents that are read.
+    """Yield notices that explain why a model may have been trained on the documents.
 
     Args:
-        name: Of the model.
-        entry: What its checkpoint stores, see :mod:`ropepp_lit.checkpoint`.
-        first: What the first model's does, whose run held the documents out.
-        text: Sources that were given instead.
+        name: Name of the model.
+        entry: Metadata of its checkpoint, see :mod:`ropepp_lit.checkpoint`.
+        first: Metadata of the first model's checkpoint, whose run held the documents out.
+        text: Sources given by the user instead of held-out documents.
     """
     recipe = entry.get("recipe")
     if recipe is None:
-        yield f"{name} does not store what it was trained on; these documents may have been among it."
+        yield f"{name} does not store its training data, which may include these documents."
     elif text is not None:
         trained = list(_sources(recipe["data"].get("source", "builtin")))
         for source in text.split(","):
             for other in dict.fromkeys(other for other in trained if _overlap(source, other)):
                 yield (
-                    f"{name} was trained on {other}: documents of {source} were in its training data. Without --text, "
-                    "the documents that the first model's run held out are read."
+                    f"{name} was trained on {other}, so its training data includes documents of {source}. Without "
+                    "--text, the evaluation uses the documents that the first model's run held out."
                 )
     elif entry is not first:
-        ours, theirs = (stored.get("held_out") or {} for stored in (first, entry))
-        if not ours or not set(ours.values()) <= set(theirs.values()):
+        first_held_out, own_held_out = (stored.get("held_out") or {} for stored in (first, entry))
+        if not first_held_out or not set(first_held_out.values()) <= set(own_held_out.values()):
             yield (
-                f"{name} was not trained on the first model's data: other documents were held out, and these may have "
-                "been in its training data."
+                f"{name} was not trained on the first model's data and held out other documents, so its training data "
+                "may include these documents."
             )
 
 
 def _sources(source: dict[str, float] | str) -> Iterator[str]:
-    """Sources of training: text, and what folders of token shards were made from."""
+    """Yield the sources of the training data, including those from which folders of token shards were prepared."""
     for name in [source] if isinstance(source, str) else source:
         yield name
         if (Path(name).expanduser() / MANIFEST).is_file():
@@ -117,7 +118,7 @@ def _sources(source: dict[str, float] | str) -> Iterator[str]:
 
 
 def _overlap(one: str, other: str) -> bool:
-    """Whether sources are the same, or one is a file or folder inside of the other."""
+    """Return whether two sources are the same, or one is inside the other."""
     if one == other:
         return True
     paths = [Path(name).expanduser().resolve() for name in (one, other)]
@@ -126,7 +127,7 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def by_set(num_documents: dict[str, int]) -> Iterator[tuple[str, slice]]:
-    """Which of the documents, one set behind the other, are of each set."""
+    """Yield the range of documents of each set, in a list of the documents of all sets."""
     start = 0
     for name, count in num_documents.items():
         yield name, slice(start, start + count)
@@ -134,7 +135,7 @@ def by_set(num_documents: dict[str, int]) -> Iterator[tuple[str, slice]]:
 
 
 def seed_of(entry: dict[str, Any]) -> Sequence[int] | None:
-    """What a run's randomness came from: the seeds of its weights and of its data's order; None if not known."""
+    """Return the seeds of a run, those of its weights and of the order of its data; None if unknown."""
     recipe = entry.get("recipe") or {}
     seed = recipe.get("seed_everything")
     if isinstance(seed, bool) or not isinstance(seed, int):

@@ -1,1 +1,1 @@
-"""Hugging Face folders in and out, and RoPE checkpoints turned into RoPE++ ones."""
+"""Conversion of checkpoints from and to Hugging Face and GGUF formats, and upcycling of RoPE checkpoints to RoPE++."""

@@ -1,13 +1,13 @@
-"""Checkpoints of adapters: how their base is known again, the model that both make, and peft's own format.
+"""Checkpoints of adapters: verification of the base model, merging, and export to peft's format.
 
-Such a checkpoint stores the weights that were trained beside a frozen base (:mod:`ropepp_lit.nn.lora`), and in its
-entry `ropepp_lit` under `adapter`:
+An adapter checkpoint stores only the weights that were trained with a frozen base model (:mod:`ropepp_lit.nn.lora`).
+Its entry `ropepp_lit` has a dict `adapter`:
 
-| key           | value                                                            |
-|---------------|------------------------------------------------------------------|
-| `lora`        | settings of :class:`~ropepp_lit.nn.lora.LoRA`                    |
-| `base`        | the base, as the run was given it: a path, or a name on the Hub  |
-| `fingerprint` | of the base, by :func:`fingerprint`                              |
+| key           | value                                                                         |
+|---------------|-------------------------------------------------------------------------------|
+| `lora`        | settings of :class:`~ropepp_lit.nn.lora.LoRA`                                 |
+| `base`        | base model as specified in the run: a path, or a repository of the Hub        |
+| `fingerprint` | fingerprint of the base model, see :func:`fingerprint`                        |
 """
 
 from __future__ import annotations
@@ -28,47 +28,47 @@ from ropepp_lit.json_files import fits
 from ropepp_lit.nn.lora import LoRA
 
 _ELEMENTS = 64
-"""Of each tensor in a fingerprint."""
+"""Number of elements of each tensor in a fingerprint."""
 
 _FINGERPRINT = "fingerprint"
-"""Key of an opened checkpoint whose weights are those of a base and adapters together."""
+"""Key of the fingerprint in a merged checkpoint in memory."""
 
 
 def fingerprint(checkpoint: dict[str, Any]) -> str:
-    """What tells a base from another: SHA-256 over the names, shapes and dtypes of all tensors and 64 elements of each.
+    """Return a SHA-256 over the names, shapes and dtypes of all tensors, and 64 elements of each.
 
-    The elements are evenly spaced, the first and the last among them, so that little is read of a file. The base's
-    path, format and settings do not matter: a Hugging Face folder and its import are the same. That of a model which
-    was merged is made of the fingerprints of its base and of its adapters, because sums may be rounded differently
-    elsewhere.
+    The elements are evenly spaced and include the first and the last, so that only a small part of a file is read. The
+    fingerprint does not depend on path, format and settings: a Hugging Face folder and its import have the same one.
+    The fingerprint of a merged model is computed from those of its base and of its adapters, because the rounding of
+    the merged weights can differ between machines.
 
     Args:
-        checkpoint: Of :func:`~ropepp_lit.hf.folder.open_checkpoint`, with weights.
+        checkpoint: Checkpoint with weights, from :func:`~ropepp_lit.hf.folder.open_checkpoint`.
     """
     if _FINGERPRINT in checkpoint:
         return checkpoint[_FINGERPRINT]
     digest = hashlib.sha256()
     for name, value in sorted(decoder_weights(checkpoint).items()):
         if name == "lm_head.weight" and checkpoint[KEY]["architecture"]["decoder"].get("tie_word_embeddings"):
-            continue  # not in every format
+            continue  # not stored in every format
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         elements = value.detach().flatten()
         count = min(len(elements), _ELEMENTS)
-        places = torch.arange(count) * (len(elements) - 1) // max(count - 1, 1)
-        digest.update(elements[places].view(torch.uint8).numpy().tobytes())
+        indices = torch.arange(count) * (len(elements) - 1) // max(count - 1, 1)
+        digest.update(elements[indices].view(torch.uint8).numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"
 
 
 def is_adapter(checkpoint: dict[str, Any]) -> bool:
-    """Whether a checkpoint stores adapters alone."""
+    """Return whether a checkpoint stores only adapters."""
     return checkpoint[KEY].get("adapter") is not None
 
 
 def settings_of(checkpoint: dict[str, Any], path: str | Path) -> LoRA:
-    """The settings of a checkpoint's adapters.
+    """Return the settings of a checkpoint's adapters.
 
     Raises:
-        UsageError: they are damaged, or of a later version.
+        UsageError: The settings are damaged, or were written by a later version.
     """
     try:
         settings = checkpoint[KEY]["adapter"]["lora"]
@@ -81,58 +81,58 @@ def settings_of(checkpoint: dict[str, Any], path: str | Path) -> LoRA:
 
 
 def check_base(checkpoint: dict[str, Any], path: str | Path, base: dict[str, Any], base_path: str | Path) -> None:
-    """Raise UsageError where adapters were trained on another base.
+    """Raise UsageError if adapters were trained on another base.
 
     Args:
-        checkpoint: With the adapters.
-        path: Of it.
-        base: As :func:`~ropepp_lit.hf.folder.open_checkpoint` returns it.
-        base_path: Of it.
+        checkpoint: Checkpoint with the adapters.
+        path: Path of the checkpoint, for messages.
+        base: Base model, from :func:`~ropepp_lit.hf.folder.open_checkpoint`.
+        base_path: Path of the base model, for messages.
     """
     if checkpoint[KEY]["adapter"].get("fingerprint") != fingerprint(base):
         raise UsageError(
-            f"{path}: its adapters were trained on another base than {base_path}; name the one that they belong to"
+            f"{path}: its adapters were trained on another base than {base_path}; name the base that was trained on"
         )
 
 
 def merge(
     checkpoint: dict[str, Any], path: str | Path, base: dict[str, Any], *, shapes_only: bool = False
 ) -> dict[str, Any]:
-    """A checkpoint of the whole model that adapters and their base make; without state of the optimizer.
+    """Merge adapters with their base into a checkpoint of the full model, without optimizer state.
 
-    Each weight is merged in float32, by peft, and rounded to the base's dtype.
+    Each weight is merged in float32 by peft, and rounded to the dtype of the base.
 
     Args:
-        checkpoint: With the adapters.
-        path: Of it.
-        base: As :func:`~ropepp_lit.hf.folder.open_checkpoint` returns it.
-        shapes_only: Leave the base's weights as they are, which may be without content.
+        checkpoint: Checkpoint with the adapters.
+        path: Path of the checkpoint, for messages.
+        base: Base model, from :func:`~ropepp_lit.hf.folder.open_checkpoint`.
+        shapes_only: Whether to skip merging and keep the weights of the base, which may be meta tensors.
 
     Raises:
-        UsageError: the adapters do not fit the base, or contain NaN; peft is not installed.
+        UsageError: The adapters do not fit the base or contain NaN, or peft is not installed.
     """
-    lora, ours, weights = settings_of(checkpoint, path), checkpoint[KEY], decoder_weights(base)
+    lora, adapter_entry, weights = settings_of(checkpoint, path), checkpoint[KEY], decoder_weights(base)
     layers: dict[str, dict[str, Tensor]] = {}
     for name, value in decoder_weights(checkpoint).items():
         layer, part = _split(name)
         weight = weights.get(f"{layer}.weight")
         if weight is None or (part == "weight" and weight.shape != value.shape):
-            raise UsageError(f"{path}: its tensor {name} belongs to no weight of its base")
+            raise UsageError(f"{path}: its tensor {name} does not match any weight of the base")
         layers.setdefault(layer, {})[part] = value
     if not layers:
         raise UsageError(f"{path}: damaged: it stores no adapters")
     for layer, parts in layers.items() if not shapes_only else ():
         weight = weights[f"{layer}.weight"]
         try:
-            weights[f"{layer}.weight"] = merge_layer(lora, weight, parts, head_dim=_head_dim(ours))
-        except (RuntimeError, KeyError, ValueError) as error:  # shapes that do not fit; peft's of NaN
+            weights[f"{layer}.weight"] = merge_layer(lora, weight, parts, head_dim=_head_dim(adapter_entry))
+        except (RuntimeError, KeyError, ValueError) as error:  # wrong shapes, or NaN (from peft)
             raise UsageError(f"{path}: its adapters of {layer} cannot be merged ({error})") from error
-    if ours["architecture"]["decoder"].get("tie_word_embeddings"):
+    if adapter_entry["architecture"]["decoder"].get("tie_word_embeddings"):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     merged = {
         "state_dict": {WEIGHTS_PREFIX + name: value for name, value in weights.items()},
         "global_step": checkpoint["global_step"],
-        KEY: {**{key: value for key, value in ours.items() if key != "adapter"}, "optimizer": None},
+        KEY: {**{key: value for key, value in adapter_entry.items() if key != "adapter"}, "optimizer": None},
     }
     if not shapes_only:
         digest = hashlib.sha256(f"{fingerprint(base)} {fingerprint(checkpoint)}".encode()).hexdigest()
@@ -145,23 +145,23 @@ def _head_dim(entry: dict[str, Any]) -> int:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """A layer, and which of its tensors this is, such as `lora_A.weight`, `imaginary` or `weight`."""
+    """Split a name into the layer and its tensor, such as `lora_A.weight`, `imaginary` or `weight`."""
     layer, dot, part = name.partition(".lora_")
     return (layer, f"lora_{part}") if dot else (name.rpartition(".")[0], name.rpartition(".")[2])
 
 
 def merge_layer(lora: LoRA, weight: Tensor, parts: dict[str, Tensor], *, head_dim: int) -> Tensor:
-    """The weight of a linear layer with its adapters, computed in float32 and rounded to its own dtype.
+    """Merge the adapters of a linear layer into its weight, in float32, and round the result to the weight's dtype.
 
     Args:
         lora: Settings of the adapters.
-        weight: [out, in], of the base.
-        parts: The layer's trained tensors by name, as checkpoints call them: `lora_A.weight`, `imaginary`, …; emptied.
-        head_dim: D, for `imaginary`.
+        weight: Weight of the base, [out, in].
+        parts: Trained tensors of the layer by their names in checkpoints (`lora_A.weight`, `imaginary`, …); modified.
+        head_dim: Head size, for `imaginary`.
 
     Raises:
-        ValueError: the tensors are not those of these settings.
-        RuntimeError: shapes that do not fit.
+        ValueError: The tensors do not match the settings.
+        RuntimeError: The shapes do not match.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     merged = parts.pop("weight", weight).to(dtype, copy=True)
@@ -171,12 +171,14 @@ def merge_layer(lora: LoRA, weight: Tensor, parts: dict[str, Tensor], *, head_di
         from peft import inject_adapter_in_model
 
         config.target_modules = {"layer"}
-        holder: Any = nn.ModuleDict({"layer": nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")})
-        inject_adapter_in_model(config, holder)
-        layer = holder["layer"]
-        needed = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector.weight"] if lora.dora else [])]
-        if sorted(parts) != needed:
-            raise ValueError(f"it stores {', '.join(sorted(parts))} and not {', '.join(needed)}")
+        module_dict: Any = nn.ModuleDict(
+            {"layer": nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")}
+        )
+        inject_adapter_in_model(config, module_dict)
+        layer = module_dict["layer"]
+        required = ["lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector.weight"] if lora.dora else [])]
+        if sorted(parts) != required:
+            raise ValueError(f"it stores {', '.join(sorted(parts))} instead of {', '.join(required)}")
         layer.base_layer.weight = nn.Parameter(merged)
         for part, value in parts.items():
             module = getattr(layer, part.partition(".")[0])["default"]
@@ -193,22 +195,22 @@ def merge_layer(lora: LoRA, weight: Tensor, parts: dict[str, Tensor], *, head_di
 
 
 def write_peft(checkpoint: dict[str, Any], path: str | Path, out: Path) -> None:
-    """Write adapters in peft's own format, which `PeftModel.from_pretrained` loads over the exported base.
+    """Write adapters in peft's format, for `PeftModel.from_pretrained` with the exported base.
 
     Args:
-        checkpoint: Of :func:`~ropepp_lit.checkpoint.read_checkpoint`.
-        path: Of it.
-        out: The folder; must not exist, or be empty.
+        checkpoint: Checkpoint from :func:`~ropepp_lit.checkpoint.read_checkpoint`.
+        path: Path of the checkpoint, for messages.
+        out: Output folder; must not exist, or be empty.
 
     Raises:
-        UsageError: the checkpoint stores a whole model, or more than adapters; the folder cannot be written.
+        UsageError: The checkpoint stores a full model or fully trained weights, or the folder cannot be written.
     """
     if not is_adapter(checkpoint):
-        raise UsageError(f"adapter: {path} stores a whole model; write it as a folder by: ropepp-lit export {path} OUT")
+        raise UsageError(f"adapter: {path} stores a full model; write it as a folder by: ropepp-lit export {path} OUT")
     lora, base = settings_of(checkpoint, path), checkpoint[KEY]["adapter"]["base"]
     if lora.train_fully:
         raise UsageError(
-            f"adapter: {path} trained {', '.join(lora.train_fully)} fully, which is no part of peft's format for LoRA; "
+            f"adapter: {path} trained {', '.join(lora.train_fully)} fully, which peft's LoRA format does not support; "
             f"write the merged model by: ropepp-lit export {path} OUT"
         )
     config = lora.peft_config()

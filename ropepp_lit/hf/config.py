@@ -1,7 +1,7 @@
-"""config.json of Hugging Face and our geometry, position scheme and frequencies, both ways.
+"""Converts between Hugging Face's config.json and our architecture (geometry, position scheme and frequencies).
 
-Families that are read are those of :mod:`ropepp_lit.hf.families`, folders of the public RoPE++ code (which call
-themselves `llama`; the shapes of the weights tell the variant) and `ropepp`, which :mod:`ropepp_lit.hf.export` writes.
+Supported are the families of :mod:`ropepp_lit.hf.families`, folders of the public RoPE++ code (with the model type
+`llama`; the shapes of the weights determine the variant), and `ropepp`, which :mod:`ropepp_lit.hf.export` writes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.hf.families import FAMILIES, NOT_READ, Family
+from ropepp_lit.hf.families import FAMILIES, UNSUPPORTED, Family
 from ropepp_lit.hf.rotary import FIELDS as ROTARY
 from ropepp_lit.hf.rotary import IMPORT, Rotary, read_frequencies, write_frequencies
 from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme, RNoPE, RoPE, RoPEPP, layout_of
@@ -23,15 +23,15 @@ GEOMETRY = (
     "rms_norm_eps",
     "initializer_range",
 )
-"""Fields that mean the same in config.json and in a DecoderConfig."""
+"""Fields with the same meaning in config.json and DecoderConfig."""
 
 HEADS = ("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias")
 
 REQUIRED_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SIZES = (*REQUIRED_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings")
-"""Fields that are whole numbers above 0."""
+"""Fields that must be positive integers."""
 
-INDIFFERENT = frozenset(
+IGNORED = frozenset(
     """
     architectures auto_map model_type name_or_path _name_or_path _model_name_or_path transformers_version
     transformers.js_config _commit_hash torch_dtype dtype use_cache pretraining_tp return_dict output_attentions
@@ -49,7 +49,7 @@ INDIFFERENT = frozenset(
     unsloth_version unsloth_fixed
     """.split()
 )
-"""Fields that change no logit, such as settings of generation, or that are looked at elsewhere."""
+"""Fields that do not affect the logits, such as generation settings, or that are read elsewhere."""
 
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -63,23 +63,23 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False, None),
     "use_sliding_window": (False, None),
 }
-"""Fields whose other values change the model, and the values that the decoder has."""
+"""Supported values of fields that affect the logits."""
 
-_REMEDIES = {
-    **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop"), "it acts in training alone"),
-    "sliding_window": "attention is the same up to that many tokens",
+_IGNORABLE = {
+    **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop"), "it only affects training"),
+    "sliding_window": "attention is the same for contexts of up to that many tokens",
 }
-"""Fields of these that may be left out at a price."""
+"""Unsupported fields that can be ignored, and the effect of ignoring them."""
 
 
 class Architecture(NamedTuple):
-    """What a model is."""
+    """Architecture of a model."""
 
     decoder: DecoderConfig
     scheme: PositionScheme
     frequencies: Frequencies
     context_length: int
-    """Tokens that the model is meant to read: `max_position_embeddings`."""
+    """Context length in tokens (`max_position_embeddings`)."""
 
 
 def read_config(
@@ -91,18 +91,18 @@ def read_config(
     rotary: Rotary = Rotary(),  # noqa: B008
     ignore: tuple[str, ...] = (),
 ) -> Architecture:
-    """What a config.json and the shapes of the weights describe.
+    """Convert a config.json and the shapes of the weights to an architecture.
 
     Args:
-        config: The file's content.
-        shapes: Of every tensor, by name.
-        name: Of the file, for messages.
-        variant: `rope`, `ec` or `eh`, where the caller says so.
-        rotary: Base and scaling that replace what the file says.
-        ignore: Fields of the file that the caller allows to be left out.
+        config: Content of config.json.
+        shapes: Shapes of all tensors, by name.
+        name: Name of the file, for messages.
+        variant: Expected variant (`rope`, `ec` or `eh`), or None.
+        rotary: Base and scaling that override those of the file.
+        ignore: Fields of the file to ignore.
 
     Raises:
-        UsageError: a family, field or rotary type that the decoder does not have; shapes of another variant.
+        UsageError: The family, a field or the RoPE type is not supported, or the shapes are those of another variant.
     """
     family = family_of(config, name)
     _check_fields(config, family, name, ignore)
@@ -121,24 +121,26 @@ def read_config(
     projections = [f"model.layers.0.self_attn.{part}_proj.weight" for part in ("q", "o")]
     for projection in projections:
         if len(shapes.get(projection, ())) != 2:
-            raise UsageError(f"{name}: the weights beside it have no matrix {projection}")
+            raise UsageError(f"{name}: the weights have no matrix {projection}")
     query, output = (shapes[projection] for projection in projections)
     values["attention_output_bias"] = values.get("attention_bias", False)
     values |= family.geometry(config)
     is_ours = config["model_type"] == "ropepp"
-    found = _variant_of(query[0], output[1], heads=heads, head_dim=head_dim, is_ours=is_ours, name=name)
+    detected = _variant_of(query[0], output[1], heads=heads, head_dim=head_dim, is_ours=is_ours, name=name)
     if is_ours:
         values["attention_output_bias"], values["qk_norm"] = config["attention_output_bias"], config["qk_norm"]
-        if found != "rope":
-            found = config["variant"]
-            values["num_attention_heads"] //= 2 if found == "ec" else 1
-            values["num_key_value_heads"] *= 1 if found == "ec" else 2
-    if variant not in (None, found):
-        raise UsageError(f"variant: {variant} was named, and the shapes of the weights are those of {found}")
-    stated = config.get("rope_config") or {}
-    if bool(stated.get("imag")) != (found != "rope") and "rope_config" in config:
-        raise UsageError(f"{name}: rope_config says imag {stated.get('imag')}, and the shapes are those of {found}")
-    scheme: PositionScheme = RoPE() if found == "rope" else RoPEPP(variant="ec" if found == "ec" else "eh")
+        if detected != "rope":
+            detected = config["variant"]
+            values["num_attention_heads"] //= 2 if detected == "ec" else 1
+            values["num_key_value_heads"] *= 1 if detected == "ec" else 2
+    if variant not in (None, detected):
+        raise UsageError(f"variant: {variant} was specified, but the shapes of the weights are those of {detected}")
+    rope_config = config.get("rope_config") or {}
+    if bool(rope_config.get("imag")) != (detected != "rope") and "rope_config" in config:
+        raise UsageError(
+            f"{name}: rope_config has imag {rope_config.get('imag')}, but the shapes are those of {detected}"
+        )
+    scheme: PositionScheme = RoPE() if detected == "rope" else RoPEPP(variant="ec" if detected == "ec" else "eh")
     if family.nope_layers is not None and (nope_layers := family.nope_layers(config)):
         scheme = RNoPE(nope_layers=nope_layers)
     frequencies = read_frequencies(config, rotary, name=name, default_theta=family.rope_theta)
@@ -156,15 +158,15 @@ def read_config(
 
 
 def family_of(config: dict[str, Any], name: str) -> Family:
-    """The family that a config.json names.
+    """Return the family of a config.json.
 
     Raises:
-        UsageError: one that is not read; or a size of the model is missing or is no whole number above 0.
+        UsageError: The family is not supported, or a size of the model is missing or not a positive integer.
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        reasons = [f"it {reason}" for kind, reason in NOT_READ.items() if kind == model_type]
-        reason = reasons[0] if reasons else f"known are {', '.join(FAMILIES)}"
+        reasons = [f"it {reason}" for kind, reason in UNSUPPORTED.items() if kind == model_type]
+        reason = reasons[0] if reasons else f"supported are {', '.join(FAMILIES)}"
         raise UsageError(f"{name}: model_type {model_type!r} is not supported; {reason}")
     for field in SIZES:
         value = config.get(field)
@@ -176,29 +178,31 @@ def family_of(config: dict[str, Any], name: str) -> Family:
 
 
 def write_config(architecture: Architecture) -> dict[str, Any]:
-    """The config.json of a model: a stock family for plain RoPE, else `ropepp`.
+    """Create the config.json of a model: of a family of transformers for plain RoPE, otherwise of `ropepp`.
 
     Returns:
-        The fields that describe the model; token ids and dtype are the caller's.
+        The fields of the architecture, without token ids and dtype.
 
     Raises:
-        UsageError: a position scheme, or a combination of biases, that transformers has no family for.
+        UsageError: Neither transformers nor `ropepp` has a family with this position scheme or combination of biases.
     """
     config, scheme = architecture.decoder, architecture.scheme
     if type(scheme) not in (RoPE, RoPEPP, RNoPE):
         raise UsageError(
-            f"model.positions: {type(scheme).__name__} has no place in an export; only RoPE, RoPEPP and RNoPE have"
+            f"model.positions: {type(scheme).__name__} cannot be exported; only RoPE, RoPEPP and RNoPE can"
         )
     for name in ("attention_gate", "score_scaling"):
         if getattr(config, name) is not None:
-            raise UsageError(f"model.decoder.{name}: {getattr(config, name)} has no place in an export")
+            raise UsageError(f"model.decoder.{name}: {getattr(config, name)} cannot be exported")
     rotary = write_frequencies(architecture.frequencies)
     values = config.to_dict()
     fields: dict[str, Any] = {field: values[field] for field in (*GEOMETRY, *HEADS)}
     fields |= {"hidden_act": "silu", "attention_dropout": 0.0, "max_position_embeddings": architecture.context_length}
-    if rotary["rope_type"] == "yarn":  # transformers 4 takes the factor from these two
+    if rotary["rope_type"] == "yarn":  # transformers 4 computes the factor from these two
         fields["max_position_embeddings"] = round(rotary["factor"] * rotary["original_max_position_embeddings"])
-    fields["rope_theta"] = rotary["rope_theta"]  # transformers 4 reads these two, transformers 5 the third
+    fields["rope_theta"] = rotary[
+        "rope_theta"
+    ]  # transformers 4 reads rope_theta and rope_scaling, transformers 5 rope_parameters
     scaling = {key: value for key, value in rotary.items() if key != "rope_theta"}
     fields["rope_scaling"] = None if rotary["rope_type"] == "default" else scaling
     fields["rope_parameters"] = rotary
@@ -206,8 +210,8 @@ def write_config(architecture: Architecture) -> dict[str, Any]:
     if isinstance(scheme, RNoPE):
         if config.qk_norm or not same_bias or rotary["rope_type"] == "yarn_by_rotations":
             raise UsageError(
-                "model.positions: transformers has RNoPE in SmolLM3 alone, without qk_norm, with all attention biases "
-                "or none, and not with YarnByRotations"
+                "model.positions: transformers has RNoPE only in SmolLM3, which supports neither qk_norm, nor biases "
+                "in only some attention projections, nor YarnByRotations"
             )
         layers = [int(layer not in scheme.nope_layers) for layer in range(config.num_hidden_layers)]
         fields |= {"no_rope_layers": layers, "layer_types": ["full_attention"] * len(layers)}
@@ -234,45 +238,44 @@ def write_config(architecture: Architecture) -> dict[str, Any]:
 
 
 def _check_fields(config: dict[str, Any], family: Family, name: str, ignore: tuple[str, ...]) -> None:
-    """Refuse, in one message, every field that the decoder cannot represent and every field that is not known."""
+    """Raise UsageError that lists all unsupported and all unknown fields."""
     used = {*GEOMETRY, *HEADS, *ROTARY, *family.fields}
     for field in ignore:
-        if field not in config and field not in _REMEDIES:
+        if field not in config and field not in _IGNORABLE:
             raise UsageError(f"ignore: {name} has no field {field}")
         if field in used:
-            raise UsageError(f"ignore: {field} is used; it cannot be left out")
-    refused: list[str] = []
+            raise UsageError(f"ignore: {field} is used and cannot be ignored")
+    problems: list[str] = []
     unknown: dict[str, Any] = {}
-    neutral, needed = [*ignore], False
+    ignorable, has_required = [*ignore], False
     for field, value in {**family.defaults, **config}.items():
-        if field in ignore or field in used or field in INDIFFERENT:
+        if field in ignore or field in used or field in IGNORED:
             continue
         if field in _ALLOWED:
-            fits = value in _ALLOWED[field] or (field == "use_sliding_window" and not _slides(config, family))
+            is_supported = value in _ALLOWED[field] or (field == "use_sliding_window" and not _slides(config, family))
         elif field == "sliding_window":
-            fits = not _slides(config, family)
+            is_supported = not _slides(config, family)
         elif field == "layer_types":
-            fits = set(value or ()) <= {"full_attention"}
+            is_supported = set(value or ()) <= {"full_attention"}
         else:
             if value not in (None, False, 0, "", [], {}):
                 unknown[field] = value
             continue
-        if not fits:
-            price = f" ({_REMEDIES[field]})" if field in _REMEDIES else ""
-            refused.append(f"{field} {value!r} is not supported{price}")
-            neutral, needed = [*neutral, field], needed or not price
+        if not is_supported:
+            effect = f" ({_IGNORABLE[field]})" if field in _IGNORABLE else ""
+            problems.append(f"{field} {value!r} is not supported{effect}")
+            ignorable, has_required = [*ignorable, field], has_required or not effect
     if unknown:
         listed = ", ".join(f"{field} {value!r}" for field, value in unknown.items())
-        refused.append(f"not known: {listed}")
-    if refused:
-        remedy = (
-            "" if needed else f"; if that changes nothing for you: {IMPORT} --ignore {','.join((*neutral, *unknown))}"
-        )
-        raise UsageError(f"{name}: {'; '.join(refused)}{remedy}")
+        problems.append(f"unknown fields: {listed}")
+    if problems:
+        fields = ",".join((*ignorable, *unknown))
+        remedy = "" if has_required else f"; if they do not matter to you: {IMPORT} --ignore {fields}"
+        raise UsageError(f"{name}: {'; '.join(problems)}{remedy}")
 
 
 def _slides(config: dict[str, Any], family: Family) -> bool:
-    """Whether a layer attends to a window that is smaller than the context."""
+    """Return whether a layer has a sliding window that is shorter than the context."""
     values = {**family.defaults, **config}
     window, first = values.get("sliding_window"), values.get("max_window_layers")
     if window is None or window >= (values.get("max_position_embeddings") or family.max_position_embeddings):
@@ -283,15 +286,15 @@ def _slides(config: dict[str, Any], family: Family) -> bool:
 
 
 def _variant_of(query: int, output: int, *, heads: int, head_dim: int, is_ours: bool, name: str) -> str:
-    """The variant, by what leaves the query projection and what enters the output projection."""
-    plain = heads // 2 if is_ours else heads  # ours count real and imaginary heads
-    shares = {(heads, heads): "rope", (plain, 2 * plain): "ec", (heads // 2, heads): "eh"}
-    if is_ours:
-        shares = {(heads, heads): "rope", (heads // 2, heads): "ec"}
-    found = shares.get((query // head_dim, output // head_dim))
-    if found is None or query % head_dim or output % head_dim:
+    """Determine the variant from the output size of q_proj and the input size of o_proj."""
+    # Variants by the number of heads of q_proj and o_proj.
+    variants = {(heads, heads): "rope", (heads, 2 * heads): "ec", (heads // 2, heads): "eh"}
+    if is_ours:  # `heads` counts real and imaginary heads
+        variants = {(heads, heads): "rope", (heads // 2, heads): "ec"}
+    detected = variants.get((query // head_dim, output // head_dim))
+    if detected is None or query % head_dim or output % head_dim:
         raise UsageError(
-            f"{name}: q_proj makes {query} and o_proj reads {output} dimensions, which fits no variant of "
+            f"{name}: q_proj has {query} output and o_proj has {output} input features, which fits no variant with "
             f"{heads} heads of {head_dim}"
         )
-    return found
+    return detected

@@ -1,4 +1,4 @@
-"""Configuration of RoPE++ models (arXiv 2512.07525) for transformers; needs nothing but transformers."""
+"""RoPE++ model configuration."""
 
 from typing import Any
 
@@ -6,35 +6,36 @@ from transformers import LlamaConfig
 
 
 class RopePPConfig(LlamaConfig):
-    """Llama's configuration with real and imaginary attention heads.
+    """Configuration of a RoPE++ model (https://arxiv.org/abs/2512.07525), a Llama model with imaginary attention heads.
 
-    `num_attention_heads` counts the heads that enter the softmax, real and imaginary ones; `num_key_value_heads` those
-    that are cached; `head_dim` is always stated. So caches, tensor parallelism and serving engines size themselves
-    rightly.
+    Takes the arguments of `LlamaConfig`, and those below. `num_attention_heads` is the number of real and imaginary
+    heads, and `num_key_value_heads` the number of heads in the KV cache, so that caches and serving engines allocate
+    the correct sizes.
     """
 
     model_type = "ropepp"
 
     variant: str = "ec"
-    """`ec` and `eh` have imaginary heads, half of all; `rope` has none."""
+    """Variant of the attention: in `ec` and `eh` half of the heads are imaginary, in `rope` none."""
 
     attention_output_bias: bool = False
-    """A bias on the output projection of attention."""
+    """Whether to use a bias in the output projection of the self-attention."""
 
     qk_norm: bool = False
-    """RMSNorm of each query and key head before the rotation."""
+    """Whether to apply RMSNorm to each query and key head before the rotary embedding."""
 
     @property
     def num_query_heads(self) -> int:
-        """Heads that the query projection makes."""
+        """Number of heads of the query projection."""
         return self.num_attention_heads if self.variant == "rope" else self.num_attention_heads // 2
 
     def validate_architecture(self) -> None:
-        """Check what transformers would check otherwise for Llama, where all heads are real."""
+        """Replace Llama's validation, which assumes that all heads are real."""
         if self.num_query_heads % self.num_key_value_heads:
             raise ValueError(
-                f"{self.num_query_heads} query heads are no multiple of {self.num_key_value_heads} key/value heads"
+                f"The number of query heads ({self.num_query_heads}) is not a multiple of the number of key/value "
+                f"heads ({self.num_key_value_heads})."
             )
 
-    def _validate_yarn_by_rotations_rope_parameters(self, *arguments: Any, **keywords: Any) -> None:
-        """The model reads what it needs, and fails by name where something is missing."""
+    def _validate_yarn_by_rotations_rope_parameters(self, *args: Any, **kwargs: Any) -> None:
+        """Accept the RoPE type `yarn_by_rotations`; `compute_yarn_by_rotations` reads its parameters."""

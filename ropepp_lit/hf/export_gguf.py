@@ -1,4 +1,4 @@
-"""A checkpoint as a GGUF file for llama.cpp, which runs no code of a model: plain RoPE alone."""
+"""Exports checkpoints as GGUF files for llama.cpp. Only plain RoPE is supported, because llama.cpp has no RoPE++."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ropepp_lit.text.tokenizer import TextTokenizer
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_BY_CONVERTER = "export a folder and try llama.cpp's convert_hf_to_gguf.py"
+_USE_CONVERTER = "export a folder and try llama.cpp's convert_hf_to_gguf.py"
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,11 +38,11 @@ _PRE_TOKENIZERS: dict[tuple[str | None, bool], str] = {
     (_LLAMA3, False): "smaug-bpe",
     (_QWEN2, False): "qwen2",
 }
-"""`tokenizer.ggml.pre` by how texts are split and whether a word that is a token is taken whole (`ignore_merges`)."""
+"""Values of `tokenizer.ggml.pre`, by split pattern and `ignore_merges` (words that are tokens are not split)."""
 
 
-class Written(NamedTuple):
-    """What a GGUF file has."""
+class GGUFExport(NamedTuple):
+    """Description of an exported GGUF file."""
 
     architecture: str
     """`general.architecture`."""
@@ -51,11 +51,11 @@ class Written(NamedTuple):
     """`tokenizer.ggml.pre`."""
 
     notices: list[str]
-    """What llama.cpp does in another way."""
+    """Differences in the behavior of llama.cpp."""
 
 
 class _Vocabulary(NamedTuple):
-    """A tokenizer in GGUF's terms."""
+    """Vocabulary of a tokenizer in GGUF's format."""
 
     tokens: list[str]
     types: list[int]
@@ -64,21 +64,21 @@ class _Vocabulary(NamedTuple):
     notices: list[str]
 
 
-def export_gguf(checkpoint: dict[str, Any], path: Path, *, dtype: torch.dtype | None) -> Written:
-    """Write a GGUF file; it appears under its name only when it is complete.
+def export_gguf(checkpoint: dict[str, Any], path: Path, *, dtype: torch.dtype | None) -> GGUFExport:
+    """Export a checkpoint as a GGUF file, which is written atomically.
 
-    Models are written as llama.cpp's architecture `llama`, whose query and key rows are permuted because it rotates
-    neighbouring dimensions, or as `qwen3` where queries and keys are normalized.
+    The model is exported as llama.cpp's architecture `llama`, with permuted rows of queries and keys because it rotates
+    adjacent dimensions, or as `qwen3` if queries and keys are normalized.
 
     Args:
-        checkpoint: Of :func:`~ropepp_lit.hf.folder.open_checkpoint`.
-        path: The file; must not exist.
-        dtype: Of the matrices, float32, float16 or bfloat16; None keeps that of each. Norms and biases are float32, as
-            llama.cpp requires.
+        checkpoint: Checkpoint from :func:`~ropepp_lit.hf.folder.open_checkpoint`.
+        path: Output file; must not exist.
+        dtype: Dtype of the matrices, float32, float16 or bfloat16; None keeps the dtype of each. Norms and biases are
+            float32, as llama.cpp requires.
 
     Raises:
-        UsageError: llama.cpp has no such model or tokenizer, the file exists or cannot be written, or the package gguf
-            is not installed.
+        UsageError: llama.cpp does not support the model or tokenizer, the file exists or cannot be written, or the
+            package gguf is not installed.
     """
     try:
         import gguf
@@ -130,20 +130,20 @@ def export_gguf(checkpoint: dict[str, Any], path: Path, *, dtype: torch.dtype | 
                     writer.write_tensor_data((value.view(torch.uint8) if stored is torch.bfloat16 else value).numpy())
             finally:
                 writer.close()
-    return Written(name, vocabulary.pre_tokenizer, vocabulary.notices)
+    return GGUFExport(name, vocabulary.pre_tokenizer, vocabulary.notices)
 
 
 def _architecture_name(architecture: Architecture) -> str:
-    """The architecture of llama.cpp that computes the same.
+    """Return the equivalent architecture of llama.cpp.
 
     Raises:
-        UsageError: there is none.
+        UsageError: There is none.
     """
     config, scheme = architecture.decoder, architecture.scheme
     if type(scheme) is not RoPE:
         raise UsageError(
-            f"gguf: model.positions is {type(scheme).__name__} ({scheme}), and llama.cpp, which runs no code of a "
-            "model, has plain RoPE alone"
+            f"gguf: model.positions is {type(scheme).__name__} ({scheme}), and llama.cpp supports only plain RoPE; "
+            "export a folder for transformers"
         )
     if not config.qk_norm:
         return "llama"
@@ -153,32 +153,32 @@ def _architecture_name(architecture: Architecture) -> str:
 
 
 def _frequency_factors(architecture: Architecture, name: str) -> Tensor | None:
-    """Divisors of the plain frequencies, [head_dim / 2] float32; None where metadata describe the frequencies.
+    """Return the divisors of the unscaled frequencies, [head_dim / 2], float32; None if metadata can describe them.
 
     Raises:
-        UsageError: the architecture takes no such divisors.
+        UsageError: The architecture does not support divisors.
     """
     frequencies, head_dim = architecture.frequencies, architecture.decoder.head_dim
     if type(frequencies) in (Frequencies, Linear) or _is_yarn_of_llama_cpp(frequencies):
         return None
     if name != "llama":
         raise UsageError(
-            f"gguf: model.frequencies is {frequencies}; with qk_norm llama.cpp has the base, Linear, and Yarn with "
-            "beta_fast 32, beta_slow 1 and truncate alone"
+            f"gguf: model.frequencies is {frequencies}; with qk_norm llama.cpp supports only Frequencies, Linear, and "
+            "Yarn with beta_fast 32, beta_slow 1 and truncate"
         )
     plain = Frequencies(rope_theta=frequencies.rope_theta).inverse_frequencies(head_dim, dtype=torch.float64)
     return (plain / frequencies.inverse_frequencies(head_dim, dtype=torch.float64)).float()
 
 
 def _is_yarn_of_llama_cpp(frequencies: Frequencies) -> bool:
-    """Whether it is YaRN with the ramp that llama.cpp computes; it reads no other one for these architectures."""
+    """Return whether the frequencies are YaRN with the ramp that llama.cpp hard-codes for these architectures."""
     if type(frequencies) is not Yarn:
         return False
     return (frequencies.beta_fast, frequencies.beta_slow, frequencies.truncate) == (32, 1, True)
 
 
 def _permute(name: str, value: Tensor, architecture: Architecture) -> Tensor:
-    """Rows of query and key heads from halves (pair n is n and n + D/2) to neighbours (2n and 2n + 1)."""
+    """Permute rows of query and key heads from halves (pair n is n and n + D/2) to adjacent pairs (2n and 2n + 1)."""
     if not any(f".{part}_proj." in name for part in "qk"):
         return value
     heads = value.shape[0] // architecture.decoder.head_dim
@@ -188,7 +188,7 @@ def _permute(name: str, value: Tensor, architecture: Architecture) -> Tensor:
 def _describe(
     writer: GGUFWriter, checkpoint: dict[str, Any], architecture: Architecture, name: str, dtype: torch.dtype
 ) -> None:
-    """Metadata of the file and the geometry."""
+    """Write metadata of the file and the geometry."""
     import gguf
 
     config, card = architecture.decoder, checkpoint[KEY].get("card") or {}
@@ -212,7 +212,7 @@ def _describe(
 
 
 def _describe_rotary(writer: GGUFWriter, architecture: Architecture, *, has_factors: bool) -> None:
-    """Base, scaling and the factor on cos and sin."""
+    """Write the base, the scaling, and the factor of cos and sin."""
     import gguf
 
     frequencies, attention_factor = architecture.frequencies, architecture.frequencies.attention_factor
@@ -225,16 +225,16 @@ def _describe_rotary(writer: GGUFWriter, architecture: Architecture, *, has_fact
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(frequencies.factor)
         writer.add_rope_scaling_orig_ctx_len(frequencies.original_max_position_embeddings)
-        # llama.cpp multiplies by this itself.
+        # llama.cpp multiplies by this factor itself.
         attention_factor /= 0.1 * float(np.log(frequencies.factor)) + 1
     if attention_factor != 1:
         writer.add_rope_scaling_attn_factors(attention_factor)
 
 
 def _describe_tokenizer(
-    writer: GGUFWriter, ours: Mapping[str, Any], tokenizer: TextTokenizer, vocabulary: _Vocabulary
+    writer: GGUFWriter, entry: Mapping[str, Any], tokenizer: TextTokenizer, vocabulary: _Vocabulary
 ) -> None:
-    """Vocabulary, special tokens and chat template."""
+    """Write the vocabulary, special tokens and chat template."""
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(vocabulary.pre_tokenizer)
     writer.add_token_list(vocabulary.tokens)
@@ -250,25 +250,25 @@ def _describe_tokenizer(
         add(token)
     writer.add_add_bos_token(bool(tokenizer.opening))
     writer.add_add_eos_token(False)  # prompts are continued
-    if template := json.loads(ours.get("tokenizer_config") or "{}").get("chat_template"):
+    if template := json.loads(entry.get("tokenizer_config") or "{}").get("chat_template"):
         writer.add_chat_template(template)
 
 
-def _read_tokenizer(ours: Mapping[str, Any], vocab_size: int) -> tuple[TextTokenizer, _Vocabulary]:
-    """The tokenizer in GGUF's terms.
+def _read_tokenizer(entry: Mapping[str, Any], vocab_size: int) -> tuple[TextTokenizer, _Vocabulary]:
+    """Return a checkpoint's tokenizer, and its vocabulary in GGUF's format.
 
     Raises:
-        UsageError: llama.cpp would read texts in another way.
+        UsageError: llama.cpp would tokenize texts differently.
     """
-    if ours["tokenizer"] is None:
-        raise UsageError("gguf: the checkpoint stores no tokenizer, which llama.cpp needs")
-    tokenizer = TextTokenizer.from_entry(ours)
+    if entry["tokenizer"] is None:
+        raise UsageError("gguf: the checkpoint stores no tokenizer, which llama.cpp requires")
+    tokenizer = TextTokenizer.from_entry(entry)
     if tokenizer.eos_token_id is None:
-        raise UsageError("gguf: the tokenizer names no token that ends a text, which llama.cpp needs")
+        raise UsageError("gguf: the tokenizer has no EOS token, which llama.cpp requires")
     if len(tokenizer.opening) > 1 or len(tokenizer.stop_token_ids) > 3:
         raise UsageError(
-            f"gguf: llama.cpp has one token before a text and three that end it; here are {len(tokenizer.opening)} and "
-            f"{len(tokenizer.stop_token_ids)}"
+            "gguf: llama.cpp supports one token before a text and three stop tokens; the tokenizer has "
+            f"{len(tokenizer.opening)} and {len(tokenizer.stop_token_ids)}"
         )
     if tokenizer.vocab_size > vocab_size:
         raise UsageError(
@@ -282,37 +282,37 @@ def _read_tokenizer(ours: Mapping[str, Any], vocab_size: int) -> tuple[TextToken
     is_byte_level = model.get("type") == "BPE" and decoder == "ByteLevel" and not any(affixes)
     if not is_byte_level or (missing and model.get("unk_token") is not None):
         kind = "a BPE with byte fallback" if model.get("byte_fallback") else f"{model.get('type')}, not byte-level BPE"
-        raise UsageError(f"gguf: the tokenizer is {kind}, which is not supported; {_BY_CONVERTER}")
+        raise UsageError(f"gguf: the tokenizer is {kind}, which is not supported; {_USE_CONVERTER}")
     splitting = _splitting(values["pre_tokenizer"])
     pre_tokenizer = None if splitting is None else _PRE_TOKENIZERS.get((splitting, bool(model.get("ignore_merges"))))
     if pre_tokenizer is None:
         raise UsageError(
-            "gguf: how the tokenizer splits texts (pre_tokenizer, ignore_merges) is none of the ways known here, "
-            f"{', '.join(sorted(_PRE_TOKENIZERS.values()))}; {_BY_CONVERTER}"
+            "gguf: the tokenizer's pre_tokenizer with its ignore_merges is not supported; supported are "
+            f"{', '.join(sorted(_PRE_TOKENIZERS.values()))}; {_USE_CONVERTER}"
         )
     normalizer = (values.get("normalizer") or {}).get("type")
     if normalizer not in (None, "NFC"):
-        raise UsageError(f"gguf: llama.cpp lacks the tokenizer's normalizer {normalizer}; {_BY_CONVERTER}")
+        raise UsageError(f"gguf: llama.cpp has no normalizer {normalizer}, which the tokenizer uses; {_USE_CONVERTER}")
     notices = []
     if normalizer is not None:
         notices.append(
-            f"llama.cpp leaves out the tokenizer's normalizer {normalizer}; texts in that form already have the same "
-            "tokens"
+            f"llama.cpp does not apply the tokenizer's normalizer {normalizer}; only texts that are already normalized "
+            "get the same tokens"
         )
     if missing:
         notices.append(
-            f"the tokenizer has no tokens for {len(missing)} of the 256 bytes and leaves them out, as llama.cpp does; "
-            "what stands beside them may be split in another way"
+            f"the tokenizer has no tokens for {len(missing)} of the 256 bytes and drops them, as llama.cpp does; the "
+            "text around them may be tokenized differently"
         )
     tokens, types = _tokens(tokenizer, vocab_size)
     merges = [" ".join(pair) for pair in model["merges"]]
-    if not merges:  # llama.cpp refuses a file without merges; this one never applies, since merges begin with bytes
+    if not merges:  # llama.cpp rejects files without merges; this one never applies, because merges start with bytes
         merges = [" ".join([tokens[tokenizer.eos_token_id]] * 2)]
     return tokenizer, _Vocabulary(tokens, types, merges, pre_tokenizer, notices)
 
 
 def _tokens(tokenizer: TextTokenizer, vocab_size: int) -> tuple[list[str], list[int]]:
-    """Tokens and their types, by id, with one that is not used for each row of the embedding beyond them."""
+    """Return tokens and their types by id, padded with unused tokens to the rows of the embedding."""
     import gguf
 
     by_id = {token: text for text, token in tokenizer.tokenizer.get_vocab(with_added_tokens=True).items()}
@@ -320,8 +320,8 @@ def _tokens(tokenizer: TextTokenizer, vocab_size: int) -> tuple[list[str], list[
     for token in added.values():
         if token.lstrip or token.rstrip or token.single_word:
             raise UsageError(
-                f"gguf: the token {token.content!r} depends on the characters beside it (lstrip, rstrip or "
-                "single_word), which a GGUF file cannot say"
+                f"gguf: the token {token.content!r} depends on adjacent characters (lstrip, rstrip or single_word), "
+                "which the GGUF format does not support"
             )
     tokens, types = [], []
     for index in range(vocab_size):
@@ -337,7 +337,7 @@ def _tokens(tokenizer: TextTokenizer, vocab_size: int) -> tuple[list[str], list[
 
 
 def _splitting(pre_tokenizer: dict[str, Any] | None) -> str | None:
-    """How a pre-tokenizer splits texts, in the words of `_PRE_TOKENIZERS`; None where it is another way."""
+    """Return the split pattern of a pre-tokenizer, as in the keys of `_PRE_TOKENIZERS`; None if it is another one."""
     parts = (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]
     last = parts[-1]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):

@@ -1,4 +1,4 @@
-"""Model families of transformers: those that are read, what each needs, and why others are not."""
+"""Model families of transformers: differences of supported ones from Llama, and reasons for unsupported ones."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ Config = dict[str, Any]
 Tensors = dict[str, Tensor]
 
 
-def _nothing(config: Config) -> Config:
+def _no_geometry(config: Config) -> Config:
     return {}
 
 
-def _as_they_are(tensors: Tensors, config: Config) -> Tensors:
+def _unchanged(tensors: Tensors, config: Config) -> Tensors:
     return tensors
 
 
 class Family(NamedTuple):
-    """How a family differs from Llama. Defaults are those of its configuration class in transformers."""
+    """Differences of a family from Llama. Defaults are those of its configuration class in transformers."""
 
     fields: tuple[str, ...] = ()
     """Fields of config.json that `geometry` or `rewrite` use."""
 
     defaults: Config = {}  # noqa: RUF012 (not a mutable default: a NamedTuple's is never changed)
-    """Values of fields that config.json may leave out and that could change the model."""
+    """Default values of fields that affect the model and may be missing in config.json."""
 
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
@@ -37,20 +37,20 @@ class Family(NamedTuple):
     max_position_embeddings: int = 2048
 
     is_unscaled: bool = False
-    """Whether transformers reads every scaling of the family as longrope, which is not read."""
+    """Whether transformers interprets every RoPE scaling of the family as longrope, which is not supported."""
 
     nope_layers: Callable[[Config], list[int]] | None = None
-    """Layers without positions; None where the family has no such layers."""
+    """Function that returns the layers without RoPE; None for families without such layers."""
 
-    geometry: Callable[[Config], Config] = _nothing
-    """Values of the DecoderConfig that follow from config.json."""
+    geometry: Callable[[Config], Config] = _no_geometry
+    """Function that computes further values of the DecoderConfig from config.json."""
 
-    rewrite: Callable[[Tensors, Config], Tensors] = _as_they_are
-    """Weights under Llama's names."""
+    rewrite: Callable[[Tensors, Config], Tensors] = _unchanged
+    """Function that converts the weights to Llama's names and semantics."""
 
 
 def _split_fused(tensors: Tensors, config: Config) -> Tensors:
-    """Phi-3's fused projections as views of their parts: no copy."""
+    """Split Phi-3's fused projections into views, without a copy."""
     heads = config["num_attention_heads"]
     key_value_heads = config.get("num_key_value_heads") or heads
     split: Tensors = {}
@@ -81,11 +81,11 @@ def _fold_geometry(config: Config) -> Config:
 
 
 def _fold_multipliers(tensors: Tensors, config: Config) -> Tensors:
-    """Granite's multipliers m (embedding), r (residual), a (attention) and s (logits) as part of the weights.
+    """Fold Granite's multipliers m (embedding), r (residual), a (attention) and s (logits) into the weights.
 
-    The residual stream is divided by r, which RMSNorm undoes where its epsilon is divided by r²: then the embedding has
-    m / r, queries have a · √head_dim, the last norm has 1 / s, and every other weight stays as it is. A tied output
-    layer becomes one of its own, which is the embedding as stored.
+    The residual stream is divided by r, which RMSNorm cancels if its epsilon is divided by r². The embedding is then
+    multiplied by m / r, queries by a · √head_dim and the final norm by 1 / s; all other weights are unchanged. A tied
+    output layer is untied, with the stored embedding as its weight.
     """
     embedding, residual, attention, logits = _multipliers(config)
     tensors = dict(tensors)
@@ -101,14 +101,14 @@ def _fold_multipliers(tensors: Tensors, config: Config) -> Tensors:
 
 
 def _scale(value: Tensor, factor: float) -> Tensor:
-    """The product in the tensor's dtype where that is exact, by a power of two, else in at least float32."""
+    """Multiply in the tensor's dtype if the factor is a power of two (exact), otherwise in float32 or higher."""
     if math.frexp(factor)[0] == 0.5:
         return value * factor
     return value.to(torch.promote_types(value.dtype, torch.float32)) * factor
 
 
 def _nope_layers(config: Config) -> list[int]:
-    """Of SmolLM3: `no_rope_layers` has a 0 for each such layer; without it every fourth is one."""
+    """Return SmolLM3's layers without RoPE: those with a 0 in `no_rope_layers`, by default every fourth layer."""
     layers, interval = config["num_hidden_layers"], config.get("no_rope_layer_interval") or 4
     has_rope = config.get("no_rope_layers")
     if has_rope is None:
@@ -145,29 +145,29 @@ FAMILIES = {
     ),
     "ropepp": Family(fields=("attention_output_bias", "qk_norm", "variant")),
 }
-"""By `model_type`."""
+"""Supported families by `model_type`."""
 
-_EXPERTS = "has layers of experts"
-_PARALLEL = "has LayerNorm and other blocks than Llama's"
+_MOE = "has mixture-of-experts layers"
+_OTHER_BLOCKS = "has LayerNorm and blocks that differ from Llama's"
 _GEMMA = "has GeGLU instead of SwiGLU"
 
-NOT_READ = {
+UNSUPPORTED = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma4"), _GEMMA),
-    **dict.fromkeys(("olmo2", "olmo3"), "normalizes what leaves each layer, and queries and keys over all heads"),
+    **dict.fromkeys(("olmo2", "olmo3"), "normalizes the outputs of layers, and queries and keys over all heads"),
     **dict.fromkeys(
         ("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "olmoe", "gpt_oss", "llama4", "llama4_text", "phimoe"),
-        _EXPERTS,
+        _MOE,
     ),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "has latent attention and layers of experts"),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), "has latent attention and mixture-of-experts layers"),
     **dict.fromkeys(
         ("gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "falcon", "mpt", "phi", "olmo", "cohere", "cohere2",
          "stablelm", "starcoder2", "nemotron", "persimmon"),
-        _PARALLEL,
+        _OTHER_BLOCKS,
     ),
     **dict.fromkeys(("mamba", "mamba2", "jamba", "qwen3_next", "lfm2", "granitemoehybrid", "recurrent_gemma"),
-                    "has layers that are not attention"),
-    **dict.fromkeys(("glm", "glm4"), "rotates a part of each head, in pairs of neighbours"),
+                    "has layers other than attention"),
+    **dict.fromkeys(("glm", "glm4"), "rotates a part of each head, in adjacent pairs"),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mistral3", "mllama", "llava", "idefics3"),
-                    "reads images too; save its language model alone"),
+                    "is multimodal; save only its language model"),
 }  # fmt: skip
-"""Known families that are not read, and why."""
+"""Reasons for unsupported families, by `model_type`."""

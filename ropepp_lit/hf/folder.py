@@ -1,4 +1,4 @@
-"""Hugging Face folders as checkpoints of ours: weights stay on the disk until they are used."""
+"""Opens models of any supported format as checkpoints; weights of Hugging Face folders are memory-mapped."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ TOKENIZER = "tokenizer.json"
 
 
 def locate(source: str | Path, *, revision: str | None = None) -> Path:
-    """The path of a model that a command or recipe names; one on the Hugging Face Hub is fetched.
+    """Return the local path of a model; repositories of the Hugging Face Hub are downloaded.
 
     Args:
-        source: A .ckpt file or folder, a Hugging Face folder, or `ORGANIZATION/MODEL` on the Hub, with or without
+        source: A .ckpt file or folder, a Hugging Face folder, or `ORGANIZATION/MODEL` on the Hub, with an optional
             `@REVISION`.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        UsageError: the model cannot be fetched, a revision is given for something else, or the source is a URL.
+        UsageError: The model cannot be downloaded, a revision is given for a local path, or the source is a URL.
     """
     if revision is not None or is_hub_name(source):
         return find_folder(source, revision=revision)
@@ -67,20 +67,20 @@ def open_checkpoint(
     checksums: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Read a model that a command or recipe names: the one entry of all of them.
+    """Open a model of any supported format; all commands and recipes use this function.
 
     Adapters are merged with their base (:func:`ropepp_lit.hf.adapters.merge`).
 
     Args:
         source: See :func:`locate`.
         revision: See :func:`locate`.
-        base: Of adapters, where it is not where the run found it.
-        shapes_only: See :func:`~ropepp_lit.checkpoint.read_checkpoint`; adapters are not merged then.
-        checksums: See there.
-        options: Those of :func:`read_folder`; a checkpoint of ours takes none.
+        base: Path of the base of adapters; None means the path stored by the run.
+        shapes_only: See :func:`~ropepp_lit.checkpoint.read_checkpoint`; adapters are then not merged.
+        checksums: See :func:`~ropepp_lit.checkpoint.read_checkpoint`.
+        options: Options of :func:`read_folder`, only for Hugging Face folders.
 
     Raises:
-        UsageError: the source cannot be read, or is of adapters that were trained on another base.
+        UsageError: The source cannot be read, or stores adapters that were trained on another base.
     """
     path = locate(source, revision=revision)
     if (path / CONFIG).is_file():
@@ -88,8 +88,8 @@ def open_checkpoint(
         return read_folder(path, **options)
     if options:
         raise UsageError(
-            f"source: {source} is no Hugging Face folder; rope_theta, scaling, factor, "
-            "original_max_position_embeddings and ignore say how one is read"
+            f"source: {source} is not a Hugging Face folder; rope_theta, scaling, factor, "
+            "original_max_position_embeddings and ignore apply only to such folders"
         )
     checkpoint = read_checkpoint(path, shapes_only=shapes_only, checksums=checksums)
     if not is_adapter(checkpoint):
@@ -102,35 +102,35 @@ def open_checkpoint(
 def open_base(
     checkpoint: dict[str, Any], source: str | Path, *, base: str | None = None, shapes_only: bool = False
 ) -> dict[str, Any]:
-    """The base of adapters.
+    """Open the base of adapters.
 
     Args:
-        checkpoint: With the adapters.
-        source: Of it.
-        base: Where the base is; None means where the run found it.
-        shapes_only: Do not compare its fingerprint either.
+        checkpoint: Checkpoint with the adapters.
+        source: Path of the checkpoint, for messages.
+        base: Path of the base; None means the path stored by the run.
+        shapes_only: Whether to skip the weights, and the comparison of the fingerprint.
 
     Raises:
-        UsageError: the base cannot be read, or is another one.
+        UsageError: The base cannot be read, or is not the one that the adapters were trained on.
     """
     path = base or checkpoint[KEY]["adapter"].get("base")
     try:
-        found = open_checkpoint(str(path), shapes_only=shapes_only)
+        opened = open_checkpoint(str(path), shapes_only=shapes_only)
     except UsageError as error:
         if base is not None:
             raise
         raise UsageError(
-            f"{source}: the base of its adapters cannot be read ({error}); where it has moved, merge both by: "
-            f"ropepp-lit export {source} OUT --base PATH (in a recipe name it by model.init_from)"
+            f"{source}: the base of its adapters cannot be read ({error}); if it was moved, merge both by: "
+            f"ropepp-lit export {source} OUT --base PATH (in a recipe, set model.init_from)"
         ) from error
     if not shapes_only:
-        check_base(checkpoint, source, found, str(path))
-    return found
+        check_base(checkpoint, source, opened, str(path))
+    return opened
 
 
 def _refuse_base(source: str | Path, base: str | None) -> None:
     if base is not None:
-        raise UsageError(f"base: {source} stores a whole model; a base belongs to adapters")
+        raise UsageError(f"base: {source} stores a full model; a base applies only to adapters")
 
 
 def read_folder(
@@ -140,16 +140,16 @@ def read_folder(
     rotary: Rotary = Rotary(),  # noqa: B008
     ignore: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Read a Hugging Face folder as a checkpoint of ours. No code of the folder is run.
+    """Read a Hugging Face folder as a checkpoint, without running code of the folder.
 
     Args:
-        folder: With config.json and weights in a layout of :mod:`ropepp_lit.hf.layouts`.
+        folder: Folder with config.json, and weights in a layout of :mod:`ropepp_lit.hf.layouts`.
         variant: See :func:`~ropepp_lit.hf.config.read_config`.
-        rotary: See there.
-        ignore: See there.
+        rotary: See :func:`~ropepp_lit.hf.config.read_config`.
+        ignore: See :func:`~ropepp_lit.hf.config.read_config`.
 
     Raises:
-        UsageError: something is missing, damaged or not supported; nothing is dropped in silence.
+        UsageError: Something is missing, damaged or not supported.
     """
     path = folder / CONFIG
     config = read_json(path)
@@ -169,7 +169,7 @@ def read_folder(
 
 
 def _read_tokenizer(folder: Path) -> dict[str, Any]:
-    """Entries of a checkpoint on the folder's tokenizer and its settings of generation; see :mod:`.checkpoint`."""
+    """Return the checkpoint entries of the folder's tokenizer and generation settings; see :mod:`.checkpoint`."""
     generation = folder / GENERATION
     entry: dict[str, Any] = {
         "generation_config": json.dumps(read_json(generation)) if generation.is_file() else None,
@@ -189,7 +189,7 @@ def _read_tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def _read_card(folder: Path) -> dict[str, Any]:
-    """Licence that a folder's README.md states in its front matter, and the model that its weights are based on."""
+    """Return the license and the base model from the front matter of the folder's README.md."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     match = re.match(r"\ufeff?\s*---\n(.*?)\n---", text, flags=re.DOTALL)
@@ -197,40 +197,40 @@ def _read_card(folder: Path) -> dict[str, Any]:
         front = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
         front = None
-    kept = ("license", "license_name", "license_link", "base_model")
-    card = {key: front[key] for key in kept if front.get(key)} if isinstance(front, dict) else {}
+    keys = ("license", "license_name", "license_link", "base_model")
+    card = {key: front[key] for key in keys if front.get(key)} if isinstance(front, dict) else {}
     name, is_from_hub, _ = origin_of(folder).partition("@")
     return card | ({"base_model": name} if is_from_hub else {})
 
 
 def _check_tensors(folder: Path, tensors: dict[str, Tensor], architecture: Architecture) -> None:
-    """Leave exactly the decoder's parameters, or say what does not fit."""
+    """Check names and shapes, add tied weights and drop redundant ones; only the decoder's weights remain."""
     try:
         check_depth(architecture.decoder, tensors)
     except UsageError as error:
         raise UsageError(f"{folder / CONFIG}: {error}") from error
     with torch.device("meta"):
         decoder = Decoder(architecture.decoder, architecture.scheme, architecture.frequencies)
-    wanted = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in decoder.state_dict().items()}
     for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
-        del tensors[name]  # old folders carry what the base and scaling say
+        del tensors[name]  # stored by old versions; recomputed from base and scaling
     if architecture.decoder.tie_word_embeddings:
         embedding, output = (tensors.get(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
         if embedding is not None:
             if output is not None and not _equal(output, embedding):
                 raise UsageError(
-                    f"{folder / CONFIG}: tie_word_embeddings is true, and lm_head.weight is another matrix"
+                    f"{folder / CONFIG}: tie_word_embeddings is true, but lm_head.weight differs from the embedding"
                 )
             tensors["lm_head.weight"] = embedding
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         if name not in tensors:
             raise UsageError(f"{folder}: the tensor {name} is missing")
-        found = tuple(tensors[name].shape)
-        if found != shape:
-            raise UsageError(f"{folder}: {name} has the shape {found}, and by {CONFIG} it is {shape}")
-    extra = sorted(set(tensors) - set(wanted))
+        actual = tuple(tensors[name].shape)
+        if actual != shape:
+            raise UsageError(f"{folder}: {name} has the shape {actual}, but by {CONFIG} it must be {shape}")
+    extra = sorted(set(tensors) - set(expected))
     if extra:
-        raise UsageError(f"{folder}: the tensor {extra[0]} has no place in the decoder ({len(extra)} have none)")
+        raise UsageError(f"{folder}: the decoder has no tensor {extra[0]} ({len(extra)} unexpected tensors)")
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
@@ -239,7 +239,7 @@ def _equal(first: Tensor, second: Tensor) -> bool:
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The decoder's parameters by their names in Hugging Face's Llama; a tied output layer once, as the embedding."""
+    """Return the decoder's weights by their names in transformers' Llama, without a tied output layer."""
     weights = decoder_weights(checkpoint)
     if checkpoint[KEY]["architecture"]["decoder"]["tie_word_embeddings"]:
         weights.pop("lm_head.weight", None)
@@ -247,7 +247,7 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def describe_dtypes(checkpoint: dict[str, Any]) -> str | None:
-    """Dtypes of a checkpoint's weights in words, the one that is computed in first; None where there is one alone."""
+    """Describe the dtypes of a checkpoint's weights, the compute dtype first; None if there is only one."""
     computed = compute_dtype(checkpoint)
     others: dict[str, list[str]] = {}
     weights = weights_of(checkpoint)

@@ -1,7 +1,7 @@
-"""Layouts of weights in Hugging Face folders: which are fetched, read and refused.
+"""File layouts of weights in Hugging Face folders: download, reading, and rejection of unsupported ones.
 
-:data:`LAYOUTS` is the one table: :func:`find_folder` fetches by it, :func:`read_tensors` reads by it, and
-:data:`READABLE` is its text for help and messages.
+:data:`LAYOUTS` lists the supported layouts: :func:`find_folder` downloads and :func:`read_tensors` reads them.
+:data:`READABLE` describes them for help and messages.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from ropepp_lit.sharded import check_pickled
 CONFIG = "config.json"
 
 SETTINGS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "README.md")
-"""What is fetched beside the weights."""
+"""Patterns of files that are downloaded in addition to the weights."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-"""Of weights that are read."""
+"""Supported dtypes of weights."""
 
 
 class Layout(NamedTuple):
-    """How a library names the files of its weights."""
+    """File names of weights in a format."""
 
     pattern: str
-    """Glob of the files with weights, and of what is fetched from the Hub."""
+    """Glob pattern of files with weights."""
 
     single: str
-    """Usual name of a single file; of several in a folder, this one is read."""
+    """Standard name of a single file, which is preferred if there are multiple files."""
 
     indexes: str
-    """Glob of the JSON file that maps tensors to files."""
+    """Glob pattern of the index, a JSON file that maps tensors to files."""
 
     read: Callable[[Path], dict[str, Tensor]]
-    """Reads one file."""
+    """Function that reads a file."""
 
 
 REFUSED = {
@@ -56,18 +56,18 @@ REFUSED = {
     "*.gguf": "is GGUF; load it by transformers (from_pretrained(FOLDER, gguf_file=NAME)) and save_pretrained",
     "*.h5": "is TensorFlow's; load it by transformers 4 (from_tf=True) and save_pretrained",
     "*.msgpack": "is Flax's; load it by transformers 4 (from_flax=True) and save_pretrained",
-    "*.ckpt": "is not a file of a Hugging Face folder; name the .ckpt file itself",
+    "*.ckpt": "is not a file of a Hugging Face folder; pass the path of the .ckpt file",
     "*.pt": "is not a file of a Hugging Face folder; save the model by transformers' save_pretrained",
     "*.pth": "is not a file of a Hugging Face folder; save the model by transformers' save_pretrained",
 }
-"""Files of weights that are not read, by their names, and what to do."""
+"""Reasons and remedies for unsupported files of weights, by glob pattern."""
 
 NO_WEIGHTS = ("training_args.*", "optimizer*", "scheduler*", "random_states*", "rng_state*")
-"""Files that training leaves beside a model."""
+"""Glob patterns of training files, which are not weights."""
 
 READABLE = (
-    "model.safetensors (one file of any name, or several, with or without an index) or pytorch_model.bin (the same; in "
-    "torch's present or old format, read as weights only)"
+    "model.safetensors (one file of any name, or multiple files, with or without an index) or pytorch_model.bin (the "
+    "same; in torch's current or legacy format, loaded with weights_only)"
 )
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -75,26 +75,26 @@ _NUMBERED = re.compile(r"(.+)-(\d{5,})-of-(\d{5,})\.\w+")
 
 
 def refuse_url(source: str | Path) -> None:
-    """Raise UsageError where a model is named by a URL, which a path would swallow the slashes of."""
+    """Raise UsageError if a source is a URL, which Path would corrupt by merging its slashes."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(source)):
         raise UsageError(f"{source}: a URL; copy the model to this machine first, or name it ORGANIZATION/MODEL")
 
 
 def find_folder(source: str | Path, *, revision: str | None = None) -> Path:
-    """A folder on this machine, or one that is fetched from the Hugging Face Hub or taken from its cache.
+    """Return a local folder, or download a repository of the Hugging Face Hub (or use the cache).
 
     Args:
-        source: A folder, or `ORGANIZATION/MODEL` with or without `@REVISION`.
+        source: A folder, or `ORGANIZATION/MODEL` with an optional `@REVISION`.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
-        UsageError: there is no such folder, or it cannot be fetched.
+        UsageError: There is no such folder, or it cannot be downloaded.
     """
     refuse_url(source)
     folder = Path(source)
     if folder.exists():
         if revision is not None:
-            raise UsageError(f"revision: {source} is a folder on this machine; a revision selects one on the Hub")
+            raise UsageError(f"revision: {source} is a local folder; a revision applies only to the Hub")
         return _check_config(folder)
     match = _NAME.fullmatch(str(source))
     if match is None or (match[2] and revision):
@@ -103,7 +103,7 @@ def find_folder(source: str | Path, *, revision: str | None = None) -> Path:
         )
     for layout in LAYOUTS:
         folder = _fetch(match[1], match[2] or revision, layout.pattern)
-        if _is_there(folder, layout):
+        if _has_layout(folder, layout):
             break
     return _check_config(folder)
 
@@ -117,7 +117,7 @@ def _check_config(folder: Path) -> Path:
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """Whether this can only be the name of a model on the Hub."""
+    """Return whether a source can only be the name of a repository on the Hub."""
     return not Path(source).exists() and not str(source).endswith(".ckpt") and bool(_NAME.fullmatch(str(source)))
 
 
@@ -131,19 +131,19 @@ def _fetch(name: str, revision: str | None, pattern: str) -> Path:
                 ignore_patterns=["*/*", *REFUSED],
             )
         )
-    except Exception as error:  # httpx's, and the Hub's own
-        reason = f"cannot be fetched from the Hugging Face Hub ({type(error).__name__}); check the connection"
+    except Exception as error:  # from httpx or huggingface_hub
+        reason = f"it cannot be downloaded from the Hugging Face Hub ({type(error).__name__}); check the connection"
         if isinstance(error, RevisionNotFoundError):
-            reason = f"the Hugging Face Hub has no revision {revision} of it"
+            reason = f"the Hugging Face Hub has no revision {revision} of this model"
         elif isinstance(error, GatedRepoError):
-            reason = "access is restricted; accept the conditions on its page and run: hf auth login"
+            reason = "the model is gated; accept the conditions on its page and run: hf auth login"
         elif isinstance(error, RepositoryNotFoundError):
-            reason = "not on the Hugging Face Hub, or private; check the name, or run: hf auth login"
-        raise UsageError(f"source: {name}: no such folder here, and {reason}") from error
+            reason = "it is not on the Hugging Face Hub, or private; check the name, or run: hf auth login"
+        raise UsageError(f"source: {name}: no such local folder, and {reason}") from error
 
 
 def origin_of(folder: Path) -> str:
-    """Where a folder comes from: `ORGANIZATION/MODEL@COMMIT` in the Hub's cache, else the folder's name."""
+    """Return the origin of a folder: `ORGANIZATION/MODEL@COMMIT` in the Hub's cache, otherwise the folder's name."""
     folder = folder.absolute()
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
@@ -152,10 +152,10 @@ def origin_of(folder: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        UsageError: the file is missing, or something else.
+        UsageError: The file is missing, or is not a JSON object.
     """
     refuse_pointer(path)
     try:
@@ -170,34 +170,34 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder by name; memory-mapped, except from files in torch's old format.
+    """Read all tensors of a folder, by name; memory-mapped, except from files in torch's legacy format.
 
     Raises:
-        UsageError: no layout that is read; a file that is missing, damaged, quantized or outside the folder.
+        UsageError: The layout is not supported, or a file is missing, damaged, quantized or outside the folder.
     """
     for layout in LAYOUTS:
-        if not _is_there(folder, layout):
+        if not _has_layout(folder, layout):
             continue
         if (folder / layout.single).is_file():
             return _read(folder / layout.single, layout)
         if index := _find_index(folder, layout):
             return _read_indexed(folder, index, layout)
         tensors: dict[str, Tensor] = {}
-        for file in _whole_set(folder, _candidates(folder, layout)):
+        for file in _complete_set(folder, _candidates(folder, layout)):
             tensors |= _read(file, layout)
         return tensors
     for pattern, reason in REFUSED.items():
         for file in sorted(folder.glob(pattern)):
             raise UsageError(f"{file}: {reason}")
-    raise UsageError(f"{folder}: no weights there that can be read: {READABLE}")
+    raise UsageError(f"{folder}: no weights in a supported layout: {READABLE}")
 
 
-def _is_there(folder: Path, layout: Layout) -> bool:
+def _has_layout(folder: Path, layout: Layout) -> bool:
     return bool(_candidates(folder, layout)) or any(folder.glob(layout.indexes))
 
 
 def _candidates(folder: Path, layout: Layout) -> list[Path]:
-    """Files that may store the model's weights in this layout."""
+    """Return the files that may store the model's weights in a layout."""
     return sorted(
         file
         for file in folder.glob(layout.pattern)
@@ -206,22 +206,22 @@ def _candidates(folder: Path, layout: Layout) -> list[Path]:
 
 
 def _find_index(folder: Path, layout: Layout) -> Path | None:
-    usual = folder / f"{layout.single}.index.json"
-    found = [usual] if usual.is_file() else sorted(folder.glob(layout.indexes))
-    if len(found) > 1:
-        raise UsageError(f"{folder}: several indexes ({', '.join(file.name for file in found)}); leave one there")
-    return found[0] if found else None
+    standard = folder / f"{layout.single}.index.json"
+    indexes = [standard] if standard.is_file() else sorted(folder.glob(layout.indexes))
+    if len(indexes) > 1:
+        raise UsageError(f"{folder}: multiple indexes ({', '.join(file.name for file in indexes)}); keep only one")
+    return indexes[0] if indexes else None
 
 
-def _whole_set(folder: Path, files: list[Path]) -> list[Path]:
-    """Check that files without an index are one model: a single file, or all parts of a numbered set."""
+def _complete_set(folder: Path, files: list[Path]) -> list[Path]:
+    """Check that files without an index are one model: a single file, or all shards of a numbered set."""
     parts = [_NUMBERED.fullmatch(file.name) for file in files]
     if parts == [None]:
         return files
     sets = {(part[1], int(part[3])) for part in parts if part}
     if not all(parts) or len(sets) != 1:
         names = ", ".join(file.name for file in files)
-        raise UsageError(f"{folder}: several files of weights and no index of them ({names}); leave one model there")
+        raise UsageError(f"{folder}: multiple files of weights without an index ({names}); keep only one model")
     ((stem, count),) = sets
     missing = sorted(set(range(1, count + 1)) - {int(part[2]) for part in parts if part})
     if missing:
@@ -230,18 +230,18 @@ def _whole_set(folder: Path, files: list[Path]) -> list[Path]:
 
 
 def _read_indexed(folder: Path, index: Path, layout: Layout) -> dict[str, Tensor]:
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise UsageError(f"{index}: no weight_map in it; download the file again")
-    files = {name: inside(folder, name, source=index) for name in places.values()}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UsageError(f"{index}: it has no weight_map; download the file again")
+    files = {name: inside(folder, name, source=index) for name in weight_map.values()}
     tensors: dict[str, Tensor] = {}
     for path in sorted(files.values()):
         if not path.is_file():
-            raise UsageError(f"{path}: missing, and {index.name} names it; download the folder again")
+            raise UsageError(f"{path}: missing, but listed in {index.name}; download the folder again")
         tensors |= _read(path, layout)
-    missing = sorted(set(places) - set(tensors))
+    missing = sorted(set(weight_map) - set(tensors))
     if missing:
-        raise UsageError(f"{index}: names {missing[0]}, which is in none of the files")
+        raise UsageError(f"{index}: it lists {missing[0]}, which none of the files has")
     return tensors
 
 
@@ -256,7 +256,7 @@ def _read(path: Path, layout: Layout) -> dict[str, Tensor]:
         if value.dtype not in DTYPES and not name.endswith("rotary_emb.inv_freq"):
             dtype = str(value.dtype).removeprefix("torch.")
             raise UsageError(
-                f"{path}: {name} is {dtype}; quantized weights are not read, use the model's plain weights"
+                f"{path}: {name} is {dtype}; quantized weights are not supported, use the model's unquantized weights"
             )
     return tensors
 
@@ -270,33 +270,33 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:
-    """By `weights_only`; a file in torch's old format, which is no zip archive, is read into memory."""
+    """Read a file with `weights_only`; torch's legacy format, which is not a zip archive, is read into memory."""
     with path.open("rb") as file:
         is_archive = file.read(2) == b"PK"
     try:
         if is_archive and not zipfile.is_zipfile(path):
             raise EOFError
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
     except pickle.UnpicklingError as error:
         if foreign := re.search(r"GLOBAL (\S+)", str(error)):
             raise UsageError(
-                f"{path}: stores more than weights ({foreign[1]}), which is not run; save it as safetensors where you "
-                "trust it"
+                f"{path}: stores objects other than weights ({foreign[1]}), which are not loaded; if you trust the "
+                "file, convert it to safetensors"
             ) from error
-        raise UsageError(f"{path}: damaged or not a file of torch; download it again") from error
+        raise UsageError(f"{path}: damaged or not a PyTorch file; download it again") from error
     except MemoryError:
         raise
-    except Exception as error:  # torch raises many kinds for what is not its format
-        raise UsageError(f"{path}: damaged or cut off; download it again") from error
+    except Exception as error:  # torch raises various exceptions for files in other formats
+        raise UsageError(f"{path}: damaged or truncated; download it again") from error
     if is_archive:
         check_pickled(path)
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UsageError(f"{path}: stores other things than tensors by name; save the model by save_pretrained")
-    return {str(name): value.detach() for name, value in found.items()}
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise UsageError(f"{path}: not a dict of tensors; save the model by save_pretrained")
+    return {str(name): value.detach() for name, value in tensors.items()}
 
 
 LAYOUTS = (
     Layout("*.safetensors", "model.safetensors", "*.safetensors.index.json", _read_safetensors),
     Layout("*.bin", "pytorch_model.bin", "*.bin.index.json", _read_pickled),
 )
-"""In the order in which they are looked for."""
+"""Supported layouts, in order of preference."""

@@ -1,9 +1,4 @@
-"""RoPE++ models (arXiv 2512.07525) for transformers; needs nothing but torch and transformers.
-
-A RoPE++ layer rotates queries and keys as Llama does. Each rotated query then also gives an imaginary one, turned by
-another -90 degrees: a swap of halves and one sign. Real and imaginary heads alternate and read the same keys and
-values.
-"""
+"""PyTorch RoPE++ model (https://arxiv.org/abs/2512.07525)."""
 
 from __future__ import annotations
 
@@ -29,30 +24,37 @@ from .configuration_ropepp import RopePPConfig
 
 
 def compute_yarn_by_rotations(config: RopePPConfig, device: Any = None, **_: Any) -> tuple[torch.Tensor, float]:
-    """YaRN with a ramp that is linear in the rotations within the original context.
+    """Compute the inverse frequencies of YaRN, with a ramp that is linear in the number of rotations.
+
+    The number of rotations of a frequency is counted over `original_max_position_embeddings` positions.
 
     Returns:
-        Inverse frequencies [head_dim / 2], and the factor on cos and sin.
+        Inverse frequencies of shape `(head_dim / 2,)`, and the scaling factor of cos and sin.
     """
     rope = getattr(config, "rope_parameters", None) or {**config.rope_scaling, "rope_theta": config.rope_theta}
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float() / config.head_dim
-    inverse = 1.0 / (rope["rope_theta"] ** pairs)
-    rotations = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)
-    slow, fast = rope.get("beta_slow") or 1.0, rope.get("beta_fast") or 32.0
-    keep = ((rotations - slow) / (fast - slow)).clamp(0, 1)
-    factor = rope.get("attention_factor") or 0.1 * math.log(rope["factor"]) + 1.0
-    return inverse / rope["factor"] * (1 - keep) + inverse * keep, factor
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).float() / config.head_dim
+    inv_freq = 1.0 / (rope["rope_theta"] ** exponents)
+    rotations = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    beta_slow, beta_fast = rope.get("beta_slow") or 1.0, rope.get("beta_fast") or 32.0
+    extrapolation = ((rotations - beta_slow) / (beta_fast - beta_slow)).clamp(0, 1)
+    attention_factor = rope.get("attention_factor") or 0.1 * math.log(rope["factor"]) + 1.0
+    return inv_freq / rope["factor"] * (1 - extrapolation) + inv_freq * extrapolation, attention_factor
 
 
 ROPE_INIT_FUNCTIONS.setdefault("yarn_by_rotations", compute_yarn_by_rotations)
 
 
 class RopePPRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's; the name tells transformers to compute its buffers again after loading."""
+    """Llama's rotary embedding; transformers recomputes the buffers of a class with this name after loading."""
 
 
 class RopePPAttention(nn.Module):
-    """Attention with real and imaginary heads."""
+    """Multi-headed attention with real and imaginary heads.
+
+    Queries and keys are rotated as in Llama. Each rotated query also yields an imaginary query, which is rotated by
+    another -90 degrees: its halves are swapped and one is negated. Real and imaginary heads alternate and use the same
+    keys and values.
+    """
 
     def __init__(self, config: RopePPConfig, layer_idx: int) -> None:
         super().__init__()
@@ -61,11 +63,13 @@ class RopePPAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, config.num_query_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=config.attention_output_bias)
+        hidden_size, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden_size, config.num_query_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * self.head_dim, hidden_size, bias=config.attention_output_bias
+        )
         if config.qk_norm:
             self.q_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
             self.k_norm = LlamaRMSNorm(self.head_dim, eps=config.rms_norm_eps)
@@ -77,45 +81,48 @@ class RopePPAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend causally; arguments are those of Llama's attention."""
-        # The cache is called `cache` from transformers 5.24 on, and was called `past_key_values` before.
+        """Compute causal self-attention; takes the arguments of `LlamaAttention.forward`."""
+        # The argument is called `cache` since transformers 5.24, and `past_key_values` in earlier versions.
         caches = [kwargs.pop(name, None) for name in ("cache", "past_key_values")]
-        cache = next((given for given in caches if given is not None), None)
-        shape = hidden_states.shape[:-1]
-        query, key, value = (
-            projection(hidden_states).view(*shape, -1, self.head_dim)
+        cache = next((candidate for candidate in caches if candidate is not None), None)
+        input_shape = hidden_states.shape[:-1]
+        query_states, key_states, value_states = (
+            projection(hidden_states).view(*input_shape, -1, self.head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.config.qk_norm:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            query_states, key_states = self.q_norm(query_states), self.k_norm(key_states)
+        query_states = query_states.transpose(1, 2)
+        key_states = key_states.transpose(1, 2)
+        value_states = value_states.transpose(1, 2)
         cos, sin = position_embeddings
-        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)
         if self.config.variant != "rope":
-            first, second = query.chunk(2, dim=-1)
-            imaginary = torch.cat((second, -first), dim=-1)
-            query = torch.stack((query, imaginary), dim=2).flatten(1, 2)  # re, im, re, im, …
+            first_half, second_half = query_states.chunk(2, dim=-1)
+            imaginary_states = torch.cat((second_half, -first_half), dim=-1)
+            # Interleave: real, imaginary, real, imaginary, …
+            query_states = torch.stack((query_states, imaginary_states), dim=2).flatten(1, 2)
         if cache is not None:
-            details = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
-            key, value = cache.update(key, value, self.layer_idx, details)
-        attend = eager_attention_forward
+            cache_kwargs = {"sin": sin, "cos": cos, "cache_position": kwargs.get("cache_position")}
+            key_states, value_states = cache.update(key_states, value_states, self.layer_idx, cache_kwargs)
+        attention_interface = eager_attention_forward
         if self.config._attn_implementation != "eager":
-            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        output, weights = attend(
+            attention_interface = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        attn_output, attn_weights = attention_interface(
             self,
-            query,
-            key,
-            value,
+            query_states,
+            key_states,
+            value_states,
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
 
 
 class RopePPDecoderLayer(LlamaDecoderLayer):
-    """Llama's block with RoPE++ attention."""
+    """Llama decoder layer with RoPE++ attention."""
 
     def __init__(self, config: RopePPConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -123,7 +130,7 @@ class RopePPDecoderLayer(LlamaDecoderLayer):
 
 
 class RopePPPreTrainedModel(LlamaPreTrainedModel):
-    """What transformers asks of every model."""
+    """Base class of RoPE++ models."""
 
     config_class = RopePPConfig
     _no_split_modules = ["RopePPDecoderLayer"]  # noqa: RUF012 (transformers' convention)
@@ -135,17 +142,19 @@ class RopePPPreTrainedModel(LlamaPreTrainedModel):
 
 
 class RopePPModel(RopePPPreTrainedModel, LlamaModel):
-    """Embedding, blocks and the last norm."""
+    """RoPE++ model without a head."""
 
     def __init__(self, config: RopePPConfig) -> None:
         super().__init__(config)
-        self.layers = nn.ModuleList(RopePPDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            RopePPDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
         self.rotary_emb = RopePPRotaryEmbedding(config=config)
         self.post_init()
 
 
 class RopePPForCausalLM(RopePPPreTrainedModel, LlamaForCausalLM):
-    """The language model."""
+    """RoPE++ model with a language modeling head."""
 
     def __init__(self, config: RopePPConfig) -> None:
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""RoPE checkpoints turned into RoPE++ ones: EC with unchanged output, EH as an approximation."""
+"""Upcycles RoPE checkpoints to RoPE++: EC with unchanged outputs, EH as an approximation."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from ropepp_lit.nn import DecoderConfig, RoPE, RoPEPP, layout_of
 def upcycle(
     checkpoint: dict[str, Any], *, variant: Literal["ec", "eh"], pairs: Literal["average", "first"] = "average"
 ) -> dict[str, Any]:
-    """A RoPE++ checkpoint with the weights of a RoPE one.
+    """Create a RoPE++ checkpoint with the weights of a RoPE checkpoint.
 
-    EC: every head becomes the real one of a pair; the output projection gets columns of zeros for the imaginary heads.
-    So the output is that of the RoPE model, and gradients reach the new columns at once.
+    EC: every head becomes the real head of a pair, and the output projection gets zero columns for the imaginary heads.
+    The outputs are those of the RoPE model, and the new columns receive gradients from the first step.
 
-    EH has half the query and key/value heads, so it approximates: two neighbouring key/value heads, and the query
-    heads that read them, become one. Imaginary heads begin with columns of zeros here too.
+    EH is an approximation, because it has half the query and key/value heads: two adjacent key/value heads, and the
+    query heads of their groups, are combined. The columns of the imaginary heads are initialized to zero too.
 
     Args:
-        checkpoint: With plain RoPE.
+        checkpoint: Checkpoint with plain RoPE.
         variant: `ec` or `eh`.
-        pairs: For EH: `average` the weights of each two heads (columns of the output projection are added), or keep the
-            `first` of them and drop the other.
+        pairs: For EH: `average` the weights of each two heads (and add their columns of the output projection), or keep
+            only the `first` of them.
 
     Raises:
-        UsageError: the checkpoint is no plain RoPE one, or its heads cannot be halved.
+        UsageError: The checkpoint does not have plain RoPE, or its number of heads cannot be halved.
     """
     old = architecture_of(checkpoint)
     if type(old.scheme) is not RoPE:
         raise UsageError(
-            "source: only a checkpoint with plain RoPE can be turned into RoPE++, "
-            f"and this one has {type(old.scheme).__name__}"
+            "source: only a checkpoint with plain RoPE can be upcycled to RoPE++; "
+            f"this one has {type(old.scheme).__name__}"
         )
     scheme = RoPEPP(variant=variant)
     config = old.decoder
@@ -53,8 +53,8 @@ def upcycle(
         weights[output] = torch.stack((columns, torch.zeros_like(columns)), dim=2).flatten(1)
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    ours = checkpoint[KEY]
-    kept = (
+    entry = checkpoint[KEY]
+    preserved = (
         "tokenizer",
         "tokenizer_config",
         "generation_config",
@@ -67,17 +67,17 @@ def upcycle(
     return make_checkpoint(
         weights,
         architecture=describe_architecture(config, scheme, old.frequencies),
-        origin=ours.get("origin") or "a RoPE checkpoint",
-        **{key: ours.get(key) for key in kept},
+        origin=entry.get("origin") or "a RoPE checkpoint",
+        **{key: entry.get(key) for key in preserved},
     )
 
 
 def _halve(weights: dict[str, Tensor], prefix: str, config: DecoderConfig, *, average: bool) -> None:
-    """Make one key/value head of each two, and one query head of each two that then read the same."""
+    """Combine each two adjacent key/value heads, and the corresponding query heads of their groups."""
     groups = config.num_attention_heads // config.num_key_value_heads
 
     def pair(heads: Tensor, per_group: int, *, add: bool = False) -> Tensor:
-        """[heads, …] to half as many: head i of one group and head i of the next become one."""
+        """Combine head i of each group with head i of the next group: [heads, …] to [heads / 2, …]."""
         couples = heads.unflatten(0, (-1, 2, per_group))
         if not average:
             return couples[:, 0].flatten(0, 1)

@@ -1,1 +1,1 @@
-"""Writing text with a model: prompts from a file, and conversations."""
+"""Text generation: prompts from files, conversations, and an OpenAI-compatible server."""

@@ -1,4 +1,4 @@
-"""What a model writes behind prompts: one as a stream, or many together."""
+"""Generates text: one prompt as a stream, or multiple prompts as a batch."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ropepp_lit.inference.model import Model, Writing
+from ropepp_lit.inference.model import GenerationSettings, Model
 from ropepp_lit.nn.generation import Batch, Row
 from ropepp_lit.nn.sampling import seed_of
 
 FinishReason = Literal["stop", "length"]
-"""`stop`: a token or text that ends it; `length`: `max_new_tokens`, or the end of the context."""
+"""`stop`: a stop token or stop text; `length`: `max_new_tokens`, or the end of the context."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What was written behind a prompt."""
+    """Generated text of a prompt."""
 
     text: str
     finish_reason: FinishReason
     num_tokens: int
-    """Tokens that were generated, that which ended the text included."""
+    """Number of generated tokens, including the one that ended the text."""
 
 
 class Stream:
-    """Text behind one prompt as an iterator of its parts, as they are certain.
+    """Iterator over the parts of the generated text of a prompt; parts are yielded as soon as they are final.
 
     Args:
-        model: What writes.
-        row: Of the model; what it has read of the prompt already is not read again.
-        ids: The prompt.
-        writing: Settings.
-        stop_token_ids: Tokens that end the text beside those of the tokenizer.
-        index: Of the prompt among all with this seed.
+        model: The model.
+        row: Row with a KV cache; its prefix in common with the prompt is reused.
+        ids: Token ids of the prompt.
+        generation: Generation settings.
+        stop_token_ids: Stop tokens in addition to those of the tokenizer.
+        index: Index of the prompt among all prompts with this seed.
     """
 
     def __init__(
@@ -41,34 +41,34 @@ class Stream:
         model: Model,
         row: Row,
         ids: Sequence[int],
-        writing: Writing,
+        generation: GenerationSettings,
         *,
         stop_token_ids: Sequence[int] = (),
         index: int = 0,
     ) -> None:
-        self._stream = model.stream(ids, writing, stop_token_ids=stop_token_ids)
-        self._limit = model.limit(ids, writing.max_new_tokens)
-        self.ends_at_context = self._limit < writing.max_new_tokens
+        self._stream = model.stream(ids, generation, stop_token_ids=stop_token_ids)
+        self._limit = model.limit(ids, generation.max_new_tokens)
+        self.ends_at_context = self._limit < generation.max_new_tokens
         """Whether the context ends before `max_new_tokens`."""
         self._tokens = row.generate(
-            ids, max_new_tokens=self._limit, sampling=writing.sampling, seed=seed_of(writing.seed, index)
+            ids, max_new_tokens=self._limit, sampling=generation.sampling, seed=seed_of(generation.seed, index)
         )
 
     @property
     def num_tokens(self) -> int:
-        """Tokens so far."""
+        """Number of tokens generated so far."""
         return self._stream.num_tokens
 
     @property
     def finish_reason(self) -> FinishReason:
-        """Why the text ended; to be read when it has."""
+        """Reason for which the text ended; valid after the end."""
         return "stop" if self._stream.is_stopped else "length"
 
     def __iter__(self) -> Iterator[str]:
         return filter(None, self.steps())
 
     def steps(self) -> Iterator[str]:
-        """The text that each token makes certain, which can be none, and what is left at the end."""
+        """Yield the text that becomes final with each token, which may be empty, and the rest at the end."""
         for token in self._tokens:
             yield self._stream.push(token)
             if self._stream.is_stopped:
@@ -79,31 +79,31 @@ class Stream:
 def complete(
     model: Model,
     prompts: Sequence[Sequence[int]],
-    writing: Writing,
+    generation: GenerationSettings,
     *,
     indices: Sequence[int],
     stop_token_ids: Sequence[int] = (),
     progress: Callable[[], object] = lambda: None,
 ) -> list[Completion]:
-    """Continue prompts together; the text of each is what :class:`Stream` gives, to rounding of the logits.
+    """Generate texts for a batch of prompts, equal to those of :class:`Stream` up to rounding of the logits.
 
     Args:
-        model: What writes.
-        prompts: Token ids, each with room for an answer.
-        writing: Settings.
-        indices: Of each prompt among all with this seed: its random numbers depend on it and the seed alone.
-        stop_token_ids: Tokens that end texts beside those of the tokenizer.
-        progress: Called when a text has ended.
+        model: The model.
+        prompts: Token ids of the prompts, each shorter than the context.
+        generation: Generation settings.
+        indices: Index of each prompt among all prompts with this seed; random numbers depend only on seed and index.
+        stop_token_ids: Stop tokens in addition to those of the tokenizer.
+        progress: Called after the end of each text.
     """
-    streams = [model.stream(ids, writing, stop_token_ids=stop_token_ids) for ids in prompts]
-    limits = [model.limit(ids, writing.max_new_tokens) for ids in prompts]
+    streams = [model.stream(ids, generation, stop_token_ids=stop_token_ids) for ids in prompts]
+    limits = [model.limit(ids, generation.max_new_tokens) for ids in prompts]
     parts: list[list[str]] = [[] for _ in prompts]
     batch = Batch(
         model.decoder,
         prompts,
         max_new_tokens=max(limits),
-        sampling=writing.sampling,
-        seeds=[seed_of(writing.seed, index) for index in indices],
+        sampling=generation.sampling,
+        seeds=[seed_of(generation.seed, index) for index in indices],
     )
     while batch.numbers:
         ended = []

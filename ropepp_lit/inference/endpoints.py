@@ -1,4 +1,4 @@
-"""The HTTP endpoints of a server, in the process that talks to clients; the model is in another."""
+"""HTTP endpoints of the server; they run in the API process, the model runs in a worker process."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from litserve.specs.base import LitSpec
 from litserve.utils import LitAPIStatus, ResponseBufferItem
 
 from ropepp_lit.inference.openai_format import (
-    Answer,
     ChatRequest,
     CompletionRequest,
+    ResponseFormatter,
     TextRequest,
     parse,
-    refusal,
+    request_error,
 )
 
 POLL_SECONDS = 0.5
-"""Until it is noticed that a client who waits in silence has gone."""
+"""Polling interval for disconnected clients."""
 
 
 class CompletionSpec(LitSpec):
-    """The endpoints, in the process that talks HTTP.
+    """LitServe specification of the endpoints.
 
     Args:
-        model: The model's name.
-        cancel: Gets the ids of requests whose client has gone.
+        model: Name of the model.
+        cancel: Connection to the worker, for the ids of requests to cancel.
     """
 
     def __init__(self, model: str, cancel: Connection) -> None:
@@ -47,7 +47,7 @@ class CompletionSpec(LitSpec):
 
     @property
     def stream(self) -> bool:
-        """The model's process answers in parts, whether the client wants them or not."""
+        """Whether the worker streams its output; always True, also for requests without streaming."""
         return True
 
     def pre_setup(self, lit_api: LitAPI) -> None:
@@ -58,20 +58,20 @@ class CompletionSpec(LitSpec):
         self.add_endpoint("/v1/models/{name:path}", self.model, ["GET"])
 
     async def models(self) -> dict[str, Any]:
-        """The list of the one model."""
+        """Return the list of models, which has one entry."""
         return {"object": "list", "data": [await self.model(self._model)]}
 
     async def model(self, name: str) -> dict[str, Any]:
-        """The model of a name."""
+        """Return the description of a model."""
         self._check_name(name)
         return {"id": name, "object": "model", "created": self._created, "owned_by": "ropepp-lit"}
 
     async def chat(self, http: Request) -> Response:
-        """Answer a conversation."""
+        """Handle a request for a chat completion."""
         return await self._complete(http, ChatRequest)
 
     async def text(self, http: Request) -> Response:
-        """Continue a text."""
+        """Handle a request for a text completion."""
         return await self._complete(http, TextRequest)
 
     async def _complete(self, http: Request, kind: type[CompletionRequest]) -> Response:
@@ -79,8 +79,8 @@ class CompletionSpec(LitSpec):
         request = parse(body, kind)
         if request.model:
             self._check_name(request.model)
-        items, answer = self._items(request, body, http), Answer(request, self._model)
-        first = await anext(items)  # raises what is wrong with the prompt, before a status is sent
+        items, formatter = self._items(request, body, http), ResponseFormatter(request, self._model)
+        first = await anext(items)  # raises errors of the prompt before the status is sent
 
         async def all_items() -> AsyncIterator[dict[str, Any]]:
             yield first
@@ -88,11 +88,11 @@ class CompletionSpec(LitSpec):
                 yield item
 
         if request.stream:
-            return StreamingResponse(answer.events(all_items()), media_type="text/event-stream")
-        return JSONResponse(await answer.whole(all_items()))
+            return StreamingResponse(formatter.events(all_items()), media_type="text/event-stream")
+        return JSONResponse(await formatter.complete(all_items()))
 
     async def _items(self, request: CompletionRequest, body: bytes, http: Request) -> AsyncIterator[dict[str, Any]]:
-        """What the model's process says of a request; when the client has gone, the answer ends there too."""
+        """Yield the worker's output for a request; cancel the request if the client disconnects."""
         queue: deque[tuple[Any, str]] = deque()
         event, seed = asyncio.Event(), secrets.randbits(63) if request.seed is None else request.seed
         uids, num_finished = [uuid.uuid4().hex for _ in range(request.n)], 0
@@ -105,7 +105,7 @@ class CompletionSpec(LitSpec):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(event.wait(), POLL_SECONDS)
                 if await http.is_disconnected():
-                    raise HTTPException(499, "the client has gone")  # which nobody reads
+                    raise HTTPException(499, "the client disconnected")  # not received by anyone
                 event.clear()
                 while queue:
                     data, status = queue.popleft()
@@ -116,7 +116,7 @@ class CompletionSpec(LitSpec):
                     elif isinstance(data, HTTPException):
                         raise data
                     else:
-                        raise HTTPException(500, "the answer failed; the server's own output says why")
+                        raise HTTPException(500, "the request failed; see the server's output for the reason")
         finally:
             for uid in uids:
                 self.response_buffer.pop(uid, None)
@@ -125,5 +125,5 @@ class CompletionSpec(LitSpec):
 
     def _check_name(self, name: str) -> None:
         if name != self._model:
-            message = f"model: {name!r} is not here; this server has {self._model!r}"
-            raise refusal(message, param="model", code="model_not_found", status=404)
+            message = f"model: {name!r} not found; this server has {self._model!r}"
+            raise request_error(message, param="model", code="model_not_found", status=404)

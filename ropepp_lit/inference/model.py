@@ -1,4 +1,4 @@
-"""A model that writes text, and what a user sets about it."""
+"""Model and settings for text generation."""
 
 from __future__ import annotations
 
@@ -21,119 +21,121 @@ from ropepp_lit.text.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Writing:
-    """What is asked of a model for each prompt."""
+class GenerationSettings:
+    """Settings of text generation."""
 
     max_new_tokens: int = 128
-    """Tokens to write at most."""
+    """Maximum number of tokens to generate."""
 
     sampling: Sampling = field(default_factory=Sampling)
 
     seed: int = 0
-    """Of the random numbers; each prompt has its own by its place among the prompts."""
+    """Random seed; random numbers of a prompt also depend on its index among the prompts."""
 
     stop_texts: tuple[str, ...] = ()
-    """Texts that end what is written; they are not part of it."""
+    """Texts that end the generation; they are not part of the result."""
 
-    def check(self) -> Writing:
-        """Return the settings, or raise a UsageError that names the key."""
+    def check(self) -> GenerationSettings:
+        """Return the settings, or raise UsageError for an invalid one."""
         self.sampling.check()
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens: {self.max_new_tokens} must be 1 or more")
         if not all(self.stop_texts):
-            raise UsageError("stop: an empty text ends everything; name a text, or leave it out")
+            raise UsageError("stop: an empty stop text; give a text, or omit the option")
         return self
 
 
 def parse_stop(value: str) -> tuple[str, ...]:
-    r"""Texts that end what is written, as a command line names them.
+    r"""Parse the stop texts of a command line.
 
     Args:
-        value: One text with escapes such as `\n`, or a JSON list of texts; empty means none.
+        value: One text with escapes such as `\n`, or a JSON list of texts; empty for none.
 
     Raises:
-        UsageError: the list holds something else.
+        UsageError: The list has elements that are not strings.
     """
     if not value:
         return ()
     try:
-        found = json.loads(value) if value.startswith("[") else None
+        texts = json.loads(value) if value.startswith("[") else None
     except ValueError:
-        found = None
-    if found is None:
+        texts = None
+    if texts is None:
         return (unescape(value),)
-    if not all(isinstance(text, str) for text in found):
-        raise UsageError(f'stop: {value}: a list must hold texts alone, such as \'["###", "1"]\'')
-    return tuple(found)
+    if not all(isinstance(text, str) for text in texts):
+        raise UsageError(f'stop: {value}: a list must contain only strings, such as \'["###", "1"]\'')
+    return tuple(texts)
 
 
 @dataclass(kw_only=True)
 class Model:
-    """A decoder that continues text."""
+    """A decoder with its tokenizer and context length."""
 
     path: str
     decoder: Decoder
     tokenizer: TextTokenizer
     context_length: int | None
-    """Tokens of prompt and answer together; None where nothing says it."""
+    """Maximum number of tokens of prompt and answer; None if unknown."""
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the weights."""
         return self.decoder.model.embed_tokens.weight.device
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the checkpoint's files, which are read for it."""
+        """SHA-256 of the checkpoint's files; computing it reads them."""
         return fingerprint(locate(self.path))
 
-    def room_behind(self, ids: Sequence[int]) -> int | None:
-        """Tokens that the context has left behind a prompt; None where it has no end."""
+    def remaining_tokens(self, ids: Sequence[int]) -> int | None:
+        """Return the number of tokens that the context has left after a prompt; None if it is unlimited."""
         return None if self.context_length is None else max(0, self.context_length - len(ids))
 
     def limit(self, ids: Sequence[int], max_new_tokens: int) -> int:
-        """Tokens that can be written behind a prompt."""
-        room = self.room_behind(ids)
-        return max_new_tokens if room is None else min(room, max_new_tokens)
+        """Return the maximum number of tokens that can be generated after a prompt."""
+        remaining = self.remaining_tokens(ids)
+        return max_new_tokens if remaining is None else min(remaining, max_new_tokens)
 
-    def stream(self, ids: Sequence[int], writing: Writing, *, stop_token_ids: Sequence[int] = ()) -> StoppingStream:
-        """What turns the tokens behind a prompt into text, up to what ends it.
+    def stream(
+        self, ids: Sequence[int], generation: GenerationSettings, *, stop_token_ids: Sequence[int] = ()
+    ) -> StoppingStream:
+        """Create a stream that decodes generated tokens, up to a stop token or stop text.
 
         Args:
-            ids: The prompt.
-            writing: Settings; a stop text that is a special token ends the text as a token.
-            stop_token_ids: Tokens that end the text beside those of the tokenizer.
+            ids: Token ids of the prompt.
+            generation: Generation settings; a stop text that is a special token is used as a stop token.
+            stop_token_ids: Stop tokens in addition to those of the tokenizer.
         """
         tokens = {*self.tokenizer.stop_token_ids, *stop_token_ids}
         added = self.tokenizer.tokenizer.get_added_tokens_decoder()
         special = {token.content: token_id for token_id, token in added.items() if token.special}
-        tokens |= {special[text] for text in writing.stop_texts if text in special}
-        return StoppingStream(self.tokenizer, ids, stop_token_ids=tokens, stop_texts=writing.stop_texts)
+        tokens |= {special[text] for text in generation.stop_texts if text in special}
+        return StoppingStream(self.tokenizer, ids, stop_token_ids=tokens, stop_texts=generation.stop_texts)
 
 
 def load_model(path: str, *, trust: str | None = None, context_length: int | None = None) -> Model:
-    """A checkpoint, Hugging Face folder or name on the Hugging Face Hub as a model, on the GPU where there is one.
+    """Load a model, on the GPU if there is one.
 
     Args:
         path: See :func:`~ropepp_lit.hf.folder.open_checkpoint`.
-        trust: `module.Class` of a position scheme that is not ours and may be imported.
-        context_length: Tokens of prompt and answer together instead of those of the checkpoint.
+        trust: `module.Class` of a position scheme outside this package that may be imported.
+        context_length: Maximum number of tokens of prompt and answer; None means the checkpoint's context length.
 
     Raises:
-        UsageError: no such checkpoint, a damaged one, or one without a tokenizer.
+        UsageError: The checkpoint does not exist, is damaged, or has no tokenizer.
     """
     if context_length is not None and context_length < 2:
         raise UsageError(f"context_length: {context_length} must be 2 or more")
     contents = open_checkpoint(path, checksums=True)
-    ours = contents[KEY]
-    if ours["tokenizer"] is None:
-        raise UsageError(f"{path}: the checkpoint stores no tokenizer, so it cannot read a prompt or write text")
+    entry = contents[KEY]
+    if entry["tokenizer"] is None:
+        raise UsageError(f"{path}: the checkpoint stores no tokenizer, so it cannot generate text")
     if notice := describe_dtypes(contents):
-        print(f"Notice: {notice}; computed in the first.", file=sys.stderr)
+        print(f"Notice: {notice}; the first is the compute dtype.", file=sys.stderr)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Model(
         path=path,
         decoder=load_decoder(contents, trust=trust).to(device),
-        tokenizer=TextTokenizer.from_entry(ours),
-        context_length=ours.get("context_length") if context_length is None else context_length,
+        tokenizer=TextTokenizer.from_entry(entry),
+        context_length=entry.get("context_length") if context_length is None else context_length,
     )

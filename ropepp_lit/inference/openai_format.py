@@ -1,4 +1,4 @@
-"""OpenAI's format of chat and text completions: what requests may say, and how answers and errors are written.
+"""OpenAI's format of chat and text completions: requests, responses and errors.
 
 https://platform.openai.com/docs/api-reference/chat and https://platform.openai.com/docs/api-reference/completions
 """
@@ -20,7 +20,7 @@ from ropepp_lit.json_files import parse_json
 WITHOUT_EFFECT = {
     "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
 }  # fmt: skip
-"""Keys about accounts and their bookkeeping: any value is accepted."""
+"""Keys that are ignored, such as account metadata."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -37,21 +37,21 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "top_logprobs": (0,),
 }
-"""Values that ask for nothing, of keys that are not supported."""
+"""Accepted values of unsupported keys, which have no effect."""
 
 
 AnyRequest = TypeVar("AnyRequest", bound="CompletionRequest")
 
 
 class StreamOptions(BaseModel):
-    """Of a streamed answer."""
+    """Options of a streamed response."""
 
     include_usage: bool = False
-    """End with a chunk that counts tokens."""
+    """Whether to end with a chunk with token counts."""
 
 
 class CompletionRequest(BaseModel):
-    """What is asked for; None leaves a setting to the server."""
+    """Parameters of a request; None means the server's default."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -61,12 +61,12 @@ class CompletionRequest(BaseModel):
     top_p: float | None = None
     stop: str | list[str] | None = None
     seed: int | None = None
-    """None draws one."""
+    """Random seed; None means a random one."""
     n: int = Field(1, ge=1, le=128)
     stream: bool = False
     stream_options: StreamOptions | None = None
     top_k: int | None = None
-    """This and the next two are not OpenAI's."""
+    """Extension, like `min_p` and `repetition_penalty`."""
     min_p: float | None = None
     repetition_penalty: float | None = None
 
@@ -77,48 +77,50 @@ class CompletionRequest(BaseModel):
 
     @property
     def max_new_tokens(self) -> int | None:
-        """Tokens of an answer at most."""
+        """Maximum number of tokens to generate."""
         return self.max_tokens
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
-        """Texts that end an answer."""
+        """Texts that end the generation."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a streamed answer ends with a chunk that counts tokens."""
+        """Whether a streamed response ends with a chunk with token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
 class TextRequest(CompletionRequest):
-    """A text that is to be continued."""
+    """Request for a text completion."""
 
     prompt: str
 
 
 class ChatRequest(CompletionRequest):
-    """A conversation that is to be answered."""
+    """Request for a chat completion."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    """`max_tokens` by its new name."""
+    """New name of `max_tokens`."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """Further variables of the chat template; not OpenAI's."""
+    """Additional variables of the chat template; an extension."""
 
     @property
     def max_new_tokens(self) -> int | None:
-        """Tokens of an answer at most."""
+        """Maximum number of tokens to generate."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-def refusal(message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> HTTPException:
-    """A request that cannot be answered as it is."""
+def request_error(
+    message: str, *, param: str | None = None, code: str | None = None, status: int = 400
+) -> HTTPException:
+    """Create the exception for a request that cannot be processed."""
     return HTTPException(status, {"message": message, "param": param, "code": code})
 
 
 def error_body(error: StarletteHTTPException) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+    """Return the body of an error response in OpenAI's format."""
     detail: Any = error.detail
     detail = detail if isinstance(detail, dict) else {"message": str(detail)}
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
@@ -126,38 +128,40 @@ def error_body(error: StarletteHTTPException) -> dict[str, Any]:
 
 
 def parse(body: bytes, kind: type[AnyRequest]) -> AnyRequest:
-    """Read a request of a kind.
+    """Parse and validate the body of a request.
 
     Raises:
-        HTTPException: 400, which says what is wrong with which key.
+        HTTPException: 400, with the key that is wrong and the reason.
     """
     try:
         values = parse_json(body)
     except ValueError as error:
-        raise refusal(f"the body is not JSON ({error})") from error
+        raise request_error(f"the body is not JSON ({error})") from error
     if not isinstance(values, dict):
-        raise refusal("the body is not a JSON object")
+        raise request_error("the body is not a JSON object")
     try:
         request = kind.model_validate(values)
     except ValidationError as error:
-        found = error.errors()[0]
-        place = [str(part) for part in found["loc"]]  # none where a key is no Unicode
-        raise refusal(f"{'.'.join(place) or 'the body'}: {found['msg']}", param=place[0] if place else None) from error
+        first = error.errors()[0]
+        keys = [str(part) for part in first["loc"]]  # empty if a key is not valid Unicode
+        message = f"{'.'.join(keys) or 'the body'}: {first['msg']}"
+        raise request_error(message, param=keys[0] if keys else None) from error
     for key, value in (request.model_extra or {}).items():
         if value is not None and key not in WITHOUT_EFFECT and value not in NEUTRAL.get(key, ()):
-            raise refusal(f"{key}: not supported by this server; leave it out", param=key, code="unsupported_parameter")
+            message = f"{key}: not supported by this server; omit it"
+            raise request_error(message, param=key, code="unsupported_parameter")
     return request
 
 
-class Answer:
-    """Writes what the model's process says of a request.
+class ResponseFormatter:
+    """Converts the worker's output for a request to OpenAI's format.
 
-    Its items are objects with `index`, the number of the choice, and: first `prompt_tokens`, then `text` any number of
-    times, last `finish_reason` and `completion_tokens`.
+    The output is a sequence of dicts with `index`, the index of the choice, and: first `prompt_tokens`, then any number
+    of `text`, finally `finish_reason` and `completion_tokens`.
 
     Args:
-        request: What is answered.
-        model: The model's name.
+        request: The request.
+        model: Name of the model.
     """
 
     def __init__(self, request: CompletionRequest, model: str) -> None:
@@ -166,8 +170,8 @@ class Answer:
         self._head = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
         self._prompt_tokens = self._completion_tokens = 0
 
-    async def whole(self, items: AsyncIterable[dict[str, Any]]) -> dict[str, Any]:
-        """The answer as one object."""
+    async def complete(self, items: AsyncIterable[dict[str, Any]]) -> dict[str, Any]:
+        """Return the response as a single object."""
         texts, reasons = [""] * self._request.n, [""] * self._request.n
         async for item in items:
             self._count(item)
@@ -175,19 +179,19 @@ class Answer:
             reasons[item["index"]] = item.get("finish_reason", "")
         choices = []
         for index, (text, reason) in enumerate(zip(texts, reasons, strict=True)):
-            said = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
-            choices.append({"index": index, **said, "finish_reason": reason})
+            content = {"message": {"role": "assistant", "content": text}} if self._is_chat else {"text": text}
+            choices.append({"index": index, **content, "finish_reason": reason})
         kind = "chat.completion" if self._is_chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices, "usage": self._usage}
 
     async def events(self, items: AsyncIterable[dict[str, Any]]) -> AsyncIterator[str]:
-        """The answer as server-sent events."""
+        """Yield the response as server-sent events."""
         try:
             async for item in items:
                 self._count(item)
                 choice = {"index": item["index"], **self._part(item), "finish_reason": item.get("finish_reason")}
                 yield self._event([choice], {"usage": None} if self._request.includes_usage else {})
-        except HTTPException as error:  # the status has been sent long ago
+        except HTTPException as error:  # the status has already been sent
             yield f"data: {json.dumps(error_body(error))}\n\n"
             return
         if self._request.includes_usage:
@@ -207,7 +211,7 @@ class Answer:
         return {**counts, "total_tokens": sum(counts.values())}
 
     def _count(self, item: dict[str, Any]) -> None:
-        self._prompt_tokens = item.get("prompt_tokens", self._prompt_tokens)  # of one prompt, however many choices
+        self._prompt_tokens = item.get("prompt_tokens", self._prompt_tokens)  # counted once for all choices
         self._completion_tokens += item.get("completion_tokens", 0)
 
     def _event(self, choices: list[dict[str, Any]], more: dict[str, Any]) -> str:

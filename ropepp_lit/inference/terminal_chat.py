@@ -1,4 +1,4 @@
-"""A conversation in the terminal, or of lines from a pipe."""
+"""Interactive chat in the terminal, or with messages from a pipe."""
 
 from __future__ import annotations
 
@@ -13,33 +13,32 @@ from ropepp_lit.text.stream import REPLACEMENT
 
 HELP = """\
 Each line is a message to the model.
-  /reset      begin a new conversation
-  /save FILE  write the messages into a new file of JSON lines, which prepare --format chat reads
-  /help       show this
-Ctrl-C ends a reply, or clears the line; Ctrl-D ends the conversation. A message that begins with / needs a space before
-it."""
+  /reset      start a new conversation
+  /save FILE  write the messages to a new JSON Lines file for prepare --format chat
+  /help       show this help
+Ctrl-C stops a reply, or clears the line; Ctrl-D ends the chat. A message that starts with / needs a space before it."""
 
 _CONTROLS = {code: REPLACEMENT for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""A model may write characters that a terminal takes for commands."""
+"""Replacements of control characters, which a terminal would interpret."""
 
 
 def notify(text: str) -> None:
-    """Print a notice, on stderr, so that piped output holds replies alone."""
+    """Print a notice on stderr, so that piped output contains only replies."""
     print(f"[{text}]", file=sys.stderr, flush=True)
 
 
 def talk(conversation: Conversation) -> None:
-    """Read messages from stdin and print replies, until the input ends."""
+    """Read messages from stdin and print replies until the end of the input."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
-        with contextlib.suppress(ImportError):  # some builds of Python lack it
-            import readline  # noqa: F401  (input() edits lines by it)
+        with contextlib.suppress(ImportError):  # missing in some builds of Python
+            import readline  # noqa: F401  (enables line editing in input())
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     while True:
         try:
             line = input(f"[{conversation.status}] > " if is_terminal else "")
-            _answer(conversation, line)
+            _process_line(conversation, line)
         except EOFError:
             if is_terminal:
                 print()
@@ -52,10 +51,10 @@ def talk(conversation: Conversation) -> None:
             notify(str(error))
 
 
-def _answer(conversation: Conversation, line: str) -> None:
-    """Do what a line asks for."""
+def _process_line(conversation: Conversation, line: str) -> None:
+    """Run a command, or print the reply to a message."""
     if line.startswith("/"):
-        _obey(conversation, line)
+        _run_command(conversation, line)
     elif line.strip():
         reply = conversation.ask(line.strip())
         try:
@@ -66,16 +65,16 @@ def _answer(conversation: Conversation, line: str) -> None:
             reply.close()
 
 
-def _obey(conversation: Conversation, line: str) -> None:
+def _run_command(conversation: Conversation, line: str) -> None:
     name, _, rest = line.partition(" ")
     if name == "/help":
         print(HELP)
     elif name == "/reset":
         conversation.reset()
-        notify("a new conversation")
+        notify("new conversation")
     elif name == "/save":
         if not rest.strip():
-            raise UsageError("/save needs the name of a file")
+            raise UsageError("/save requires a file name")
         conversation.save(rest.strip())
         notify(f"saved: {rest.strip()}")
     else:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval.models import Model
-from ropepp_lit.eval.tasks import Settings, averages, check, measure
+from ropepp_lit.eval.tasks import EvaluationSettings, averages, check_units, measure_unit
 from ropepp_lit.nn import Decoder
 from ropepp_lit.sizes import parse_tokens
 from ropepp_lit.train.causal_lm import CausalLM
@@ -105,7 +105,7 @@ class Evaluation(EveryNSteps):
         names = tuple(word.strip() for word in tasks.split(",") if word.strip())
         try:
             sizes = tuple(parse_tokens("lengths", lengths))
-            self.settings = Settings(tasks=names, lengths=sizes, limit=limit, seed=seed)
+            self.settings = EvaluationSettings(tasks=names, lengths=sizes, limit=limit, seed=seed)
         except UsageError as error:
             raise UsageError(f"evaluation.{error}") from error
         if self.settings.kinds - set(KINDS):
@@ -117,7 +117,7 @@ class Evaluation(EveryNSteps):
             return
         try:
             model = self._model(decoder, data)
-            check(model, self.settings.units(model), self.settings.request(min(self.settings.lengths)))
+            check_units(model, self.settings.units(model), self.settings.request(min(self.settings.lengths)))
         except UsageError as error:
             raise UsageError(f"evaluation.{error}") from error
 
@@ -133,7 +133,7 @@ class Evaluation(EveryNSteps):
             measurements = [
                 item
                 for unit in self.settings.units(model)
-                for item in measure(model, unit, self.settings, texts=texts, documents=documents).measurements
+                for item in measure_unit(model, unit, self.settings, texts=texts, documents=documents).measurements
                 if item.position is None and item.depth is None
             ]
         values = {}

@@ -18,7 +18,7 @@ SCHEMES = {"rope": RoPE(), "eh": RoPEPP(variant="eh"), "ec": RoPEPP(variant="ec"
 
 @pytest.fixture(scope="session")
 def small_checkpoints(tmp_path_factory):
-    """Checkpoints of random models that read bytes, by variant."""
+    """Paths of checkpoints of random models with byte tokenizers, by variant."""
     folder, paths = tmp_path_factory.mktemp("models"), {}
     tokenizer = byte_tokenizer()
     config = DecoderConfig(
@@ -45,7 +45,7 @@ def small_checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def documents():
-    """Texts of different lengths, one of a single character, one with letters beyond ASCII."""
+    """Texts of different lengths, one with a single character, one with non-ASCII letters."""
     return ["x", "A short text.", "Größe über alles: ä, ö, ü. " * 5, " ".join(str(n * n) for n in range(150))]
 
 
@@ -56,9 +56,9 @@ MODELS = ("RoPE", "RoPE++ EH", "RoPE++ EC")
 
 
 def measurements(model, run, *, tasks, documents=24):
-    """What a run might measure: the models differ little at 256 tokens and much behind it."""
+    """Yield plausible measurements of a run; the models differ little at 256 tokens and much beyond."""
     noise = np.random.default_rng(100 * model + run)
-    texts = np.random.default_rng(7)  # every model reads the same documents
+    texts = np.random.default_rng(7)  # the same documents for every model
     hard = texts.normal(0, 0.25, documents)
     slope, skill = (0.16, 0.11, 0.1)[model % 3] + 0.01 * (model // 3), (0.5, 0.55, 0.68)[model % 3]
     seed = noise.normal(0, 0.015)
@@ -121,7 +121,7 @@ def measurements(model, run, *, tasks, documents=24):
 
 
 def harness(place):
-    """Two tasks, one of them with two filters and a metric of which less is better."""
+    """Yield measurements of lm-eval tasks: one with two filters, one with a metric for which lower is better."""
     draw = np.random.default_rng(place)
     for task, metric, rate, higher in (
         ("gsm8k", "exact_match,strict-match", 0.0, True), ("gsm8k", "exact_match,flexible-extract", 0.4, True),
@@ -140,9 +140,9 @@ TASKS = ("perplexity", "retrieval", "noise", "attention", "harness")
 
 
 def make_results(*, names=MODELS, tasks=TASKS, runs=2):
-    """Results as `evaluate` hands them over."""
-    found = [(name, measurements(place, run, tasks=tasks)) for place, name in enumerate(names) for run in range(runs)]
-    scores = summarize(found, seeds=[run for _ in names for run in range(runs)])
+    """Return results as `evaluate` passes them to `write_report`."""
+    entries = [(name, measurements(place, run, tasks=tasks)) for place, name in enumerate(names) for run in range(runs)]
+    scores = summarize(entries, seeds=[run for _ in names for run in range(runs)])
     return {
         "format_version": 1,
         "command": "ropepp-lit evaluate runs/rope/checkpoints/last.ckpt runs/ec/checkpoints/last.ckpt --out runs/page",
@@ -165,7 +165,7 @@ def make_results(*, names=MODELS, tasks=TASKS, runs=2):
 
 
 def answers():
-    """Lines of answers.jsonl: of two runs of each model; examples 3 to 5 of `single` are wrong at 1,024 tokens."""
+    """Yield lines of answers.jsonl, of two runs per model; examples 3 to 5 of `single` are wrong at 1,024 tokens."""
     for place, name in enumerate(MODELS):
         for run, length in itertools.product(range(2), (256, 1024, 2048)):
             for number in range(8):
@@ -190,7 +190,7 @@ def results():
 
 @pytest.fixture(scope="session")
 def folder(results, tmp_path_factory):
-    """A report of all tasks, in a folder that held a map of attention."""
+    """Folder of a report of all tasks, which also has an attention map."""
     folder = tmp_path_factory.mktemp("report")
     figure = Figure(figsize=(3, 3))
     figure.subplots().imshow(np.tril(np.ones((16, 16))))

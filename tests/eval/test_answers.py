@@ -1,4 +1,4 @@
-"""Answers to held-out prompts: their loss, and how near the written ones are to the expected ones."""
+"""Answers to held-out prompts: loss of the expected answers, and comparison with the generated ones."""
 
 import json
 
@@ -42,7 +42,7 @@ def chat_folder(tmp_path_factory):
     [
         ("Return the name.", "Return the name.", 1, 1),
         (" Return the name.\n", "Return the name.", 1, 1),
-        ("return the name", "Return the name.", 0, 1),  # ROUGE reads letters and digits in small letters
+        ("return the name", "Return the name.", 0, 1),  # ROUGE ignores case and punctuation
         ("Return a name", "Return the name", 0, 2 / 3),
         ("name the return", "return the name", 0, 1 / 3),
         ("", "Return the name.", 0, 0),
@@ -55,7 +55,7 @@ def test_scores(written, expected, exact, rouge):
 
 @torch.inference_mode()
 @pytest.mark.parametrize("variant", ["rope", "ec"])
-def test_the_loss_is_that_of_the_answers_alone(small_checkpoints, tmp_path, variant):
+def test_loss_covers_only_the_answers(small_checkpoints, tmp_path, variant):
     model = load(small_checkpoints[variant])
     source = write(tmp_path / "pairs.jsonl", PAIRS)
     loss, exact, rouge = answers.Answers(str(source)).measure(model, Request(length=None, lengths=(512,), limit=50))
@@ -74,13 +74,14 @@ def test_the_loss_is_that_of_the_answers_alone(small_checkpoints, tmp_path, vari
     assert not loss.is_proportion
 
 
-def test_what_is_written_is_what_each_prompt_gets_alone(small_checkpoints, tmp_path):
+def test_batched_answers_equal_single_ones(small_checkpoints, tmp_path):
     model = load(small_checkpoints["ec"])
     pairs = answers.read_pairs(model, str(write(tmp_path / "pairs.jsonl", PAIRS)), limit=50)
-    assert [text for pair in pairs for text in answers.write(model, [pair])] == answers.write(model, pairs)
+    single = [text for pair in pairs for text in answers.generate_answers(model, [pair])]
+    assert single == answers.generate_answers(model, pairs)
 
 
-def test_the_last_answer_of_a_conversation_is_expected(chat_folder, tmp_path):
+def test_the_last_answer_of_a_conversation_is_the_expected_one(chat_folder, tmp_path):
     model = load(chat_folder)
     pairs = answers.read_pairs(model, str(write(tmp_path / "chats.jsonl", CHATS)), limit=50)
     decoded = {(model.tokenizer.decode(pair.prompt), model.tokenizer.decode(pair.answer).strip()) for pair in pairs}
@@ -91,7 +92,7 @@ def test_the_last_answer_of_a_conversation_is_expected(chat_folder, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"text": "no pair"}], r"'chat_template_kwargs'; write prompt and completion, or messages"),
+        ([{"text": "no pair"}], r"'chat_template_kwargs'; use the columns prompt and completion, or messages"),
         ([], "pairs.jsonl: no rows; name files of prompts and answers"),
         ([{"messages": [{"role": "user", "content": "Well?"}]}], "no prompt before an answer"),
         ([{"prompt": "x", "completion": ""}], "an empty completion"),
@@ -99,22 +100,22 @@ def test_the_last_answer_of_a_conversation_is_expected(chat_folder, tmp_path):
         ([PAIRS[0], "text"], "pairs.jsonl:2"),
     ],
 )
-def test_rows_that_are_no_pairs_are_refused(chat_folder, tmp_path, run, rows, message):
+def test_rows_without_prompt_and_answer_are_rejected(chat_folder, tmp_path, run, rows, message):
     source = write(tmp_path / "pairs.jsonl", rows)
     options = ["--tasks", f"answers:{source}", "--out", tmp_path / "out"]
-    found = run("evaluate", chat_folder, *options, cwd=tmp_path, returncode=2)
-    assert message in found.stderr
-    assert len(found.stderr.strip().splitlines()) == 1
+    process = run("evaluate", chat_folder, *options, cwd=tmp_path, returncode=2)
+    assert message in process.stderr
+    assert len(process.stderr.strip().splitlines()) == 1
 
 
-def test_a_model_without_a_chat_template_cannot_read_conversations(small_checkpoints, tmp_path, run):
+def test_conversations_require_a_chat_template(small_checkpoints, tmp_path, run):
     source = write(tmp_path / "chats.jsonl", CHATS)
     options = ["--tasks", f"answers:{source}", "--out", tmp_path / "out"]
-    found = run("evaluate", small_checkpoints["ec"], *options, cwd=tmp_path, returncode=2)
-    assert "no chat template" in found.stderr
+    process = run("evaluate", small_checkpoints["ec"], *options, cwd=tmp_path, returncode=2)
+    assert "no chat template" in process.stderr
 
 
-def test_evaluate_puts_answers_on_the_page(small_checkpoints, tmp_path, run):
+def test_page_shows_answers(small_checkpoints, tmp_path, run):
     source = write(tmp_path / "pairs.jsonl", PAIRS)
     models = [small_checkpoints["rope"], small_checkpoints["ec"]]
     options = ["--tasks", f"answers:{source}", "--out", tmp_path / "out", "--limit", 5]
@@ -126,7 +127,7 @@ def test_evaluate_puts_answers_on_the_page(small_checkpoints, tmp_path, run):
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Answers to held-out prompts" in page
     assert "ROUGE-L" in page
-    write(source, PAIRS[:4])  # another content is measured anew
+    write(source, PAIRS[:4])  # changed content is measured again
     run("evaluate", *models, *options, cwd=tmp_path)
     scores = json.loads((tmp_path / "out" / "results.json").read_text())["scores"]
     assert {row["examples"] for row in scores} == {4}

@@ -1,4 +1,4 @@
-"""The command, from checkpoints to a page."""
+"""The command `evaluate`, from checkpoints to the page."""
 
 import csv
 import json
@@ -24,17 +24,17 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(run, small_checkpoints, text, tmp_path_factory):
-    """The folder of an evaluation of two models, one of them with two runs."""
+    """Folder and arguments of an evaluation of two models, one of them with two runs."""
     folder = tmp_path_factory.mktemp("evaluated")
     models = [f"{name}={small_checkpoints[key]}" for name, key in (("RoPE", "rope"), ("EC", "ec"), ("EC", "eh"))]
     tasks = "perplexity,retrieval:single+multikey,noise:perplexity,attention"
     options = ["--tasks", tasks, "--lengths", "256,512", "--limit", 4, "--text", text, "--noise_std", "0,1"]
-    said = run("evaluate", *models, *options, "--out", "out", cwd=folder).stdout
-    assert "Everything is in out; read out/index.html" in said
+    output = run("evaluate", *models, *options, "--out", "out", cwd=folder).stdout
+    assert "Everything is in out; read out/index.html" in output
     return folder, [*models, *options]
 
 
-def test_results_hold_what_was_asked_and_what_is_needed_to_repeat_it(evaluated, small_checkpoints):
+def test_results_contain_scores_and_settings(evaluated, small_checkpoints):
     results = json.loads((evaluated[0] / "out" / "results.json").read_text())
     assert results["command"].startswith("ropepp-lit evaluate RoPE=")
     assert [model["name"] for model in results["models"]] == ["RoPE", "EC", "EC"]
@@ -46,9 +46,9 @@ def test_results_hold_what_was_asked_and_what_is_needed_to_repeat_it(evaluated, 
     assert results["settings"]["documents"] == 4
     rows = results["scores"]
 
-    def pick(**wanted):
+    def pick(**columns):
         empty = {"position": None, "depth": None, "noise_std": None}
-        return [row for row in rows if all(row[key] == value for key, value in {**empty, **wanted}.items())]
+        return [row for row in rows if all(row[key] == value for key, value in {**empty, **columns}.items())]
 
     for model, runs in (("RoPE", 1), ("EC", 2)):
         for length in (256, 512):
@@ -69,16 +69,16 @@ def test_results_hold_what_was_asked_and_what_is_needed_to_repeat_it(evaluated, 
         assert len(list(csv.DictReader(file))) == len(rows)
 
 
-def test_a_page_plots_and_events_are_there(evaluated):
+def test_page_plots_and_events_are_written(evaluated):
     out = evaluated[0] / "out"
     page = (out / "index.html").read_text()
     assert "RoPE" in page
     assert "data:image/png;base64," in page
-    assert len(list(out.glob("attention-*.png"))) == 4  # of each name and length, the last run's
+    assert len(list(out.glob("attention-*.png"))) == 4  # for each name and length, of the last run
     assert list((out / "tensorboard").rglob("events.out.*"))
 
 
-def test_the_same_command_takes_up_what_is_kept(evaluated, run, tmp_path):
+def test_the_same_command_reuses_cached_results(evaluated, run, tmp_path):
     folder, arguments = evaluated
     shutil.copytree(folder / "out", tmp_path / "out")
     before = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -93,7 +93,7 @@ def test_the_same_command_takes_up_what_is_kept(evaluated, run, tmp_path):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["scores"] == before["scores"]
 
 
-def test_text_held_out_by_the_run_and_a_hugging_face_folder(run, tiny, tmp_path):
+def test_held_out_text_and_a_hugging_face_folder(run, tiny, tmp_path):
     run("fit", *tiny, "--trainer.max_steps", 2, "--trainer.default_root_dir", "trained", cwd=tmp_path)
     options = ["--tasks", "perplexity", "--lengths", 64, "--out"]
     run("evaluate", "trained/checkpoints/last.ckpt", *options, "one", cwd=tmp_path)
@@ -113,12 +113,12 @@ def test_text_held_out_by_the_run_and_a_hugging_face_folder(run, tiny, tmp_path)
 
 
 def held_out_lengths(shards):
-    """Tokens of the documents that are held out, beside those that open and close them."""
+    """Return the number of tokens of each held-out document, without BOS and EOS."""
     manifest = Manifest.read(shards)
     return [len(ids) - 2 for ids in TokenShards(shards, manifest, "validation").documents()]
 
 
-def test_a_mixture_is_read_from_every_set_and_other_runs_are_named(run, tiny, texts, tmp_path):
+def test_mixtures_are_evaluated_by_set_with_notices_for_other_runs(run, tiny, texts, tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         for path in sorted(texts.iterdir())[name == "second" :: 2]:
@@ -131,7 +131,7 @@ def test_a_mixture_is_read_from_every_set_and_other_runs_are_named(run, tiny, te
         run("fit", *tiny, *options, cwd=tmp_path)
     models = ["mixed/checkpoints/last.ckpt", "other/checkpoints/last.ckpt"]
     options = ["--tasks", "perplexity", "--lengths", "32,64", "--limit", 3, "--out", "out"]
-    said = run("evaluate", *models, *options, cwd=tmp_path).stdout
+    output = run("evaluate", *models, *options, cwd=tmp_path).stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["settings"]["sets"] == ["first", "second"]
     assert results["settings"]["documents"] == 6
@@ -146,37 +146,37 @@ def test_a_mixture_is_read_from_every_set_and_other_runs_are_named(run, tiny, te
     assert (share["length"], 30 < share["value"] < 60) == (64, True)
     (notice,) = results["notices"]
     assert notice.startswith("other was not trained on the first model's data")
-    assert notice in said
+    assert notice in output
     lengths = {name: held_out_lengths(tmp_path / "shards" / name) for name in ("first", "second")}
-    most = min(max(found) for found in lengths.values())
-    (short,) = [name for name, found in lengths.items() if max(found) == most]
+    most = min(max(sizes) for sizes in lengths.values())
+    (short,) = [name for name, sizes in lengths.items() if max(sizes) == most]
     longer = [*options[:-1], "long", "--min_tokens", most + 1]
-    said = run("evaluate", models[0], *longer, cwd=tmp_path).stdout
-    assert f"of the held-out sets {short} holds no document of {most + 1:,} tokens or more and is left out" in said
+    output = run("evaluate", models[0], *longer, cwd=tmp_path).stdout
+    assert f"the held-out set {short} has no document of {most + 1:,} tokens or more and is skipped" in output
     options = [*options[:-1], "text", "--text", "first"]
     run("evaluate", *models, *options, cwd=tmp_path)
     notices = json.loads((tmp_path / "text" / "results.json").read_text())["notices"]
     assert [line.split(":")[0] for line in notices] == ["mixed was trained on first", "other was trained on first"]
 
 
-def test_text_by_a_key_with_empty_lines_and_of_models_that_do_not_say_what_they_read(run, small_checkpoints, tmp_path):
+def test_text_key_and_split_with_models_without_training_data(run, small_checkpoints, tmp_path):
     rows = [{"body": f"Document {number}. " * 20} for number in range(5)] + [{"body": ""}]
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "rows.jsonl").write_text("\n\n".join(lines) + "\n\n")
     (tmp_path / "parts.txt").write_text("One part.\n<end>\nAnother one.\n<end>\nA third.\n")
     options = ["--tasks", "perplexity", "--lengths", 64, "--out", "out", "--text", "rows.jsonl", "--text_key", "body"]
     models = [f"A={small_checkpoints['rope']}", f"B={small_checkpoints['ec']}"]
-    said = run("evaluate", *models, *options, cwd=tmp_path).stdout
+    output = run("evaluate", *models, *options, cwd=tmp_path).stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["settings"]["documents"] == 5
     assert len(results["notices"]) == 2
-    assert "Note: B does not store what it was trained on" in said
+    assert "Note: B does not store its training data" in output
     options = ["--tasks", "perplexity", "--lengths", 64, "--out", "parts", "--text", "parts.txt", "--split=<end>"]
     run("evaluate", *models, *options, cwd=tmp_path)
     assert json.loads((tmp_path / "parts" / "results.json").read_text())["settings"]["documents"] == 3
 
 
-def test_a_run_counts_once_and_one_model_is_in_memory_at_a_time(small_checkpoints, text, tmp_path, monkeypatch):
+def test_only_one_model_is_in_memory_and_duplicate_runs_are_rejected(small_checkpoints, text, tmp_path, monkeypatch):
     import gc
     import weakref
 
@@ -200,19 +200,19 @@ def test_a_run_counts_once_and_one_model_is_in_memory_at_a_time(small_checkpoint
     evaluate(*paths, out=str(tmp_path / "out"), **options)
     assert len(alive) == 3
     evaluate(*paths, out=str(tmp_path / "out"), **options)
-    assert len(alive) == 3  # all is kept, so no weights are read
+    assert len(alive) == 3  # all results are cached, so no weights are loaded
     with pytest.raises(UsageError, match=r"checkpoints: .*rope.ckpt and .*rope.ckpt are the same run of A; name it"):
         evaluate(f"A={paths[0]}", f"A={paths[0]}", out=str(tmp_path / "twice"), **options)
 
 
-def test_a_checkpoint_that_is_replaced_after_the_beginning_is_refused(small_checkpoints, text, tmp_path, monkeypatch):
-    """As `last.ckpt` of a run that goes on training: its measurements would be kept as another checkpoint's."""
+def test_a_checkpoint_that_changes_during_the_evaluation_is_rejected(small_checkpoints, text, tmp_path, monkeypatch):
+    """For example `last.ckpt` during training; its results would be cached for the previous checkpoint."""
     from ropepp_lit.commands.evaluate import evaluate
     from ropepp_lit.errors import UsageError
     from ropepp_lit.eval import pieces
 
     path = shutil.copyfile(small_checkpoints["rope"], tmp_path / "last.ckpt")
-    monkeypatch.setattr(pieces, "check", lambda *_, **__: shutil.copyfile(small_checkpoints["ec"], path))
+    monkeypatch.setattr(pieces, "check_units", lambda *_, **__: shutil.copyfile(small_checkpoints["ec"], path))
     options = {"tasks": "perplexity", "lengths": "64", "text": str(text), "limit": 2}
     with pytest.raises(UsageError, match=r"last.ckpt: was changed after the evaluation began; run the command again"):
         evaluate(str(path), out=str(tmp_path / "out"), **options)
@@ -220,13 +220,13 @@ def test_a_checkpoint_that_is_replaced_after_the_beginning_is_refused(small_chec
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "output"),
     [
         (
             ["--tasks", "speed"],
-            "tasks: no task 'speed'; choose of perplexity, longppl, retrieval, ruler, recall, induction",
+            "tasks: no task 'speed'; choose from perplexity, longppl, retrieval, ruler, recall, induction",
         ),
-        (["--tasks", "retrieval:none"], "tasks: retrieval has no family 'none'; choose of single, multikey"),
+        (["--tasks", "retrieval:none"], "tasks: retrieval has no family 'none'; choose from single, multikey"),
         (
             ["--tasks", "noise:attention"],
             "tasks: noise is for perplexity and prompts, not attention",
@@ -235,41 +235,44 @@ def test_a_checkpoint_that_is_replaced_after_the_beginning_is_refused(small_chec
         (["--lengths", "long"], "lengths: 'long' is no number of tokens such as 512 or 64k"),
         (["--lengths", "100000000k"], "lengths: 102,400,000,000 tokens need about"),
         (["--tasks", "retrieval:single", "--lengths", "20"], "lengths: 20 tokens are too few for retrieval:single"),
-        (["--tasks", "attention", "--lengths", "64k"], "text: attention at 65,536 tokens needs a document as long"),
+        (
+            ["--tasks", "attention", "--lengths", "64k"],
+            "text: attention at 65,536 tokens needs a document of this length",
+        ),
         (["--limit", "0"], "limit: 0 must be 1 or more"),
         (["--stride", "4096"], "stride: 4096 must be 1 or more, and no more than the shortest of lengths"),
         (["--noise_std", "loud"], "noise_std: 'loud' must be numbers with commas"),
         (["--noise_std=-1"], "noise_std: give standard deviations of 0 or more"),
         (["--dtype", "int8"], "dtype: 'int8' must be float32 or bfloat16"),
         (["--text", "nowhere"], "text: nowhere: no such file or folder"),
-        (["--text", "empty.txt"], "text: empty.txt holds no document"),
+        (["--text", "empty.txt"], "text: empty.txt has no document"),
         (["--text", "empty.txt,"], "text: a source has an empty name"),
         (
             ["--text", "latin.txt"],
             "text: latin.txt: not UTF-8; convert it by `iconv -f ENCODING -t UTF-8`, or leave the file out",
         ),
-        (["--min_tokens", "100000"], "holds no document of 100,000 tokens or more"),
+        (["--min_tokens", "100000"], "has no document of 100,000 tokens or more"),
         (["--out", "taken"], "out: taken holds something else than an evaluation"),
     ],
 )
-def test_mistakes(mistake, small_checkpoints, text, tmp_path, monkeypatch, options, said):
+def test_invalid_options(mistake, small_checkpoints, text, tmp_path, monkeypatch, options, output):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("  \n")
     (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("")
     defaults = {"--tasks": "perplexity", "--lengths": "64", "--text": str(text), "--out": "out"}
-    given = dict(zip(options[::2], options[1::2], strict=True)) if "=" not in options[0] else {}
-    words = [word for pair in {**defaults, **given}.items() for word in pair] + ([] if given else options)
-    assert said in mistake(str(small_checkpoints["ec"]), *words, subcommand="evaluate")
+    overrides = dict(zip(options[::2], options[1::2], strict=True)) if "=" not in options[0] else {}
+    words = [word for pair in {**defaults, **overrides}.items() for word in pair] + ([] if overrides else options)
+    assert output in mistake(str(small_checkpoints["ec"]), *words, subcommand="evaluate")
 
 
-def test_checkpoints_that_cannot_be_measured(mistake, small_checkpoints, text, tmp_path, monkeypatch):
+def test_invalid_checkpoints(mistake, small_checkpoints, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "checkpoints: name at least one" in mistake("--out", "out", subcommand="evaluate")
-    for before in ([], [str(small_checkpoints["ec"])]):  # which is not measured first
-        said = mistake(*before, "none.ckpt", "--text", str(text), "--out", "out", subcommand="evaluate")
-        assert "none.ckpt: no such checkpoint" in said
+    for before in ([], [str(small_checkpoints["ec"])]):  # the other checkpoint is not evaluated first
+        output = mistake(*before, "none.ckpt", "--text", str(text), "--out", "out", subcommand="evaluate")
+        assert "none.ckpt: no such checkpoint" in output
     (tmp_path / "cut.ckpt").write_bytes(small_checkpoints["ec"].read_bytes()[:1000])
     assert "cut.ckpt: not a readable checkpoint" in mistake("cut.ckpt", "--out", "out", subcommand="evaluate")
     import torch

@@ -1,29 +1,29 @@
-"""What models wrote: answers.jsonl, and the few examples of it on the page."""
+"""Answers of models: answers.jsonl, and the selected examples on the page."""
 
 import json
 
 import pytest
 from others import make_folder
 
-from ropepp_lit.eval.report.examples import MOST_CHARACTERS, choose_examples
+from ropepp_lit.eval.report.examples import MAX_CHARACTERS, choose_examples
 
 
-def test_examples_are_right_and_wrong_ones_of_the_longest_length_that_has_both(folder):
-    ((key, found),) = choose_examples(folder / "answers.jsonl").items()
-    assert (key, found["caption"]) == (("retrieval", "single"), "single at 1,024 tokens")
-    assert [line["expected"] for line in found["lines"]] == ["00.", "10.", "30.", "40."]
-    assert [[text["is_right"] for text in line["written"]] for line in found["lines"]] == [[True] * 3] * 2 + [
-        [False] * 3
-    ] * 2
-    assert [text["model"] for text in found["lines"][0]["written"]] == ["RoPE", "RoPE++ EH", "RoPE++ EC"]
-    assert all(len(line["prompt"]) == MOST_CHARACTERS + 1 for line in found["lines"])
+def test_examples_are_correct_and_wrong_answers_at_the_longest_length_with_both(folder):
+    ((key, section_examples),) = choose_examples(folder / "answers.jsonl").items()
+    assert (key, section_examples["caption"]) == (("retrieval", "single"), "single at 1,024 tokens")
+    assert [line["expected"] for line in section_examples["lines"]] == ["00.", "10.", "30.", "40."]
+    assert [[text["is_correct"] for text in line["written"]] for line in section_examples["lines"]] == [
+        [True] * 3
+    ] * 2 + [[False] * 3] * 2
+    assert [text["model"] for text in section_examples["lines"][0]["written"]] == ["RoPE", "RoPE++ EH", "RoPE++ EC"]
+    assert all(len(line["prompt"]) == MAX_CHARACTERS + 1 for line in section_examples["lines"])
     assert choose_examples(folder / "none.jsonl") == {}
 
 
-def test_the_page_shows_them_and_escapes_what_was_written(folder):
+def test_page_shows_examples_and_escapes_generated_text(folder):
     page = (folder / "index.html").read_text()
     section = page.partition('<h2 id="retrieval">')[2].partition("</section>")[0]
-    examples = section.partition("Examples of answers")[2].partition("</details>")[0]
+    examples = section.partition("Examples of correct and wrong answers")[2].partition("</details>")[0]
     assert examples.count("End of the prompt") == 4
     assert "&lt;b&gt;key 0&lt;/b&gt;\n &amp;amp; its value:" in examples
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in examples
@@ -31,7 +31,7 @@ def test_the_page_shows_them_and_escapes_what_was_written(folder):
 
 
 @pytest.mark.end_to_end
-def test_what_is_written_is_kept_line_by_line(run, small_checkpoints, tmp_path):
+def test_answers_are_written_as_json_lines(run, small_checkpoints, tmp_path):
     pairs = [{"prompt": f"{n} + {n} =", "completion": f" {2 * n}"} for n in range(3)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     make_folder("gpt2", tmp_path / "gpt2")
@@ -57,7 +57,7 @@ def test_what_is_written_is_kept_line_by_line(run, small_checkpoints, tmp_path):
     assert [line["depth"] for line in single[:3]] == [0.0, 0.25, 0.5]
     answers = [line for line in lines if line["task"] == "answers"]
     assert {(line["prompt"], line["expected"]) for line in answers} == {(f"{n} + {n} =", str(2 * n)) for n in range(3)}
-    assert "Examples of answers" in (tmp_path / "out" / "index.html").read_text()
+    assert "Examples of correct and wrong answers" in (tmp_path / "out" / "index.html").read_text()
     again = run("evaluate", models[0], "--tasks", "answers:pairs.jsonl", *options, cwd=tmp_path).stdout
     assert (
         "Note: the report in out also had the task retrieval:single, the task noise:retrieval:single, B (gpt2)" in again

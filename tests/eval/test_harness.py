@@ -1,4 +1,4 @@
-"""lm-eval's tasks on our decoder: the same numbers and texts as by lm-eval's `hf` model on an export."""
+"""lm-eval's tasks with our decoder have the same results as with lm-eval's `hf` model of an export."""
 
 import math
 
@@ -31,18 +31,18 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(small_checkpoints, tmp_path_factory):
-    """Hugging Face folders: of others, and exports of ours."""
-    made = {}
+    """Function that creates Hugging Face folders: models of other families, and exports of ours."""
+    created = {}
 
     def make(kind):
-        if kind not in made:
+        if kind not in created:
             folder = tmp_path_factory.mktemp("folders") / kind
             if kind in KINDS:
-                made[kind] = make_folder(kind, folder)
+                created[kind] = make_folder(kind, folder)
             else:
                 export(open_checkpoint(small_checkpoints[kind]), folder, dtype=None, max_shard_bytes=10**9, check=False)
-                made[kind] = folder
-        return made[kind]
+                created[kind] = folder
+        return created[kind]
 
     return make
 
@@ -63,11 +63,11 @@ def hf_model(folder, **options):
 def instances(kind, *arguments):
     from lm_eval.api.instance import Instance
 
-    return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
+    return [Instance(kind, {}, arguments_of_one, number) for number, arguments_of_one in enumerate(arguments)]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "eh", "ec"])
-def test_requests_are_answered_as_by_the_hf_model(folders, small_checkpoints, kind):
+def test_requests_match_the_hf_model(folders, small_checkpoints, kind):
     from ropepp_lit.eval.language_model import DecoderLM
 
     hf = hf_model(folders(kind))
@@ -78,41 +78,41 @@ def test_requests_are_answered_as_by_the_hf_model(folders, small_checkpoints, ki
         ("The quick brown", " fox"), ("The quick brown ", "fox"), ("The quick brown", " cat sleeps."), ("", "A fox"),
         (f"{first}The fox", " reads"), ("Two\n\nlines:", "\n漢字 🙂"), (LONG, " It ends."), ("a", LONG[:60]),
     )  # fmt: skip
-    found, wanted = ours.loglikelihood(pairs), hf.loglikelihood(pairs)
-    assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], rel=1e-5, abs=1e-4)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
-    assert ours.requests_cut == 1
-    assert ours.tokens_cut == sum(map(len, hf._encode_pair(LONG, " It ends."))) - MAX_LENGTH - 1
+    measurements, reference = ours.loglikelihood(pairs), hf.loglikelihood(pairs)
+    assert [value for value, _ in measurements] == pytest.approx([value for value, _ in reference], rel=1e-5, abs=1e-4)
+    assert [greedy for _, greedy in measurements] == [greedy for _, greedy in reference]
+    assert ours.num_truncated == 1
+    assert ours.num_truncated_tokens == sum(map(len, hf._encode_pair(LONG, " It ends."))) - MAX_LENGTH - 1
 
     texts = instances("loglikelihood_rolling", (LONG,), ("A fox.",), (LONG[:700],))
     assert ours.loglikelihood_rolling(texts) == pytest.approx(hf.loglikelihood_rolling(texts), rel=1e-5)
-    assert ours.requests_cut == 1
+    assert ours.num_truncated == 1
 
     stops = {"until": ["e", "\n\n"], "max_gen_toks": 24, "do_sample": False}
     free = {"until": [], "max_gen_toks": 40, "temperature": 0.0}
     prompts = [("The quick", stops), ("def add(", free), ("The fox reads 漢字", free), (LONG, free), ("Naïve", stops)]
     prompts = instances("generate_until", *prompts)
     assert ours.generate_until(prompts) == hf.generate_until(prompts)
-    assert ours.requests_cut == 2
+    assert ours.num_truncated == 2
 
 
 @pytest.mark.parametrize("kind", ["llama2", "ec"])
-def test_tasks_give_the_numbers_of_the_hf_model(folders, small_checkpoints, tasks, kind):
+def test_tasks_match_the_hf_model(folders, small_checkpoints, tasks, kind):
     from lm_eval.tasks import TaskManager
 
-    found, has_lengths = harness.run_task(
+    measurements, has_lengths = harness.run_at_length(
         load(small_checkpoints.get(kind, folders(kind))), PLAIN[:-1], length=64, limit=None,
         options=Options(include_path=tasks, max_length=MAX_LENGTH),
     )  # fmt: skip
-    wanted = lm_eval.simple_evaluate(
+    reference = lm_eval.simple_evaluate(
         model=hf_model(folders(kind)), tasks=list(PLAIN[:-1]), bootstrap_iters=0,
         task_manager=TaskManager(include_path=tasks, include_defaults=False),
     )["results"]  # fmt: skip
     assert has_lengths == []
-    assert len(found) == 14
-    for item in found:
+    assert len(measurements) == 14
+    for item in measurements:
         metric, _, filter_key = item.metric.partition(",")
-        value = wanted[item.part][f"{metric},{filter_key or 'none'}"]
+        value = reference[item.part][f"{metric},{filter_key or 'none'}"]
         if item.aggregation == "perplexity":
             assert math.log(item.value) == pytest.approx(math.log(value), rel=1e-5, abs=1e-4)
         else:
@@ -120,24 +120,24 @@ def test_tasks_give_the_numbers_of_the_hf_model(folders, small_checkpoints, task
         assert len(item.numerators) == 8
 
 
-def by_metric(found):
-    return {(item.part, item.metric): item for item in found}
+def by_metric(measurements):
+    return {(item.part, item.metric): item for item in measurements}
 
 
 @pytest.fixture(scope="module")
-def found(small_checkpoints, tasks):
-    """What all local tasks give, by task and metric."""
+def measurements(small_checkpoints, tasks):
+    """Measurements of all local tasks, by task and metric."""
     options = Options(include_path=tasks, max_length=MAX_LENGTH)
-    run, _ = harness.run_task(load(small_checkpoints["ec"]), PLAIN[:-1], length=64, limit=None, options=options)
+    run, _ = harness.run_at_length(load(small_checkpoints["ec"]), PLAIN[:-1], length=64, limit=None, options=options)
     return by_metric(run)
 
 
-def test_a_perplexity_is_that_of_the_task(found):
-    lambada = found["local_lambada", "perplexity"]
+def test_perplexity_matches_the_task(measurements):
+    lambada = measurements["local_lambada", "perplexity"]
     assert lambada.value == pytest.approx(math.exp(sum(lambada.numerators) / 8))
     assert lambada.value > 100  # not its inverse
     words = [float(len(text.split())) for text in _texts()]
-    assert found["local_rolling", "word_perplexity"].denominators == words
+    assert measurements["local_rolling", "word_perplexity"].denominators == words
 
 
 def _texts():
@@ -146,88 +146,94 @@ def _texts():
     return [document["text"] for document in DOCUMENTS[:8]]
 
 
-def test_each_filter_has_a_row_of_its_own(found):
-    strict = found["local_filters", "exact_match,strict-match"]
-    flexible = found["local_filters", "exact_match,flexible-extract"]
+def test_each_filter_has_its_own_row(measurements):
+    strict = measurements["local_filters", "exact_match,strict-match"]
+    flexible = measurements["local_filters", "exact_match,flexible-extract"]
     assert (strict.value, strict.numerators) == (1, [1.0] * 8)
     assert (flexible.value, flexible.numerators) == (0, [0.0] * 8)
     assert (strict.details["filter"], strict.details["examples"], strict.details["of"]) == ("strict-match", 8, 8)
 
 
-def test_the_task_says_which_direction_is_better(found):
-    directions = {metric: item.higher_is_better for (_, metric), item in found.items()}
+def test_higher_is_better_is_that_of_the_task(measurements):
+    directions = {metric: item.higher_is_better for (_, metric), item in measurements.items()}
     assert {metric for metric, higher in directions.items() if not higher} == {
         "brier_score", "word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity", "wer",
     }  # fmt: skip
 
 
-def test_how_it_was_measured_is_in_the_details(found):
-    details = found["local_choice", "acc"].details
+def test_details_contain_the_settings(measurements):
+    details = measurements["local_choice", "acc"].details
     assert (details["shots"], details["task_version"], details["lm-eval"]) == (2, 3, lm_eval.__version__)
     assert (details["max_length"], details["prompts_cut"], details["limit"]) == (MAX_LENGTH, 0, None)
 
 
-def test_options_reach_lm_eval(small_checkpoints, tasks):
+def test_options_are_passed_to_lm_eval(small_checkpoints, tasks):
     options = Options(include_path=tasks, max_length=MAX_LENGTH, num_fewshot=1)
-    few = harness.measure(load(small_checkpoints["ec"]), "local_choice", lengths=[64], limit=3, options=options)
+    few = harness.run_tasks(load(small_checkpoints["ec"]), "local_choice", lengths=[64], limit=3, options=options)
     for item in few:
         assert (item.details["shots"], item.details["examples"], item.details["of"]) == (1, 3, 8)
 
 
-def test_every_length_is_measured(small_checkpoints, tasks):
+def test_tasks_run_at_every_length(small_checkpoints, tasks):
     model = load(small_checkpoints["ec"])
     options = Options(include_path=tasks)
-    found = harness.measure(model, "local_needles", lengths=[4096, 512, 9000], limit=2, options=options)
-    assert [(item.length, item.metric, item.numerators) for item in found] == [
+    measurements = harness.run_tasks(model, "local_needles", lengths=[4096, 512, 9000], limit=2, options=options)
+    assert [(item.length, item.metric, item.numerators) for item in measurements] == [
         (length, "score", [float(length % 7)] * 2) for length in (4096, 512, 9000)
     ]
-    assert [item.details["max_length"] for item in found] == [4096, 512, 9000]
-    whole = harness.measure(model, "local_needles", lengths=[512], limit=None, options=options)
-    assert len(whole[0].numerators) == 6
-    plain = harness.measure(model, "local_rolling", lengths=[512, 1024], limit=1, options=options)
+    assert [item.details["max_length"] for item in measurements] == [4096, 512, 9000]
+    unlimited = harness.run_tasks(model, "local_needles", lengths=[512], limit=None, options=options)
+    assert len(unlimited[0].numerators) == 6
+    plain = harness.run_tasks(model, "local_rolling", lengths=[512, 1024], limit=1, options=options)
     assert [item.length for item in plain] == [None] * 3
 
 
-def test_what_a_model_does_not_read_is_said(small_checkpoints, tasks, capfd, monkeypatch):
-    monkeypatch.setenv("GIT_DIR", "nowhere")  # lm-eval's call of git would print an error
+def test_truncation_is_reported(small_checkpoints, tasks, capfd, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", "nowhere")  # a call of git by lm-eval would print an error
     options = Options(include_path=tasks, max_length=40)
-    (item, *_) = harness.measure(
+    (item, *_) = harness.run_tasks(
         load(small_checkpoints["ec"]), "local_lambada", lengths=[64], limit=None, options=options
     )
     assert item.details["prompts_cut"] > 0
-    line = f"{item.details['prompts_cut']} prompts or texts were longer than the 40 tokens that ec reads"
+    line = f"{item.details['prompts_cut']} prompts or texts were longer than the maximum length of 40 tokens of ec"
     errors = capfd.readouterr().err
     assert line in errors
     assert "fatal" not in errors
 
 
-def test_a_chat_template_is_used_where_it_is_asked_for(folders, tasks):
+def test_chat_template(folders, tasks):
     options = Options(include_path=tasks, max_length=400, apply_chat_template=True)
     chat = load(folders("chat"))
-    plain = harness.measure(chat, "local_lambada", lengths=[64], limit=2, options=Options(include_path=tasks))
-    found = harness.measure(chat, "local_lambada", lengths=[64], limit=2, options=options)
-    wanted = lm_eval.simple_evaluate(
+    plain = harness.run_tasks(chat, "local_lambada", lengths=[64], limit=2, options=Options(include_path=tasks))
+    measurements = harness.run_tasks(chat, "local_lambada", lengths=[64], limit=2, options=options)
+    reference = lm_eval.simple_evaluate(
         model=hf_model(folders("chat")), tasks=["local_lambada"], limit=2, bootstrap_iters=0, apply_chat_template=True,
         task_manager=lm_eval.tasks.TaskManager(include_path=tasks, include_defaults=False),
     )  # fmt: skip
-    (value, *_) = [item.value for item in found]
-    assert math.log(value) == pytest.approx(math.log(wanted["results"]["local_lambada"]["perplexity,none"]), abs=1e-4)
+    (value, *_) = [item.value for item in measurements]
+    assert math.log(value) == pytest.approx(
+        math.log(reference["results"]["local_lambada"]["perplexity,none"]), abs=1e-4
+    )
     assert value != plain[0].value
     with pytest.raises(UsageError, match=r"apply_chat_template: .* stores no chat template"):
-        harness.measure(load(folders("qwen")), "local_lambada", lengths=[64], limit=2, options=options)
+        harness.run_tasks(load(folders("qwen")), "local_lambada", lengths=[64], limit=2, options=options)
 
 
 @pytest.mark.parametrize(
     ("task", "settings", "message"),
     [
         ("local_sampled", "", "tasks: lm-eval: the task generates with num_beams=4, which is not supported"),
-        ("local_wer", "max_length: 8", "max_length: the task writes up to 8 tokens, and 8 are read and written"),
-        ("unsafe", "task: unsafe\nunsafe_code: true", "harness:unsafe runs code that the model writes"),
+        (
+            "local_wer",
+            "max_length: 8",
+            "max_length: the task generates up to 8 tokens, which leaves no space for a prompt within 8",
+        ),
+        ("unsafe", "task: unsafe\nunsafe_code: true", "harness:unsafe executes code generated by the model"),
         ("gone", "task: gone\ndataset_path: json\ndataset_kwargs: {data_files: gone.json}", "cannot load the task or"),
         ("online", "task: online\ndataset_path: nobody/nothing", "cannot load the task or its data"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(small_checkpoints, tasks, tmp_path, monkeypatch, task, settings, message):
+def test_errors_are_one_line(small_checkpoints, tasks, tmp_path, monkeypatch, task, settings, message):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     reads = int(settings.split()[-1]) if settings.startswith("max_length") else MAX_LENGTH
@@ -240,7 +246,7 @@ def test_what_cannot_be_measured_is_one_line(small_checkpoints, tasks, tmp_path,
             rest += f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {tmp_path}/c}}\n"
         (tmp_path / "task.yaml").write_text(f"{settings}\n{rest}")
     with pytest.raises(UsageError, match=message) as caught:
-        harness.measure(
+        harness.run_tasks(
             load(small_checkpoints["ec"]), task, lengths=[64], limit=1,
             options=Options(include_path=tasks, max_length=reads),
         )  # fmt: skip
@@ -248,7 +254,7 @@ def test_what_cannot_be_measured_is_one_line(small_checkpoints, tasks, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["mean", "matthews", "words"])
-def test_influence_values_have_the_spread_of_the_metric(name):
+def test_influence_values_have_the_variance_of_the_metric(name):
     import numpy as np
     from lm_eval.api import metrics
 
@@ -273,8 +279,8 @@ def test_influence_values_have_the_spread_of_the_metric(name):
     assert np.std(numerators) / 150**0.5 == pytest.approx(np.std(resampled), rel=0.2)
 
 
-def test_an_aggregation_that_refuses_fewer_examples_gives_the_value_alone():
-    """As the area under a curve does where only examples of one class are left."""
+def test_an_aggregation_that_fails_on_fewer_samples_returns_only_the_value():
+    """For example the area under a curve, which requires samples of both classes."""
 
     def aggregate(items):
         if len(set(items)) < 2:
@@ -284,13 +290,13 @@ def test_an_aggregation_that_refuses_fewer_examples_gives_the_value_alone():
     assert harness.spread([0, 1], aggregate, 0.75) == ([0.75], [1.0], "mean")
 
 
-# Bytes are many: a list of common words needs more of them.
+# With a byte tokenizer a list of common words needs more tokens.
 TASKS = [("niah_single_1", 4096), ("niah_multikey_2", 4096), ("ruler_fwe", 4096), ("ruler_cwe", 16384)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "length"), TASKS)
-def test_retrieval_scores_as_ruler_does(small_checkpoints, task, length):
+def test_retrieval_scores_match_ruler(small_checkpoints, task, length):
     pytest.importorskip("wonderwords", reason="RULER's examples need the extra eval")
     from lm_eval.tasks.ruler.common_utils import process_results
 
@@ -305,15 +311,15 @@ def test_retrieval_scores_as_ruler_does(small_checkpoints, task, length):
         scores.append(FAMILIES["single"].score(answers, written))
         for text in (written, "", answers[0], f"They are {', '.join(answers)}.", answers[-1].upper()):
             assert FAMILIES["single"].score(answers, text) == process_results(document, [text])[str(length)]
-    (measured,) = harness.measure(model, task, lengths=[length], limit=2, options=Options())
+    (measured,) = harness.run_tasks(model, task, lengths=[length], limit=2, options=Options())
     assert (measured.part, measured.metric, measured.length) == (task, "score", length)
     assert measured.numerators == scores
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["ruler_vt", "ruler_cwe", "ruler_fwe", "niah_single_1"])
-def test_rulers_makers_of_examples_end(small_checkpoints, task):
+def test_example_generation_of_ruler_terminates(small_checkpoints, task):
     pytest.importorskip("wonderwords", reason="RULER's examples need the extra eval")
-    with pytest.raises(UsageError, match=r"makes no example of|cannot load") as caught:
-        harness.measure(load(small_checkpoints["ec"]), task, lengths=[128], limit=2, options=Options())
+    with pytest.raises(UsageError, match=r"cannot generate examples of|cannot load") as caught:
+        harness.run_tasks(load(small_checkpoints["ec"]), task, lengths=[128], limit=2, options=Options())
     assert "\n" not in str(caught.value)

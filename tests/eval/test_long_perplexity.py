@@ -1,4 +1,4 @@
-"""LongPPL: which tokens are key tokens, and what is measured of them."""
+"""LongPPL: key tokens and measurements."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import torch
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.eval.models import load_model
-from ropepp_lit.eval.tasks import Request, Settings
+from ropepp_lit.eval.tasks import EvaluationSettings, Request
 from ropepp_lit.eval.tasks import long_perplexity as module
 from ropepp_lit.eval.tasks.long_perplexity import LongPerplexity
 from ropepp_lit.eval.tasks.perplexity import Perplexity, token_losses
@@ -36,33 +36,33 @@ def task(small_checkpoints, models):
 
 
 @torch.no_grad()
-def _by_a_plain_loop(model, ids):
-    """Of each token behind the first: nats with the long and the short context, and whether it counts."""
-    found = []
+def _reference_loop(model, ids):
+    """Return for each token after the first: nats with long and short context, and whether it counts."""
+    actual = []
     for place in range(1, len(ids)):
         start = (place - 1) // LONG * LONG
         long = ids[start:place]
-        # Windows of the short context start every fourth part of it; the first that reaches the token predicts it.
-        behind = max(0, -(-(place - SHORT) // (SHORT // 4)) * (SHORT // 4))
+        # Windows of the short context start every quarter of it; the first that reaches the token predicts it.
+        window_start = max(0, -(-(place - SHORT) // (SHORT // 4)) * (SHORT // 4))
         nats = [
             -float(model.decoder(torch.tensor([before]))[0, -1].log_softmax(-1)[ids[place]])
-            for before in (long, ids[behind:place])
+            for before in (long, ids[window_start:place])
         ]
-        found.append((*nats, len(long) > SHORT))
-    return np.array(found).reshape(-1, 3)
+        actual.append((*nats, len(long) > SHORT))
+    return np.array(actual).reshape(-1, 3)
 
 
-def test_key_tokens_are_those_of_a_plain_loop(models, task, monkeypatch):
-    """A random model gains little from context, so the bounds are set where it has key tokens."""
+def test_key_tokens_match_a_reference_loop(models, task, monkeypatch):
+    """A random model gains little from context, so the thresholds are lowered to have key tokens."""
     monkeypatch.setattr(module, "MIN_GAIN", 0.05)
     monkeypatch.setattr(module, "MAX_LOSS", 6.0)
     key_model, other = models["rope"], models["ec"]
     request = _request(other)
     keys, sums, gains, counts = [], [], [], []
     for ids in request.documents:
-        long, short, counting = _by_a_plain_loop(key_model, ids).T
+        long, short, counting = _reference_loop(key_model, ids).T
         keys.append((short - long > 0.05) & (long < 6.0) & (counting > 0))
-        long, short, _ = _by_a_plain_loop(other, ids).T
+        long, short, _ = _reference_loop(other, ids).T
         sums.append(long[keys[-1]].sum())
         gains.append((short - long)[counting > 0].sum())
         counts.append(counting.sum())
@@ -75,7 +75,7 @@ def test_key_tokens_are_those_of_a_plain_loop(models, task, monkeypatch):
     assert gain.numerators == pytest.approx(gains)
     assert [item.position for item in by_position] == list(range(SHORT, LONG, LONG // 16))
     assert sum(sum(item.numerators) for item in by_position) == pytest.approx(sum(gains))
-    # Whichever model is measured first, the key tokens are the same.
+    # The key tokens do not depend on the order of the models.
     again = dataclasses.replace(request, documents=_request(key_model).documents)
     loaded = []
 
@@ -89,27 +89,27 @@ def test_key_tokens_are_those_of_a_plain_loop(models, task, monkeypatch):
     assert loaded == [task.source]
 
 
-def test_windows_are_those_of_perplexity(models):
+def test_long_windows_match_perplexity(models):
     model = models["ec"]
     request = _request(model)
     nats = token_losses(model, request.documents, length=LONG, stride=LONG)
-    assert [each.sum() for each in nats] == pytest.approx(Perplexity().measure(model, request)[0].numerators)
+    assert [losses.sum() for losses in nats] == pytest.approx(Perplexity().measure(model, request)[0].numerators)
 
 
-def test_at_the_shortest_length_nothing_counts(models, task):
+def test_the_shortest_length_has_no_value(models, task):
     (nothing,) = task.measure(models["ec"], _request(models["ec"], length=SHORT))
     assert nothing.denominators == [0, 0, 0]
 
 
-def test_no_key_tokens_are_said_in_a_line(models, task, capsys):
-    found = task.measure(models["rope"], _request(models["rope"]))
-    assert not any(found[0].denominators)
-    assert found[2].value == 0
+def test_missing_key_tokens_are_reported(models, task, capsys):
+    actual = task.measure(models["rope"], _request(models["rope"]))
+    assert not any(actual[0].denominators)
+    assert actual[2].value == 0
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.endswith(" finds no key tokens among 285 at 64 tokens, so there is no longppl")
+    assert line.endswith(" finds no key tokens among 285 at 64 tokens, so longppl has no value")
 
 
-def test_what_cannot_be_measured_is_refused(models, task, small_checkpoints):
+def test_invalid_settings(models, task, small_checkpoints):
     model = models["ec"]
     task.check(model, _request(model))
     with pytest.raises(UsageError, match="longppl compares longer contexts with the shortest of lengths; give two"):
@@ -118,12 +118,12 @@ def test_what_cannot_be_measured_is_refused(models, task, small_checkpoints):
         task.check(model, _request(model, lengths=(400, 800)))
     request = _request(model)
     other = [[0, *ids] for ids in request.documents]
-    with pytest.raises(UsageError, match=r"ec and .*, which finds the key tokens, read the texts as different tokens"):
+    with pytest.raises(UsageError, match=r"of ec and .*, which finds the key tokens, encode the texts differently"):
         task.check(model, dataclasses.replace(request, documents=other))
 
 
-def test_the_first_checkpoint_or_a_named_one_finds_the_key_tokens():
-    settings = Settings(tasks=("longppl", "longppl:other.ckpt"), lengths=(16, 32), checkpoint="first.ckpt")
+def test_the_first_or_a_given_checkpoint_identifies_the_key_tokens():
+    settings = EvaluationSettings(tasks=("longppl", "longppl:other.ckpt"), lengths=(16, 32), checkpoint="first.ckpt")
     assert [(task.source, str(task)) for task, _ in settings.parsed] == [
         ("first.ckpt", "longppl"), ("other.ckpt", "longppl:other.ckpt"),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tasks in a file of the user's own: the example of CONTRIBUTING.md, and what is wrong with others."""
+"""Tasks in a user's file: the example of CONTRIBUTING.md, and errors."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def my_tasks(example, tmp_path, monkeypatch):
 
 
 @pytest.mark.end_to_end
-def test_the_example_of_the_document_beside_built_in_tasks(example, run, small_checkpoints, tmp_path):
+def test_documented_example_with_built_in_tasks(example, run, small_checkpoints, tmp_path):
     (tmp_path / "my_tasks.py").write_text(example)
     for name in ("one", "other"):
         (tmp_path / f"{name}.txt").write_text(" ".join(f"{name} {k * k}" for k in range(60)))
@@ -41,7 +41,7 @@ def test_the_example_of_the_document_beside_built_in_tasks(example, run, small_c
     options = ["--lengths", "256,300", "--limit", 3, "--text", "one.txt,other.txt", "--noise_std", 1, "--out", "out"]
     run("evaluate", *models, "--tasks", tasks, *options, cwd=tmp_path)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    found = {
+    actual = {
         (row["task"], row["part"], row["metric"], row["length"], row["heads"]): row
         for row in results["scores"]
         if row["model"] == "B" and row["depth"] is None
@@ -52,10 +52,10 @@ def test_the_example_of_the_document_beside_built_in_tasks(example, run, small_c
         ("retrieval", "single", "score"),
     ]
     noisy = [(*names[0], length, heads) for length in (256, 300) for heads in ("real", "imaginary")]
-    assert set(found) == {(*name, length, "") for name in names for length in (256, 300)} | {*noisy}
-    assert all(row["examples"] == (2 if row["metric"] == "first_guess" else 3) for row in found.values())
-    assert all(row["low"] <= row["value"] <= row["high"] for row in found.values())
-    assert all(row["difference"] is not None for key, row in found.items() if key[-1] != "imaginary")
+    assert set(actual) == {(*name, length, "") for name in names for length in (256, 300)} | {*noisy}
+    assert all(row["examples"] == (2 if row["metric"] == "first_guess" else 3) for row in actual.values())
+    assert all(row["low"] <= row["value"] <= row["high"] for row in actual.values())
+    assert all(row["difference"] is not None for key, row in actual.items() if key[-1] != "imaginary")
     page = (tmp_path / "out" / "index.html").read_text()
     assert "How many tokens of documents are the model&#39;s first guess." in page
     assert "First guess (%), by length in tokens" in page
@@ -65,18 +65,18 @@ def test_the_example_of_the_document_beside_built_in_tasks(example, run, small_c
     assert {row["task"] for row in results["scores"]} == {"my_tasks"}
 
 
-def test_a_copier_finds_every_parcel_and_a_random_model_none(my_tasks, small_checkpoints, monkeypatch):
+def test_a_copier_scores_100_and_a_random_model_0(my_tasks, small_checkpoints, monkeypatch):
     request = Request(length=600, lengths=(600,), limit=10)
     random = load_model(str(small_checkpoints["ec"]), dtype=torch.float32, device=torch.device("cpu"))
     assert my_tasks.Parcels().measure(random, request)[0].value == 0
     monkeypatch.setattr(Model, "device", torch.device("cpu"))
     tokenizer = byte_tokenizer()
     copier = Model(name="copier", path="", decoder=Copier(tokenizer), tokenizer=tokenizer, fingerprint="")
-    whole, *by_depth = my_tasks.Parcels().measure(copier, request)
-    assert (whole.value, whole.task, whole.part, len(by_depth)) == (100, "my_tasks", "Parcels", 5)
+    overall, *by_depth = my_tasks.Parcels().measure(copier, request)
+    assert (overall.value, overall.task, overall.part, len(by_depth)) == (100, "my_tasks", "Parcels", 5)
 
 
-def test_results_are_kept_until_the_file_changes(my_tasks):
+def test_sources_change_with_the_file(my_tasks):
     before = my_tasks.Parcels().sources()
     assert list(before) == ["my_tasks"]
     assert before == my_tasks.FirstGuess().sources()
@@ -87,15 +87,15 @@ def test_results_are_kept_until_the_file_changes(my_tasks):
 
 
 @torch.no_grad()
-def test_first_guesses_are_those_of_the_loss(my_tasks, small_checkpoints):
+def test_first_guesses_match_the_logits(my_tasks, small_checkpoints):
     model = load_model(str(small_checkpoints["ec"]), dtype=torch.float64, device=torch.device("cpu"))
     ids = model.tokenizer.encode_whole("Two and two are four. " * 4)
     request = Request(length=1000, lengths=(1000,), limit=1, documents=[ids])
-    (found,) = my_tasks.FirstGuess().measure(model, request)
+    (actual,) = my_tasks.FirstGuess().measure(model, request)
     guesses = model.decoder(torch.tensor([ids]))[0, :-1].argmax(-1)
-    assert found.value == pytest.approx(100 * float((guesses == torch.tensor(ids[1:])).double().mean()))
-    assert found.is_share
-    assert not found.is_proportion
+    assert actual.value == pytest.approx(100 * float((guesses == torch.tensor(ids[1:])).double().mean()))
+    assert actual.is_share
+    assert not actual.is_proportion
 
 
 MISTAKES = """
@@ -135,26 +135,26 @@ class Other:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("nowhere.Metric", "nowhere.Metric: cannot be imported (No module named 'nowhere'); run where its file is"),
         ("mistakes.Nothing", "mistakes.Nothing: cannot be imported (module 'mistakes' has no attribute 'Nothing')"),
         ("mistakes.Other", "tasks: mistakes.Other is not a Task"),
-        ("mistakes.Failing", "tasks: mistakes.Failing: cannot be made: ValueError: no data here"),
-        ("mistakes.WithArguments", "tasks: mistakes.WithArguments: cannot be made: TypeError: "),
-        ("mistakes.Unfinished", "mistakes.Unfinished: cannot be made: TypeError: Can't instantiate abstract class"),
+        ("mistakes.Failing", "tasks: mistakes.Failing: cannot be constructed: ValueError: no data here"),
+        ("mistakes.WithArguments", "tasks: mistakes.WithArguments: cannot be constructed: TypeError: "),
+        ("mistakes.Unfinished", "mistakes.Unfinished: cannot be constructed: TypeError: Can't instantiate abstract"),
         ("mistakes.Empty", "tasks: mistakes.Empty: its drafts have no fillers, so its examples cannot fill a length"),
         ("broken.Metric", "tasks: broken.Metric: cannot be imported: SyntaxError: "),
         ("raising.Metric", "tasks: raising.Metric: cannot be imported: ZeroDivisionError: division by zero"),
-        ("retrieval.Metric", "retrieval.Metric: retrieval is a task of ropepp-lit; give your module another name"),
+        ("retrieval.Metric", "retrieval.Metric: retrieval is a task of ropepp-lit; rename your module"),
         ("noise:mistakes.Metric", "noise is for perplexity and prompts, not mistakes.Metric; a task of your own"),
         ("mistakes.Metric:2", "tasks: no task 'mistakes.Metric:2'"),
     ],
 )  # fmt: skip
-def test_mistakes(mistake, small_checkpoints, tmp_path, monkeypatch, name, said):
+def test_invalid_tasks(mistake, small_checkpoints, tmp_path, monkeypatch, name, message):
     for module, text in (("mistakes", MISTAKES), ("broken", "def"), ("raising", "1 / 0"), ("retrieval", MISTAKES)):
         (tmp_path / f"{module}.py").write_text(text)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     options = ["--tasks", name, "--lengths", 64, "--out", "out"]
-    assert said in mistake(small_checkpoints["ec"], *options, subcommand="evaluate", base=[])
+    assert message in mistake(small_checkpoints["ec"], *options, subcommand="evaluate", base=[])
     sys.modules.pop("mistakes", None)

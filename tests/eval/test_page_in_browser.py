@@ -1,4 +1,4 @@
-"""The page in headless Chromium, wide and as narrow as a phone."""
+"""The evaluation page in headless Chromium, at desktop and phone width."""
 
 import shutil
 
@@ -33,21 +33,21 @@ def browser(tmp_path_factory):
     browser.quit()
 
 
-@pytest.fixture(params=[(1400, "light"), (1400, "dark"), (360, "light")], ids=lambda given: f"{given[0]}-{given[1]}")
+@pytest.fixture(params=[(1400, "light"), (1400, "dark"), (360, "light")], ids=lambda param: f"{param[0]}-{param[1]}")
 def opened(request, browser, folder):
-    """The browser with the page open, and its width."""
+    """Browser with the opened page, and its width."""
     width, scheme = request.param
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    browser.get_log("browser")  # that of an earlier test
+    browser.get_log("browser")  # clear the log of earlier tests
     browser.get(folder.joinpath("index.html").as_uri())
     assert browser.execute_script("return window.innerWidth") == width
     return browser, width
 
 
-def test_page_shows_all_and_asks_nothing_of_the_network(opened, results):
+def test_page_shows_everything_without_network_requests(opened, results):
     browser, width = opened
     assert browser.get_log("browser") == []
     assert browser.execute_script("return document.compatMode") == "CSS1Compat"
@@ -67,11 +67,11 @@ def test_page_shows_all_and_asks_nothing_of_the_network(opened, results):
     for title in ("Models", LOSSES, scores, "Tasks of lm-eval"):
         box = browser.find_element("css selector", f"[aria-label='{title}']")
         assert box.is_displayed()
-        assert 0 < box.rect["width"] <= width  # what is wider scrolls inside
+        assert 0 < box.rect["width"] <= width  # wider tables scroll
         assert all(model["name"] in box.text for model in results["models"])
 
 
-def test_wide_tables_scroll_in_their_boxes_and_keep_the_model_in_sight(opened):
+def test_wide_tables_scroll_with_a_sticky_first_column(opened):
     browser, width = opened
     box = browser.find_element("css selector", f"[aria-label='{LOSSES}']")
     scrolls = browser.execute_script("return arguments[0].scrollWidth > arguments[0].clientWidth", box)
@@ -79,13 +79,13 @@ def test_wide_tables_scroll_in_their_boxes_and_keep_the_model_in_sight(opened):
     browser.execute_script("arguments[0].scrollLeft = 10000", box)
     name = box.find_element("css selector", "tbody th")
     left = browser.execute_script("return arguments[0].getBoundingClientRect().left", name)
-    assert left - box.rect["x"] <= 1  # the border
+    assert left - box.rect["x"] <= 1  # width of the border
     last = box.find_elements("css selector", "tbody tr")[0].find_elements("css selector", "td")[-1]
     right = browser.execute_script("return arguments[0].getBoundingClientRect().right", last)
     assert right <= box.rect["x"] + box.rect["width"]
 
 
-def test_more_tables_open_on_a_click(opened):
+def test_collapsed_tables_open_on_click(opened):
     browser, _ = opened
     box = browser.find_element("css selector", "[aria-label='Perplexity, by length in tokens']")
     assert not box.is_displayed()
@@ -93,8 +93,8 @@ def test_more_tables_open_on_a_click(opened):
     assert box.is_displayed()
 
 
-def test_text_stands_out_from_its_ground(opened):
-    """Contrast of at least 4.5 to 1, WCAG's for text, of what stands in tables, light and dark."""
+def test_text_has_sufficient_contrast(opened):
+    """Texts in tables have a contrast of at least 4.5 to 1 (WCAG), in light and dark mode."""
     browser, _ = opened
     selectors = [
         ".value", ".interval", ".difference", ".better", ".worse", "thead th", "summary", "figcaption p",
@@ -102,9 +102,10 @@ def test_text_stands_out_from_its_ground(opened):
     ]  # fmt: skip
     script = """
       return arguments[0].map(selector => {
-        let element = document.querySelector(selector), ground = element;
-        while (getComputedStyle(ground).backgroundColor === 'rgba(0, 0, 0, 0)') ground = ground.parentElement;
-        return [getComputedStyle(element).color, getComputedStyle(ground).backgroundColor];
+        let element = document.querySelector(selector), background = element;
+        while (getComputedStyle(background).backgroundColor === 'rgba(0, 0, 0, 0)')
+          background = background.parentElement;
+        return [getComputedStyle(element).color, getComputedStyle(background).backgroundColor];
       });
     """
     for selector, colours in zip(selectors, browser.execute_script(script, selectors), strict=True):
@@ -113,7 +114,7 @@ def test_text_stands_out_from_its_ground(opened):
 
 
 def luminance(colour):
-    """Relative luminance of `rgb(1, 2, 3)`, as WCAG defines it."""
+    """Return the relative luminance of `rgb(1, 2, 3)` as defined by WCAG."""
     parts = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))

@@ -1,4 +1,4 @@
-"""Loss by length and position, against a plain loop over windows."""
+"""Loss by length and position, compared with a reference loop over windows."""
 
 import math
 import random
@@ -26,8 +26,8 @@ def measure(model, texts, *, length, **options):
         return Perplexity().measure(model, request)
 
 
-def plain_loop(model, text, length, stride):
-    """Nats and tokens: a whole forward pass for each window, logits and all."""
+def reference_loop(model, text, length, stride):
+    """Compute nats and token counts with a separate forward pass for each window."""
     ids = torch.tensor([model.tokenizer.bos_token_id, *model.encode(text)])
     nats, tokens, done = 0.0, 0, 0
     for start in range(0, len(ids), stride):
@@ -43,13 +43,13 @@ def plain_loop(model, text, length, stride):
 @pytest.mark.parametrize("stride", [None, 7, 16])
 @pytest.mark.parametrize("variant", ["rope", "eh", "ec"])
 @torch.no_grad()
-def test_the_loss_is_that_of_a_plain_loop(small_checkpoints, documents, load, variant, stride):
+def test_loss_matches_a_reference_loop(small_checkpoints, documents, load, variant, stride):
     model = load(small_checkpoints[variant])
     for length in (16, 50, 1000):
         loss, perplexity, bits, *by_position = measure(model, documents, length=length, stride=stride)
-        expected = [plain_loop(model, text, length, stride or length) for text in documents]
+        expected = [reference_loop(model, text, length, stride or length) for text in documents]
         assert loss.denominators == [tokens for _, tokens in expected]
-        assert loss.denominators == [len(text.encode()) for text in documents]  # bytes: each is predicted once
+        assert loss.denominators == [len(text.encode()) for text in documents]  # each byte is predicted once
         assert loss.numerators == pytest.approx([nats for nats, _ in expected], abs=1e-9)
         assert perplexity.value == pytest.approx(math.exp(loss.value))
         assert bits.value == pytest.approx(loss.value / math.log(2))
@@ -60,20 +60,20 @@ def test_the_loss_is_that_of_a_plain_loop(small_checkpoints, documents, load, va
 
 
 @pytest.mark.parametrize("variant", ["rope", "ec"])
-def test_exports_and_the_cache_give_the_same_loss(small_checkpoints, documents, load, tmp_path, variant):
+def test_exports_and_chunks_have_the_same_loss(small_checkpoints, documents, load, tmp_path, variant):
     path = small_checkpoints[variant]
     export(open_checkpoint(path), tmp_path / "hf", dtype=None, max_shard_bytes=10**9, check=False)
     native, exported = (load(source, torch.float32) for source in (path, tmp_path / "hf"))
-    whole = measure(native, documents, length=100)[0]
-    for found in (
+    overall = measure(native, documents, length=100)[0]
+    for actual in (
         measure(exported, documents, length=100)[0],
         measure(native, documents, length=100, chunk_tokens=9)[0],
     ):
-        assert found.numerators == pytest.approx(whole.numerators, abs=1e-4)
-        assert found.denominators == whole.denominators
+        assert actual.numerators == pytest.approx(overall.numerators, abs=1e-4)
+        assert actual.denominators == overall.denominators
 
 
-def test_windows_predict_each_token_once_and_never_read_more_than_their_length():
+def test_windows_predict_each_token_once_within_their_length():
     choose = random.Random(0)
     for _ in range(200):
         totals = [choose.randint(1, 60) for _ in range(3)]
@@ -87,17 +87,17 @@ def test_windows_predict_each_token_once_and_never_read_more_than_their_length()
         assert predicted == [list(range(1, total)) for total in totals]
 
 
-def test_more_context_is_read_where_windows_overlap(small_checkpoints, documents, load):
+def test_overlapping_windows_have_more_context(small_checkpoints, documents, load):
     model = load(small_checkpoints["ec"])
     apart, overlapping = (measure(model, documents, length=32, stride=stride)[0] for stride in (32, 8))
     assert apart.denominators == overlapping.denominators
-    assert apart.numerators[:2] == pytest.approx(overlapping.numerators[:2])  # one window holds them
+    assert apart.numerators[:2] == pytest.approx(overlapping.numerators[:2])  # documents of a single window
     assert abs(apart.numerators[-1] - overlapping.numerators[-1]) > 1e-3
 
 
-def test_the_share_of_tokens_that_a_longer_window_gives_more_to_read():
-    """Of 9 predicted tokens windows of 4 let 0 to 3 be read before each, windows of 8 let 0 to 7: 4 have more."""
-    found = more_context([10, 3, 1], length=8, before=4)
-    assert found.numerators == [4, 0, 0]
-    assert found.denominators == [9, 2, 0]
-    assert found.value == pytest.approx(100 * 4 / 11)
+def test_share_of_tokens_with_more_context():
+    """With windows of 8 instead of 4 tokens, 4 of 9 predicted tokens have more context."""
+    actual = more_context([10, 3, 1], length=8, before=4)
+    assert actual.numerators == [4, 0, 0]
+    assert actual.denominators == [9, 2, 0]
+    assert actual.value == pytest.approx(100 * 4 / 11)

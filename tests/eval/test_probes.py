@@ -1,4 +1,4 @@
-"""Noise on one group of heads, and where attention goes."""
+"""Noise on one group of heads, and attention by distance."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def load(small_checkpoints):
 
 
 class Record(Probe):
-    """Keeps the scores that another probe, or none, leaves."""
+    """Probe that records the scores, after another probe if there is one."""
 
     def __init__(self, other=None):
         self.other, self.seen = other or Probe(), []
@@ -31,20 +31,20 @@ def run(model, probe):
 
 
 @pytest.mark.parametrize("heads", ["real", "imaginary"])
-def test_noise_is_on_one_group_alone(load, heads):
+def test_noise_affects_only_one_group(load, heads):
     model = load("ec")
     plain, noisy = Record(), Record(Noise(groups=model.decoder.scheme.head_kinds, heads=heads, std=0.7, seed=1))
     logits = run(model, plain)
     assert not torch.equal(run(model, noisy), logits)
     first, other = (0, 1) if heads == "real" else (1, 0)
-    difference = noisy.seen[0] - plain.seen[0]  # of the first layer, whose inputs are the same
+    difference = noisy.seen[0] - plain.seen[0]  # of the first layer, which has equal inputs
     assert not difference[:, other::2].any()
     assert float(difference[:, first::2].std()) == pytest.approx(0.7, rel=0.05)
     assert abs(float(difference[:, first::2].mean())) < 0.05
 
 
 @pytest.mark.parametrize("variant", ["rope", "eh", "ec"])
-def test_noise_of_nothing_changes_no_bit(load, variant):
+def test_noise_of_zero_is_bit_exact(load, variant):
     model = load(variant)
     logits = run(model, Probe())
     for heads in model.decoder.scheme.head_kinds:
@@ -53,7 +53,7 @@ def test_noise_of_nothing_changes_no_bit(load, variant):
         )
 
 
-def test_noise_is_the_same_for_the_same_seed(load):
+def test_noise_is_reproducible_by_seed(load):
     model = load("eh")
     noisy = [
         run(model, Noise(groups=model.decoder.scheme.head_kinds, heads="real", std=1.0, seed=seed))
@@ -69,7 +69,7 @@ def test_only_ropepp_has_imaginary_heads(load):
 
 
 @pytest.mark.parametrize("variant", ["rope", "ec"])
-def test_attention_by_distance_is_that_of_the_weights(load, variant, monkeypatch):
+def test_attention_by_distance_matches_the_weights(load, variant, monkeypatch):
     model = load(variant)
     text = [0, *torch.randint(2, 258, (99,), generator=torch.Generator().manual_seed(0)).tolist()]
     weights = []
@@ -81,11 +81,11 @@ def test_attention_by_distance_is_that_of_the_weights(load, variant, monkeypatch
     with torch.no_grad(), model.decoder.probed(See()):
         model.decoder(torch.tensor([text]))
     monkeypatch.setattr("ropepp_lit.eval.probes.CHUNK_TOKENS", 37)
-    found, maps = measure_attention(model, [text, text], length=100)
+    actual, maps = measure_attention(model, [text, text], length=100)
     groups = model.decoder.scheme.head_kinds
     for group, heads in enumerate(groups):
         mean = torch.stack(weights)[:, group :: len(groups)].mean(dim=(0, 1))  # [queries, keys]
-        mine = {item.position: item for item in found if item.heads == heads and not item.part}
+        mine = {item.position: item for item in actual if item.heads == heads and not item.part}
         assert list(mine) == [0, 1, 2, 4, 8, 16, 32, 64]
         assert sum(item.value for item in mine.values()) == pytest.approx(100)
         for first, item in mine.items():
@@ -93,7 +93,7 @@ def test_attention_by_distance_is_that_of_the_weights(load, variant, monkeypatch
             inside = sum(float(mean[q, q - d]) for q in range(50, 100) for d in range(first, min(last, q + 1)))
             assert item.value == pytest.approx(2 * inside)
             assert len(item.numerators) == 2
-        (on_first,) = [item for item in found if item.heads == heads and item.part]
+        (on_first,) = [item for item in actual if item.heads == heads and item.part]
         assert on_first.value == pytest.approx(100 * float(mean[50:, 0].mean()))
     assert maps.shape == (2, len(groups), MAP_CELLS, MAP_CELLS)
     torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps.sum(-1)))

@@ -1,4 +1,4 @@
-"""Associative recall and induction: what the texts repeat, what is predicted of it, and who predicts it."""
+"""Associative recall and induction: texts, targets and predictions."""
 
 import itertools
 import random
@@ -25,7 +25,7 @@ TASKS = {"recall:4": Recall(4), "recall:16": Recall(16), "induction": Induction(
 
 @pytest.fixture(scope="module", params=["bytes", "bpe", "chat", "llama2"])
 def tokenizer(request, tmp_path_factory):
-    """The chat tokenizer cuts texts to 64 tokens as it is saved, Llama 2's begins every text with a space."""
+    """Tokenizers; the chat tokenizer has truncation to 64 tokens, Llama 2's prepends a space to every text."""
     if request.param == "bytes":
         return byte_tokenizer()
     if request.param == "bpe":
@@ -41,7 +41,7 @@ def _request(length, limit=8, **fields):
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=str)
-def test_texts_have_their_length_and_say_what_is_predicted_before(tokenizer, task):
+def test_texts_have_the_exact_length_and_repeat_their_targets(tokenizer, task):
     rows = task.rows(tokenizer, length=1200, numbers=range(4), seed=0)
     assert rows == task.rows(tokenizer, length=1200, numbers=range(4), seed=0)
     assert rows[0] != task.rows(tokenizer, length=1200, numbers=[0], seed=1)[0]
@@ -60,20 +60,20 @@ def test_texts_have_their_length_and_say_what_is_predicted_before(tokenizer, tas
         assert {len(row.words) for row in rows} == {task.pairs}
 
 
-def test_distances_reach_over_the_whole_text():
-    """Each doubling of the distance has about as many predictions, and both ends of the text are met."""
+def test_distances_cover_the_full_text():
+    """Each doubling of the distance has about the same number of predictions, up to the full length."""
     for task in TASKS.values():
         rows = task.rows(byte_tokenizer(), length=3000, numbers=range(50), seed=0)
         distances = [distance for row in rows for _, _, distance in row.words]
-        found, _ = np.histogram(np.log2(distances), bins=np.log2(3000) - [4, 3, 2, 1, 0])
-        assert found.min() > 0.6 * found.max() > 20
+        actual, _ = np.histogram(np.log2(distances), bins=np.log2(3000) - [4, 3, 2, 1, 0])
+        assert actual.min() > 0.6 * actual.max() > 20
         assert max(distances) > 2600
 
 
 class _Reader:
-    """Predicts what followed the longest end of the text, of up to 16 tokens, when it stood there last.
+    """Model that predicts the token after the last earlier occurrence of the longest suffix of up to 16 tokens.
 
-    It reads a question mark as a colon.
+    Question marks are treated as colons.
     """
 
     def __init__(self, tokenizer):
@@ -114,15 +114,15 @@ def test_a_copier_predicts_everything(tokenizer, task, monkeypatch):
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=str)
-def test_a_random_model_predicts_nothing_and_chunks_change_nothing(small_checkpoints, task):
+def test_a_random_model_scores_0_with_and_without_chunks(small_checkpoints, task):
     model = load_model(str(small_checkpoints["ec"]), dtype=torch.float64, device=torch.device("cpu"))
-    score, loss, *_ = found = task.measure(model, _request(600, limit=4))
+    score, loss, *_ = actual = task.measure(model, _request(600, limit=4))
     assert score.value < 2
     assert 4 < loss.value < 9
     again = task.measure(model, _request(600, limit=4, chunk_tokens=97))
-    for one, other in zip(found, again, strict=True):
+    for one, other in zip(actual, again, strict=True):
         assert one.numerators == pytest.approx(other.numerators)
-    # By a plain loop over the model's own logits.
+    # Reference: a loop over the logits of the model.
     (row, *_) = task.rows(model.tokenizer, length=600, numbers=range(4), seed=0)
     logits = model.decoder(torch.tensor([row.input_ids]))[0].log_softmax(-1)
     nats = -sum(logits[place - 1, row.input_ids[place]] for start, end, _ in row.words for place in range(start, end))
@@ -130,13 +130,13 @@ def test_a_random_model_predicts_nothing_and_chunks_change_nothing(small_checkpo
     assert loss.denominators[0] == sum(end - start for start, end, _ in row.words)
 
 
-def test_words_that_a_tokenizer_does_not_tell_apart_are_refused():
+def test_tokenizers_that_merge_words_are_rejected():
     tokenizer = TextTokenizer(tokenizer=Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]")), eos_token_id=0)
-    with pytest.raises(UsageError, match="recall:4: this tokenizer does not tell the words apart"):
+    with pytest.raises(UsageError, match="recall:4: this tokenizer maps different words to the same tokens"):
         TASKS["recall:4"].check(SimpleNamespace(tokenizer=tokenizer), _request(512))
 
 
-def test_short_lengths_and_wrong_numbers_are_refused():
+def test_short_lengths_and_invalid_numbers_are_rejected():
     for task in TASKS.values():
         with pytest.raises(UsageError, match=f"60 tokens are too few for {task} .*; give [0-9]+ or") as refused:
             task.check(SimpleNamespace(tokenizer=byte_tokenizer()), _request(60))
@@ -150,21 +150,21 @@ def test_short_lengths_and_wrong_numbers_are_refused():
             recalls(part)
 
 
-def test_documents_are_of_other_random_numbers_than_tests():
+def test_training_documents_differ_from_evaluation_texts():
     kinds = ("recall", "induction", "pairs")
     documents = list(itertools.islice(reading_documents(kinds, words=(8, 200), seed=0), 100))
     assert len(set(documents)) == 100
     assert documents == list(itertools.islice(reading_documents(kinds, words=(8, 200), seed=0), 100))
     assert documents[0] != next(reading_documents(kinds, words=(8, 200), seed=1))
     recall, induction, pairs = documents[::3], documents[1::3], documents[2::3]
-    told = [re.findall(r"\w+: \w+\.", text) for text in recall]
+    pairs_by_text = [re.findall(r"\w+: \w+\.", text) for text in recall]
     for text in recall + pairs:
-        asked = [question.replace("?", ":") for question in re.findall(r"\w+\? \w+\.", text)]
-        assert sorted(asked) == sorted(re.findall(r"\w+: \w+\.", text)) != []
+        queried = [question.replace("?", ":") for question in re.findall(r"\w+\? \w+\.", text)]
+        assert sorted(queried) == sorted(re.findall(r"\w+: \w+\.", text)) != []
     assert 40 < max(text.count("?") for text in pairs) < 50  # of 200 words
     _, copies = recall_draft(random.Random("0/recall:200/0"), pairs=MAX_PAIRS, units=100)
-    assert len({pair for pairs in told for pair in pairs}) > 150
-    assert len({copy.first for copy in copies} & {pair for pairs in told for pair in pairs}) < 20  # of 68 * 67
+    assert len({pair for pairs in pairs_by_text for pair in pairs}) > 150
+    assert len({copy.first for copy in copies} & {pair for pairs in pairs_by_text for pair in pairs}) < 20  # of 68 * 67
     assert {word for text in induction for word in text.split()} <= set(WORDS)
     _, copies = induction_draft(random.Random(0), units=10_000)
     assert len(copies) == reading.MAX_RUNS

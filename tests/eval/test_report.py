@@ -1,4 +1,4 @@
-"""The page and its tables."""
+"""The evaluation page and its tables."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ LENGTHS = [256, 512, 1024, 2048]
 
 
 class Page(HTMLParser):
-    """What a page holds: text, ids of headings, cells of tables by their titles, images, and what it refers to."""
+    """Parsed page: text, ids of headings, cells of tables by title, images, and references."""
 
     def __init__(self, text):
         super().__init__()
@@ -26,14 +26,14 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        self.references += [value for name, value in found.items() if name in ("src", "href", "srcset", "action")]
+        values = dict(attributes)
+        self.references += [value for name, value in values.items() if name in ("src", "href", "srcset", "action")]
         if tag == "h2":
-            self.headings.append(found["id"])
+            self.headings.append(values["id"])
         if tag == "img":
-            self.images.append(found)
-        if found.get("role") == "region":
-            self._rows = self.tables[found["aria-label"]] = []
+            self.images.append(values)
+        if values.get("role") == "region":
+            self._rows = self.tables[values["aria-label"]] = []
         if tag == "tr":
             self._rows.append([])
         if tag in ("th", "td"):
@@ -55,7 +55,7 @@ def page(folder):
 
 
 @pytest.mark.parametrize(
-    ("title", "wanted", "digits"),
+    ("title", "columns", "digits"),
     [
         ("Loss (nats per token), by length in tokens", {"task": "perplexity", "metric": "loss"}, 3),
         ("Perplexity, by length in tokens", {"task": "perplexity", "metric": "perplexity"}, 2),
@@ -63,14 +63,14 @@ def page(folder):
         ("Score (0 to 100), all families, by length in tokens", {"task": "retrieval", "part": "all"}, 1),
     ],
 )
-def test_main_tables_show_each_value_its_interval_and_its_difference(results, page, title, wanted, digits):
+def test_main_tables_show_value_interval_and_difference(results, page, title, columns, digits):
     header, *lines = page.tables[title]
     assert header[1:] == ["256 trained", "512", "1,024", "2,048"]
     assert [line[0] for line in lines] == ["RoPE", "RoPE++ EH", "RoPE++ EC"]
     starred = 0
     for model, *cells in lines:
         for length, cell in zip(LENGTHS, cells, strict=True):
-            (row,) = select(results["scores"], model=model, length=length, **wanted, **CLEAN)
+            (row,) = select(results["scores"], model=model, length=length, **columns, **CLEAN)
             value, low, high = (f"{row[key]:.{digits}f}" for key in ("value", "low", "high"))
             expected = f"{value} [{low}, {high}]"
             if model != "RoPE":
@@ -81,7 +81,7 @@ def test_main_tables_show_each_value_its_interval_and_its_difference(results, pa
                 expected += f" {difference}{star} [{low}, {high}]"
             assert cell.replace("*", " *").replace("  ", " ") == expected
     assert starred < 8
-    assert (starred > 0) == (digits > 1)  # two runs prove losses to differ, and no score
+    assert (starred > 0) == (digits > 1)  # with two runs, some losses differ significantly, but no score
 
 
 def shown(difference, digits):
@@ -89,15 +89,15 @@ def shown(difference, digits):
     return f"{abs(rounded):.{digits}f}" if rounded == 0 else f"{rounded:+.{digits}f}".replace("-", "−")
 
 
-def test_tables_of_families_noise_attention_and_benchmarks_show_their_values(results, page):
-    for title, wanted, digits in [
+def test_other_tables_show_their_values(results, page):
+    for title, columns, digits in [
         ("Score (0 to 100), each family, by length in tokens", {"task": "retrieval"} | CLEAN, 1),
         ("Loss (nats per token), by noise", {"task": "perplexity", "metric": "loss", "position": None}, 3),
         ("Score (0 to 100), by noise", {"task": "retrieval", "depth": None}, 1),
-        ("Share of attention (%), by first distance of the range", {"task": "attention"}, 2),
+        ("Share of attention (%), by distance (first of each range)", {"task": "attention"}, 2),
         ("Tasks of lm-eval", {"task": "harness"}, 4),
     ]:
-        rows = select(results["scores"], **wanted)
+        rows = select(results["scores"], **columns)
         if "noise" in title:
             rows = [row for row in rows if row["noise_std"] is not None]
         if "each family" in title:
@@ -106,7 +106,7 @@ def test_tables_of_families_noise_attention_and_benchmarks_show_their_values(res
         assert sorted(cells) == sorted(f"{row['value']:.{digits}f}" for row in rows), title
 
 
-def test_better_and_worse_follow_the_metric(make, tmp_path):
+def test_better_and_worse_depend_on_the_metric(make, tmp_path):
     results = make(names=["first", "second"], tasks=["perplexity", "retrieval"], runs=1)
     for row in results["scores"]:
         if row["model"] == "second":
@@ -120,7 +120,7 @@ def test_better_and_worse_follow_the_metric(make, tmp_path):
     assert 'title="better than first' not in text[retrieval:]
 
 
-def test_findings_name_the_best_model_and_say_where_it_is_not_sure(make, tmp_path):
+def test_summary_names_the_best_model_and_insignificant_differences(make, tmp_path):
     results = make(names=["first", "second"], tasks=["perplexity"], runs=1)
     for length, interval in ((256, (-0.2, 0.1)), (2048, (-0.2, -0.05))):
         one, two = select(results["scores"], metric="loss", length=length, **CLEAN)
@@ -128,9 +128,11 @@ def test_findings_name_the_best_model_and_say_where_it_is_not_sure(make, tmp_pat
         two["difference_low"], two["difference_high"] = interval
     write_report(results, tmp_path)
     text = " ".join(Page((tmp_path / "index.html").read_text()).text.split())
-    said = "second is lowest with 4.375; first has 4.500. The difference is −0.125, 95% interval "
-    assert f"Loss at 256 tokens (as trained): {said}[−0.200, +0.100], which holds 0" in text
-    assert f"Loss at 2,048 tokens (8 × trained): {said}[−0.200, −0.050]. " in text
+    expected = (
+        "second has the lowest loss with 4.375; first has 4.500. The difference to first is −0.125, 95% interval "
+    )
+    assert f"Loss at 256 tokens (training length): {expected}[−0.200, +0.100], which includes 0" in text
+    assert f"Loss at 2,048 tokens (8 × training length): {expected}[−0.200, −0.050]. " in text
 
 
 def test_equal_values_have_no_best_model_and_no_star(make, tmp_path):
@@ -146,17 +148,17 @@ def test_equal_values_have_no_best_model_and_no_star(make, tmp_path):
 
 
 @pytest.mark.parametrize("other", [512, None])
-def test_lengths_are_called_trained_only_if_all_models_were_trained_with_one(make, tmp_path, other):
+def test_a_length_is_marked_as_trained_only_if_it_is_the_training_length_of_all_models(make, tmp_path, other):
     results = make(names=["first", "second"], tasks=["perplexity"], runs=1)
     results["models"][1]["context_length"] = other
     write_report(results, tmp_path)
     page = Page((tmp_path / "index.html").read_text())
     assert page.tables["Loss (nats per token), by length in tokens"][0][1:] == ["256", "512", "1,024", "2,048"]
-    assert "trained)" not in page.text
+    assert "training length)" not in page.text
     assert page.tables["Models"][2][3] == (str(other) if other else "–")
 
 
-def test_page_says_what_was_compared_and_how_to_repeat_it(results, page):
+def test_page_shows_models_command_and_settings(results, page):
     text = " ".join(page.text.split())
     for model in results["models"]:
         assert model["fingerprint"] in text
@@ -169,21 +171,21 @@ def test_page_says_what_was_compared_and_how_to_repeat_it(results, page):
     assert page.tables["Models"][1][:7] == ["RoPE", "RoPE, base 10000", "5,310,720", "256", "2,048", "819,200", "2"]
 
 
-def test_page_shows_plots_and_maps_with_words_for_them(page):
+def test_page_shows_plots_and_maps_with_alternative_texts(page):
     assert len(page.images) == len(PLOTS) + 1
     assert all(image["alt"] for image in page.images)
     assert any(image["alt"] == "Attention map RoPE-layer-0" for image in page.images)
 
 
-def test_page_refers_to_nothing_outside_itself(page, folder):
-    outside = [reference for reference in page.references if not reference.startswith(("data:", "#"))]
-    assert outside == []
+def test_page_is_self_contained(page, folder):
+    external = [reference for reference in page.references if not reference.startswith(("data:", "#"))]
+    assert external == []
     assert "@import" not in (folder / "index.html").read_text()
     assert "url(" not in (folder / "index.html").read_text()
 
 
-def test_names_are_text_and_nothing_else(make, tmp_path):
-    """HTML, mathematics for matplotlib, an underscore that it hides, letters it lacks, two alike as folders, a path."""
+def test_names_are_escaped(make, tmp_path):
+    """HTML, matplotlib math, a leading underscore, missing glyphs, two names with the same folder name, and a path."""
     names = ['<b>&"', "_under $a_b$", "模型", "x/y", "x y", "../plots"]
     results = make(names=names, tasks=["perplexity", "retrieval", "harness"], runs=1)
     results["models"][0] |= {"path": "<i>.ckpt", "positions": "<u>"}
@@ -214,7 +216,7 @@ def test_names_are_text_and_nothing_else(make, tmp_path):
         ("harness", ["models", "harness"], set()),
     ],
 )  # fmt: skip
-def test_a_task_alone_gives_its_section_alone(make, tmp_path, task, sections, plots):
+def test_page_has_only_the_sections_of_its_tasks(make, tmp_path, task, sections, plots):
     for name in PLOTS:
         (tmp_path / f"{name}.png").write_bytes(b"of an earlier report")
     write_report(make(names=["RoPE", "RoPE++ EC"], tasks=[task], runs=1), tmp_path)
@@ -224,21 +226,21 @@ def test_a_task_alone_gives_its_section_alone(make, tmp_path, task, sections, pl
     assert len(page.images) == len(plots)
 
 
-def test_one_model_is_compared_with_none(make, tmp_path):
+def test_a_single_model_has_no_comparison(make, tmp_path):
     write_report(make(names=["alone"], tasks=["perplexity"], runs=1), tmp_path)
     page = Page((tmp_path / "index.html").read_text())
     assert "difference to" not in page.text
     assert "excludes 0" not in page.text
-    assert "Each model is one training run" in page.text
+    assert "Each model has one training run" in page.text
 
 
-def test_numbers_that_are_not_finite_become_null(make, tmp_path):
+def test_non_finite_numbers_become_null(make, tmp_path):
     results = make(names=["a", "b"], tasks=["perplexity"], runs=1)
     broken = select(results["scores"], model="b", metric="perplexity", length=2048)[0]
     broken |= {"value": float("inf"), "high": float("inf"), "difference": float("nan")}
-    given = copy.deepcopy(results)
+    original = copy.deepcopy(results)
     write_report(results, tmp_path)
-    assert results["scores"][0] == given["scores"][0]  # the caller's are left as they are
+    assert results["scores"][0] == original["scores"][0]  # the argument is not modified
     written = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     row = next(row for row in written["scores"] if row["model"] == "b" and row["metric"] == "perplexity"
                and row["length"] == 2048)  # fmt: skip
@@ -261,8 +263,8 @@ def test_tables_are_printed_as_markdown(results, folder):
     assert "| `single` | 256 | 512 | 1,024 | 2,048 |" in lines
 
 
-def test_maps_by_depth_are_of_each_family_and_named(results):
-    """A map for each family and model, each with the values of that family."""
+def test_heat_maps_by_depth_show_each_family_and_model(results):
+    """There is a map for each family and model, with the values of that family."""
     figure = PLOTS["retrieval-by-depth"](results)
     panels = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
     models = ("RoPE", "RoPE++ EH", "RoPE++ EC")
@@ -278,7 +280,7 @@ def test_maps_by_depth_are_of_each_family_and_named(results):
     assert (shown["single: RoPE"] != shown["multikey: RoPE"]).any()
 
 
-def test_tasks_of_lm_eval_have_a_line_for_each_filter_and_say_how_they_were_run(page):
+def test_tasks_of_lm_eval_have_a_line_for_each_filter_and_show_their_settings(page):
     lines = {line[0]: line[1:] for line in page.tables["Tasks of lm-eval"][1:]}
     facts = {line[0]: line[1:] for line in page.tables["How the tasks were run"]}
     names = ["gsm8k, exact_match, strict-match", "gsm8k, exact_match, flexible-extract", "piqa, acc", "speech, wer"]
@@ -286,10 +288,10 @@ def test_tasks_of_lm_eval_have_a_line_for_each_filter_and_say_how_they_were_run(
     assert facts["Task, metric"] == ["examples", "lm-eval", "filter", "shots", "task version", "of"]
     assert facts[names[0]] == ["80", "0.4.12", "strict-match", "5", "3", "1319"]
     assert lines[names[0]][0].startswith("0.0000 [0.0000, 0.0")
-    assert not lines[names[0]][0].endswith("0.0000]")  # no hit in 80 does not prove that there is none
+    assert not lines[names[0]][0].endswith("0.0000]")  # 0 successes in 80 examples do not prove a probability of 0
 
 
-def test_a_metric_of_which_less_is_better_is_marked_so(make, tmp_path):
+def test_better_and_worse_use_higher_is_better(make, tmp_path):
     results = make(names=["first", "second"], tasks=["harness"], runs=1)
     for row in results["scores"]:
         if row["model"] == "second":
@@ -300,7 +302,7 @@ def test_a_metric_of_which_less_is_better_is_marked_so(make, tmp_path):
     assert text.count('title="better than first') == 1  # the word error rate
 
 
-def test_notices_sets_and_shares_are_on_the_page(make, tmp_path):
+def test_page_shows_notices_sets_and_shares_of_more_context(make, tmp_path):
     results = make(names=["first"], tasks=["perplexity"], runs=1)
     results["notices"] = ["first was trained on <builtin>."]
     (row,) = select(results["scores"], metric="loss", length=512, **CLEAN)
@@ -309,8 +311,8 @@ def test_notices_sets_and_shares_are_on_the_page(make, tmp_path):
     write_report(results, tmp_path)
     page = Page((tmp_path / "index.html").read_text())
     text = " ".join(page.text.split())
-    assert "Before you compare first was trained on <builtin>." in text
-    assert "42% at 512 tokens of the predicted tokens had more to read than at the length before" in text
-    table = page.tables["Loss (nats per token), each set, by length in tokens"]
+    assert "Notices first was trained on <builtin>." in text
+    assert "only a part of them more context: 42% at 512 tokens, each compared with the previous length" in text
+    table = page.tables["Loss (nats per token), each set of documents, by length in tokens"]
     assert [line[0] for line in table[1:]] == ["code (24 documents)", "first", "prose (24 documents)", "first"]
     assert [cell.split()[0] for line in table for cell in line[1:] if "[" in cell] == ["1.500", "3.250"]

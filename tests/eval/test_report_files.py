@@ -1,4 +1,4 @@
-"""The files of a report beside its page: results, plots, TensorBoard."""
+"""Files of a report: results, plots and TensorBoard events."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from ropepp_lit.eval.report.plots import PLOTS
 from ropepp_lit.eval.results import CLEAN, COLUMNS, select
 
 
-def test_results_come_back_from_json(results, folder):
+def test_results_are_equal_after_a_json_round_trip(results, folder):
     assert json.loads((folder / "results.json").read_text()) == results
 
 
@@ -27,7 +27,7 @@ def test_csv_has_every_row(results, folder):
     assert rows == expected
 
 
-def test_plots_are_small_and_wide_enough(folder):
+def test_plots_have_a_small_size_and_a_sufficient_resolution(folder):
     for name in PLOTS:
         png = (folder / f"{name}.png").read_bytes()
         assert 5_000 < len(png) < 80_000, name
@@ -36,7 +36,7 @@ def test_plots_are_small_and_wide_enough(folder):
         assert 0.2 < height / width < 1.2, name
 
 
-def test_nothing_is_left_half_written(folder):
+def test_folder_has_only_the_files_of_the_report(folder):
     assert not list(folder.glob(".*"))
     assert {path.name for path in folder.iterdir()} == {
         "results.json", "scores.csv", "answers.jsonl", "index.html", "tensorboard", "attention-RoPE-layer-0.png",
@@ -49,7 +49,7 @@ def test_tensorboard_has_a_run_of_scalars_for_each_model(results, folder):
     assert runs == {"RoPE", "RoPE++_EH", "RoPE++_EC", "plots"}
     events = EventAccumulator(str(folder / "tensorboard" / "RoPE++_EC"), size_guidance={"scalars": 0})
     events.Reload()
-    for tag, wanted in {
+    for tag, columns in {
         "retrieval/single/score": {"task": "retrieval", "part": "single"} | CLEAN,
         "retrieval/single/score/depth_0.5": {"task": "retrieval", "part": "single"} | CLEAN | {"depth": 0.5},
         "retrieval/all/score/noise_imaginary_2": {"task": "retrieval", "heads": "imaginary", "noise_std": 2.0},
@@ -57,10 +57,10 @@ def test_tensorboard_has_a_run_of_scalars_for_each_model(results, folder):
         "attention/attention/real/by_position_1024": {"task": "attention", "heads": "real"},
         "harness/piqa/acc": {"task": "harness", "part": "piqa"},
     }.items():
-        rows = select(results["scores"], model="RoPE++ EC", **wanted)
+        rows = select(results["scores"], model="RoPE++ EC", **columns)
         expected = {row["length"] if row["position"] is None else row["position"]: row["value"] for row in rows}
-        found = {event.step or (0 if 0 in expected else None): event.value for event in events.Scalars(tag)}
-        assert found == pytest.approx(expected), tag
+        actual = {event.step or (0 if 0 in expected else None): event.value for event in events.Scalars(tag)}
+        assert actual == pytest.approx(expected), tag
 
 
 def test_tensorboard_has_the_plots(folder):
@@ -73,7 +73,7 @@ def test_tensorboard_has_the_plots(folder):
         assert imread(io.BytesIO(image.encoded_image_string)).std() > 0.05, name  # not blank
 
 
-def test_a_file_that_cannot_be_written_wholly_leaves_the_earlier_one(make, tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_previous_file(make, tmp_path, monkeypatch):
     (tmp_path / "results.json").write_text("earlier")
 
     def full(_):
@@ -108,14 +108,14 @@ def test_a_model_has_one_colour_in_all_plots(make):
 
 
 @pytest.mark.parametrize("name", ["loss-by-length", "retrieval-families", "retrieval-by-depth"])
-def test_plots_of_eight_models_stay_small(make, name):
+def test_plots_of_eight_models_have_a_small_size(make, name):
     tasks = ["perplexity"] if name == "loss-by-length" else ["retrieval"]
     results = make(names=[f"model {number}" for number in range(8)], tasks=tasks, runs=1)
     assert len(to_png(PLOTS[name](results))) < 100_000
 
 
-def test_names_of_files_differ_where_names_of_models_do():
+def test_file_names_of_models_are_unique():
     names = ["a b", "a-b", "A_b", "plots", "../up", "漢" * 300, "漢" * 299, "\n"]
-    found = folder_names(names)
-    assert len({name.lower() for name in found}) == len(names)
-    assert all(len(name.encode()) < 200 and "/" not in name and name[0] != "." for name in found)
+    folders = folder_names(names)
+    assert len({name.lower() for name in folders}) == len(names)
+    assert all(len(name.encode()) < 200 and "/" not in name and name[0] != "." for name in folders)

@@ -17,7 +17,7 @@ def losses(values, tokens, metric="loss"):
     return Measurement(task="perplexity", metric=metric, length=512, numerators=values, denominators=tokens)
 
 
-def test_a_value_is_the_ratio_of_the_sums_and_what_its_metric_makes_of_it():
+def test_values_aggregate_the_ratio_of_the_sums():
     runs = [("a", [losses([30.0, 10.0], [10.0, 2.0]), losses([30.0, 10.0], [10.0, 2.0], "perplexity"),
                    losses([30.0, 10.0], [40.0, 8.0], "bits_per_byte"), scores([1, 0, 1, 1])])]  # fmt: skip
     values = {row["metric"]: row["value"] for row in summarize(runs)}
@@ -31,7 +31,7 @@ def test_a_value_is_the_ratio_of_the_sums_and_what_its_metric_makes_of_it():
         assert of_one.value == pytest.approx(value)
 
 
-def test_rows_have_the_columns_and_say_how_many_examples_and_runs():
+def test_rows_have_all_columns_with_numbers_of_examples_and_runs():
     rows = summarize([("a", [scores([1, 0, 1])]), ("b", [scores([1, 1, 1])]), ("a", [scores([0, 0, 1])])])
     assert [row["model"] for row in rows] == ["a", "b"]
     assert all(set(row) == {*COLUMNS, "run_values", "details"} for row in rows)
@@ -46,43 +46,43 @@ def test_rows_have_the_columns_and_say_how_many_examples_and_runs():
     }  # fmt: skip
 
 
-def test_intervals_hold_a_known_probability_nineteen_times_of_twenty():
-    held = 0
+def test_coverage_of_a_known_probability():
+    covered = 0
     for trial in range(100):
-        drawn = np.random.default_rng(trial).uniform(size=100) < 0.3
-        row = summarize([("a", [scores(drawn)])])[0]
-        held += row["low"] <= 30 <= row["high"]
+        successes = np.random.default_rng(trial).uniform(size=100) < 0.3
+        row = summarize([("a", [scores(successes)])])[0]
+        covered += row["low"] <= 30 <= row["high"]
     # Binomial(100, 0.95) lies from 88 to 99 in 99 of 100 cases; the percentile bootstrap falls a little short of 95%.
-    assert 88 <= held <= 99
+    assert 88 <= covered <= 99
 
 
-def test_the_interval_has_the_width_of_the_normal_approximation():
-    drawn = np.arange(400) % 10 < 3
-    row = summarize([("a", [scores(drawn)])])[0]
+def test_interval_width_matches_the_normal_approximation():
+    successes = np.arange(400) % 10 < 3
+    row = summarize([("a", [scores(successes)])])[0]
     assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * 100 * np.sqrt(0.3 * 0.7 / 400), rel=0.1)
 
 
 def test_differences_are_paired():
-    """Models that find the same documents hard differ with more certainty than their own intervals say."""
+    """Differences are more certain than the models' intervals suggest if the same documents are difficult for both."""
     hard = np.random.default_rng(0).normal(4, 0.5, 60)
     noise = np.random.default_rng(1).normal(0, 0.05, (2, 60))
     first, second = losses(list(hard + noise[0]), [1.0] * 60), losses(list(hard - 0.1 + noise[1]), [1.0] * 60)
     row, other = summarize([("a", [first]), ("b", [second])])
-    widths = [each["high"] - each["low"] for each in (row, other)]
+    widths = [item["high"] - item["low"] for item in (row, other)]
     paired = other["difference_high"] - other["difference_low"]
     assert paired < 0.25 * np.hypot(*widths)
     assert other["difference_low"] < other["difference"] < other["difference_high"] < 0
-    assert row["high"] > other["low"]  # unpaired, they could not be told apart
+    assert row["high"] > other["low"]  # not significant without pairing
 
 
-def test_the_same_measurements_twice_differ_by_nothing():
+def test_equal_measurements_have_no_difference():
     measurement = losses([4.0, 5.0, 3.0, 4.5, 4.0], [1.0] * 5)
     other = summarize([("a", [measurement]), ("b", [measurement])])[1]
     assert (other["difference"], other["difference_low"], other["difference_high"]) == (0, 0, 0)
 
 
-def test_runs_that_differ_make_the_interval_wide():
-    """Though every example agrees within a run; and no success in 20 examples does not prove a score of 0."""
+def test_variance_between_runs_widens_the_interval():
+    """Even if all examples of a run are equal; and 0 successes in 20 examples do not prove a score of 0."""
     runs = [("a", [scores([0] * 20)]), ("a", [scores([1] * 20)])]
     row = summarize(runs)[0]
     assert (row["value"], row["low"], row["high"]) == (50, 0, 100)
@@ -90,13 +90,17 @@ def test_runs_that_differ_make_the_interval_wide():
     assert 10 < summarize(runs[:1])[0]["high"] < 25  # 1 - 0.05 ** (1 / 20) is 14%, Wilson's 16%
 
 
-def test_examples_in_which_nothing_counts_change_nothing_but_the_draws():
+def test_examples_that_do_not_count_have_no_effect():
     row = summarize([("a", [losses([6.0, 0.0, 3.0, 0.0], [2.0, 0.0, 1.0, 0.0])])])[0]
-    assert (row["value"], row["low"], row["high"]) == (3, 3, 3)  # draws of empty examples alone are left out
+    assert (row["value"], row["low"], row["high"]) == (
+        3,
+        3,
+        3,
+    )  # bootstrap samples without counted examples are dropped
     assert row["examples"] == 4
 
 
-def test_measurements_in_which_nothing_counts_have_no_row():
+def test_measurements_without_counted_examples_have_no_row():
     empty = losses([0.0, 0.0], [0.0, 0.0])
     assert summarize([("a", [empty])]) == []
     rows = summarize([("a", [empty]), ("b", [losses([2.0, 4.0], [1.0, 1.0])])])
@@ -108,15 +112,15 @@ def test_measurements_in_which_nothing_counts_have_no_row():
     [
         (scores([1, 0, 1]), scores([1, 1])),
         (scores([1, 0, 1], sample="first texts"), scores([1, 1, 0], sample="other texts")),
-        (losses([3.0], [1.0]), losses([4.0], [1.0])),  # one document tells nothing of others
+        (losses([3.0], [1.0]), losses([4.0], [1.0])),  # a single document has no variance
     ],
 )  # fmt: skip
-def test_other_examples_give_no_difference(one, other):
+def test_different_examples_have_no_difference(one, other):
     _, second = summarize([("a", [one]), ("b", [other])])
     assert [second[key] for key in ("difference", "difference_low", "difference_high", "paired")] == [None] * 4
     assert second["value"] == pytest.approx(other.value)
     assert (second["low"] is None) == (len(other.numerators) == 1)
-    pooled = summarize([("a", [one]), ("a", [other])])[0]  # nor are runs of other examples joined
+    pooled = summarize([("a", [one]), ("a", [other])])[0]  # nor are runs with different examples combined
     assert pooled["value"] == pytest.approx((one.value + other.value) / 2)
     assert pooled["low"] is None
 
@@ -133,15 +137,15 @@ def test_other_examples_give_no_difference(one, other):
         ("loss", {"task": "perplexity"}, 3, False),
     ],
 )  # fmt: skip
-def test_the_aggregation_makes_the_value_and_says_what_is_better(metric, fields, value, higher):
+def test_aggregation_and_direction_of_metrics(metric, fields, value, higher):
     row = summarize([("a", [Measurement(metric=metric, numerators=[2.0, 4.0], denominators=[1.0, 1.0], **fields)])])[0]
     assert row["value"] == pytest.approx(value)
     assert row["higher_is_better"] is higher
 
 
-def test_the_same_again():
-    drawn = [np.random.default_rng(seed).uniform(size=30) < 0.5 for seed in range(4)]
-    runs = [("ab"[place % 2], [scores(values), scores(values, length=1024)]) for place, values in enumerate(drawn)]
+def test_rows_are_reproducible():
+    successes = [np.random.default_rng(seed).uniform(size=30) < 0.5 for seed in range(4)]
+    runs = [("ab"[place % 2], [scores(values), scores(values, length=1024)]) for place, values in enumerate(successes)]
     assert summarize(runs) == summarize(runs)
 
 

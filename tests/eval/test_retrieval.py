@@ -1,4 +1,4 @@
-"""Retrieval: what is asked, and how it is scored."""
+"""Retrieval: examples and scores."""
 
 import dataclasses
 import itertools
@@ -22,7 +22,7 @@ from ropepp_lit.eval.tasks.retrieval import FAMILIES
 from ropepp_lit.text.tokenizer import TextTokenizer, byte_tokenizer, load_tokenizer, train_tokenizer
 
 ONCE = ("single", "multikey", "multivalue", "multiquery")
-"""Families whose answers each stand in the context once."""
+"""Families with one occurrence of each answer in the context."""
 
 
 def make_examples(family, tokenizer, **options):
@@ -70,14 +70,14 @@ def test_prompt_and_answer_have_the_exact_length(tokenizer, family):
 
 
 @pytest.mark.parametrize("family", ["single", "multikey"])
-def test_the_answer_lies_as_deep_as_is_said(tokenizer, family):
+def test_the_answer_is_at_the_given_depth(tokenizer, family):
     for example in make_examples(family, tokenizer, length=4000, numbers=range(10), seed=0):
         text = tokenizer.tokenizer.decode(example.input_ids)
         assert text.index(example.answers[0]) / len(text) == pytest.approx(example.depth, abs=0.06)
     assert {e.depth for e in make_examples(family, tokenizer, length=1000, numbers=range(5), seed=0)} == set(DEPTHS)
 
 
-def test_what_is_most_frequent_is_so_in_the_text(tokenizer):
+def test_answers_are_the_most_frequent_words(tokenizer):
     for family, count in (("frequent_words", 3), ("common_words", 10)):
         for length in (1000, 4000):
             for example in make_examples(family, tokenizer, length=length, numbers=range(3), seed=0):
@@ -87,23 +87,23 @@ def test_what_is_most_frequent_is_so_in_the_text(tokenizer):
                 assert counts[count - 1][0] > counts[count][0]
 
 
-def test_many_examples_fit_where_few_do(tokenizer):
+def test_all_examples_fit_if_the_first_do(tokenizer):
     examples = make_examples("frequent_words", tokenizer, length=512, numbers=range(60), seed=0)
     assert len({len(example.input_ids) for example in examples}) == 1
 
 
-def test_names_are_handed_on_in_order(tokenizer):
+def test_assignments_are_in_order(tokenizer):
     for example in make_examples("tracking", tokenizer, length=2000, numbers=range(5), seed=0):
         text = tokenizer.tokenizer.decode(example.input_ids)
         places = [text.index(f"Let {name} = ") for name in example.answers]
         assert places == sorted(places)
-        held = [text[place:].split("= ")[1].split(".")[0] for place in places]
-        assert held[1:] == example.answers[:-1]
-        assert text.endswith(f"that equal {held[0]} are")
+        sources = [text[place:].split("= ")[1].split(".")[0] for place in places]
+        assert sources[1:] == example.answers[:-1]
+        assert text.endswith(f"that equal {sources[0]} are")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_short_context_is_refused_with_the_length_that_would_do(tokenizer, family):
+def test_a_short_length_is_rejected_with_a_sufficient_one(tokenizer, family):
     with pytest.raises(UsageError, match=f"are too few for retrieval:{family} .*; give [0-9]+ or more") as refused:
         make_examples(family, tokenizer, length=30, numbers=range(3), seed=0)
     least = int(str(refused.value).split("give ")[1].split()[0])
@@ -112,8 +112,8 @@ def test_a_short_context_is_refused_with_the_length_that_would_do(tokenizer, fam
 
 @pytest.mark.parametrize("kind", ["chat", "llama2"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_examples_have_their_length_with_others_tokenizers(tmp_path, kind, family):
-    """The chat tokenizer cuts texts to 64 tokens as it is saved, Llama 2's begins every text with a space."""
+def test_examples_have_the_exact_length_with_other_tokenizers(tmp_path, kind, family):
+    """The chat tokenizer has truncation to 64 tokens, Llama 2's prepends a space to every text."""
     make_tokenizer(kind, tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
     room = answer_tokens(family, tokenizer, seed=0)
@@ -139,8 +139,12 @@ NOT_DIGITS, DIGITS = Regex(r"\D+"), Regex(r"\d")
 @pytest.mark.parametrize(
     ("make", "family", "message"),
     [
-        (_one_word, "single", "retrieval:single: this tokenizer cannot write its answers: '[0-9]{5}.' comes back as"),
-        (lambda: _bytes_behind(Replace(DIGITS, "")), "tracking", "cannot write its answers"),
+        (
+            _one_word,
+            "single",
+            "retrieval:single: this tokenizer cannot represent its answers: '[0-9]{5}.' is decoded as",
+        ),
+        (lambda: _bytes_behind(Replace(DIGITS, "")), "tracking", "cannot represent its answers"),
         (
             lambda: _bytes_behind(Replace(NOT_DIGITS, "")),
             "single",
@@ -149,21 +153,21 @@ NOT_DIGITS, DIGITS = Regex(r"\D+"), Regex(r"\d")
         (lambda: _bytes_behind(Replace(NOT_DIGITS, " ")), "single", "tokens with this tokenizer, and more of it would"),
     ],
 )
-def test_texts_that_cannot_fill_a_length_are_refused(make, family, message):
+def test_texts_that_cannot_fill_a_length_are_rejected(make, family, message):
     with pytest.raises(UsageError, match=message) as refused:
         make_examples(family, make(), length=512, numbers=range(3), seed=0)
     assert "\n" not in str(refused.value)
 
 
-def test_a_family_that_has_no_more_to_say_is_refused(monkeypatch):
-    """At 90,000 keys `multikey` has used each number of five digits."""
+def test_a_family_with_too_few_fillers_is_rejected(monkeypatch):
+    """With 90,000 keys `multikey` has used all numbers of five digits."""
     values = stock.numbers
     monkeypatch.setattr(stock, "numbers", lambda rng: itertools.islice(values(rng), 50))
     with pytest.raises(UsageError, match=r"retrieval:multikey at 4,096 tokens: its text of .* has"):
         make_examples("multikey", byte_tokenizer(), length=4096, numbers=range(3), seed=0)
 
 
-def test_long_examples_are_made_in_few_steps(monkeypatch):
+def test_long_examples_need_few_tokenizer_calls(monkeypatch):
     read = []
     encode = examples._encode
     monkeypatch.setattr(examples, "_encode", lambda tokenizer, text: read.append(len(text)) or encode(tokenizer, text))
@@ -188,14 +192,14 @@ def copier(tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["single", "multikey"])
-def test_a_copier_finds_everything(copier, family):
-    (whole, *by_depth) = measure(copier, family, length=1000, limit=10, seed=0)
-    assert whole.value == 100
+def test_a_copier_scores_100(copier, family):
+    (overall, *by_depth) = measure(copier, family, length=1000, limit=10, seed=0)
+    assert overall.value == 100
     assert [(item.depth, item.value, sum(item.denominators)) for item in by_depth] == [(d, 100, 2) for d in DEPTHS]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_perfect_answer_scores_100_and_a_random_model_nothing(small_checkpoints, monkeypatch, family):
+def test_a_perfect_answer_scores_100_and_a_random_model_0(small_checkpoints, monkeypatch, family):
     model = load_model(str(small_checkpoints["ec"]), dtype=torch.float32, device=torch.device("cpu"))
     assert measure(model, family, length=1000, limit=5, seed=0)[0].value == 0
     ideals = iter([e.ideal for e in make_examples(family, model.tokenizer, length=1000, numbers=range(5), seed=0)])
@@ -203,8 +207,8 @@ def test_a_perfect_answer_scores_100_and_a_random_model_nothing(small_checkpoint
     assert measure(model, family, length=1000, limit=5, seed=0)[0].value == 100
 
 
-def test_guesses_without_the_context_score_nothing():
-    """The answer of another example is as good a guess as any."""
+def test_answers_of_other_examples_score_0():
+    """The answer of another example is a guess without the context."""
     examples = make_examples("single", byte_tokenizer(), length=600, numbers=range(50), seed=0)
     answers = [example.answers for example in examples]
     guesses = answers[1:] + answers[:1]
@@ -212,7 +216,7 @@ def test_guesses_without_the_context_score_nothing():
 
 
 @torch.no_grad()
-def test_answers_are_those_of_greedy_decoding_without_a_cache(small_checkpoints):
+def test_answers_match_greedy_decoding_without_a_cache(small_checkpoints):
     model = load_model(str(small_checkpoints["eh"]), dtype=torch.float64, device=torch.device("cpu"))
     prompts = torch.randint(2, 258, (3, 40), generator=torch.Generator().manual_seed(0))
     expected = []
@@ -225,44 +229,44 @@ def test_answers_are_those_of_greedy_decoding_without_a_cache(small_checkpoints)
         written = written[: written.index(eos)] if eos in written else written
         expected.append(model.tokenizer.tokenizer.decode(written))
     for chunk_tokens in (None, 11):
-        found = examples.write_answers(model, prompts.tolist(), max_new_tokens=12, chunk_tokens=chunk_tokens)
-        assert found == expected
+        actual = examples.write_answers(model, prompts.tolist(), max_new_tokens=12, chunk_tokens=chunk_tokens)
+        assert actual == expected
 
 
-def test_the_average_is_over_examples(small_checkpoints):
+def test_averages_weight_all_examples_equally(small_checkpoints):
     model = load_model(str(small_checkpoints["rope"]), dtype=torch.float32, device=torch.device("cpu"))
     parts = [measure(model, family, length=700, limit=3, seed=0) for family in ("single", "multikey")]
-    (whole,) = averages([item for part in parts for item in part])
-    assert (whole.part, len(whole.numerators), whole.length) == ("all", 6, 700)
+    (overall,) = averages([item for part in parts for item in part])
+    assert (overall.part, len(overall.numerators), overall.length) == ("all", 6, 700)
 
 
-def test_training_documents_hold_their_answers_and_no_entry_of_a_test():
+def test_training_documents_contain_answers_but_no_evaluation_entries():
     choose = random.Random(0)
     documents = recall_documents(list(FAMILIES), units=(10, 40), seed=0)
     texts = [next(documents) for _ in range(70)]
     assert len(set(texts)) == 70
     assert all(text.endswith(".") for text in texts)
-    several = [text for text in texts if re.fullmatch(r"([a-z-]+: [0-9]{5}\.( |$))+", text)]
-    asked = choose.choice(several)
-    last = asked.rstrip(".").split(". ")[-1]
-    assert asked.count(last) == 2  # told, and asked
-    told = {entry for text in texts for entry in re.findall(r"[a-z]+-[a-z]+: [0-9]{5}", text)}
-    assert len(told) > 200
+    candidates = [text for text in texts if re.fullmatch(r"([a-z-]+: [0-9]{5}\.( |$))+", text)]
+    queried = choose.choice(candidates)
+    last = queried.rstrip(".").split(". ")[-1]
+    assert queried.count(last) == 2  # in the context and in the question
+    stated = {entry for text in texts for entry in re.findall(r"[a-z]+-[a-z]+: [0-9]{5}", text)}
+    assert len(stated) > 200
     tokenizer = byte_tokenizer()
     for example in make_examples("multikey", tokenizer, length=2000, numbers=range(20), seed=0):
         tested = re.findall(r"[a-z]+-[a-z]+: [0-9]{5}", tokenizer.tokenizer.decode(example.input_ids))
         assert len(tested) > 50
-        assert not told & set(tested)
+        assert not stated & set(tested)
 
 
-def test_training_documents_ask_in_the_order_of_the_text_half_of_the_time():
+def test_half_of_the_training_documents_have_questions_in_text_order():
     in_order = 0
     for text in itertools.islice(recall_documents(["multikey"], units=(4, 9), seed=0), 100):
         entries = re.findall(r"[a-z]+-[a-z]+: [0-9]{5}", text)
-        told, asked = entries[: len(entries) // 2], entries[len(entries) // 2 :]
-        assert sorted(told) == sorted(asked)
-        first = told.index(asked[0])
-        in_order += asked == told[first:] + told[:first]
+        stated, queried = entries[: len(entries) // 2], entries[len(entries) // 2 :]
+        assert sorted(stated) == sorted(queried)
+        first = stated.index(queried[0])
+        in_order += queried == stated[first:] + stated[:first]
     assert 40 < in_order < 60
 
 
@@ -276,5 +280,5 @@ def test_memory_does_not_grow_with_the_number_of_examples(small_checkpoints):
         tracemalloc.stop()
         return peak
 
-    peak(4)  # what is made once
+    peak(4)  # one-time allocations
     assert peak(48) < 1.3 * peak(12)

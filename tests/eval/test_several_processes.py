@@ -1,4 +1,4 @@
-"""Processes that share an evaluation's folder: they end as one does, also where one is killed."""
+"""Processes that share the folder of an evaluation have the results of a single one, also if one is killed."""
 
 import json
 import os
@@ -26,7 +26,7 @@ class Slow(Task):
             print(os.getpid(), file=file)
         while not Path("go").exists():
             time.sleep(0.02)
-        return [self.measured(request, metric="number", numerators=[1.0, 2.0], denominators=[1.0, 1.0])]
+        return [self.measurement(request, metric="number", numerators=[1.0, 2.0], denominators=[1.0, 1.0])]
 """
 
 
@@ -39,9 +39,9 @@ def wait_for(condition, what):
 
 @pytest.fixture
 def start(command_server, command_path, tmp_path):
-    """Starts the installed command beside others; returns its process id, and what it prints is in a file of that name.
+    """Function that starts the installed command in the background and returns its process id and output file.
 
-    `start.wait(ID)` gives its exit code.
+    `start.wait(ID)` returns its exit code.
     """
     running = set()
 
@@ -72,7 +72,7 @@ def start(command_server, command_path, tmp_path):
         wait(process)
 
 
-def test_processes_end_as_one_and_take_up_what_a_killed_one_held(run, start, small_checkpoints, tmp_path):
+def test_processes_share_pieces_and_replace_a_killed_one(run, start, small_checkpoints, tmp_path):
     (tmp_path / "my_tasks.py").write_text(TASK)
     models = [f"A={small_checkpoints['rope']}", f"B={small_checkpoints['ec']}"]
     command = ["evaluate", *models, "--tasks", "my_tasks.Slow,retrieval:single", "--lengths", "256", "--limit", "2"]
@@ -91,13 +91,13 @@ def test_processes_end_as_one_and_take_up_what_a_killed_one_held(run, start, sma
     assert all("Everything is in several" in output.read_text() for _, output in others)
     assert not list((tmp_path / "several" / "parts").glob("[!.]*.lock"))
     run(*command, "--out", "one", cwd=tmp_path)
-    one, several = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "several"))
-    for results in (one, several):
+    one, concurrent = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "several"))
+    for results in (one, concurrent):
         for key in ("date", "command"):
             del results[key]
         for model in results["models"]:
             del model["seconds"]
-    assert one == several
+    assert one == concurrent
     assert [(row["part"], row["examples"]) for row in one["scores"] if row["depth"] is None] == [
         (part, 2) for part in ("Slow", "single") for _ in range(2)
     ]
@@ -105,11 +105,11 @@ def test_processes_end_as_one_and_take_up_what_a_killed_one_held(run, start, sma
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "several" / name).read_bytes()
 
 
-def test_without_locks_one_process_goes_on_alone(small_checkpoints, tmp_path, monkeypatch, capsys):
+def test_a_single_process_works_without_locks(small_checkpoints, tmp_path, monkeypatch, capsys):
     from ropepp_lit.commands.evaluate import evaluate
 
     monkeypatch.setattr(pieces, "has_locks", lambda path: False)
     options = {"tasks": "retrieval:single", "lengths": "256", "limit": 2, "out": str(tmp_path / "out")}
     evaluate(str(small_checkpoints["rope"]), **options)
-    assert "has no locks, so one process alone can measure into it" in capsys.readouterr().out
+    assert "does not support locks, so only one process can evaluate into it" in capsys.readouterr().out
     assert (tmp_path / "out" / "index.html").exists()

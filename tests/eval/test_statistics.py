@@ -1,4 +1,4 @@
-"""Coverage of the intervals, simulated, and their parts against plain numbers."""
+"""Simulated coverage of intervals, and their components compared with reference values."""
 
 import math
 
@@ -11,10 +11,10 @@ from ropepp_lit.eval.statistics import t_quantile
 TRIALS = 200
 
 
-def test_quantiles_of_students_t_are_those_of_tables():
-    tabled = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445, 9: 2.262157, 30: 2.042272, 120: 1.979930}
-    assert {degrees: t_quantile(degrees) for degrees in tabled} == pytest.approx(tabled, abs=1e-6)
-    for degrees in (1.3, 2.5, 7.7):  # Welch's are not whole numbers
+def test_quantiles_of_students_t_match_published_tables():
+    table = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445, 9: 2.262157, 30: 2.042272, 120: 1.979930}
+    assert {degrees: t_quantile(degrees) for degrees in table} == pytest.approx(table, abs=1e-6)
+    for degrees in (1.3, 2.5, 7.7):  # degrees of freedom of Welch's interval are not integers
         places = np.linspace(0, t_quantile(degrees), 200_001)
         density = (1 + places**2 / degrees) ** (-(degrees + 1) / 2)
         density *= math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(math.pi * degrees)
@@ -23,13 +23,13 @@ def test_quantiles_of_students_t_are_those_of_tables():
 
 
 def losses(random, runs, *, seed_sd, noise):
-    """[2 models, runs, 36 documents]: equal models; the documents' own difficulty is shared; and the true value."""
+    """Return losses [2, runs, 36] of two equal models on the same documents, and the true value."""
     hard = random.normal(4, 0.5, 36)
     return hard + random.normal(0, seed_sd, (2, runs, 1)) + random.normal(0, noise, (2, runs, 36)), 4.0
 
 
 def hits(random, runs, *, seed_sd, rate):
-    """[2 models, runs, 40 examples] of 0 and 1, of equal models, and the true score."""
+    """Return successes [2, runs, 40] (0 or 1) of two equal models, and the true score."""
     logits = math.log(rate / (1 - rate)) + random.normal(0, 1, 40) + random.normal(0, seed_sd, (2, runs, 1))
     draws = np.random.default_rng(0).normal(0, math.hypot(1, seed_sd), 100_000)
     truth = 100 * (1 / (1 + np.exp(-math.log(rate / (1 - rate)) - draws))).mean()
@@ -49,9 +49,9 @@ def hits(random, runs, *, seed_sd, rate):
     ],
     ids=["losses", "no-seed-spread", "large-seed-spread", "hits", "few-hits"],
 )
-def test_intervals_of_equal_models_hold_the_truth(draw, settings, runs, same_seeds):
+def test_coverage_of_intervals_of_equal_models(draw, settings, runs, same_seeds):
     random = np.random.default_rng(runs)
-    held = held_zero = 0
+    covered = covered_zero = 0
     for _ in range(TRIALS):
         values, truth = draw(random, runs, **settings)
         metric = {"task": "retrieval", "metric": "score"} if draw is hits else {"task": "perplexity", "metric": "loss"}
@@ -62,28 +62,28 @@ def test_intervals_of_equal_models_hold_the_truth(draw, settings, runs, same_see
         ]
         row, other = summarize(entries, seeds=[*range(runs)] * 2 if same_seeds else None)
         assert other["paired"] == ("examples and seeds" if same_seeds else "examples")
-        held += row["low"] <= truth <= row["high"]
-        held_zero += other["difference_low"] <= 0 <= other["difference_high"]
-    assert held / TRIALS >= 0.93
-    assert held_zero / TRIALS >= 0.93
+        covered += row["low"] <= truth <= row["high"]
+        covered_zero += other["difference_low"] <= 0 <= other["difference_high"]
+    assert covered / TRIALS >= 0.93
+    assert covered_zero / TRIALS >= 0.93
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05, 0.5, 0.98])
-def test_one_run_covers_documents_and_keeps_percentages_between_0_and_100(rate):
+def test_coverage_of_scores_of_a_single_run(rate):
     random = np.random.default_rng(0)
-    held = 0
+    covered = 0
     for _ in range(TRIALS):
-        drawn = (random.uniform(size=40) < rate).astype(float)
-        kept = Measurement(task="retrieval", metric="score", numerators=drawn.tolist(), denominators=[1.0] * 40)
-        row = summarize([("a", [kept])])[0]
+        values = (random.uniform(size=40) < rate).astype(float)
+        measurement = Measurement(task="retrieval", metric="score", numerators=values.tolist(), denominators=[1.0] * 40)
+        row = summarize([("a", [measurement])])[0]
         assert 0 <= row["low"] <= row["value"] <= row["high"] <= 100
         assert row["low"] < row["high"]
-        held += row["low"] <= 100 * rate <= row["high"]
-    assert held / TRIALS >= 0.93
+        covered += row["low"] <= 100 * rate <= row["high"]
+    assert covered / TRIALS >= 0.93
 
 
-def test_the_half_width_of_runs_is_students():
-    """Runs that differ by constants: nothing but the spread between them is in the difference."""
+def test_half_width_over_runs_is_that_of_students_t():
+    """Runs differ by constants, so the interval of the difference contains only the variance between runs."""
     documents = np.linspace(3, 5, 30)
     first, second = [0.0, 0.1, 0.2], [0.3, 0.1, 0.5]
     entries = [
@@ -94,18 +94,18 @@ def test_the_half_width_of_runs_is_students():
     difference = np.subtract(second, first)
     half = 4.302653 * difference.std(ddof=1) / math.sqrt(3)
     paired = summarize(entries, seeds=[0, 1, 2, 2, 1, 0])[1]  # in another order
-    turned = np.subtract(second[::-1], first)
+    reversed_difference = np.subtract(second[::-1], first)
     assert paired["difference_high"] - paired["difference"] == pytest.approx(
-        4.302653 * turned.std(ddof=1) / math.sqrt(3), rel=1e-5
+        4.302653 * reversed_difference.std(ddof=1) / math.sqrt(3), rel=1e-5
     )
     paired = summarize(entries, seeds=[0, 1, 2, 0, 1, 2])[1]
     assert paired["difference"] == pytest.approx(0.2)
     assert (paired["difference_low"], paired["difference_high"]) == pytest.approx((0.2 - half, 0.2 + half), rel=1e-5)
-    assert paired["difference_low"] < 0  # three seeds do not carry a star here
+    assert paired["difference_low"] < 0  # not significant with three seeds
     parts = np.var(first, ddof=1) / 3, np.var(second, ddof=1) / 3
     degrees = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 2)
     welch = summarize(entries)[1]
     assert welch["difference_high"] - 0.2 == pytest.approx(t_quantile(degrees) * math.sqrt(sum(parts)), rel=1e-5)
-    lone = summarize([entries[0], *entries[3:]])[1]  # a single run has the other's spread
+    single = summarize([entries[0], *entries[3:]])[1]  # a single run gets the variance of the other model
     half = 4.302653 * np.std(second, ddof=1) * math.sqrt(1 + 1 / 3)
-    assert lone["difference_high"] - lone["difference"] == pytest.approx(half, rel=1e-5)
+    assert single["difference_high"] - single["difference"] == pytest.approx(half, rel=1e-5)

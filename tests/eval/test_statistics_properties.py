@@ -1,4 +1,4 @@
-"""Intervals of any measurements: they hold the value, stay within bounds, and change as their arguments do."""
+"""Properties of intervals: they contain the value, are bounded, and transform with their arguments."""
 
 import math
 
@@ -14,8 +14,8 @@ RUNS = st.integers(1, 4)
 EXAMPLES = st.integers(1, 12)
 
 
-def draw(seed, runs, examples, *, is_share, share_counted=0.8):
-    """Numerators and denominators; some examples do not count, but not all."""
+def make_ratios(seed, runs, examples, *, is_share, share_counted=0.8):
+    """Return random ratios, and the number of examples that count (at least one)."""
     rng = np.random.default_rng(seed)
     counts = rng.uniform(size=examples) < share_counted
     counts[0] = True
@@ -28,24 +28,24 @@ def draw(seed, runs, examples, *, is_share, share_counted=0.8):
 
 
 @given(seed=SEEDS, runs=RUNS, examples=EXAMPLES, kind=st.sampled_from(["number", "share", "proportion"]))
-def test_an_interval_holds_the_value(seed, runs, examples, kind):
-    ratios, counted = draw(seed, runs, examples, is_share=kind != "number")
+def test_an_interval_contains_the_value(seed, runs, examples, kind):
+    ratios, counted = make_ratios(seed, runs, examples, is_share=kind != "number")
     settings = {"is_share": kind != "number", "is_proportion": kind == "proportion"}
-    found = interval(ratios, **settings)
+    ends = interval(ratios, **settings)
     if counted < 2:
-        assert found is None
+        assert ends is None
         return
-    low, high = found
+    low, high = ends
     assert low <= ratios.value <= high
     if kind != "number":
         assert 0 <= low <= high <= 1
     if kind == "proportion":
         assert low < high
-    assert interval(ratios, **settings) == found
-    # Examples that do not count change nothing but the draws; other orders of runs nothing at all.
-    turned = Ratios(ratios.numerators[::-1], ratios.denominators[::-1])
-    assert interval(turned, **settings) == pytest.approx(found)
-    if kind == "number":  # in other units, and from another zero
+    assert interval(ratios, **settings) == ends
+    # The order of the runs has no effect.
+    swapped = Ratios(ratios.numerators[::-1], ratios.denominators[::-1])
+    assert interval(swapped, **settings) == pytest.approx(ends)
+    if kind == "number":  # scaled and shifted
         scaled = Ratios(3 * ratios.numerators + 2 * ratios.denominators, ratios.denominators)
         assert interval(scaled, **settings) == pytest.approx((3 * low + 2, 3 * high + 2))
 
@@ -53,25 +53,25 @@ def test_an_interval_holds_the_value(seed, runs, examples, kind):
 @given(
     seed=SEEDS, runs=st.tuples(RUNS, RUNS), examples=EXAMPLES, kind=st.sampled_from(["number", "share", "proportion"])
 )  # fmt: skip
-def test_an_interval_of_a_difference_holds_it_and_turns_with_the_models(seed, runs, examples, kind):
+def test_an_interval_of_a_difference_contains_it_and_is_antisymmetric(seed, runs, examples, kind):
     is_share = kind != "number"
-    first, counted = draw(seed, runs[0], examples, is_share=is_share)
-    second, _ = draw(seed, runs[1], examples, is_share=is_share)
+    first, counted = make_ratios(seed, runs[0], examples, is_share=is_share)
+    second, _ = make_ratios(seed, runs[1], examples, is_share=is_share)
     settings = {"is_share": is_share, "is_proportion": kind == "proportion", "same_seeds": runs[0] == runs[1]}
-    settings["finish"] = (lambda ratio: 100 * ratio) if is_share else np.exp
-    found = difference_interval(first, second, **settings)
+    settings["transform"] = (lambda ratio: 100 * ratio) if is_share else np.exp
+    ends = difference_interval(first, second, **settings)
     if counted < 2:
-        assert found is None
+        assert ends is None
         return
-    low, high = found
-    value = settings["finish"](second.value) - settings["finish"](first.value)
+    low, high = ends
+    value = settings["transform"](second.value) - settings["transform"](first.value)
     assert low <= value <= high
     if is_share:
         assert -100 <= low <= high <= 100
-    turned = difference_interval(second, first, **settings)
-    # Of successes the pseudo-examples change places too, so that others are drawn.
+    swapped = difference_interval(second, first, **settings)
+    # For proportions the pseudo-examples are swapped too, so the bootstrap samples differ.
     tolerance = 0.1 * (high - low) if kind == "proportion" else 1e-9 * max(1, abs(low), abs(high))
-    assert turned == pytest.approx((-high, -low), abs=tolerance)
+    assert swapped == pytest.approx((-high, -low), abs=tolerance)
     same = difference_interval(first, first, **{**settings, "same_seeds": True})
     assert same[0] <= 0 <= same[1]
     if kind != "proportion":
@@ -79,8 +79,8 @@ def test_an_interval_of_a_difference_holds_it_and_turns_with_the_models(seed, ru
 
 
 @given(degrees=st.floats(1, 1e5), more=st.floats(1e-3, 1e3))
-def test_quantiles_fall_to_that_of_the_normal_distribution(degrees, more):
-    found, later = t_quantile(degrees), t_quantile(degrees + more)
-    assert 1.959963 < later <= found + 1e-9
-    assert math.isfinite(found)
-    assert found <= 12.7063
+def test_quantiles_decrease_to_that_of_the_normal_distribution(degrees, more):
+    ends, later = t_quantile(degrees), t_quantile(degrees + more)
+    assert 1.959963 < later <= ends + 1e-9
+    assert math.isfinite(ends)
+    assert ends <= 12.7063

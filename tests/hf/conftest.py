@@ -15,7 +15,7 @@ CASES = ["rope_theta1e4", "eh_theta1e4", "ec_theta1e4", "ec_theta5e5", "ec_yarn3
 
 
 def write_official(case, folder):
-    """A golden case as the public training script would save it."""
+    """Write a golden case in the format of the public training script."""
     settings = json.loads((GOLDENS / case / "case.json").read_text())
     config = {
         "model_type": "llama",
@@ -35,13 +35,13 @@ def write_official(case, folder):
 
 @pytest.fixture
 def official_folder():
-    """Writes a golden case as the public training script would."""
+    """Function that writes a golden case in the format of the public training script."""
     return write_official
 
 
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory, run_file):
-    """Golden cases through import and export, and what transformers says of each in a process of its own."""
+    """Golden cases after import and export, and the results of transformers in a separate process."""
     root = tmp_path_factory.mktemp("exports")
     jobs = []
     for case in CASES:
@@ -59,7 +59,7 @@ def exports(tmp_path_factory, run_file):
 
 @pytest.fixture(params=CASES)
 def answers(request, exports):
-    """A case's name, golden values, and what transformers found."""
+    """Name of a case, golden values, and results of transformers."""
     return (
         request.param,
         load_file(GOLDENS / request.param / "io.safetensors"),
@@ -69,7 +69,7 @@ def answers(request, exports):
 
 @pytest.fixture
 def forked_check(run_file, tmp_path_factory, monkeypatch):
-    """Lets `export` run its check by `run_file`, which is faster than starting Python; its script is the same."""
+    """Run the check of `export` with `run_file`, which is faster than starting Python; the script is the same."""
     script = tmp_path_factory.mktemp("check") / "check.py"
 
     def run(command, *, cwd, **_):

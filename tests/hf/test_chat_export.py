@@ -1,4 +1,4 @@
-"""A fine-tuned chat model in transformers: its template byte for byte, and where its answers end."""
+"""A fine-tuned chat model in transformers: chat template and end of the answers."""
 
 import json
 import re
@@ -37,8 +37,8 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
-def test_templates_keep_their_bytes(kind, tmp_path):
-    """Of a base and of the conversations it is trained on: into the folder, as transformers and we read it again."""
+def test_templates_are_exported_byte_for_byte(kind, tmp_path):
+    """From a base model and a chat dataset to the exported folder, as read by transformers and by us."""
     template = TEMPLATES[kind]
     stored = {"tokenizer_config": json.dumps({"chat_template": template})}
     base = {"tokenizer_config": json.dumps({"chat_template": "of the base", "pad_token": "<|end_of_text|>"})}
@@ -46,13 +46,13 @@ def test_templates_keep_their_bytes(kind, tmp_path):
     export(make(entry=entry), tmp_path / "hf", dtype=None, max_shard_bytes=10**9, check=False)
     named = {"default": template} if isinstance(template, str) else {one["name"]: one["template"] for one in template}
     files = {path.relative_to(tmp_path / "hf").as_posix(): path for path in (tmp_path / "hf").rglob("*.jinja")}
-    found = {name: path.read_bytes().decode() for name, path in files.items()}
+    actual = {name: path.read_bytes().decode() for name, path in files.items()}
     if kind == "a name that is no file's":
-        assert found == {}
+        assert actual == {}
     else:
         expected = {f"additional_chat_templates/{name}.jinja": text for name, text in named.items()}
         expected["chat_template.jinja"] = expected.pop("additional_chat_templates/default.jinja")
-        assert found == expected
+        assert actual == expected
         assert "chat_template" not in json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     again = json.loads(open_checkpoint(tmp_path / "hf")[KEY]["tokenizer_config"])
     assert again["pad_token"] == "<|end_of_text|>"
@@ -97,7 +97,7 @@ ANSWER = "It sleeps."
 
 @pytest.fixture(scope="module")
 def tuned(run, tmp_path_factory):
-    """A RoPE++ model of the kind of Llama 3's, fine-tuned to answer in one sentence; exported."""
+    """A RoPE++ model with a tokenizer like Llama 3's, fine-tuned to answer in one sentence, and exported."""
     folder = tmp_path_factory.mktemp("tuned")
     others.make_folder("llama3", folder / "base", initializer_range=0.05)
     (folder / "own.jinja").write_bytes(TURNS.encode())
@@ -119,22 +119,22 @@ def tuned(run, tmp_path_factory):
 
 
 @pytest.mark.end_to_end
-def test_answers_end_in_transformers_where_they_end_here(tuned, run_file, monkeypatch, capsys):
-    """The template writes what the tokenizer also puts before texts; two tokens end them."""
+def test_generation_in_transformers_stops_at_the_same_token(tuned, run_file, monkeypatch, capsys):
+    """The template includes BOS, which the tokenizer also adds; there are two stop tokens."""
     monkeypatch.chdir(tuned)
     first = [{"role": "user", "content": "The fox?"}]
     more = [*first, {"role": "assistant", "content": ANSWER}, {"role": "user", "content": "And the dog?"}]
     (tuned / "in.jsonl").write_text("".join(json.dumps({"messages": turns}) + "\n" for turns in (first, more)))
     (tuned / "check.py").write_text(GENERATE)
     theirs = json.loads(run_file("check.py", "hf", json.dumps([first, more]), cwd=tuned).stdout.splitlines()[-1])
-    found = {}
+    actual = {}
     for model in ("run/checkpoints/last.ckpt", "hf"):
         tokenizer = TextTokenizer.from_entry(open_checkpoint(model)[KEY])
         options = ["--temperature", "0", "--max_new_tokens", "40"]
-        out = f"{len(found)}.jsonl"
+        out = f"{len(actual)}.jsonl"
         main(["generate", model, "--prompts", "in.jsonl", "--out", out, "--chat", "true", *options])
         rows = [json.loads(line) for line in (tuned / out).read_text().splitlines()]
-        found[model] = [(row["text"], row["finish_reason"], row["tokens"]) for row in rows]
+        actual[model] = [(row["text"], row["finish_reason"], row["tokens"]) for row in rows]
     capsys.readouterr()
     bos, end = (tokenizer.tokenizer.token_to_id(token) for token in ("<|begin_of_text|>", "<|eot_id|>"))
     ours = ChatTemplate.from_tokenizer(tokenizer)
@@ -144,7 +144,7 @@ def test_answers_end_in_transformers_where_they_end_here(tuned, run_file, monkey
         assert answer["written"].count(end) == 1
         assert answer["written"][-1] == end
     expected = [(tokenizer.decode(answer["written"]), "stop", len(answer["written"])) for answer in theirs]
-    assert found["run/checkpoints/last.ckpt"] == found["hf"] == expected
+    assert actual["run/checkpoints/last.ckpt"] == actual["hf"] == expected
     assert expected[0][0] == ANSWER
     assert (tuned / "hf" / "chat_template.jinja").read_bytes() == TURNS.encode()
     stored = read_checkpoint(tuned / "run/checkpoints/last.ckpt")[KEY]["tokenizer_config"]

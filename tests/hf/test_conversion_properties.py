@@ -1,4 +1,4 @@
-"""Models of any geometry, scheme and scaling: config.json and weights that are written are read back as they were."""
+"""Round trips of config.json and weights for models of any geometry, scheme and scaling."""
 
 import os
 import shutil
@@ -63,7 +63,7 @@ def architectures(draw):
         )
     )
     switches = draw(st.integers(0, 2 ** len(SWITCHES) - 1))
-    if draw(st.booleans()):  # most combinations of biases and norms are in no family
+    if draw(st.booleans()):  # no family has most combinations of biases and norms
         switches &= 0b10000
     config = DecoderConfig(
         vocab_size=draw(st.integers(1, 40)),
@@ -81,7 +81,7 @@ def architectures(draw):
 
 
 def attempt(make, *arguments):
-    """What is made, and the message where it is refused."""
+    """Return the result of a function, or the message of its UsageError."""
     try:
         return make(*arguments), None
     except UsageError as error:
@@ -95,12 +95,12 @@ def described(architecture):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)  # hundreds of exports need no disk
+        patch.setattr(os, "fsync", lambda descriptor: None)  # hundreds of exports are not synced to disk
         yield tmp_path_factory.mktemp("exports")
 
 
 @given(architecture=architectures(), shard=st.integers(200, 4000))
-def test_exports_are_read_back_bit_for_bit(folder, architecture, shard):
+def test_round_trips_of_random_models_are_bit_exact(folder, architecture, shard):
     decoder, _ = attempt(Decoder, *architecture[:3])
     fields, message = attempt(write_config, architecture) if decoder else (None, "transformers has no such heads")
     if message is not None:
@@ -114,11 +114,11 @@ def test_exports_are_read_back_bit_for_bit(folder, architecture, shard):
     shutil.rmtree(out, ignore_errors=True)
     export(checkpoint, out, dtype=None, max_shard_bytes=shard, check=False)
     again = read_folder(out)
-    found = architecture_of(again)
-    assert described(found) == described(architecture)
-    if not isinstance(architecture.frequencies, Yarn):  # that says the context itself
-        assert found.context_length == architecture.context_length
-    assert write_config(found) == fields
+    actual = architecture_of(again)
+    assert described(actual) == described(architecture)
+    if not isinstance(architecture.frequencies, Yarn):  # which determines the context length
+        assert actual.context_length == architecture.context_length
+    assert write_config(actual) == fields
     assert weights_of(again).keys() == weights_of(checkpoint).keys()
     assert all(torch.equal(weights_of(again)[name], value) for name, value in weights_of(checkpoint).items())
     if isinstance(architecture.scheme, RoPEPP):
@@ -131,7 +131,7 @@ def test_exports_are_read_back_bit_for_bit(folder, architecture, shard):
     heads=st.integers(1, 4), groups=st.integers(1, 3), head_dim=st.integers(1, 3), wide=st.integers(1, 5),
     hidden=st.integers(1, 5), layers=st.integers(1, 2), seed=st.integers(0, 2**31 - 1),
 )  # fmt: skip
-def test_fused_projections_are_split_into_those_of_llama(heads, groups, head_dim, wide, hidden, layers, seed):
+def test_fused_projections_are_split(heads, groups, head_dim, wide, hidden, layers, seed):
     torch.manual_seed(seed)
     config = {"num_attention_heads": heads * groups, "num_key_value_heads": groups}
     sizes = {"q": heads * groups * head_dim, "k": groups * head_dim, "v": groups * head_dim, "gate": wide, "up": wide}
@@ -143,6 +143,6 @@ def test_fused_projections_are_split_into_those_of_llama(heads, groups, head_dim
             values = {part: torch.randn(sizes[part], hidden) for part in parts}
             expected |= {f"{prefix}.{part}_proj.weight": value for part, value in values.items()}
             fused[f"{prefix}.{joined}_proj.weight"] = torch.cat(list(values.values()))
-    found = FAMILIES["phi3"].rewrite(fused, config)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    actual = FAMILIES["phi3"].rewrite(fused, config)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())

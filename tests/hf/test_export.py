@@ -1,4 +1,4 @@
-"""Exports as transformers sees them, in a process that cannot import ropepp_lit."""
+"""Exports in transformers, in a process that cannot import ropepp_lit."""
 
 import ast
 import json
@@ -29,43 +29,43 @@ from ropepp_lit.text.tokenizer import byte_tokenizer
 pytestmark = pytest.mark.end_to_end
 
 
-def test_logits_are_those_of_the_public_code(answers):
-    _, io, found = answers
+def test_logits_match_the_public_code(answers):
+    _, io, results = answers
     for name in ("logits", "eager", "static_halves", "base", "compiled", "saved_again"):
-        torch.testing.assert_close(found[name], io["logits"], atol=2e-5, rtol=0, msg=name)
+        torch.testing.assert_close(results[name], io["logits"], atol=2e-5, rtol=0, msg=name)
 
 
-def test_greedy_texts_are_those_of_the_public_code(answers):
-    _, io, found = answers
+def test_greedy_texts_match_the_public_code(answers):
+    _, io, results = answers
     for name in ("dynamic", "static", "none", "padded"):
-        assert found[f"generated_{name}"].tolist() == io["gen_sequences"].tolist(), name
+        assert results[f"generated_{name}"].tolist() == io["gen_sequences"].tolist(), name
 
 
-def test_positions_beyond_the_trained_length(answers, exports):
-    case, io, found = answers
+def test_positions_beyond_the_training_length(answers, exports):
+    case, io, results = answers
     decoder = load_decoder(read_checkpoint(exports / f"{case}.ckpt")).float()
     positions = torch.arange(io["input_ids"].shape[1])[None] + 5000
-    torch.testing.assert_close(found["shifted"], decoder(io["input_ids"], positions=positions), atol=2e-5, rtol=0)
+    torch.testing.assert_close(results["shifted"], decoder(io["input_ids"], positions=positions), atol=2e-5, rtol=0)
 
 
 def test_gradients_with_and_without_checkpointing(answers):
-    _, _, found = answers
-    torch.testing.assert_close(found["gradient"], found["plain_gradient"], atol=1e-7, rtol=0)
+    _, _, results = answers
+    torch.testing.assert_close(results["gradient"], results["plain_gradient"], atol=1e-7, rtol=0)
 
 
-def test_the_cache_of_eh_is_half_of_ropes_and_that_of_ec_is_equal(exports):
+def test_cache_size_of_eh_is_half_and_of_ec_equal(exports):
     rope, eh, ec = (int(load_file(exports / f"{case}_theta1e4.answer")["cache_bytes"]) for case in ("rope", "eh", "ec"))
     assert (2 * eh, ec) == (rope, rope)
 
 
-def test_plain_rope_is_a_stock_llama(exports):
+def test_plain_rope_is_exported_as_llama(exports):
     folder = exports / "hf" / "rope_theta1e4"
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     assert not list(folder.glob("*.py"))
 
 
-def test_modelling_files_stand_alone_and_meet_what_serving_engines_ask():
-    """vLLM's transformers backend: it does not run here, so the file is inspected for what its documentation asks."""
+def test_modeling_files_are_self_contained_and_support_serving_engines():
+    """vLLM does not run here, so the file is checked for the requirements of its transformers backend."""
     import transformers
 
     from ropepp_lit.hf import modeling_ropepp as modeling
@@ -88,7 +88,7 @@ def test_modelling_files_stand_alone_and_meet_what_serving_engines_ask():
         node for node in ast.walk(forward) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "attend"
     ]
     assert len(calls) == 1
-    assert any(keyword.arg is None for keyword in calls[0].keywords)  # kwargs are passed down
+    assert any(keyword.arg is None for keyword in calls[0].keywords)  # kwargs are passed on
     assert modeling.RopePPModel._supports_attention_backend
     assert modeling.RopePPConfig.base_model_tp_plan
     assert issubclass(modeling.RopePPModel, transformers.PreTrainedModel)
@@ -143,12 +143,12 @@ ARCHITECTURES = {
 
 @pytest.mark.usefixtures("forked_check")
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_round_trips_are_bit_equal(tmp_path, name):
+def test_round_trips_are_bit_exact(tmp_path, name):
     make_it, changes = ARCHITECTURES[name]
     if name == "ec":
         changes = {**changes, "head_dim": 16}
     checkpoint = make_it(**changes)
-    check = name in ("qwen2", "qwen3", "yarn", "rope by rotations", "ec with all")  # others: golden cases
+    check = name in ("qwen2", "qwen3", "yarn", "rope by rotations", "ec with all")  # the others are golden cases
     difference = export(checkpoint, tmp_path / "hf", dtype=None, max_shard_bytes=30_000, check=check)
     assert not check or difference < 2e-5
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
@@ -159,7 +159,7 @@ def test_round_trips_are_bit_equal(tmp_path, name):
         assert torch.equal(again["state_dict"][key], value), key
 
 
-def test_a_tokenizer_goes_along_and_begins_texts_as_training_did(tmp_path):
+def test_exported_tokenizer_adds_the_same_bos_as_training(tmp_path):
     from transformers import AutoTokenizer
 
     byte = byte_tokenizer()
@@ -184,7 +184,7 @@ class Other(PositionScheme):
     pass
 
 
-def test_what_cannot_be_exported(tmp_path):
+def test_unsupported_models(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     settings = {"dtype": None, "max_shard_bytes": 10**9, "check": True}

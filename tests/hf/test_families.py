@@ -1,4 +1,4 @@
-"""Model families: read with the logits of transformers, or refused by name."""
+"""Model families: logits match transformers, and unsupported families are rejected by name."""
 
 import json
 
@@ -10,7 +10,7 @@ from folders import make_folder
 from ropepp_lit.checkpoint import KEY, load_decoder, read_checkpoint, write_checkpoint
 from ropepp_lit.errors import UsageError
 from ropepp_lit.hf.export import export
-from ropepp_lit.hf.families import NOT_READ
+from ropepp_lit.hf.families import UNSUPPORTED
 from ropepp_lit.hf.folder import read_folder
 
 GEOMETRY = {
@@ -56,7 +56,7 @@ READ = {
 
 
 def write(folder, family, changes):
-    if "rope_parameters" in changes:  # by the names of transformers 4, which 5 knows too
+    if "rope_parameters" in changes:  # names of transformers 4, which transformers 5 supports too
         rotary = dict(changes["rope_parameters"])
         changes = {**changes, "rope_theta": rotary.pop("rope_theta"), "rope_scaling": rotary}
         del changes["rope_parameters"]
@@ -72,7 +72,7 @@ def write(folder, family, changes):
 
 @pytest.mark.parametrize("case", READ)
 @torch.no_grad()
-def test_logits_are_those_of_transformers(tmp_path, case):
+def test_logits_match_transformers(tmp_path, case):
     family, changes = READ[case]
     model = write(tmp_path / "hf", family, changes)
     write_checkpoint(tmp_path / "model.ckpt", read_folder(tmp_path / "hf"))
@@ -95,20 +95,20 @@ REFUSED = {
     "a part of each head": ("phi3", {"partial_rotary_factor": 0.75}, r"partial_rotary_factor 0\.75 is not supported"),
     "gemma": ("gemma", {}, "model_type 'gemma' is not supported; it has GeGLU"),
     "olmo2": ("olmo2", {}, "model_type 'olmo2' is not supported; it normalizes"),
-    "experts": ("mixtral", {}, "model_type 'mixtral' is not supported; it has layers of experts"),
-    "unknown": ("other", {}, "model_type 'other' is not supported; known are llama"),
+    "experts": ("mixtral", {}, "model_type 'mixtral' is not supported; it has mixture-of-experts layers"),
+    "unknown": ("other", {}, "model_type 'other' is not supported; supported are llama"),
     "none": (None, {}, "model_type None is not supported"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_by_name(tmp_path, case):
+def test_unsupported_families_and_fields(tmp_path, case):
     family, changes, message = REFUSED[case]
     with pytest.raises(UsageError, match=message):
         read_folder(make_folder(tmp_path / "hf", model_type=family, **changes))
 
 
-def test_mistrals_window_where_config_json_names_none(tmp_path):
+def test_default_window_of_mistral(tmp_path):
     folder = make_folder(tmp_path / "hf", model_type="mistral", max_position_embeddings=32_768)
     with pytest.raises(UsageError, match=r"sliding_window 4096 is not supported .* --ignore sliding_window"):
         read_folder(folder)
@@ -116,9 +116,9 @@ def test_mistrals_window_where_config_json_names_none(tmp_path):
 
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="some families came with transformers 5")
-def test_families_that_transformers_has(tmp_path):
+def test_families_exist_in_transformers(tmp_path):
     known = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
-    assert set(NOT_READ) <= set(known)
+    assert set(UNSUPPORTED) <= set(known)
 
 
 HARMLESS = {
@@ -131,7 +131,7 @@ HARMLESS = {
 }  # fmt: skip
 
 
-def test_fields_of_generation_are_known(tmp_path):
+def test_generation_fields_are_ignored(tmp_path):
     folder = make_folder(tmp_path / "hf", **HARMLESS)
     read_folder(folder)
     values = json.loads((folder / "config.json").read_text())
@@ -142,8 +142,8 @@ def test_fields_of_generation_are_known(tmp_path):
             read_folder(folder, ignore=(name,))
 
 
-def test_everything_that_transformers_4_wrote_is_known(tmp_path):
-    """All fields of a configuration's to_dict, as it was saved before only differences were."""
+def test_all_fields_of_transformers_4_are_supported(tmp_path):
+    """All fields of a configuration's to_dict, which transformers 4 saved completely."""
     values = transformers.LlamaConfig(**GEOMETRY).to_dict()
     folder = make_folder(tmp_path / "hf")
     own = json.loads((folder / "config.json").read_text())
@@ -151,8 +151,8 @@ def test_everything_that_transformers_4_wrote_is_known(tmp_path):
     read_folder(folder)
 
 
-def test_a_context_beyond_the_scaling_is_kept(tmp_path, capsys):
-    """Llama 3.1: 8 × 8,192 tokens by its scaling, 131,072 by its own word."""
+def test_a_context_length_beyond_the_scaling_is_preserved(tmp_path, capsys):
+    """Llama 3.1 has 8 × 8,192 tokens by its scaling, but 131,072 in max_position_embeddings."""
     from ropepp_lit.cli import main
 
     scaling = {**LLAMA3, "original_max_position_embeddings": 8192}

@@ -1,4 +1,4 @@
-"""GGUF files: read back by the package gguf and, where its program is at hand, run by llama.cpp."""
+"""GGUF files, read by the package gguf and, if its program is available, run by llama.cpp."""
 
 import json
 import os
@@ -48,7 +48,7 @@ NAMES = {
 
 
 def write(checkpoint, folder, dtype=None):
-    """A checkpoint as a file: what was written, its metadata and its tensors in float32 by name."""
+    """Export a checkpoint; return the result, the metadata, and the tensors in float32 by name."""
     written = export_gguf(checkpoint, folder / "model.gguf", dtype=dtype)
     reader = gguf.GGUFReader(folder / "model.gguf")
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -66,7 +66,7 @@ def gguf_name(name):
 
 
 def halves(value, heads):
-    """Rows of neighbouring dimensions as halves again, row by row."""
+    """Reverse the permutation of rows from halves to adjacent pairs."""
     size = value.shape[0] // heads
     order = [head * size + row for head in range(heads) for row in (*range(0, size, 2), *range(1, size, 2))]
     return value[order]
@@ -147,11 +147,11 @@ def test_models(tmp_path, name):
     assert ("lm_head.weight" in weights) != config.tie_word_embeddings
     assert tensors.keys() == {gguf_name(key) for key in weights}
     for key, value in weights.items():
-        found, kind = tensors[gguf_name(key)]
+        actual, kind = tensors[gguf_name(key)]
         if architecture == "llama" and ("q_proj" in key or "k_proj" in key):
-            assert not torch.equal(found, value)
-            found = halves(found, 4 if "q_proj" in key else 2)
-        assert torch.equal(found, value), key
+            assert not torch.equal(actual, value)
+            actual = halves(actual, 4 if "q_proj" in key else 2)
+        assert torch.equal(actual, value), key
         assert kind == "F32"
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
@@ -170,10 +170,10 @@ def test_dtypes(tmp_path, stored, option, kind, file_type):
     _, fields, tensors = write(checkpoint, tmp_path, dtype=option)
     assert fields["general.file_type"] == file_type
     for key, value in weights_of(checkpoint).items():
-        found, stored_as = tensors[gguf_name(key)]
+        actual, stored_as = tensors[gguf_name(key)]
         assert stored_as == ("F32" if value.ndim == 1 else kind), key
         if "q_proj" not in key and "k_proj" not in key:
-            assert torch.equal(found, value.to(torch.float32 if value.ndim == 1 else option or stored).float()), key
+            assert torch.equal(actual, value.to(torch.float32 if value.ndim == 1 else option or stored).float()), key
 
 
 def test_the_byte_tokenizer(tmp_path):
@@ -182,7 +182,7 @@ def test_the_byte_tokenizer(tmp_path):
     assert tokens[:2] == ["<|begin_of_text|>", "<|end_of_text|>"]
     assert [BYTES.tokenizer.token_to_id(token) for token in tokens[:258]] == list(range(258))
     assert types == [3] * 2 + [1] * 256 + [5] * 6
-    assert len(fields["tokenizer.ggml.merges"]) == 1  # llama.cpp refuses a file without; never applies
+    assert len(fields["tokenizer.ggml.merges"]) == 1  # llama.cpp rejects files without merges; this one never applies
     keys = ("model", "pre", "bos_token_id", "eos_token_id", "add_bos_token", "add_eos_token")
     assert [fields[f"tokenizer.ggml.{key}"] for key in keys] == ["gpt2", "gpt-2", 0, 1, True, False]
     assert fields["general.name"] == "model"
@@ -192,7 +192,7 @@ FOREIGN = {"gpt2": "gpt-2", "llama3": "smaug-bpe", "qwen": "qwen2", "chat": "gpt
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_foreign_tokenizers(tmp_path, kind):
+def test_other_tokenizers(tmp_path, kind):
     checkpoint = read_folder(others.make_folder(kind, tmp_path / "folder"))
     written, fields, _ = write(checkpoint, tmp_path)
     tokenizer = TextTokenizer.from_entry(checkpoint[KEY])
@@ -210,20 +210,20 @@ def test_foreign_tokenizers(tmp_path, kind):
     assert [notice[:20] for notice in written.notices] == (["llama.cpp leaves out"] if kind == "qwen" else [])
 
 
-def test_digits_of_smollm(tmp_path):
+def test_digit_splitting_of_smollm(tmp_path):
     checkpoint = changed(assign("pre_tokenizer", pre_tokenizers.Sequence([DIGITS, PLAIN])))()
     assert write(checkpoint, tmp_path)[0].pre_tokenizer == "smollm"
 
 
 def test_bytes_without_a_token(tmp_path):
-    """As in SmolLM2's tokenizer, which has none for those that its training texts lack."""
+    """As in SmolLM2's tokenizer, which lacks bytes that do not occur in its training texts."""
     checkpoint = changed(without("Ąñ"))()
     written, fields, _ = write(checkpoint, tmp_path)
     assert len(fields["tokenizer.ggml.tokens"]) == 320
     assert [notice[:55] for notice in written.notices] == ["the tokenizer has no tokens for 2 of the 256 bytes and "]
 
 
-def test_a_file_appears_when_it_is_complete(tmp_path, monkeypatch):
+def test_files_are_written_atomically(tmp_path, monkeypatch):
     calls = []
 
     def fail(self, tensor, **_):
@@ -243,8 +243,8 @@ def test_a_file_appears_when_it_is_complete(tmp_path, monkeypatch):
 
 def test_the_command(tmp_path, run, mistake):
     write_checkpoint(tmp_path / "model.ckpt", make())
-    said = run("export", "model.ckpt", "--gguf", "model.gguf", "--dtype", "bfloat16", cwd=tmp_path).stdout
-    assert said == "model.gguf is written for llama.cpp: architecture llama, pre-tokenizer gpt-2.\n"
+    output = run("export", "model.ckpt", "--gguf", "model.gguf", "--dtype", "bfloat16", cwd=tmp_path).stdout
+    assert output == "model.gguf is written for llama.cpp: architecture llama, pre-tokenizer gpt-2.\n"
     assert gguf.GGUFReader(tmp_path / "model.gguf").fields["general.file_type"].contents() == 32
     checkpoint = str(tmp_path / "model.ckpt")
     for words, message in {
@@ -259,7 +259,7 @@ def test_the_command(tmp_path, run, mistake):
 
 
 def pieces(tokenizer, ids):
-    """The bytes of tokens as llama-simple prints them: special ones too, and each to its first zero byte."""
+    """Return the bytes of tokens as llama-simple prints them: with special tokens, each up to its first zero byte."""
     alphabet = {character: byte for byte, character in enumerate(byte_characters())}
     added = tokenizer.tokenizer.get_added_tokens_decoder()
     texts = (
@@ -291,7 +291,7 @@ PROMPT = "The fox: 漢字 + 4096 isn't  naïve\n\n  \tand THEY'RE 🙂 "
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", IN_LLAMA_CPP)
-def test_the_greedy_text_of_llama_cpp_is_ours(tmp_path, name):
+def test_greedy_text_matches_llama_cpp(tmp_path, name):
     program = os.environ.get("LLAMA_SIMPLE")
     if not program:
         pytest.skip("LLAMA_SIMPLE does not name llama.cpp's program llama-simple")
@@ -312,7 +312,7 @@ def test_the_greedy_text_of_llama_cpp_is_ours(tmp_path, name):
     # llama.cpp caches keys and values in float16, which decides near-ties of random models otherwise; no other token.
     starts = [finished.stdout.startswith(pieces(tokenizer, prompt + ids[:count])) for count in range(len(ids) + 1)]
     same = starts.index(False) - 1
-    assert same >= 0  # the prompt is equal
+    assert same >= 0  # the prompt is the same
     with torch.no_grad():
         logits = decoder(torch.tensor([prompt + ids[:same]]))[0, -1]
     first, second = logits.topk(2).values

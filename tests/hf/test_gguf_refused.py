@@ -1,4 +1,4 @@
-"""What llama.cpp cannot run is refused, and no file is left."""
+"""Models and tokenizers that llama.cpp does not support are rejected, and no file is written."""
 
 import json
 
@@ -23,9 +23,9 @@ pytest.importorskip("gguf")
 
 def word_level(tokenizer):
     vocabulary = tokenizer.get_vocab()
-    found = Tokenizer(models.WordLevel(vocabulary, unk_token="<|end_of_text|>"))
-    found.decoder = decoders.ByteLevel()
-    return found
+    changed = Tokenizer(models.WordLevel(vocabulary, unk_token="<|end_of_text|>"))
+    changed.decoder = decoders.ByteLevel()
+    return changed
 
 
 def with_model(**values):
@@ -58,7 +58,7 @@ REFUSED = {
     "qk_norm and a ramp": (lambda: make(qk_norm=True, frequencies=Yarn(**YARN, beta_slow=2.0)), r"Yarn with beta_fast"),
     "float64": (lambda: make(dtype=torch.float64), r"embed_tokens\.weight is float64; give --dtype float32"),
     "no tokenizer": (lambda: make(entry={"tokenizer": None}), r"stores no tokenizer"),
-    "no EOS": (lambda: make(entry={"eos_token_id": None}), r"names no token that ends a text"),
+    "no EOS": (lambda: make(entry={"eos_token_id": None}), r"has no EOS token"),
     "two before": (lambda: make(entry={"opening": [0, 1]}), r"before a text and three that end it; here are 2"),
     "four ends": (lambda: make(entry={"generation_config": '{"eos_token_id": [1, 2, 3, 4]}'}), r"here are 1 and 4"),
     "too many tokens": (lambda: make(vocab_size=200), r"the tokenizer has 258 tokens, and the embedding has 200 rows"),
@@ -75,13 +75,13 @@ REFUSED = {
     "lower case": (changed(assign("normalizer", normalizers.Lowercase())), r"lacks .* normalizer Lowercase"),
     "token that strips": (
         changed(lambda tokenizer: tokenizer.add_tokens([AddedToken("<|user|>", rstrip=True)]) and None),
-        r"the token '<\|user\|>' depends on the characters beside it",
+        r"the token '<\|user\|>' depends on adjacent characters",
     ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused(tmp_path, name):
+def test_unsupported_models_and_tokenizers(tmp_path, name):
     make_it, message = REFUSED[name]
     with pytest.raises(UsageError, match=message) as caught:
         export_gguf(make_it(), tmp_path / "model.gguf", dtype=None)

@@ -1,4 +1,4 @@
-"""Hugging Face folders as they are found: read whole, or refused by name."""
+"""Import of Hugging Face folders, and rejection of unsupported ones."""
 
 import json
 import os
@@ -27,7 +27,7 @@ GEOMETRY = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "head
 
 @pytest.fixture
 def folder(tmp_path):
-    """A small folder."""
+    """A small Hugging Face folder."""
     return write(tmp_path / "llama")
 
 
@@ -48,8 +48,8 @@ def test_official_folders(tmp_path, official_folder, case):
     torch.testing.assert_close(decoder(io["input_ids"]), io["logits"], atol=2e-5, rtol=0)
 
 
-def test_official_folders_that_say_nothing_of_the_method(tmp_path, official_folder):
-    """Shapes tell the variant; the scaling must be told."""
+def test_official_folders_without_rope_config(tmp_path, official_folder):
+    """The shapes determine the variant; the scaling must be specified."""
     folder = official_folder("eh_pi8", tmp_path / "eh")
     config = json.loads((folder / "config.json").read_text())
     del config["rope_config"]
@@ -59,9 +59,9 @@ def test_official_folders_that_say_nothing_of_the_method(tmp_path, official_fold
     assert isinstance(decoder.scheme, RoPEPP)
     io = load_file(GOLDENS / "eh_pi8" / "io.safetensors")
     torch.testing.assert_close(decoder(io["input_ids"]), io["logits"], atol=2e-5, rtol=0)
-    with pytest.raises(UsageError, match=r"variant: ec was named, and the shapes of the weights are those of eh"):
+    with pytest.raises(UsageError, match=r"variant: ec was specified, but the shapes of the weights are those of eh"):
         read_folder(folder, variant="ec")
-    with pytest.raises(UsageError, match=r"factor: .* does not say how far linear extends the context"):
+    with pytest.raises(UsageError, match=r"factor: .* does not specify the factor by which linear extends the context"):
         read_folder(folder, rotary=Rotary(scaling="linear"))
     with pytest.raises(UsageError, match=r"original_max_position_embeddings: .* --original_max_position_embeddings N"):
         read_folder(folder, rotary=Rotary(scaling="yarn", factor=4.0))
@@ -76,7 +76,7 @@ def test_official_folders_that_say_nothing_of_the_method(tmp_path, official_fold
     ("values", "message"),
     [
         ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported; it has LayerNorm"),
-        ({"model_type": "new"}, r"model_type 'new' is not supported; known are llama, mistral"),
+        ({"model_type": "new"}, r"model_type 'new' is not supported; supported are llama, mistral"),
         ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not supported"),
         ({"sliding_window": 16}, r"sliding_window 16 is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types \[.*'sliding_attention'\] is not"),
@@ -84,7 +84,7 @@ def test_official_folders_that_say_nothing_of_the_method(tmp_path, official_fold
         ({"attention_dropout": 0.1}, r"attention_dropout 0\.1 is not supported"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor 0\.5 is not supported"),
         ({"logit_scale": 0.5, "depth": 3, "rope_interleaved": True, "temperature": 0.6},
-         r"rope_interleaved True is not supported; not known: logit_scale 0\.5, depth 3$"),
+         r"rope_interleaved True is not supported; unknown fields: logit_scale 0\.5, depth 3$"),
         ({"logit_scale": 0.5, "depth": 3, "attention_dropout": 0.1, "sliding_window": 16},
          r"for you: ropepp-lit import FOLDER model\.ckpt --ignore \S*attention_dropout\S*,logit_scale,depth$"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, r"rope_type 'longrope' is not supported"),
@@ -92,23 +92,23 @@ def test_official_folders_that_say_nothing_of_the_method(tmp_path, official_fold
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0,
                               "original_max_position_embeddings": 9}},
          r"mscale 1\.0 is not supported with rope_type yarn"),
-        ({"rope_config": {"imag": True, "imag_mode": "imag2"}}, r"rope_config says imag True, .* those of rope"),
+        ({"rope_config": {"imag": True, "imag_mode": "imag2"}}, r"rope_config has imag True, .* those of rope"),
         ({"rope_config": {"fourier": True}}, r"rope_config\.fourier is not supported"),
-        ({"num_attention_heads": 8, "head_dim": 16}, r"q_proj makes 64 .* fits no variant of 8 heads of 16"),
-        ({"num_key_value_heads": 1}, r"k_proj.weight has the shape \(32, 64\), and by config.json it is \(16, 64\)"),
+        ({"num_attention_heads": 8, "head_dim": 16}, r"q_proj has 64 .* fits no variant with 8 heads of 16"),
+        ({"num_key_value_heads": 1}, r"k_proj.weight has the shape \(32, 64\), but by config.json it must be \(16,"),
         ({"num_hidden_layers": 3}, r"num_hidden_layers is 3, and there is no weight of layer 2"),
-        ({"num_hidden_layers": 1}, r"the tensor model\.layers\.1\.\S+ has no place in the decoder \(9 have none\)"),
+        ({"num_hidden_layers": 1}, r"the decoder has no tensor model\.layers\.1\.\S+ \(9 unexpected tensors\)"),
         ({"attention_bias": True}, r"the tensor model\.layers\.0\.self_attn\.q_proj\.bias is missing"),
-        ({"tie_word_embeddings": True}, r"tie_word_embeddings is true, and lm_head\.weight is another matrix"),
+        ({"tie_word_embeddings": True}, r"tie_word_embeddings is true, but lm_head\.weight differs from the embedding"),
     ],
 )  # fmt: skip
-def test_what_the_decoder_cannot_represent_is_refused_by_name(folder, values, message):
+def test_unsupported_fields_are_rejected_by_name(folder, values, message):
     change(folder, **values)
     with pytest.raises(UsageError, match=message):
         read_folder(folder)
 
 
-def test_fields_that_change_nothing_may_be_ignored(folder):
+def test_unknown_fields_can_be_ignored(folder):
     change(folder, unsloth_version="2026.1")
     read_folder(folder, ignore=("unsloth_version",))
 
@@ -121,17 +121,17 @@ class Evil:
         return (os.mkdir, (self.path,))
 
 
-def test_pickles_are_read_as_weights_and_run_nothing(folder, tmp_path):
+def test_pickles_are_loaded_with_weights_only(folder, tmp_path):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
     again = read_folder(folder)["state_dict"]
     assert all(torch.equal(again[f"decoder.{name}"], value) for name, value in weights.items())
-    more = r"stores more than weights \(posix\.mkdir\), which is not run"
+    more = r"stores objects other than weights \(posix\.mkdir\), which are not loaded"
     for dump, reason in (
         (torch.save, more),
         (old_format, more),
-        (lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2)), "damaged or not a file of torch|more"),
+        (lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2)), "not a PyTorch file|objects"),
     ):
         dump({**weights, "evil": Evil(str(tmp_path / "ran"))}, folder / "pytorch_model.bin")
         with pytest.raises(UsageError, match=rf"pytorch_model\.bin: {reason}"):
@@ -150,7 +150,7 @@ def test_damaged_folders(tmp_path):
     with pytest.raises(UsageError, match=rf"{shards[1].name}: missing, and model\.safetensors\.index\.json names it"):
         read_folder(folder)
     shutil.copy(shards[0], shards[1])
-    with pytest.raises(UsageError, match=r"index\.json: names \S+, which is in none of the files"):
+    with pytest.raises(UsageError, match=r"index\.json: it lists \S+, which none of the files has"):
         read_folder(folder)
     (folder / "model.safetensors.index.json").unlink()
     shards[1].unlink()
@@ -161,15 +161,15 @@ def test_damaged_folders(tmp_path):
         read_folder(folder)
 
 
-def test_old_buffers_are_left_out(folder):
+def test_old_buffers_are_dropped(folder):
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, folder / "model.safetensors")
     assert len(read_folder(folder)["state_dict"]) == len(weights)
 
 
-def test_special_tokens_and_settings_of_the_tokenizer(folder):
-    made = byte_tokenizer().tokenizer
-    made.save(str(folder / "tokenizer.json"))
+def test_special_tokens_and_tokenizer_settings(folder):
+    byte_level = byte_tokenizer().tokenizer
+    byte_level.save(str(folder / "tokenizer.json"))
     ours = read_folder(folder)[KEY]
     assert (ours["bos_token_id"], ours["eos_token_id"]) == (0, 1)  # not 1 and 2, transformers' defaults in config.json
     settings = {"bos_token": None, "eos_token": {"content": "<|begin_of_text|>"}, "chat_template": "{{ x }}"}
@@ -187,7 +187,7 @@ def test_the_command(run, mistake, tmp_path):
     assert "Notice:" in first
     assert "has no tokenizer" in first
     assert read_checkpoint(tmp_path / "model.ckpt")[KEY]["origin"] == "llama"
-    (tmp_path / "model.ckpt").unlink()  # as after a kill between the recipe and the checkpoint
+    (tmp_path / "model.ckpt").unlink()  # as if the command was killed between the recipe and the checkpoint
     run("import", folder, "model.ckpt", cwd=tmp_path)
     (tmp_path / "mine.yaml").write_text("model: {}\n")
     out = run("export", "model.ckpt", "hf", "--dtype", "bfloat16", cwd=tmp_path).stdout

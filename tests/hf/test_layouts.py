@@ -1,4 +1,4 @@
-"""Folders as people have them: every layout of weights through every command that takes a folder."""
+"""Every layout of weights with every command that takes a Hugging Face folder."""
 
 import json
 import re
@@ -30,16 +30,16 @@ from ropepp_lit.nn.generation import generate
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_weights(tmp_path, layout):
+def test_every_layout_has_the_same_weights(tmp_path, layout):
     weights = make_weights()
-    found = read_folder(make_folder(tmp_path / "hf", layout=layout, weights=weights))["state_dict"]
-    assert found.keys() == {f"decoder.{name}" for name in weights}
-    assert all(torch.equal(found[f"decoder.{name}"], value) for name, value in weights.items())
+    actual = read_folder(make_folder(tmp_path / "hf", layout=layout, weights=weights))["state_dict"]
+    assert actual.keys() == {f"decoder.{name}" for name in weights}
+    assert all(torch.equal(actual[f"decoder.{name}"], value) for name, value in weights.items())
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The cache of the Hub's library, without a connection."""
+    """The cache of huggingface_hub, offline."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
@@ -55,7 +55,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("source", ["old .bin", "other name", "org/model", "org/model@v1"])
-def test_every_command_takes_every_layout_and_names_on_the_hub(tmp_path, monkeypatch, capsys, hub, source):
+def test_every_command_supports_every_layout_and_hub_names(tmp_path, monkeypatch, capsys, hub, source):
     layout = {"old .bin": "index of old .bin"}.get(source, "one file of another name")
     folder = make_folder(tmp_path / "hf", layout=layout, tokenizer=True)
     if source.startswith("org"):
@@ -73,7 +73,7 @@ def test_every_command_takes_every_layout_and_names_on_the_hub(tmp_path, monkeyp
 
 
 @pytest.mark.end_to_end
-def test_a_run_starts_from_a_folder_and_keeps_its_licence(tmp_path, run, texts):
+def test_a_run_initialized_from_a_folder_preserves_its_license(tmp_path, run, texts):
     folder = make_folder(tmp_path / "hf", layout="index of old .bin", tokenizer=True)
     (folder / "README.md").write_text("---\nlicense: mit\nbase_model: org/base\n---\n")
     run("import", folder, "model.ckpt", cwd=tmp_path)
@@ -90,7 +90,7 @@ def test_a_run_starts_from_a_folder_and_keeps_its_licence(tmp_path, run, texts):
     assert card == {"license": "mit", "base_model": "org/base"}
 
 
-def test_names_on_the_hub(tmp_path, hub):
+def test_hub_names(tmp_path, hub):
     put_in_hub_cache(hub, "org/model", make_folder(tmp_path / "first"), commit="a" * 40)
     put_in_hub_cache(hub, "org/model", make_folder(tmp_path / "second"), commit="b" * 40, reference="v2")
     for source, revision, commit in (
@@ -102,30 +102,30 @@ def test_names_on_the_hub(tmp_path, hub):
         assert find_folder(source, revision=revision).name == commit * 40
         assert open_checkpoint(source, revision=revision)[KEY]["card"] == {"base_model": "org/model"}
     for source, revision, message in (
-        ("org/other", None, "source: org/other: no such folder here, and cannot be fetched from the Hugging Face Hub"),
+        ("org/other", None, "source: org/other: no such local folder, and it cannot be downloaded"),
         ("org/model@v2", "v2", "source: org/model@v2: no such folder"),
         (tmp_path, None, r"no config\.json there; name a folder in Hugging Face's format"),
-        (tmp_path, "v2", "revision: .* is a folder on this machine"),
+        (tmp_path, "v2", "revision: .* is a local folder"),
         ("a/b/c", None, "source: a/b/c: no such folder; name one in Hugging Face's format, or ORGANIZATION/MODEL"),
     ):
         with pytest.raises(UsageError, match=message):
             find_folder(source, revision=revision)
 
 
-def test_what_is_fetched_is_what_is_read(tmp_path, monkeypatch):
-    """Patterns of the files that are fetched, with a Hub whose repository has the weights twice."""
-    asked = []
+def test_downloaded_files_are_those_that_are_read(tmp_path, monkeypatch):
+    """The repository has the weights in two formats; only one is downloaded."""
+    requested = []
     folder = make_folder(tmp_path / "hf", layout="index of .bin")
 
     def download(name, *, revision, allow_patterns, ignore_patterns):
-        asked.append(allow_patterns[-1])
+        requested.append(allow_patterns[-1])
         assert {"*/*", "consolidated*"} <= set(ignore_patterns)
         assert {"*.json", "README.md", "*.model"} <= set(allow_patterns)
-        return folder if asked[-1] == "*.bin" else tmp_path
+        return folder if requested[-1] == "*.bin" else tmp_path
 
     monkeypatch.setattr("ropepp_lit.hf.layouts.snapshot_download", download)
     assert find_folder("org/model") == folder
-    assert asked == [layout.pattern for layout in TABLE]
+    assert requested == [layout.pattern for layout in TABLE]
 
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
@@ -140,7 +140,7 @@ def write_index(**places):
 
 
 def instead(name, content=b"x"):
-    """Another file of weights in place of model.safetensors."""
+    """Return a function that replaces model.safetensors by another file."""
 
     def spoil(folder):
         (folder / "model.safetensors").unlink()
@@ -189,29 +189,29 @@ REFUSED = {
     "TensorFlow": (instead("tf_model.h5"), "is TensorFlow's"),
     "Flax": (instead("flax_model.msgpack"), "is Flax's"),
     "an adapter": (instead("adapter_model.safetensors"), r"stores an adapter without its base model; merge it"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights there that can be read: model"),
-    "training's own files": (instead("training_args.bin"), "no weights there that can be read"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no weights in a supported layout: model"),
+    "training's own files": (instead("training_args.bin"), "no weights in a supported layout"),
     "two models": (
         lambda folder: (instead("a.safetensors")(folder), add("b.safetensors", b"x")(folder)),
-        r"several files of weights and no index of them \(a\.safetensors, b\.safetensors\)",
+        r"multiple files of weights without an index \(a\.safetensors, b\.safetensors\)",
     ),
     "a part lost": (lose_a_part, "file 2 of 3 of model is missing"),
-    "a part cut": (cut, r"pytorch_model-00002-of-00003\.bin: damaged or cut off; download it again"),
+    "a part cut": (cut, r"pytorch_model-00002-of-00003\.bin: damaged or truncated; download it again"),
     "absolute name": (write_index(a="/etc/passwd"), r"index\.json: '/etc/passwd' is not a file name inside its"),
     "name outside": (write_index(a="../model.safetensors"), r"index\.json: '\.\./model\.safetensors' is not a file"),
     "name of Windows": (write_index(a="C:\\x.safetensors"), r"is not a file name inside its folder"),
     "a number for a name": (write_index(a=3), "index.json: 3 is not a file name inside its folder"),
-    "an index of nothing": (write_index(), r"index\.json: no weight_map in it"),
+    "an index of nothing": (write_index(), r"index\.json: it has no weight_map"),
     "a missing file": (write_index(a="b.safetensors"), r"b\.safetensors: missing, and model\.safetensors\.index\.json"),
-    "int8": (quantize, r"mlp\.up_proj\.weight is int8; quantized weights are not read"),
-    "a training checkpoint": (nest, r"stores other things than tensors by name"),
+    "int8": (quantize, r"mlp\.up_proj\.weight is int8; quantized weights are not supported"),
+    "a training checkpoint": (nest, r"not a dict of tensors"),
     "no JSON": (add("config.json", b"{"), r"config\.json: not JSON"),
     "a list": (add("config.json", b"[]"), r"config\.json: not a JSON object"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_read_is_refused_by_its_true_reason(tmp_path, case):
+def test_unreadable_folders_are_rejected_with_the_reason(tmp_path, case):
     spoil, message = REFUSED[case]
     folder = make_folder(tmp_path / "hf")
     spoil(folder)
@@ -249,7 +249,7 @@ def test_mixed_dtypes(tmp_path, capsys, wide, tied):
     wide_decoder = load_decoder(checkpoint, dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(exact(input_ids), wide_decoder(input_ids))
-        torch.testing.assert_close(exact(input_ids), wide_decoder(input_ids))  # the hooks have undone what they did
+        torch.testing.assert_close(exact(input_ids), wide_decoder(input_ids))  # the hooks restored the weights
     settings = {"max_shard_bytes": 10**9, "check": False}
     export(checkpoint, tmp_path / "same", dtype=None, **settings)
     exported = load_file(tmp_path / "same" / "model.safetensors")
@@ -262,8 +262,8 @@ def test_mixed_dtypes(tmp_path, capsys, wide, tied):
     assert {value.dtype for value in half.values()} == {torch.bfloat16}
 
 
-def test_weights_stay_mapped(tmp_path):
-    """Import and export of 200 MB in processes whose private memory may grow by much less."""
+def test_weights_are_memory_mapped(tmp_path):
+    """Import and export of 200 MB, in processes whose private memory grows by much less."""
     wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "head_dim": 128}
     weights = {name: value.bfloat16() for name, value in make_weights(num_hidden_layers=6, **wide).items()}
     size = sum(value.nbytes for value in weights.values())
@@ -342,12 +342,12 @@ def test_model_cards(tmp_path, case):
 @pytest.mark.parametrize(
     ("finished", "message"),
     [
-        ((-9, ""), r"was killed \(SIGKILL\), perhaps because memory ran out; .* --check false"),
+        ((-9, ""), r"was killed \(SIGKILL\), probably because it ran out of memory; .* --check false"),
         ((1, ""), r"transformers cannot load the export \(exit status 1\)"),
         ((1, "Traceback\nValueError: no\n"), r"transformers cannot load the export \(ValueError: no\)"),
     ],
 )
-def test_a_check_that_fails(tmp_path, monkeypatch, finished, message):
+def test_a_failing_check(tmp_path, monkeypatch, finished, message):
     code, errors = finished
     monkeypatch.setattr("ropepp_lit.hf.export.CHECK", f"import os, sys\nsys.stderr.write({errors!r})\n"
                         + (f"os.kill(os.getpid(), {-code})" if code < 0 else f"sys.exit({code})"))  # fmt: skip
@@ -371,8 +371,8 @@ def test_a_check_that_fails(tmp_path, monkeypatch, finished, message):
         ("export", ["out", "--check", "false"]),
     ],
 )
-def test_a_full_disk_leaves_nothing(tmp_path, mistake, limit, command, words):
-    """A limit of the size of files, which writes meet as they meet a full disk."""
+def test_a_full_disk_leaves_no_files(tmp_path, mistake, limit, command, words):
+    """A file size limit causes the same write errors as a full disk."""
     folder = make_folder(tmp_path / "hf")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
@@ -383,17 +383,17 @@ def test_a_full_disk_leaves_nothing(tmp_path, mistake, limit, command, words):
     assert "File too large" in line
 
 
-def test_the_current_folder_is_no_place_for_an_export(tmp_path, tmp_path_factory, mistake):
+def test_export_into_the_current_folder_is_rejected(tmp_path, tmp_path_factory, mistake):
     folder = make_folder(tmp_path_factory.mktemp("source") / "hf")
     for out in (".", tmp_path):
         line = mistake(folder, out, "--check", "false", subcommand="export", base=[])
         assert "is the current folder; name a folder inside it" in line
 
 
-def test_options_that_read_a_folder_are_refused_for_a_checkpoint(tmp_path, mistake):
+def test_folder_options_are_rejected_for_checkpoints(tmp_path, mistake):
     folder = make_folder(tmp_path / "hf")
     main(["import", str(folder), str(tmp_path / "model.ckpt")])
     line = mistake("model.ckpt", "new.ckpt", "--variant", "ec", "--rope_theta", "5", subcommand="upcycle", base=[])
-    assert "model.ckpt is no Hugging Face folder" in line
+    assert "model.ckpt is not a Hugging Face folder" in line
     line = mistake(folder, "x.ckpt", "--revision", "v1", subcommand="import", base=[])
-    assert "is a folder on this machine" in line
+    assert "is a local folder" in line

@@ -1,4 +1,4 @@
-"""Folders as others make them, through every command that reads text: the same text and numbers as in transformers."""
+"""Folders of other families with every command that reads text: texts and losses match transformers."""
 
 import json
 
@@ -28,7 +28,7 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def work(kind, run, tmp_path_factory):
-    """A folder with a model of the kind, its import, and a text."""
+    """Folder with a model of a kind, its import, and a text."""
     path = tmp_path_factory.mktemp(kind)
     others.make_folder(kind, path / "model")
     (path / "text.txt").write_text(TEXT, encoding="utf-8")
@@ -38,7 +38,7 @@ def work(kind, run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def theirs(work):
-    """Model and tokenizer in transformers."""
+    """Load model and tokenizer in transformers."""
     model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(work / "model")
 
@@ -46,13 +46,13 @@ def theirs(work):
 @pytest.mark.parametrize("source", ["model", "model.ckpt"])
 def test_greedy_text(run, work, theirs, source):
     model, tokenizer = theirs
-    given = torch.tensor([tokenizer(PROMPT).input_ids])
-    written = model.generate(given, max_new_tokens=40, do_sample=False, pad_token_id=0)[0, given.shape[1] :]
+    prompt_ids = torch.tensor([tokenizer(PROMPT).input_ids])
+    written = model.generate(prompt_ids, max_new_tokens=40, do_sample=False, pad_token_id=0)[0, prompt_ids.shape[1] :]
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [stops]
     ids = [token for token in written.tolist() if token not in stops]
-    begin = tokenizer.decode(given[0], skip_special_tokens=True)
-    expected = PROMPT + tokenizer.decode(given[0].tolist() + ids, skip_special_tokens=True)[len(begin) :]
+    begin = tokenizer.decode(prompt_ids[0], skip_special_tokens=True)
+    expected = PROMPT + tokenizer.decode(prompt_ids[0].tolist() + ids, skip_special_tokens=True)[len(begin) :]
     options = ["--prompt", PROMPT, "--max_new_tokens", 40, "--temperature", 0]
     assert run("generate", source, *options, cwd=work).stdout == expected + "\n"
 
@@ -69,19 +69,19 @@ def test_perplexity(run, work, theirs):
     options = ["--tasks", "perplexity", "--lengths", "256", "--text", "text.txt", "--out", "out"]
     run("evaluate", "A=model", "B=model.ckpt", *options, cwd=work)
     rows = json.loads((work / "out" / "results.json").read_text())["scores"]
-    found = {
+    actual = {
         (row["model"], row["metric"]): row["value"]
         for row in rows
         if row["task"] == "perplexity" and row["position"] is None
     }
     loss = float(sum(losses))
     for name in ("A", "B"):
-        assert found[name, "loss"] == pytest.approx(loss / (len(ids) - 1), abs=1e-4)
-        assert found[name, "bits_per_byte"] == pytest.approx(loss / len(TEXT.encode()) / np.log(2), abs=1e-4)
+        assert actual[name, "loss"] == pytest.approx(loss / (len(ids) - 1), abs=1e-4)
+        assert actual[name, "bits_per_byte"] == pytest.approx(loss / len(TEXT.encode()) / np.log(2), abs=1e-4)
 
 
 def test_prepared_tokens(run, work, theirs):
-    """With the checkpoint's tokenizer; tests/text compares folder and file."""
+    """With the checkpoint's tokenizer; tests/text compares tokenizers of folders and files."""
     _, tokenizer = theirs
     run("prepare", "text.txt", "--out", "shards", "--tokenizer", "model.ckpt", cwd=work)
     folder, manifest = work / "shards", Manifest.read(work / "shards")
@@ -91,7 +91,7 @@ def test_prepared_tokens(run, work, theirs):
     assert verify(folder) == []
 
 
-def test_an_export_reads_text_as_the_source_did(run, kind, work, theirs):
+def test_an_export_tokenizes_like_its_source(run, kind, work, theirs):
     model, tokenizer = theirs
     run("export", "model.ckpt", "exported", "--check", kind == "llama2", cwd=work)
     exported = AutoTokenizer.from_pretrained(work / "exported")
@@ -105,8 +105,8 @@ def test_an_export_reads_text_as_the_source_did(run, kind, work, theirs):
     assert all(torch.equal(weights[name], before[name]) for name in before)
 
 
-def test_a_model_trained_on_texts_that_begin_otherwise(run, kind, work, theirs, tiny_fit):
-    """Texts of the training began with EOS by an option: so do those of its export."""
+def test_a_model_trained_with_another_bos(run, kind, work, theirs, tiny_fit):
+    """Training texts started with EOS by an option, and so do those of the export."""
     if kind not in ("llama3", "qwen"):
         pytest.skip("one tokenizer that names a BOS and one that does not are enough")
     _, tokenizer = theirs
@@ -121,7 +121,7 @@ def test_a_model_trained_on_texts_that_begin_otherwise(run, kind, work, theirs, 
 
 @pytest.fixture(scope="module")
 def tiny_fit():
-    """Options of a run of two steps."""
+    """Return the options of a run with two steps."""
     model = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     return [
         "--model.decoder", json.dumps({**model, "num_attention_heads": 2, "num_key_value_heads": 1}),

@@ -1,4 +1,4 @@
-"""Rotary settings of config.json: each is used, or refused by its name."""
+"""RoPE parameters of config.json: each is used, or rejected by name."""
 
 import math
 import shlex
@@ -80,30 +80,30 @@ READ = {
 
 
 @pytest.mark.parametrize("case", READ)
-def test_what_is_read(case):
+def test_supported_parameters(case):
     config, options, expected = READ[case]
-    found = read(config, Rotary(**options))
-    assert type(found) is type(expected)
-    assert vars(found) == pytest.approx(vars(expected))
-    written = write_frequencies(found)
+    actual = read(config, Rotary(**options))
+    assert type(actual) is type(expected)
+    assert vars(actual) == pytest.approx(vars(expected))
+    written = write_frequencies(actual)
     again = read({"rope_parameters": written, "rope_theta": written["rope_theta"]})
     assert vars(again) == pytest.approx(vars(expected))
 
 
 REFUSED = {
-    "null": ({"rope_theta": None}, {}, "rope_theta is null; say the base: ropepp-lit import .* --rope_theta N"),
+    "null": ({"rope_theta": None}, {}, "rope_theta is null; specify the base: ropepp-lit import .* --rope_theta N"),
     "null inside": ({"rope_parameters": {"rope_theta": None}}, {}, "rope_theta is null"),
     "a text": ({"rope_theta": "10000"}, {}, "rope_theta '10000' is not a number"),
     "two bases": ({**THETA, "rope_parameters": {"rope_theta": 1e4}}, {},
-                  r"rope_theta is 500000\.0, and 10000\.0 in rope_parameters; say which: .* --rope_theta N"),
+                  r"rope_theta is 500000\.0, but 10000\.0 in rope_parameters; specify one: .* --rope_theta N"),
     "two factors": ({"rope_scaling": LINEAR, "rope_parameters": {**LINEAR, "factor": 8.0}}, {},
                     r"factor is 8\.0 in rope_parameters and 4\.0 in rope_scaling"),
     "two scalings": ({"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default"}}, {},
                      "rope_type is 'default' in rope_parameters and 'linear' in rope_scaling"),
-    "two types": ({"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, {}, "says type 'linear' and rope_type"),
+    "two types": ({"rope_scaling": {"type": "linear", "rope_type": "yarn"}}, {}, "has type 'linear' and rope_type"),
     "two contexts": ({"rope_scaling": YARN, "original_max_position_embeddings": 32}, {},
                      "original_max_position_embeddings is 32, and 64 in rope_parameters"),
-    "no type": ({"rope_scaling": {"factor": 4.0}}, {}, r"rope_scaling has factor 4\.0 and no rope_type; say the"),
+    "no type": ({"rope_scaling": {"factor": 4.0}}, {}, r"rope_scaling has factor 4\.0 but no rope_type; specify the"),
     "no type, null": ({"rope_scaling": {"rope_type": None, "factor": 4.0}}, {}, "no rope_type"),
     "factor of default": ({"rope_scaling": {"rope_type": "default", "factor": 4.0}}, {},
                           r"factor 4\.0 is not supported with rope_type default"),
@@ -115,35 +115,35 @@ REFUSED = {
     "layer types and all": ({"rope_parameters": {"full_attention": THETA, "factor": 2.0}}, {}, "mixes settings by lay"),
     "dynamic": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, {}, "'dynamic' is not supported; .*--scaling"),
     "longrope": ({"rope_scaling": {"type": "longrope"}}, {}, "'longrope' is not supported; it has a factor for each"),
-    "unknown": ({"rope_scaling": {"type": "xpos"}}, {}, "'xpos' is not supported; known are default, linear, yarn"),
+    "unknown": ({"rope_scaling": {"type": "xpos"}}, {}, "'xpos' is not supported; supported are default, linear, yarn"),
     "one temperature": ({"rope_scaling": {**YARN, "mscale": 1.0}}, {}, r"mscale 1\.0 is not supported with rope_ty"),
     "yarn that was trained": ({"rope_scaling": {**YARN, "finetuned": True}}, {}, "finetuned True is not supported"),
     "a part of the head": ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, {}, "partial_rotary"),
     "factor as text": ({"rope_scaling": {**LINEAR, "factor": "4"}}, {}, "factor '4' is not a number"),
-    "no factor": ({"rope_scaling": {"rope_type": "linear"}}, {}, "factor: config.json does not say .*--factor N"),
+    "no factor": ({"rope_scaling": {"rope_type": "linear"}}, {}, "factor: config.json does not specify .*--factor N"),
     "no context": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {}, "original_max_position_embeddings: con"),
     "neither": ({"rope_scaling": {"rope_type": "yarn"}}, {}, "N --original_max_position_embeddings N"),
     "a factor and no context": ({}, {"scaling": "yarn", "factor": 8.0}, "--scaling yarn --factor 8.0 --original_max"),
     "no object": ({"rope_scaling": "linear"}, {}, "rope_scaling 'linear' is not a JSON object"),
-    "public code and more": ({"rope_config": {"factor": 8}, "rope_scaling": YARN}, {}, "rope_config says linear, and "),
+    "public code and more": ({"rope_config": {"factor": 8}, "rope_scaling": YARN}, {}, "rope_config has linear, but "),
     "public code's other": ({"rope_config": {"fourier": True}}, {}, r"rope_config\.fourier is not supported"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused(case):
+def test_unsupported_parameters(case):
     config, options, message = REFUSED[case]
     with pytest.raises(UsageError, match=message):
         read(config, Rotary(**options))
 
 
-def test_the_commands_that_refusals_recommend_work():
+def test_commands_in_error_messages_work():
     recommended = 0
     for config, options, _ in REFUSED.values():
         with pytest.raises(UsageError) as refusal:
             read(config, Rotary(**options))
-        _, found, arguments = str(refusal.value).partition(IMPORT)
-        if found:
+        _, actual, arguments = str(refusal.value).partition(IMPORT)
+        if actual:
             words = shlex.split(arguments.partition("(")[0])
             named = {key.removeprefix("--"): value for key, value in zip(words[::2], words[1::2], strict=True)}
             numbers = {key: 8.0 if value == "N" else float(value) for key, value in named.items() if key != "scaling"}

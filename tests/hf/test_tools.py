@@ -1,4 +1,4 @@
-"""Exports in the tools that users will put them into: peft's LoRA and lm-eval."""
+"""Exports in other tools: LoRA of peft, and lm-eval."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.end_to_end
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A small RoPE++ model with a tokenizer of bytes, exported."""
+    """Export of a small RoPE++ model with a byte tokenizer."""
     folder = tmp_path_factory.mktemp("exported") / "hf"
     geometry = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     config, scheme, frequencies = DecoderConfig(vocab_size=258, **geometry), RoPEPP(variant="ec"), Frequencies()
@@ -34,7 +34,7 @@ def exported(tmp_path_factory):
     return folder
 
 
-def test_lora_is_trained_saved_loaded_and_merged(exported, tmp_path):
+def test_lora_training_saving_loading_and_merging(exported, tmp_path):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
@@ -66,7 +66,7 @@ def test_lora_is_trained_saved_loaded_and_merged(exported, tmp_path):
 
 
 @pytest.mark.slow
-def test_lm_eval_on_a_task_of_the_users_own_and_on_needles(exported, tmp_path):
+def test_lm_eval_on_a_custom_task_and_needles(exported, tmp_path):
     pytest.importorskip("lm_eval")
     pytest.importorskip("wonderwords")
     lines = [{"question": f"{n} + 1 =", "choices": [str(n + 1), str(n + 7)], "answer": 0} for n in range(8)]
@@ -95,7 +95,7 @@ metric_list: [{{metric: acc}}]
     }
     finished = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=1200)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    (found,) = (tmp_path / "results").rglob("results_*.json")
-    results = json.loads(found.read_text())["results"]
+    (actual,) = (tmp_path / "results").rglob("results_*.json")
+    results = json.loads(actual.read_text())["results"]
     assert 0 <= results["sums"]["acc,none"] <= 1
     assert 0 <= results["niah_single_1"]["4096,none"] <= 1

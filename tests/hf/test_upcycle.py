@@ -1,4 +1,4 @@
-"""RoPE checkpoints become RoPE++ ones: EC with the same output, EH as near as half the heads allow."""
+"""Upcycling of RoPE checkpoints to RoPE++: EC with the same outputs, EH as an approximation."""
 
 import pytest
 import torch
@@ -31,9 +31,9 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize("changes", GEOMETRIES)
 @torch.no_grad()
-def test_ec_has_the_output_of_the_original(changes):
+def test_ec_has_the_outputs_of_the_original(changes):
     original = make(**changes)
-    input_ids = torch.randint(300, (2, 200))  # beyond the trained context
+    input_ids = torch.randint(300, (2, 200))  # beyond the training context
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12)):
         old, new = (load_decoder(checkpoint).to(dtype) for checkpoint in (original, upcycle(original, variant="ec")))
         expected = old(input_ids)
@@ -44,7 +44,7 @@ def test_ec_has_the_output_of_the_original(changes):
     )
 
 
-def test_gradients_reach_the_imaginary_columns_at_once():
+def test_imaginary_columns_have_gradients_at_the_first_step():
     decoder = load_decoder(upcycle(make(), variant="ec")).train()
     input_ids = torch.randint(300, (2, 40))
     decoder.loss(input_ids[:, :-1], input_ids[:, 1:]).backward()
@@ -54,8 +54,8 @@ def test_gradients_reach_the_imaginary_columns_at_once():
 
 
 @torch.no_grad()
-def test_eh_is_exact_where_the_paired_heads_are_equal():
-    """Then averaging loses nothing; with `first` neither, if the dropped heads add nothing to the output."""
+def test_eh_is_exact_if_paired_heads_are_equal():
+    """Averaging equal heads is exact; `first` is exact if the output columns of the dropped heads are zero."""
     twins = make(num_attention_heads=8, num_key_value_heads=4)
     for name, value in twins["state_dict"].items():
         if any(part in name for part in ("q_proj", "k_proj", "v_proj")):
@@ -78,8 +78,8 @@ def test_eh_is_exact_where_the_paired_heads_are_equal():
     assert 2 * new.nbytes == old.nbytes
 
 
-def test_what_cannot_be_upcycled():
-    with pytest.raises(UsageError, match=r"source: only a checkpoint with plain RoPE can be turned into RoPE\+\+"):
+def test_unsupported_checkpoints():
+    with pytest.raises(UsageError, match=r"source: only a checkpoint with plain RoPE can be upcycled to RoPE\+\+"):
         upcycle(make(RoPEPP(variant="ec")), variant="ec")
     for scheme in (ALiBi(), FoPE(), NoPE(), PartialRoPE()):
         with pytest.raises(UsageError, match=f"source: only .* and this one has {type(scheme).__name__}"):
@@ -88,7 +88,7 @@ def test_what_cannot_be_upcycled():
         upcycle(make(num_attention_heads=9, num_key_value_heads=3), variant="eh")
 
 
-def test_what_is_kept():
+def test_metadata_is_preserved():
     original = make()
     original[KEY] |= {
         "tokenizer": "T",

@@ -10,19 +10,19 @@ from others import make_folder
 
 @pytest.fixture(scope="session")
 def talker(tmp_path_factory):
-    """A model with a chat template and a context of 512 tokens."""
+    """Checkpoint of a model with a chat template and a context of 512 tokens."""
     return make_folder("chat", tmp_path_factory.mktemp("models") / "chat")
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """A model without a chat template, whose tokenizer writes bytes as tokens."""
+    """Checkpoint of a model without a chat template, with byte fallback in its tokenizer."""
     return make_folder("llama2", tmp_path_factory.mktemp("models") / "llama2", max_position_embeddings=96)
 
 
 @pytest.fixture(scope="module")
 def start_server(command_path, free_port, tmp_path_factory):
-    """Starts a server; returns its process, port, and what it prints. It leaves no process behind."""
+    """Function that starts a server and returns process, port and output; all processes are terminated."""
     started = []
 
     def start_server(*words, env=None):

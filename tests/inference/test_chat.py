@@ -1,4 +1,4 @@
-"""`chat`: a conversation in a pseudo-terminal, by a pipe, and beyond the context."""
+"""The command `chat`: in a pseudo-terminal, with a pipe, and beyond the context."""
 
 import contextlib
 import fcntl
@@ -19,7 +19,7 @@ from ropepp_lit.cli import main
 from ropepp_lit.errors import UsageError
 from ropepp_lit.inference.completion import complete
 from ropepp_lit.inference.conversation import Conversation
-from ropepp_lit.inference.model import Writing, load_model
+from ropepp_lit.inference.model import GenerationSettings, load_model
 from ropepp_lit.inference.prompts import encode_messages
 from ropepp_lit.nn import Decoder
 from ropepp_lit.nn.sampling import Sampling
@@ -28,7 +28,7 @@ from ropepp_lit.text.conversations import parse_conversation
 
 
 class Terminal:
-    """A process of a command in a terminal of its own."""
+    """A command in a pseudo-terminal."""
 
     def __init__(self, command, cwd):
         self.master, slave = pty.openpty()
@@ -40,7 +40,7 @@ class Terminal:
         self.seen = ""
 
     def until(self, pattern, timeout=180):
-        """Read until the pattern is there; returns what came up to it, and forgets that."""
+        """Read until the pattern matches; return and consume the output up to its end."""
         deadline = time.monotonic() + timeout
         while not (match := re.search(pattern, self.seen)):
             assert time.monotonic() < deadline, self.seen
@@ -50,16 +50,16 @@ class Terminal:
                 self.seen += os.read(self.master, 65536).decode(errors="replace")
             except OSError:  # the other end is closed
                 raise AssertionError(f"ended: {self.seen}") from None
-        found, self.seen = self.seen[: match.end()], self.seen[match.end() :]
-        return found
+        actual, self.seen = self.seen[: match.end()], self.seen[match.end() :]
+        return actual
 
     def type(self, keys):
         os.write(self.master, keys.encode())
 
     def interrupt(self, pattern):
-        """Press Ctrl-C until the pattern is there.
+        """Send Ctrl-C until the pattern matches.
 
-        CPython's input() notices a signal that comes just before it waits for a key at the next key or signal.
+        CPython's input() handles a signal that arrives just before it waits only at the next key or signal.
         """
         for _ in range(8):
             self.type("\x03")
@@ -70,7 +70,7 @@ class Terminal:
 
 @pytest.fixture(autouse=True)
 def interrupts():
-    """Ctrl-C counts, also where the tests were started in the background, for which shells ignore it."""
+    """Restore the handling of SIGINT, which shells ignore in background processes."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -78,7 +78,7 @@ def interrupts():
 
 @pytest.fixture
 def terminal(command_path, tmp_path):
-    """Starts the command in a terminal."""
+    """Function that starts the command in a pseudo-terminal."""
     started = []
 
     def terminal(*words):
@@ -86,11 +86,11 @@ def terminal(command_path, tmp_path):
         return started[-1]
 
     yield terminal
-    for each in started:
-        if each.process.poll() is None:
-            each.process.kill()
-        each.process.wait()
-        os.close(each.master)
+    for session in started:
+        if session.process.poll() is None:
+            session.process.kill()
+        session.process.wait()
+        os.close(session.master)
 
 
 PROMPT = r"\[([\d,]+)/100,000\] > "
@@ -98,7 +98,7 @@ PROMPT = r"\[([\d,]+)/100,000\] > "
 
 @pytest.mark.end_to_end
 def test_a_conversation_in_a_terminal(terminal, talker, tmp_path):
-    """A reply of 100,000 tokens would take minutes: Ctrl-C ends it, and the conversation goes on."""
+    """Ctrl-C stops a reply of 100,000 tokens, which would take minutes, and the conversation continues."""
     options = ["--temperature", "0", "--max_new_tokens", "90000", "--context_length", "100000", "--system", "Be brief."]
     chat = terminal("chat", talker, *options)
     assert chat.until(PROMPT).endswith("[0/100,000] > ")
@@ -130,7 +130,7 @@ def test_a_conversation_in_a_terminal(terminal, talker, tmp_path):
 
 @pytest.fixture
 def type_lines(monkeypatch):
-    """Puts lines into a pipe that is read as stdin."""
+    """Function that writes lines to a pipe that replaces stdin."""
 
     def type_lines(text):
         read, write = os.pipe()
@@ -142,43 +142,45 @@ def type_lines(monkeypatch):
     sys.stdin.close()
 
 
-def test_lines_from_a_pipe(type_lines, talker, tmp_path, monkeypatch, capsys):
-    """Replies alone are on stdout, without escape codes or prompts; the end of the input is no error."""
+def test_messages_from_a_pipe(type_lines, talker, tmp_path, monkeypatch, capsys):
+    """stdout contains only replies, without escape codes or prompts; the end of the input is not an error."""
     monkeypatch.chdir(tmp_path)
     type_lines("Hello\n\n/nothing\n /etc\n/save talk.jsonl")
     main(["chat", str(talker), "--temperature", "0", "--max_new_tokens", "9"])
     printed = capsys.readouterr()
     model = load_model(str(talker))
     template = ChatTemplate.from_tokenizer(model.tokenizer)
-    messages, writing = [], Writing(max_new_tokens=9)
+    messages, generation = [], GenerationSettings(max_new_tokens=9)
     for text in ("Hello", "/etc"):
         messages.append({"role": "user", "content": text})
         ids = encode_messages(template, {"messages": messages})
-        (reply,) = complete(model, [ids], writing, indices=[0], stop_token_ids=template.end_of_turn)
+        (reply,) = complete(model, [ids], generation, indices=[0], stop_token_ids=template.end_of_turn)
         messages.append({"role": "assistant", "content": reply.text})
     assert printed.out == "".join(message["content"] + "\n" for message in messages[1::2])
-    cut = "[the reply is cut: max_new_tokens is 9]"
+    cut = "[the reply is truncated: max_new_tokens is 9]"
     expected = [cut, "[no command /nothing; /help lists them]", cut, "[saved: talk.jsonl]"]
     assert printed.err.splitlines() == expected
     assert json.loads((tmp_path / "talk.jsonl").read_text()) == {"messages": messages}
 
 
 @pytest.fixture
-def made(talker):
-    """Makes a conversation; returns it and the list of its notices."""
+def start_conversation(talker):
+    """Function that creates a conversation and returns it with its notices, model and template."""
 
-    def made(*, system="", context_length=None, **settings):
+    def start_conversation(*, system="", context_length=None, **settings):
         model, notices = load_model(str(talker), context_length=context_length), []
         template = ChatTemplate.from_tokenizer(model.tokenizer)
-        writing = Writing(**{"max_new_tokens": 12, "sampling": Sampling(temperature=1.0, top_k=5), **settings})
-        return Conversation(model, template, writing, system=system, notify=notices.append), notices, model, template
+        generation = GenerationSettings(
+            **{"max_new_tokens": 12, "sampling": Sampling(temperature=1.0, top_k=5), **settings}
+        )
+        return Conversation(model, template, generation, system=system, notify=notices.append), notices, model, template
 
-    return made
+    return start_conversation
 
 
-def test_replies_are_those_to_the_whole_history(made):
-    """What the cache kept of earlier turns changes nothing, and each turn reads its own tokens alone."""
-    conversation, _, model, template = made(system="Be brief.")
+def test_replies_match_those_without_a_cache(start_conversation):
+    """Reusing the cache does not change replies, and each turn processes only its new tokens."""
+    conversation, _, model, template = start_conversation(system="Be brief.")
     lengths = []
     model.decoder.model.embed_tokens.register_forward_hook(
         lambda module, inputs, out: lengths.append(inputs[0].numel())
@@ -190,16 +192,16 @@ def test_replies_are_those_to_the_whole_history(made):
         messages = [{"role": "system", "content": "Be brief."}, *conversation.messages[:-1]]
         assert (messages[-1]["content"], conversation.messages[-1]["content"]) == (text, reply)
         ids = encode_messages(template, {"messages": messages})
-        writing = Writing(max_new_tokens=12, sampling=Sampling(temperature=1.0, top_k=5))
-        (expected,) = complete(model, [ids], writing, indices=[turn], stop_token_ids=template.end_of_turn)
+        generation = GenerationSettings(max_new_tokens=12, sampling=Sampling(temperature=1.0, top_k=5))
+        (expected,) = complete(model, [ids], generation, indices=[turn], stop_token_ids=template.end_of_turn)
         assert reply == expected.text
         assert conversation.num_tokens == len(ids) + expected.num_tokens
         assert conversation.status == f"{conversation.num_tokens}/512"
         assert read < len(ids) / 2 or not turn
 
 
-def test_the_oldest_turns_leave_a_full_context(made):
-    conversation, notices, model, template = made(system="Be brief.", context_length=120)
+def test_the_oldest_turns_are_dropped_from_a_full_context(start_conversation):
+    conversation, notices, model, template = start_conversation(system="Be brief.", context_length=120)
     prompts = []
     model.decoder.model.embed_tokens.register_forward_hook(
         lambda module, inputs, out: prompts.append(inputs[0].numel())
@@ -207,37 +209,39 @@ def test_the_oldest_turns_leave_a_full_context(made):
     for number in range(6):
         "".join(conversation.ask(f"Number {number}?"))
         assert conversation.num_tokens <= 120
-    assert len(conversation.messages) == 12  # nothing is lost
-    told = [notice for notice in notices if "oldest" in notice]
-    assert told
-    assert all(re.fullmatch(r"the \d+ oldest messages are left out .*: the context holds 120 tokens", n) for n in told)
-    left_out = sum(int(notice.split()[1]) for notice in told)
+    assert len(conversation.messages) == 12  # no message is lost
+    dropped = [notice for notice in notices if "oldest" in notice]
+    assert dropped
+    assert all(
+        re.fullmatch(r"the \d+ oldest messages are dropped .*: the context length is 120 tokens", n) for n in dropped
+    )
+    left_out = sum(int(notice.split()[1]) for notice in dropped)
     assert left_out % 2 == 0
     ids, again = conversation._fit([*conversation.messages, {"role": "user", "content": "Last?"}])
-    kept = [{"role": "system", "content": "Be brief."}, *conversation.messages[again:]]
-    assert ids == encode_messages(template, {"messages": [*kept, {"role": "user", "content": "Last?"}]})
+    remaining = [{"role": "system", "content": "Be brief."}, *conversation.messages[again:]]
+    assert ids == encode_messages(template, {"messages": [*remaining, {"role": "user", "content": "Last?"}]})
     assert left_out <= again <= left_out + 4
 
 
-def test_messages_and_replies_that_do_not_fit(made):
-    conversation, notices, _, _ = made(context_length=60, max_new_tokens=100)
+def test_messages_and_replies_that_exceed_the_context(start_conversation):
+    conversation, notices, _, _ = start_conversation(context_length=60, max_new_tokens=100)
     with pytest.raises(UsageError, match=r"the message takes [0-9]+ tokens .* the context holds 60; shorten it"):
         next(conversation.ask("fox " * 40))
     assert (conversation.messages, notices) == ([], [])
     "".join(conversation.ask("A fox?"))
-    assert notices[-1] in ("the reply is cut: the context ends", *notices[:-1])
+    assert notices[-1] in ("the reply is truncated: end of the context", *notices[:-1])
     assert conversation.num_tokens <= 60
 
 
-def test_an_interrupted_reply(made, tmp_path):
-    """What there is of it becomes part of the history; a message without any reply does not."""
-    conversation, notices, model, _ = made(max_new_tokens=200)
+def test_an_interrupted_reply(start_conversation, tmp_path):
+    """A partial reply is added to the history; a message without a reply is not."""
+    conversation, notices, model, _ = start_conversation(max_new_tokens=200)
     with pytest.raises(UsageError, match="no messages to save"):
         conversation.save(str(tmp_path / "file"))
     reply = conversation.ask("A fox?")
-    given = next(reply) + next(reply)
+    partial_reply = next(reply) + next(reply)
     reply.close()
-    assert conversation.messages[1] == {"role": "assistant", "content": given}
+    assert conversation.messages[1] == {"role": "assistant", "content": partial_reply}
     before = list(conversation.messages)
 
     def interrupt(*_):
@@ -255,7 +259,7 @@ def test_an_interrupted_reply(made, tmp_path):
 
     hook = model.decoder.lm_head.register_forward_hook(end)
     assert list(conversation.ask("A dog?")) == []
-    assert (conversation.messages, notices[-1]) == (before, "an empty reply; the message is taken back")
+    assert (conversation.messages, notices[-1]) == (before, "the reply is empty; the message was removed")
 
 
 def test_templates(mistake, base, tmp_path, capsys, type_lines):
@@ -274,12 +278,12 @@ def test_templates(mistake, base, tmp_path, capsys, type_lines):
     model = load_model(str(base))
     own = ChatTemplate.from_tokenizer(model.tokenizer, template.read_text())
     ids = own.tokens.encode(["[user] A fox?</s>[assistant]"], [[]])[0][0].tolist()
-    (expected,) = complete(model, [ids], Writing(max_new_tokens=3), indices=[0])
+    (expected,) = complete(model, [ids], GenerationSettings(max_new_tokens=3), indices=[0])
     assert capsys.readouterr().out == expected.text + "\n"
 
 
-def test_ctrl_c_ends_what_reads_a_pipe(type_lines, talker, monkeypatch, capsys):
-    """A script that is stopped does not go on with its next line."""
+def test_ctrl_c_ends_a_chat_with_a_pipe(type_lines, talker, monkeypatch, capsys):
+    """An interrupted script does not continue with its next line."""
     type_lines("A fox?\nA dog?\n")
     calls, forward = [], Decoder.forward
 

@@ -1,4 +1,4 @@
-"""The model's side of `serve`, in this process and without HTTP."""
+"""The worker of `serve`, in this process and without HTTP."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ from fastapi import HTTPException
 
 from ropepp_lit.errors import UsageError
 from ropepp_lit.inference.openai_format import ChatRequest, TextRequest
-from ropepp_lit.inference.server import ModelAPI, Settings
+from ropepp_lit.inference.server import ModelAPI, ServerSettings
 from ropepp_lit.text.tokenizer import load_tokenizer
 
 FOX = [{"role": "user", "content": "A fox?"}]
@@ -20,7 +20,7 @@ FOX = [{"role": "user", "content": "A fox?"}]
 def settings(checkpoint, **changes):
     values = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     values |= {"context_length": None, "trust": None, "chat_template": None, "max_new_tokens": 12, "max_requests": 2}
-    return Settings(checkpoint=str(checkpoint), **{**values, **changes})
+    return ServerSettings(checkpoint=str(checkpoint), **{**values, **changes})
 
 
 async def decode(model, kind=ChatRequest, uid="a", **body):
@@ -30,17 +30,17 @@ async def decode(model, kind=ChatRequest, uid="a", **body):
 
 
 async def answer(model, uid="a", **body):
-    """The parts of an answer."""
+    """Yield the output of a request."""
     return [part async for part in model.predict(await decode(model, uid=uid, **body))]
 
 
 def test_a_model_without_a_chat_template(base, capsys):
-    """Continues texts alone."""
+    """Only text completions are available."""
     model = ModelAPI(settings(base))
     model.setup("cpu")
     assert model.outcome.recv() is False
     message = "chat_template: the tokenizer has no chat template"
-    assert capsys.readouterr().err.startswith(f"Notice: /v1/completions alone answers: {message}")
+    assert capsys.readouterr().err.startswith(f"Notice: only /v1/completions is available: {message}")
     text = asyncio.run(decode(model, TextRequest, prompt="A"))
     assert (text.ids, text.stop_token_ids) == (load_tokenizer(str(base)).encode_prompt("A"), [])
     with pytest.raises(HTTPException) as error:
@@ -58,7 +58,7 @@ def test_a_model_without_a_chat_template(base, capsys):
         ({"context_length": 1}, "context_length: 1 must be 2"),
     ],
 )
-def test_mistakes_are_told_to_the_first_process(base, changes, message):
+def test_load_errors_are_sent_to_the_main_process(base, changes, message):
     model = ModelAPI(settings(base, **changes))
     with pytest.raises(UsageError):
         model.setup("cpu")
@@ -72,8 +72,8 @@ def model(talker):
     return model
 
 
-def test_turns_of_a_conversation_are_not_read_again(model):
-    """Each of two conversations by turns finds the cache that knows it."""
+def test_turns_of_a_conversation_reuse_the_cache(model):
+    """Two alternating conversations each reuse their own cache."""
     read = []
     model._model.decoder.model.embed_tokens.register_forward_hook(lambda _, inputs, __: read.append(inputs[0].numel()))
     histories = [[{"role": "user", "content": text * 9}] for text in ("A fox? ", "The dog! ")]
@@ -87,8 +87,8 @@ def test_turns_of_a_conversation_are_not_read_again(model):
             messages += [{"role": "assistant", "content": text or "-"}, {"role": "user", "content": "And then?"}]
 
 
-def test_who_has_gone_while_waiting_is_not_answered(model):
-    """Three requests for two places: the third is cancelled before its turn, the first in the middle."""
+def test_requests_cancelled_while_waiting_are_not_processed(model):
+    """Three requests with a limit of two: the third is cancelled while waiting, the first while running."""
     cancel = model.spec._cancel
     parts = [[], [], []]
 

@@ -1,4 +1,4 @@
-"""`serve`: the installed command as a process, and OpenAI's client."""
+"""The command `serve` as a process, with OpenAI's client."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from others import make_folder
 from safetensors.torch import load_file, save_file
 
 from ropepp_lit.inference.completion import complete
-from ropepp_lit.inference.model import Writing, load_model
+from ropepp_lit.inference.model import GenerationSettings, load_model
 from ropepp_lit.inference.prompts import encode_messages
 from ropepp_lit.nn.sampling import Sampling
 from ropepp_lit.text.chat import ChatTemplate
@@ -41,7 +41,7 @@ KEY = "fox-and-dog"
 
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory):
-    """A model with a chat template whose greedy answers never end."""
+    """Checkpoint of a model with a chat template, whose greedy responses never end."""
     folder = make_folder("chat", tmp_path_factory.mktemp("models") / "endless")
     weights = load_file(folder / "model.safetensors")
     weights["lm_head.weight"][load_tokenizer(str(folder)).eos_token_id] = 0
@@ -51,7 +51,7 @@ def talker(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(start_server, talker):
-    """A server for two answers at once, of up to minutes each."""
+    """A server for two concurrent requests."""
     options = ["--max_requests", 2, "--context_length", 100000]
     return start_server(talker, *options, env={"LIT_SERVER_API_KEY": KEY})
 
@@ -73,26 +73,30 @@ def ask(client, talker):
 
 @pytest.fixture(scope="module")
 def expected(talker):
-    """What `generate --prompts` and `chat` write: the answers of a model in this process."""
+    """Function that returns the expected prompt tokens and completions, generated in this process."""
     model = load_model(str(talker), context_length=100000)
     template = ChatTemplate.from_tokenizer(model.tokenizer)
 
     def expected(messages=FOX, *, count=1, **settings):
         ids = encode_messages(template, {"messages": messages})
         answers = complete(
-            model, [ids] * count, Writing(**settings), indices=range(count), stop_token_ids=template.end_of_turn
+            model,
+            [ids] * count,
+            GenerationSettings(**settings),
+            indices=range(count),
+            stop_token_ids=template.end_of_turn,
         )
         return len(ids), answers
 
     return expected
 
 
-def test_what_the_server_prints_can_be_run(server, talker):
+def test_the_printed_command_works(server, talker):
     assert server.lines[0] == f"Serving {talker} at http://127.0.0.1:{server.port}/v1 (Ctrl-C to stop). Try:\n"
     command = server.lines[1].strip().replace('{"messages"', '{"max_tokens": 3, "messages"') + " -sS"
     environment = {**os.environ, "LIT_SERVER_API_KEY": KEY}
-    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, env=environment)
-    assert json.loads(found.stdout)["choices"][0]["finish_reason"] == "length"
+    actual = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True, env=environment)
+    assert json.loads(actual.stdout)["choices"][0]["finish_reason"] == "length"
 
 
 def test_models(client, talker):
@@ -102,7 +106,7 @@ def test_models(client, talker):
 
 @pytest.mark.parametrize("messages", [FOX, TURNS], ids=["one message", "several turns and parts"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_greedy_answers_are_those_of_generate(ask, expected, messages, stream):
+def test_greedy_responses_match_generate(ask, expected, messages, stream):
     num_tokens, (answer,) = expected(messages, max_new_tokens=30)
     options = {"temperature": 0, "max_completion_tokens": 30, "max_tokens": 1}
     if stream:
@@ -117,27 +121,27 @@ def test_greedy_answers_are_those_of_generate(ask, expected, messages, stream):
         reason, usage = reasons[-1], chunks[-1].usage
         assert chunks[-1].choices == []
     else:
-        found = ask(messages, **options)
-        (choice,) = found.choices
+        actual = ask(messages, **options)
+        (choice,) = actual.choices
         assert choice.message.role == "assistant"
-        text, reason, usage = choice.message.content, choice.finish_reason, found.usage
+        text, reason, usage = choice.message.content, choice.finish_reason, actual.usage
     assert (text, reason) == (answer.text, answer.finish_reason)
     counts = (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
     assert counts == (num_tokens, answer.num_tokens, num_tokens + answer.num_tokens)
 
 
 def test_stop_texts(ask, expected):
-    _, (whole,) = expected(max_new_tokens=30)
-    for stop in (whole.text[4:6], [whole.text[4:6], "nowhere"]):
+    _, (unstopped,) = expected(max_new_tokens=30)
+    for stop in (unstopped.text[4:6], [unstopped.text[4:6], "nowhere"]):
         (choice,) = ask(temperature=0, max_tokens=30, stop=stop).choices
         assert (choice.message.content, choice.finish_reason) == (
-            whole.text[: whole.text.index(whole.text[4:6])],
+            unstopped.text[: unstopped.text.index(unstopped.text[4:6])],
             "stop",
         )
 
 
-def test_sampled_answers(ask, expected):
-    """With chat's defaults; choices are those of prompts beside each other, and only a seed makes them the same."""
+def test_sampled_responses(ask, expected):
+    """With the defaults of chat; choices match a batch of equal prompts, and are reproducible only with a seed."""
     _, answers = expected(count=3, max_new_tokens=9, seed=7, sampling=Sampling(temperature=0.8, top_p=0.95))
     texts = [answer.text for answer in answers]
     assert [choice.message.content for choice in ask(max_tokens=9, seed=7, n=3).choices] == texts
@@ -156,40 +160,43 @@ def test_sampled_answers(ask, expected):
     assert choice.message.content == answer.text
 
 
-def test_an_answer_that_ends_with_its_turn(ask, expected):
+def test_a_response_ends_at_the_end_of_its_turn(ask, expected):
     _, (answer,) = expected(max_new_tokens=3000, seed=1, sampling=Sampling(temperature=9.0))
     assert answer.finish_reason == "stop"
-    found = ask(max_tokens=3000, seed=1, temperature=9.0, top_p=1)
-    assert (found.choices[0].message.content, found.choices[0].finish_reason) == (answer.text, "stop")
-    assert found.usage.completion_tokens == answer.num_tokens
+    actual = ask(max_tokens=3000, seed=1, temperature=9.0, top_p=1)
+    assert (actual.choices[0].message.content, actual.choices[0].finish_reason) == (answer.text, "stop")
+    assert actual.usage.completion_tokens == answer.num_tokens
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_texts_are_continued(client, talker, stream):
-    """As by `generate --prompt`, whether the model has a chat template or not."""
+def test_text_completions(client, talker, stream):
+    """Same texts as with `generate --prompt`, with and without a chat template."""
     model = load_model(str(talker))
     prompt = model.tokenizer.encode_prompt("The quick")
     answers = complete(
-        model, [prompt] * 2, Writing(max_new_tokens=9, seed=5, sampling=Sampling(temperature=1.0)), indices=range(2)
+        model,
+        [prompt] * 2,
+        GenerationSettings(max_new_tokens=9, seed=5, sampling=Sampling(temperature=1.0)),
+        indices=range(2),
     )
     options = {"max_tokens": 9, "seed": 5, "n": 2, "temperature": 1.0, "top_p": 1.0}
-    found = client.completions.create(model=str(talker), prompt="The quick", stream=stream, **options)
+    actual = client.completions.create(model=str(talker), prompt="The quick", stream=stream, **options)
     texts, reasons = ["", ""], ["", ""]
-    for part in found if stream else [found]:
+    for part in actual if stream else [actual]:
         for choice in part.choices:
             texts[choice.index] += choice.text
             reasons[choice.index] = choice.finish_reason
     assert texts == [answer.text for answer in answers]
     assert reasons == [answer.finish_reason for answer in answers]
     if not stream:
-        assert (found.object, found.usage.prompt_tokens) == ("text_completion", len(prompt))
+        assert (actual.object, actual.usage.prompt_tokens) == ("text_completion", len(prompt))
     for text, message in ((["a"], "prompt: Input should be a valid string"), ("fox " * 40000, "prompt: 1")):
         with pytest.raises(openai.BadRequestError) as error:
             client.completions.create(model=str(talker), prompt=text, stream=stream)
         assert error.value.body["message"].startswith(message)
 
 
-def test_values_that_ask_for_nothing(ask, expected):
+def test_neutral_values_are_accepted(ask, expected):
     options = {
         "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "logprobs": False, "user": "me",
         "seed": None, "tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "metadata": {"a": "b"},
@@ -225,8 +232,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_mistakes_of_requests(client, stream):
-    """All are 400 before a stream begins, with the key; the server goes on."""
+def test_invalid_requests(client, stream):
+    """The status is 400 with the key, also for streams, and the server continues."""
     for kind, (change, param, message) in BAD.items():
         body = {"messages": FOX, "max_tokens": 3, "stream": stream, **change}
         with pytest.raises(openai.BadRequestError) as error:
@@ -237,7 +244,7 @@ def test_mistakes_of_requests(client, stream):
     assert error.value.response.headers["content-type"] == "application/json"
 
 
-def test_what_is_not_there(server, client, ask):
+def test_unknown_paths_and_models(server, client, ask):
     for call, kind, code in (
         (lambda: client.chat.completions.create(model="gpt", messages=FOX), openai.NotFoundError, "model_not_found"),
         (lambda: client.models.retrieve("gpt"), openai.NotFoundError, "model_not_found"),
@@ -250,7 +257,7 @@ def test_what_is_not_there(server, client, ask):
     for body, message in (
         ("{", "the body is not JSON"),
         ("[]", "the body is not a JSON object"),
-        (r'{"messages": [{"role": "user", "content": "\ud83d"}]}', "messages: a text with half of a surrogate pair"),
+        (r'{"messages": [{"role": "user", "content": "\ud83d"}]}', "messages: a text with an unpaired surrogate"),
         (r'{"messages": [{"role": "user", "content": "a"}], "\ud83d": 1}', "the body: "),
         ('{"messages": ' + "[" * 5000 + "]" * 5000 + "}", "the body is not JSON"),
         ('{"messages": [{"role": "robot", "content": "a", "b": ' + "[" * 400 + "]" * 400 + "}]}", "messages: a role"),
@@ -262,14 +269,14 @@ def test_what_is_not_there(server, client, ask):
         assert json.load(error.value)["error"]["message"].startswith(message)
 
 
-def test_answers_at_once_are_those_alone_and_take_turns(ask, expected):
-    """More than the server writes at once; a short answer does not wait for a long one."""
+def test_concurrent_responses_equal_single_ones_and_alternate(ask, expected):
+    """With more requests than the limit; short responses do not wait for long ones."""
     questions = [[{"role": "user", "content": f"Fox {number}?"}] for number in range(5)]
     long = iter(ask(**LONG, stream=True))
     next(long)
-    found = {}
+    actual = {}
     threads = [
-        threading.Thread(target=lambda q=q: found.update({q[0]["content"]: ask(q, temperature=0, max_tokens=20)}))
+        threading.Thread(target=lambda q=q: actual.update({q[0]["content"]: ask(q, temperature=0, max_tokens=20)}))
         for q in questions
     ]
     for thread in threads:
@@ -277,15 +284,15 @@ def test_answers_at_once_are_those_alone_and_take_turns(ask, expected):
     for thread in threads:
         thread.join()
     assert all(
-        found[q[0]["content"]].choices[0].message.content == expected(q, max_new_tokens=20)[1][0].text
+        actual[q[0]["content"]].choices[0].message.content == expected(q, max_new_tokens=20)[1][0].text
         for q in questions
     )
     assert next(long).choices[0].finish_reason is None
     long.close()
 
 
-def test_who_hangs_up_ends_the_answer(ask):
-    """Two answers of minutes hold the server; when their clients have gone, the next is answered."""
+def test_a_disconnected_client_cancels_its_request(ask):
+    """Two long requests block the server until their clients disconnect."""
     stream = ask(**LONG, stream=True)
     next(iter(stream))
     with pytest.raises(openai.APITimeoutError):
@@ -294,8 +301,8 @@ def test_who_hangs_up_ends_the_answer(ask):
     assert ask(temperature=0, max_tokens=3, timeout=60).usage.completion_tokens == 3
 
 
-def test_ctrl_c_ends_the_server_and_its_answers(server, ask):
-    """The last test of the server. As in a terminal, every process gets the signal; impatience changes nothing."""
+def test_ctrl_c_ends_the_server_and_open_responses(server, ask):
+    """The last test of the server. As in a terminal, every process gets the signal, multiple times."""
     stream = iter(ask(**LONG, stream=True))
     next(stream)
     for _ in range(2):
@@ -311,7 +318,7 @@ def test_ctrl_c_ends_the_server_and_its_answers(server, ask):
 
 
 def test_a_model_that_cannot_be_loaded(start_server):
-    """The process that loads it says so in one line."""
+    """The error of the worker is reported in one line."""
     server = start_server("none.ckpt")
     assert server.process.wait(120) == 2
     assert server.lines == ["", ""]
@@ -320,16 +327,16 @@ def test_a_model_that_cannot_be_loaded(start_server):
 
 
 @pytest.mark.slow
-def test_no_process_outlives_the_first_one(start_server, talker):
-    """Not even where it is killed and cannot end them."""
+def test_no_process_survives_the_main_process(start_server, talker):
+    """Also if the main process is killed, so that it cannot terminate them."""
     server = start_server(talker)
     assert len(server.family) > 3
     server.process.kill()
     assert psutil.wait_procs(server.family, timeout=20)[1] == []
 
 
-def test_mistakes_of_options(mistake, talker, monkeypatch):
-    def told(*options):
+def test_invalid_options(mistake, talker, monkeypatch):
+    def error_of(*options):
         return mistake(talker, *options, subcommand="serve", base=[])
 
     with socket.socket() as taken:
@@ -337,11 +344,11 @@ def test_mistakes_of_options(mistake, talker, monkeypatch):
         taken.listen()
         port = taken.getsockname()[1]
         expected = f"port: {port} of 127.0.0.1: Address already in use; choose another by --port"
-        assert told("--port", port).endswith(expected)
-    assert "port: 80 must be from 1024" in told("--port", "80")
-    assert "host: 'localhost': choose one of 127.0.0.1" in told("--host", "localhost")
-    assert "max_requests: 0 must be 1" in told("--max_requests", "0")
+        assert error_of("--port", port).endswith(expected)
+    assert "port: 80 must be from 1024" in error_of("--port", "80")
+    assert "host: 'localhost': choose one of 127.0.0.1" in error_of("--host", "localhost")
+    assert "max_requests: 0 must be 1" in error_of("--max_requests", "0")
     monkeypatch.delitem(sys.modules, "ropepp_lit.inference.server")
     monkeypatch.delattr("ropepp_lit.inference.server")
     monkeypatch.setitem(sys.modules, "litserve", None)
-    assert told().endswith("serve needs LitServe: pip install 'ropepp-lit[serve]'")
+    assert error_of().endswith("serve needs LitServe: pip install 'ropepp-lit[serve]'")

@@ -380,5 +380,5 @@ def test_what_cannot_be_built(build, message):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_export_names_what_it_cannot_write(name):
     scheme, config = SCHEMES[name], make(SCHEMES[name]).config
-    with pytest.raises(UsageError, match=rf"model\.positions: {type(scheme).__name__} has no place in an export"):
+    with pytest.raises(UsageError, match=rf"model\.positions: {type(scheme).__name__} cannot be exported"):
         write_config(Architecture(config, scheme, Frequencies(), 4096))

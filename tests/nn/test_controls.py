@@ -129,7 +129,7 @@ def test_saved_loaded_and_not_exported(decoder):
     ids = torch.randint(0, 64, (1, 30))
     assert vars(again.scheme) == vars(decoder.scheme)
     assert torch.equal(again(ids), decoder(ids))
-    with pytest.raises(UsageError, match=f"{type(decoder.scheme).__name__} has no place in an export"):
+    with pytest.raises(UsageError, match=f"{type(decoder.scheme).__name__} cannot be exported"):
         write_config(Architecture(decoder.config, decoder.scheme, decoder.frequencies, 512))
 
 

@@ -187,7 +187,7 @@ def test_merged_and_peft_outputs_are_equal(trained, folder, run_file):
         write(open_checkpoint(path), folder / f"{case}-merged")
         cases[case] = not CASES[case][2].get("train_fully")
         if not cases[case]:
-            with pytest.raises(UsageError, match=r"which is no part of peft's format .* ropepp-lit export"):
+            with pytest.raises(UsageError, match=r"which peft's LoRA format does not support .* ropepp-lit export"):
                 write_peft(torch.load(path, weights_only=True), path, folder / f"{case}-peft")
             continue
         write(open_checkpoint(base), folder / f"{case}-base")
@@ -292,7 +292,7 @@ def test_adapters_of_a_different_or_missing_base(trained, folder):
     other = write_base(folder / "other.ckpt", EC, attention_output_bias=True)
     with pytest.raises(UsageError, match="trained on another base"):
         open_checkpoint(path, base=str(other))
-    with pytest.raises(UsageError, match="stores a whole model; a base belongs to adapters"):
+    with pytest.raises(UsageError, match="stores a full model; a base applies only to adapters"):
         open_checkpoint(base, base=str(other))
     stored = torch.load(path, weights_only=True)
     for name, change in {
@@ -304,7 +304,7 @@ def test_adapters_of_a_different_or_missing_base(trained, folder):
     }.items():
         state = {key: value for key, value in {**stored["state_dict"], **change}.items() if value is not None}
         write_checkpoint(folder / f"{name}.ckpt", {**stored, "state_dict": state})
-        with pytest.raises(UsageError, match=r"belongs to no weight|cannot be merged|it stores no adapters"):
+        with pytest.raises(UsageError, match=r"does not match any weight|cannot be merged|it stores no adapters"):
             open_checkpoint(folder / f"{name}.ckpt")
 
 

@@ -57,7 +57,7 @@ def test_upcycle_train_export_and_import(run, tiny, rope, tmp_path):
     out = run("export", "run/checkpoints/last.ckpt", "hf", cwd=tmp_path).stdout
     assert "loaded by transformers" in out
     card = (tmp_path / "hf" / "README.md").read_text()
-    for expected in ("Held-out text of", "bits_per_byte", "init_from: ec.ckpt", "trained on", "began from ec.ckpt"):
+    for expected in ("Held-out text of", "bits_per_byte", "init_from: ec.ckpt", "trained on", "initialized from ec."):
         assert expected in card
     run("import", "hf", "again.ckpt", cwd=tmp_path)
     again = decoder_weights(read_checkpoint(tmp_path / "again.ckpt"))

@@ -94,7 +94,7 @@ def test_a_schedule_applies_to_every_group(settings):
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
     assert scheduler.get_last_lr() == [0.005, 0.005]
     if isinstance(settings, Muon):
-        assert [part.param_groups[0]["lr"] for part in optimizer._parts] == [0.005, 0.005]
+        assert [part.param_groups[0]["lr"] for part in optimizer.parts] == [0.005, 0.005]
 
 
 def test_invalid_learning_rates():

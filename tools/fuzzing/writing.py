@@ -17,8 +17,8 @@ from ropepp_lit.eval.models import load_model as load_measured
 from ropepp_lit.eval.pieces import Work
 from ropepp_lit.eval.report.examples import choose_examples
 from ropepp_lit.eval.results import summarize
-from ropepp_lit.eval.tasks import Settings
-from ropepp_lit.inference.model import Writing, load_model
+from ropepp_lit.eval.tasks import EvaluationSettings
+from ropepp_lit.inference.model import GenerationSettings, load_model
 from ropepp_lit.inference.prompts import PromptFile
 
 
@@ -38,7 +38,7 @@ def writer() -> Any:
     return load_model(model_file())
 
 
-WRITING = Writing(max_new_tokens=2)
+WRITING = GenerationSettings(max_new_tokens=2)
 
 
 def make_prompts(folder: Path) -> None:
@@ -71,7 +71,7 @@ def judge_prompts(whole: Any, found: Any, change: str, path: Path) -> str | None
 
 def _work(folder: Path) -> Work:
     model = load_measured(model_file(), dtype=torch.float32, device=torch.device("cpu"), weights=False)
-    settings = Settings(
+    settings = EvaluationSettings(
         tasks=("perplexity", "retrieval:single"), lengths=(64,), limit=2, stride=None, noise_std=(0.0,), seed=0,
         options=Options(), has_essays=True, checkpoint=model_file(), load=None,
     )  # type: ignore[arg-type]  # fmt: skip
@@ -103,7 +103,7 @@ def read_evaluation(folder: Path, changed: Path) -> Any:
     """`evaluate` again, which finds all of it done: what was measured, the rows, the answers, the old report."""
     work = _work(folder)
     work.measure()
-    measurements, _ = work.found(0)
+    measurements, _ = work.results(0)
     rows = summarize([("model", measurements)], seeds=[None])
     work.write_answers()
     said = {"tasks": ["perplexity"], "lengths": [64]}

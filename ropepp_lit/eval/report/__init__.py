@@ -1,4 +1,4 @@
-"""An evaluation's results as files: for programs, for TensorBoard, and a page for people."""
+"""Writes the results of an evaluation as JSON, CSV, plots, TensorBoard events and an HTML page."""
 
 from __future__ import annotations
 
@@ -22,25 +22,24 @@ from ropepp_lit.files import escaped, write_whole
 
 FORMAT_VERSION = 1
 ANSWERS = "answers.jsonl"
-"""The file of what models wrote, which is there before the report."""
+"""File of the models' answers, which is written before the report."""
 
 
 def write_report(results: dict[str, Any], folder: Path) -> None:
-    """Write results.json, scores.csv, plots as PNG, TensorBoard events, and index.html, which needs no other file.
+    """Write results.json, scores.csv, plots as PNG, TensorBoard events, and the self-contained index.html.
 
-    Each file appears under its name only when it is complete; index.html is the last. Numbers that are not finite
-    become null, and bytes of file names that are not UTF-8 are escaped. Files of an earlier report in the folder are
-    replaced, the folder `tensorboard` as a whole. Every attention-*.png that lies there is shown on the page, and
-    examples of answers.jsonl.
+    Each file is written atomically, index.html last. Non-finite numbers become null, and bytes of file names that are
+    not UTF-8 are escaped. Files of an earlier report in the folder are replaced, and so is the complete folder
+    `tensorboard`. The page includes every attention-*.png in the folder, and examples of answers.jsonl.
 
     Args:
-        results: `format_version`, `command`, `date` (ISO 8601), `versions` and `settings` (by name), `machine`
-            (`device`, `cpu`, `cores`), `models` (a dict for each run: `name`, `path`, `fingerprint`, `positions`,
-            `parameters`, `context_length` and `tokens_seen` in tokens, `kv_cache_bytes_per_token`, `seconds`, None
-            where it is not known; several of one name are runs of one model), `notices` (lines for the top of the
-            page), `about` (`task`, `part` and `text` of tasks that say what they are) and `scores`, the rows of
-            `summarize`.
-        folder: Where; made if it is missing.
+        results: Dict with `format_version`, `command`, `date` (ISO 8601), `versions` and `settings` (by name),
+            `machine` (`device`, `cpu`, `cores`), `models` (a dict for each run with `name`, `path`, `fingerprint`,
+            `positions`, `parameters`, `context_length` and `tokens_seen` in tokens, `kv_cache_bytes_per_token` and
+            `seconds`, None if unknown; entries with the same name are runs of one model), `notices` (lines for the top
+            of the page), `about` (`task`, `part` and `text` of tasks with a description) and `scores` (the rows of
+            `summarize`).
+        folder: Output folder; created if missing.
     """
     results = _writable(results)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +61,7 @@ def write_report(results: dict[str, Any], folder: Path) -> None:
 
 
 def _writable(value: Any) -> Any:
-    """The same with null for what JSON has no number for, and file names that are not UTF-8 escaped."""
+    """Replace non-finite numbers by None, and escape file names that are not UTF-8."""
     if isinstance(value, dict):
         return {key: _writable(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -81,8 +80,8 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 
 def _write_tensorboard(results: dict[str, Any], plots: dict[str, bytes], folder: Path) -> None:
-    """A run of scalars for each model, and one of images; tags are `task/part/metric`, the step is the length."""
-    from torch.utils.tensorboard import SummaryWriter  # heavy: a second
+    """Write a run with scalars for each model, and one with images; tags are `task/part/metric`, steps are lengths."""
+    from torch.utils.tensorboard import SummaryWriter  # slow import (about 1 s)
 
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -104,7 +103,7 @@ def _write_tensorboard(results: dict[str, Any], plots: dict[str, bytes], folder:
 
 
 def _tag(row: dict[str, Any]) -> tuple[str, float, int]:
-    """Tag, value and step of a row: the step is a position or distance if it has one, else a length."""
+    """Return tag, value and step of a row; the step is its position or distance if it has one, otherwise its length."""
     parts = [row["task"], row["part"], row["metric"]]
     if row["noise_std"] is not None:
         parts.append(f"noise_{row['heads']}_{row['noise_std']:g}")
@@ -119,7 +118,7 @@ def _tag(row: dict[str, Any]) -> tuple[str, float, int]:
 
 
 def folder_names(names: list[str]) -> list[str]:
-    """Names of files and folders for names of models, which may be any text; different ones in any case of letters."""
+    """Convert names of models, which can be any text, to file names that are unique even if case is ignored."""
     folders: list[str] = []
     taken = {"plots"}
     for name in names:

@@ -1,4 +1,4 @@
-"""A few examples of each task for the page: what the first model wrote, right and wrong, and the others beside it."""
+"""Selects examples of each task for the page: correct and wrong answers of the first model, and those of others."""
 
 from __future__ import annotations
 
@@ -7,70 +7,70 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-MOST_OF_KIND = 2
-"""Examples of a task and part that the first model solved, and that it did not."""
+MAX_EXAMPLES = 2
+"""Maximum number of examples of a task and part that the first model solved, and of those that it did not solve."""
 
-MOST_MODELS = 6
-MOST_CHARACTERS = 300
-"""Of a text that is shown."""
+MAX_MODELS = 6
+MAX_CHARACTERS = 300
+"""Maximum length of a text."""
 
-Place = tuple[str, str, Any]
+Key = tuple[str, str, Any]
 """Task, part and length."""
 
 Examples = dict[tuple[str, str], dict[str, Any]]
-"""By task and part: a caption, and lines to show."""
+"""Caption and lines by task and part."""
 
 
 def choose_examples(path: Path) -> Examples:
-    """A few examples of each task and part.
+    """Select examples of each task and part.
 
-    They are the first ones of each kind at the longest length at which the first model solved some and not others, or
-    at the longest one. A model of several runs shows its first.
+    They are the first solved and the first unsolved examples of the first model, at the longest length that has both,
+    or else at the longest length. For a model with multiple runs, the first run is used.
 
     Args:
-        path: answers.jsonl, which is read twice, line by line; it may be missing.
+        path: Path of answers.jsonl, which is read twice, line by line; it may be missing.
     """
     if not path.is_file():
         return {}
-    chosen: dict[Place, dict[bool, list[int]]] = {}
+    selected: dict[Key, dict[bool, list[int]]] = {}
     runs: dict[str, str] = {}
     for line in _lines(path):
         runs.setdefault(line["model"], line["path"])
         if line["model"] == next(iter(runs)) and line["path"] == runs[line["model"]]:
-            numbers = chosen.setdefault(_place(line), {True: [], False: []})[_is_right(line)]
-            if len(numbers) < MOST_OF_KIND:
+            numbers = selected.setdefault(_key(line), {True: [], False: []})[_is_correct(line)]
+            if len(numbers) < MAX_EXAMPLES:
                 numbers.append(line["number"])
-    places: dict[tuple[str, str], Place] = {}
-    for place in sorted(chosen, key=lambda place: (all(chosen[place].values()), place[2] or 0)):
-        places[place[:2]] = place
-    places = {place[:2]: places[place[:2]] for place in chosen}  # in the order of the tasks
-    models = dict(list(runs.items())[:MOST_MODELS])
-    wanted = {place: [*chosen[place][True], *chosen[place][False]] for place in places.values()}
-    found: dict[Place, dict[int, dict[str, Any]]] = {place: {} for place in wanted}
+    keys: dict[tuple[str, str], Key] = {}
+    for key in sorted(selected, key=lambda key: (all(selected[key].values()), key[2] or 0)):
+        keys[key[:2]] = key
+    keys = {key[:2]: keys[key[:2]] for key in selected}  # in the order of the tasks
+    models = dict(list(runs.items())[:MAX_MODELS])
+    numbers_of = {key: [*selected[key][True], *selected[key][False]] for key in keys.values()}
+    examples: dict[Key, dict[int, dict[str, Any]]] = {key: {} for key in numbers_of}
     for line in _lines(path):
-        place = _place(line)
-        if line["path"] == models.get(line["model"]) and line["number"] in wanted.get(place, ()):
-            example = found[place].setdefault(line["number"], {**line, "written": []})
-            text = {"model": line["model"], "text": _beginning(line["written"]), "score": f"{100 * line['score']:.0f}"}
-            example["written"].append({**text, "is_right": _is_right(line)})
+        key = _key(line)
+        if line["path"] == models.get(line["model"]) and line["number"] in numbers_of.get(key, ()):
+            example = examples[key].setdefault(line["number"], {**line, "written": []})
+            text = {"model": line["model"], "text": _start(line["written"]), "score": f"{100 * line['score']:.0f}"}
+            example["written"].append({**text, "is_correct": _is_correct(line)})
     return {
-        key: {
-            "caption": f"{place[1] or place[0]}{f' at {place[2]:,} tokens' if place[2] else ''}",
+        task_and_part: {
+            "caption": f"{key[1] or key[0]}{f' at {key[2]:,} tokens' if key[2] else ''}",
             "lines": [
                 {
                     "prompt": _end(example["prompt"]),
-                    "expected": _beginning(example["expected"]),
+                    "expected": _start(example["expected"]),
                     "written": example["written"],
                 }
-                for example in (found[place][number] for number in wanted[place])
+                for example in (examples[key][number] for number in numbers_of[key])
             ],
         }
-        for key, place in places.items()
+        for task_and_part, key in keys.items()
     }
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of whole models: those without noise."""
+    """Yield the lines without noise."""
     with path.open(encoding="utf-8") as file:
         for text in file:
             line = json.loads(text)
@@ -78,17 +78,17 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield line
 
 
-def _place(line: dict[str, Any]) -> Place:
+def _key(line: dict[str, Any]) -> Key:
     return line["task"], line["part"], line["length"]
 
 
-def _is_right(line: dict[str, Any]) -> bool:
+def _is_correct(line: dict[str, Any]) -> bool:
     return line["score"] > 1 - 1e-9
 
 
-def _beginning(text: str) -> str:
-    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
+def _start(text: str) -> str:
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]}…"
 
 
 def _end(text: str) -> str:
-    return text if len(text) <= MOST_CHARACTERS else f"…{text[-MOST_CHARACTERS:]}"
+    return text if len(text) <= MAX_CHARACTERS else f"…{text[-MAX_CHARACTERS:]}"

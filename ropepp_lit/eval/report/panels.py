@@ -1,7 +1,7 @@
-"""What plots are made of: a figure and its panels, curves with intervals, axes of lengths and positions.
+"""Building blocks of plots: figures with panels, curves with intervals, and axes of lengths and positions.
 
-A model has one colour and one marker in all plots. Colours are Okabe and Ito's, which people with colour-blindness
-can tell apart, less their yellow, which is faint on white.
+A model has the same colour and marker in all plots. The colours are Okabe and Ito's colour-blind safe palette, without
+its yellow, which has little contrast on white.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from PIL import Image
 from ropepp_lit.eval.results import select
 
 WIDTH = 7.2
-"""Inches of every figure: at the 700 pixels that a page shows, letters of 10 points are 13 pixels high."""
+"""Width of every figure in inches; on the page (700 pixels wide) a 10 pt font is 13 pixels high."""
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#111111", "#8c6d31")
 MARKERS = "os^DvPX"
 GREY = "#6b7280"
-MOST_BANDS = 4
-"""More models than these, and bands of their intervals would hide one another."""
+MAX_BANDS = 4
+"""Maximum number of models for which intervals are drawn as bands; more would cover each other."""
 
 HEADS = ("real", "imaginary")
 OWN_SECTION = ("perplexity", "retrieval", "attention", "answers", "harness")
-"""Tasks that have a section of the page and plots of their own."""
+"""Tasks with a specific section and plots."""
 
 Row = dict[str, Any]
 
@@ -39,26 +39,26 @@ Row = dict[str, Any]
 class _Style(NamedTuple):
     colour: str
     marker: str
-    shift: float  # from -1 to 1: where a lone point stands among those of the other models
+    shift: float  # horizontal offset of error bars, from -1 to 1, so that those of different models do not overlap
 
 
 def model_names(results: dict[str, Any]) -> list[str]:
-    """The models' names, each once, in the order of their first run."""
+    """Return the unique names of the models, in the order of their first run."""
     return list(dict.fromkeys(model["name"] for model in results["models"]))
 
 
 def name_of_part(row: Row) -> str:
-    """The part of a task, as readers see it; a number, such as pairs of `recall`, with its task."""
+    """Return the name of a part for readers; numbers, such as pairs of `recall`, are prefixed with the task."""
     return f"{row['task']}:{row['part']}" if row["part"].isdecimal() else row["part"].replace("_", " ")
 
 
 def other_tasks(results: dict[str, Any]) -> list[str]:
-    """The tasks that have no section and plots of their own, in the order of their first row."""
+    """Return the tasks with generic sections and plots, in the order of their first row."""
     return list(dict.fromkeys(row["task"] for row in results["scores"] if row["task"] not in OWN_SECTION))
 
 
 def trained_contexts(results: dict[str, Any]) -> dict[int, list[str]]:
-    """Names of models by the tokens of the context that they were trained with."""
+    """Return names of models by training context length."""
     contexts: dict[int, list[str]] = {}
     for model in results["models"]:
         if model.get("context_length") and model["name"] not in contexts.setdefault(model["context_length"], []):
@@ -67,38 +67,38 @@ def trained_contexts(results: dict[str, Any]) -> dict[int, list[str]]:
 
 
 def short_length(tokens: float) -> str:
-    """512, 1k, 2k, …: k stands for 1,024."""
+    """Format a length as 512, 1k, 2k, …; k stands for 1,024."""
     return f"{tokens // 1024:.12g}k" if tokens >= 1024 and tokens % 1024 == 0 else f"{tokens:,.12g}"
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG, of more than one pixel for each that a page shows, in 256 colours to be small."""
-    drawn, written = io.BytesIO(), io.BytesIO()
+    """Render a figure as a PNG, with a higher resolution than on the page, and 256 colours to reduce its size."""
+    rendered, compressed = io.BytesIO(), io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in letters that the font lacks: boxes
-        figure.savefig(drawn, format="png", dpi=160, facecolor="white")
-    with Image.open(drawn) as image:
-        image.convert("RGB").quantize(256).save(written, format="png", optimize=True)
-    return written.getvalue()
+        warnings.filterwarnings("ignore", message="Glyph")  # for names with characters that the font lacks
+        figure.savefig(rendered, format="png", dpi=160, facecolor="white")
+    with Image.open(rendered) as image:
+        image.convert("RGB").quantize(256).save(compressed, format="png", optimize=True)
+    return compressed.getvalue()
 
 
 def styles_of(results: dict[str, Any]) -> dict[str, _Style]:
-    """Colour and marker of each model, by name."""
+    """Return colour and marker of each model, by name."""
     names = model_names(results)
     return {
         name: _Style(
-            COLOURS[place % len(COLOURS)],
-            MARKERS[place % len(MARKERS)],
-            2 * place / max(len(names) - 1, 1) - 1 if len(names) > 1 else 0.0,
+            COLOURS[index % len(COLOURS)],
+            MARKERS[index % len(MARKERS)],
+            2 * index / max(len(names) - 1, 1) - 1 if len(names) > 1 else 0.0,
         )
-        for place, name in enumerate(names)
+        for index, name in enumerate(names)
     }
 
 
 def make_grid(
     results: dict[str, Any], rows: list[Row], *, height: float, lines: int = 1, columns: int = 1, sharey: Any = True
 ) -> tuple[Figure, np.ndarray]:
-    """A figure, its panels [lines, columns], and over them the names of the models that the rows are of."""
+    """Create a figure with panels [lines, columns], and a legend of the models in `rows`."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, sharey=sharey, squeeze=False)
     for axes in grid.flat:
@@ -121,21 +121,21 @@ def make_grid(
     return figure, grid
 
 
-def fill_panels(grid: np.ndarray, things: Sequence[str]) -> Iterable[tuple[str, Axes]]:
-    """A panel for each thing; those left over are taken away, and the ones above them get their labels."""
+def fill_panels(grid: np.ndarray, names: Sequence[str]) -> Iterable[tuple[str, Axes]]:
+    """Assign a panel to each name; unused panels are removed, and the lowest of each column gets tick labels."""
     panels = list(grid.ravel())
-    for axes in panels[len(things) :]:
+    for axes in panels[len(names) :]:
         axes.remove()
-    for place, axes in enumerate(panels[: len(things)]):
-        if place + grid.shape[1] >= len(things):
+    for index, axes in enumerate(panels[: len(names)]):
+        if index + grid.shape[1] >= len(names):
             axes.tick_params(labelbottom=True)
-    return zip(things, panels, strict=False)
+    return zip(names, panels, strict=False)
 
 
-def short_name(name: str, most: int = 36) -> str:
-    """A name as a plot shows it; matplotlib leaves labels out that begin with an underscore."""
+def short_name(name: str, max_length: int = 36) -> str:
+    """Shorten a name for a plot; a leading underscore, with which matplotlib would skip the label, gets a space."""
     name = " ".join(name.split())
-    name = name if len(name) <= most else f"{name[: most - 1]}…"
+    name = name if len(name) <= max_length else f"{name[: max_length - 1]}…"
     return f" {name}" if name.startswith("_") else name
 
 
@@ -149,17 +149,17 @@ def draw_curves(
     spread: str = "band",
     marker_size: float = 4.5,
 ) -> None:
-    """For each model a line, its intervals, and as small dots the values of single runs.
+    """Draw a line for each model, with its intervals, and the values of single runs as small dots.
 
     Args:
         axes: The panel.
-        results: Gives the models' colours.
-        rows: What to draw.
-        x: The column along the panel.
-        of: The column upwards: `value` or `difference`.
-        spread: How intervals are drawn: as a `band`, if there are no more than MOST_BANDS models; as `bars`, side by
-            side, as they also are at a lone point; or not (empty).
-        marker_size: Points.
+        results: Results, which define the colours of the models.
+        rows: Result rows to draw.
+        x: Column of the x axis.
+        of: Column of the y axis: `value` or `difference`.
+        spread: Style of the intervals: `band` (only with up to MAX_BANDS models; `bars` if there is a single x value),
+            `bars`, or empty for none.
+        marker_size: Size of the markers in points.
     """
     present = {row["model"] for row in rows}
     if spread == "band" and len({row[x] for row in rows}) == 1:
@@ -169,25 +169,27 @@ def draw_curves(
         if name not in present:
             continue
         own = sorted(select(rows, model=name), key=lambda row: row[x])
-        places, values, low, high = (np.array([row[key] for row in own], float) for key in (x, of, low_key, high_key))
+        xs, values, low, high = (np.array([row[key] for row in own], float) for key in (x, of, low_key, high_key))
         if spread == "bars":
-            places = places * 2 ** (min(0.05 * len(present), 0.3) * style.shift)
+            xs = xs * 2 ** (min(0.05 * len(present), 0.3) * style.shift)
             ends = np.abs(np.array([values - low, high - values]))
-            axes.errorbar(places, values, ends, color=style.colour, capsize=3, linewidth=1.2, fmt="none")
-        elif spread == "band" and len(present) <= MOST_BANDS:
-            axes.fill_between(places, low, high, color=style.colour, alpha=0.13, linewidth=0)
-        axes.plot(places, values, color=style.colour, marker=style.marker, markersize=marker_size, linewidth=1.6)
-        for place, row in zip(places, own, strict=True) if of == "value" and spread else ():
+            axes.errorbar(xs, values, ends, color=style.colour, capsize=3, linewidth=1.2, fmt="none")
+        elif spread == "band" and len(present) <= MAX_BANDS:
+            axes.fill_between(xs, low, high, color=style.colour, alpha=0.13, linewidth=0)
+        axes.plot(xs, values, color=style.colour, marker=style.marker, markersize=marker_size, linewidth=1.6)
+        for position, row in zip(xs, own, strict=True) if of == "value" and spread else ():
             single = row.get("run_values") or []
             if len(single) > 1:
-                axes.plot([place] * len(single), single, ".", color=style.colour, alpha=0.5, markersize=3.5)
+                axes.plot([position] * len(single), single, ".", color=style.colour, alpha=0.5, markersize=3.5)
 
 
-def length_axis(axes: Axes, results: dict[str, Any], rows: list[Row], *, label: bool = True, most: int = 10) -> None:
-    """A logarithmic axis of the lengths there are, with a mark where models were trained."""
+def length_axis(
+    axes: Axes, results: dict[str, Any], rows: list[Row], *, label: bool = True, max_ticks: int = 10
+) -> None:
+    """Set a logarithmic x axis with the lengths as ticks, and mark the training context lengths."""
     lengths = sorted({row["length"] for row in rows})
     axes.set_xscale("log", base=2)
-    shown = lengths[:: -(-len(lengths) // most)]
+    shown = lengths[:: -(-len(lengths) // max_ticks)]
     axes.set_xticks(shown, [short_length(length) for length in shown])
     axes.xaxis.set_minor_locator(NullLocator())
     contexts = trained_contexts(results)
@@ -196,19 +198,19 @@ def length_axis(axes: Axes, results: dict[str, Any], rows: list[Row], *, label: 
     mark_trained(axes, results, rows, label=label)
 
 
-def log2_axis(axes: Axes, places: Iterable[int]) -> None:
-    """A logarithmic axis that holds 0 too, with labels at some of the places."""
-    shown = sorted(set(places))
-    axes.set_xscale("symlog", base=2, linthresh=max(1, min((place for place in shown if place), default=1)))
-    step = -(-len(shown) // 7)
-    axes.set_xticks(shown[::step], [short_length(place) for place in shown[::step]])
+def log2_axis(axes: Axes, positions: Iterable[int]) -> None:
+    """Set a logarithmic x axis that includes 0, with labels at up to seven of the positions."""
+    ticks = sorted(set(positions))
+    axes.set_xscale("symlog", base=2, linthresh=max(1, min((tick for tick in ticks if tick), default=1)))
+    step = -(-len(ticks) // 7)
+    axes.set_xticks(ticks[::step], [short_length(tick) for tick in ticks[::step]])
     axes.xaxis.set_minor_locator(NullLocator())
 
 
 def mark_trained(
     axes: Axes, results: dict[str, Any], rows: list[Row], *, last: float = np.inf, label: bool = True
 ) -> None:
-    """Upright lines at the contexts that models were trained with: grey, or in the colour of the one it belongs to."""
+    """Draw vertical lines at the training context lengths, grey or in the colour of the only model with that length."""
     styles = styles_of(results)
     shown = {row["model"] for row in rows}
     contexts = {

@@ -1,4 +1,4 @@
-"""Plots of an evaluation: one function each, from the results to a figure, or to None where their rows are missing."""
+"""Plots of an evaluation: functions from the results to a figure, or to None if the results have no such rows."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from ropepp_lit.eval.results import CLEAN, select
 
 
 def loss_by_length(results: dict[str, Any]) -> Figure | None:
-    """Loss (and perplexity) against the length of the windows; beside it, differences to the first model."""
+    """Plot loss (and perplexity) by window length, and in a second panel the differences to the first model."""
     rows = select(results["scores"], task="perplexity", part="", metric="loss", **CLEAN)
     if not rows:
         return None
-    figure, axes = _with_differences(results, rows, xlabel="length of the window (tokens)")
+    figure, axes = _with_differences(results, rows, xlabel="window length (tokens)")
     axes.set_ylabel("loss (nats per token)")
     axes.secondary_yaxis("right", functions=(_exp, _log)).set_ylabel("perplexity")
     return figure
 
 
 def loss_by_position(results: dict[str, Any]) -> Figure | None:
-    """Loss of the tokens against their position, inside the longest windows."""
+    """Plot the loss by position of the token in the longest windows."""
     rows = [row for row in select(results["scores"], task="perplexity", metric="loss", heads="", noise_std=None)
             if row["position"] is not None]  # fmt: skip
     if not rows:
@@ -58,7 +58,7 @@ def loss_by_position(results: dict[str, Any]) -> Figure | None:
     later = [row for row in rows if row["position"] > starts[0]] or rows
     lowest, highest = min(row["value"] for row in later), max(row["high"] or row["value"] for row in later)
     margin = 0.15 * (highest - lowest)
-    if max(row["value"] for row in rows) > highest + margin > highest:  # the start, where little was read, would rule
+    if max(row["value"] for row in rows) > highest + margin > highest:  # the first positions would determine the scale
         axes.set_ylim(lowest - margin, highest + margin)
     widths = [ends[start] - start for start in starts]
     if max(widths) > 4 * min(widths):
@@ -67,28 +67,28 @@ def loss_by_position(results: dict[str, Any]) -> Figure | None:
         ticks = np.linspace(0, length, 5)
         axes.set_xticks(ticks, [short_length(tick) for tick in ticks])
     mark_trained(axes, results, rows, last=length)
-    axes.set(xlabel=f"position inside the window of {length:,} tokens", ylabel="loss (nats per token)")
+    axes.set(xlabel=f"position in the window of {length:,} tokens", ylabel="loss (nats per token)")
     return figure
 
 
 def retrieval_by_length(results: dict[str, Any]) -> Figure | None:
-    """The average retrieval score against the length of the context; beside it, differences to the first model."""
+    """Plot the mean retrieval score by context length, and in a second panel the differences to the first model."""
     rows = select(results["scores"], task="retrieval", part="all", metric="score", **CLEAN)
     if not rows:
         return None
-    figure, axes = _with_differences(results, rows, xlabel="length of the context (tokens)")
+    figure, axes = _with_differences(results, rows, xlabel="context length (tokens)")
     axes.set(ylabel="score (0 to 100)", ylim=(-3, 103))
     return figure
 
 
 def retrieval_families(results: dict[str, Any]) -> Figure | None:
-    """The score of each family of retrieval tasks against the length of the context."""
+    """Plot the score of each family of retrieval tasks by context length."""
     rows = [row for row in select(results["scores"], task="retrieval", metric="score", **CLEAN) if row["part"] != "all"]
     return _by_part(results, rows) if rows else None
 
 
 def _by_part(results: dict[str, Any], rows: list[Row], *, x: str = "length") -> Figure:
-    """The values of one metric against the length of the context or the position, a panel for each part."""
+    """Plot the values of one metric by context length or position, with a panel for each part."""
     families = list(dict.fromkeys(row["part"] for row in rows))
     columns = min(len(families), 4)
     lines = -(-len(families) // columns)
@@ -96,14 +96,14 @@ def _by_part(results: dict[str, Any], rows: list[Row], *, x: str = "length") -> 
     for family, axes in fill_panels(grid, families):
         draw_curves(axes, results, select(rows, part=family), x=x, marker_size=3.5, spread="")
         if x == "length":
-            length_axis(axes, results, rows, label=False, most=4)
+            length_axis(axes, results, rows, label=False, max_ticks=4)
         else:
             log2_axis(axes, [row["position"] for row in rows])
         if rows[0]["metric"] == "score":
             axes.set(ylim=(-4, 104))
         axes.set_title(name_of_part({**rows[0], "part": family}), fontsize=10, parse_math=False)
-    by_position = f"first position or distance of a range (tokens), at {short_length(rows[0]['length'] or 0)}"
-    figure.supxlabel("length of the context (tokens)" if x == "length" else by_position, fontsize=10)
+    by_position = f"position or distance (tokens, first of each range), at {short_length(rows[0]['length'] or 0)}"
+    figure.supxlabel("context length (tokens)" if x == "length" else by_position, fontsize=10)
     metric = rows[0]["metric"]
     unit = f" ({UNITS[metric]})" if metric in UNITS else ""
     figure.supylabel(f"{metric.replace('_', ' ')}{unit}", fontsize=10, parse_math=False)
@@ -111,7 +111,7 @@ def _by_part(results: dict[str, Any], rows: list[Row], *, x: str = "length") -> 
 
 
 def retrieval_by_depth(results: dict[str, Any], task: str = "retrieval") -> Figure | None:
-    """Heat maps: score by length of the context and by where in it the answer lies, one for each family and model."""
+    """Plot heat maps of the score by context length and depth of the answer, one for each family and model."""
     rows = [row for row in select(results["scores"], task=task, metric="score", heads="", noise_std=None)
             if row["depth"] is not None]  # fmt: skip
     if not rows:
@@ -121,21 +121,21 @@ def retrieval_by_depth(results: dict[str, Any], task: str = "retrieval") -> Figu
     lengths = sorted({row["length"] for row in rows})
     depths = sorted({row["depth"] for row in rows})
     columns = min(len(names), 3)
-    lines = -(-len(names) // columns)  # of a family, which begins on a new one
+    lines = -(-len(names) // columns)  # per family; each family starts on a new line
     panel = 0.75 + 0.24 * max(len(depths), 4)
     height = 0.3 + panel * lines * len(families)
     figure, grid = make_grid(results, [], height=height, lines=lines * len(families), columns=columns)
-    for place, axes in np.ndenumerate(grid):
-        family, number = families[place[0] // lines], place[0] % lines * columns + place[1]
+    for (line, column), axes in np.ndenumerate(grid):
+        family, number = families[line // lines], line % lines * columns + column
         if number >= len(names):
             axes.remove()
             continue
-        axes.tick_params(labelbottom=place[0] + 1 == len(grid) or number + columns >= len(names))
+        axes.tick_params(labelbottom=line + 1 == len(grid) or number + columns >= len(names))
         scores = np.full((len(depths), len(lengths)), np.nan)
         for row in select(rows, model=names[number], part=family):
             scores[depths.index(row["depth"]), lengths.index(row["length"])] = row["value"]
         axes.grid(False)
-        axes.set_facecolor("#d1d5db")  # what was not measured
+        axes.set_facecolor("#d1d5db")  # cells that were not measured
         axes.imshow(scores, cmap="cividis", vmin=0, vmax=100, aspect="auto")
         axes.set_xticks(range(len(lengths)), [short_length(length) for length in lengths])
         axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f}" for depth in depths])
@@ -148,23 +148,23 @@ def retrieval_by_depth(results: dict[str, Any], task: str = "retrieval") -> Figu
                 axes.text(cell[1], cell[0], f"{score:.0f}", ha="center", va="center", fontsize=8, color=colour)
     scale = ScalarMappable(Normalize(0, 100), "cividis")
     figure.colorbar(scale, ax=figure.axes, label="score", shrink=0.9, aspect=18, pad=0.02)
-    figure.supxlabel("length of the context (tokens)", fontsize=10)
+    figure.supxlabel("context length (tokens)", fontsize=10)
     figure.supylabel("depth of the answer (%)", fontsize=10)
     return figure
 
 
 def noise_perplexity(results: dict[str, Any]) -> Figure | None:
-    """Loss against the noise on the scores of one kind of heads."""
+    """Plot the loss by the noise on the attention scores of one group of heads."""
     return _noise(results, task="perplexity", metric="loss", label="loss (nats per token)")
 
 
 def noise_retrieval(results: dict[str, Any]) -> Figure | None:
-    """Retrieval score against the noise on the scores of one kind of heads."""
+    """Plot the retrieval score by the noise on the attention scores of one group of heads."""
     return _noise(results, task="retrieval", metric="score", label="score (0 to 100)")
 
 
 def attention_by_distance(results: dict[str, Any]) -> Figure | None:
-    """The share of attention that goes to each range of distances, of real and of imaginary heads."""
+    """Plot the share of attention in each range of distances, for real and imaginary heads."""
     rows = select(results["scores"], task="attention", metric="attention", part="")
     if not rows:
         return None
@@ -172,7 +172,7 @@ def attention_by_distance(results: dict[str, Any]) -> Figure | None:
     for axes in panels:
         log2_axis(axes, [row["position"] for row in rows])
         axes.set_ylim(bottom=0)
-    figure.supxlabel("first distance of the range (tokens back)", fontsize=10)
+    figure.supxlabel("distance (tokens, first of each range)", fontsize=10)
     figure.supylabel("share of attention (%)", fontsize=10)
     return figure
 
@@ -187,11 +187,11 @@ PLOTS: dict[str, Callable[[dict[str, Any]], Figure | None]] = {
     "noise-retrieval": noise_retrieval,
     "distance-attention": attention_by_distance,
 }
-"""By the name of the file; no name begins with `attention-`, as those of attention maps do."""
+"""Plot functions by file name; names with `attention-` are reserved for attention maps."""
 
 
 def draw(results: dict[str, Any]) -> Iterator[tuple[str, Figure | None]]:
-    """All plots by the names of their files; those of tasks without plots of their own begin with `task-`."""
+    """Yield all plots with their file names; the names of generic plots start with `task-`."""
     for name, plot in PLOTS.items():
         yield name, plot(results)
     for task in other_tasks(results):
@@ -203,7 +203,7 @@ def draw(results: dict[str, Any]) -> Iterator[tuple[str, Figure | None]]:
 
 
 def _by_position(results: dict[str, Any], task: str) -> Iterator[tuple[str, Figure]]:
-    """Each metric of a task by position or distance, in the longest contexts."""
+    """Yield a plot of each metric of a task by position or distance, at the longest length."""
     rows = select(results["scores"], task=task, depth=None, heads="", noise_std=None)
     rows = [row for row in rows if row["position"] is not None]
     longest = max((row["length"] or 0 for row in rows), default=0)
@@ -213,7 +213,7 @@ def _by_position(results: dict[str, Any], task: str) -> Iterator[tuple[str, Figu
 
 
 def _with_differences(results: dict[str, Any], rows: list[Row], *, xlabel: str) -> tuple[Figure, Axes]:
-    """Values against length, and where there are any, their differences to the first model in a panel beside it."""
+    """Plot values by length, and the differences to the first model (if there are any) in a second panel."""
     compared = [row for row in rows if row["difference"] is not None]
     figure, grid = make_grid(results, rows, height=3.4, columns=2 if compared else 1, sharey=False)
     for axes in grid.flat:
@@ -242,24 +242,24 @@ def _noise(results: dict[str, Any], *, task: str, metric: str, label: str) -> Fi
 
 
 def _by_heads(results: dict[str, Any], rows: list[Row], *, x: str, title: str) -> tuple[Figure, list[Axes]]:
-    """A column of panels for each kind of heads, a line of them for each length; values of a line on one scale."""
-    heads = [kind for kind in HEADS if select(rows, heads=kind)] or sorted({row["heads"] for row in rows})
+    """Plot a column of panels for each group of heads and a line of panels, with a common y axis, for each length."""
+    groups = [heads for heads in HEADS if select(rows, heads=heads)] or sorted({row["heads"] for row in rows})
     lengths = sorted({row["length"] for row in rows}, key=lambda length: length or 0)
     height = 0.8 + 2.4 * len(lengths)
-    figure, grid = make_grid(results, rows, height=height, lines=len(lengths), columns=len(heads), sharey="row")
+    figure, grid = make_grid(results, rows, height=height, lines=len(lengths), columns=len(groups), sharey="row")
     for length, panels in zip(lengths, grid, strict=True):
-        for kind, axes in zip(heads, panels, strict=True):
-            draw_curves(axes, results, select(rows, heads=kind, length=length), x=x)
-            where = f", {length:,} tokens" if length is not None else ""
-            axes.set_title(f"{title.format(kind)}{where}", fontsize=10)
+        for heads, axes in zip(groups, panels, strict=True):
+            draw_curves(axes, results, select(rows, heads=heads, length=length), x=x)
+            suffix = f", {length:,} tokens" if length is not None else ""
+            axes.set_title(f"{title.format(heads)}{suffix}", fontsize=10)
     return figure, list(grid.ravel())
 
 
 def _exp(values: Any) -> Any:
-    """Perplexity of a loss, for an axis that may begin far away."""
+    """Compute the perplexity of a loss, clipped to avoid an overflow at extreme axis limits."""
     return np.exp(np.minimum(values, 700))
 
 
 def _log(values: Any) -> Any:
-    """The logarithm that matplotlib may also ask of 0, to find an axis' ends."""
+    """Compute the logarithm, clipped because matplotlib may evaluate it at 0."""
     return np.log(np.maximum(values, 1e-12))

@@ -1,4 +1,4 @@
-"""The sections of an evaluation's page: one for each kind of task, with its tables, plots and explanations."""
+"""Sections of the evaluation page: one for each kind of task, with tables, plots and descriptions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from ropepp_lit.eval.report.captions import BESIDE, CAPTIONS, FAMILIES, METRICS, TASKS, UNITS
+from ropepp_lit.eval.report.captions import CAPTIONS, DIFFERENCES, FAMILIES, METRICS, TASKS, UNITS
 from ropepp_lit.eval.report.examples import Examples
 from ropepp_lit.eval.report.panels import Row, model_names, name_of_part, other_tasks
 from ropepp_lit.eval.report.tables import by_length, make_table
@@ -16,7 +16,7 @@ from ropepp_lit.eval.results import CLEAN, select
 
 @dataclass(kw_only=True)
 class Section:
-    """A heading and what stands below it; `more` are tables that open on a click."""
+    """Content of a section; `more` are collapsed tables."""
 
     id: str
     title: str
@@ -28,33 +28,33 @@ class Section:
     families: dict[str, str] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] | None = None
-    """A plain table of how it was measured: `caption`, `columns`, `lines`."""
+    """Plain table of settings: `caption`, `columns`, `lines`."""
 
 
 def make_sections(
     results: dict[str, Any], *, plots: dict[str, bytes], maps: dict[str, bytes], examples: Examples
 ) -> list[Section]:
-    """Those that have something to show; see :func:`~ropepp_lit.eval.report.page.render_page`."""
+    """Create the sections that are not empty; see :func:`~ropepp_lit.eval.report.page.render_page`."""
     sections = [_perplexity(results, plots), _retrieval(results, plots)]
     sections += [_other(results, plots, task) for task in other_tasks(results)]
     sections += [_noise(results, plots), _attention(results, plots, maps), _answers(results), _harness(results)]
     for section in sections:
-        section.examples = [found for (task, _), found in examples.items() if section.id in (task, f"task-{task}")]
+        section.examples = [part for (task, _), part in examples.items() if section.id in (task, f"task-{task}")]
     return [section for section in sections if section.tables or section.plots or section.maps]
 
 
 def _perplexity(results: dict[str, Any], plots: dict[str, bytes]) -> Section:
     rows = select(results["scores"], task="perplexity", part="", **CLEAN)
-    told = (_counts(rows, "documents"), _more_context(rows, model_names(results)))
+    details = (_counts(rows, "documents"), _more_context(rows, model_names(results)))
     section = Section(
         id="perplexity",
         title="Loss and perplexity by length",
-        text=" ".join(("How well the models predict the next token of long texts.", *filter(None, told))),
+        text=" ".join(("How well the models predict the next token of long texts.", *filter(None, details))),
         plots=_images(results, plots, "loss-by-length", "loss-by-position"),
     )
     tables = {metric: by_length(_title(metric), select(rows, metric=metric), results) for metric in METRICS}
     sets = [row for row in select(results["scores"], task="perplexity", metric="loss", **CLEAN) if row["part"]]
-    by_set = by_length(f"{_title('loss')}, each set", sets, results, group=_set_of)
+    by_set = by_length(f"{_title('loss')}, each set of documents", sets, results, group=_set_of)
     section.tables = [table for table in [tables.pop("loss"), by_set] if table]
     section.more = [table for table in tables.values() if table]
     return section
@@ -65,19 +65,19 @@ def _set_of(row: Row) -> str:
 
 
 def _more_context(rows: list[Row], names: list[str]) -> str:
-    """Which share of the tokens a length gives more to read than the length before does."""
+    """Describe the share of the tokens with more context at each length than at the previous length."""
     shares = select(rows, metric="more_context")
     first = next((name for name in names if select(shares, model=name)), None)
-    words = [
+    at_lengths = [
         f"{row['value']:.0f}% at {row['length']:,}"
         for row in sorted(select(shares, model=first), key=lambda row: row["length"])
     ]
-    if not words:
+    if not at_lengths:
         return ""
     return (
-        "All lengths are measured on the same tokens, and a longer window changes what a token has read only where it "
-        f"reaches farther back: {listed(words)} tokens of the predicted tokens had more to read than at the length "
-        "before. The plot by position shows the loss where much was read."
+        "All lengths are measured on the same tokens, but a longer window gives only a part of them more context: "
+        f"{listed(at_lengths)} tokens, each compared with the previous length. The plot by position shows the loss of "
+        "tokens with a long context."
     )
 
 
@@ -87,7 +87,7 @@ def _retrieval(results: dict[str, Any], plots: dict[str, bytes]) -> Section:
     section = Section(
         id="retrieval",
         title="Retrieval by length",
-        text=f"Whether the models find what a long context holds. {_counts(rows, 'examples')}",
+        text=f"Whether the models find information in a long context. {_counts(rows, 'examples')}",
         plots=_images(results, plots, "retrieval-by-length", "retrieval-families", "retrieval-by-depth"),
         families={family.replace("_", " "): FAMILIES[family] for family in families if family in FAMILIES},
     )
@@ -102,16 +102,16 @@ def _retrieval(results: dict[str, Any], plots: dict[str, bytes]) -> Section:
 
 
 def _other(results: dict[str, Any], plots: dict[str, bytes], task: str) -> Section:
-    """A task without a section of its own: a table of each metric, by length or once, and tables by position."""
+    """Create the generic section of a task: for each metric a table by length (or one value) and one by position."""
     rows = select(results["scores"], task=task, depth=None, heads="", noise_std=None)
     title, text = TASKS.get(task, (task, ""))
     parts = list(dict.fromkeys(row["part"] for row in rows))
     about = {item["part"]: item["text"] for item in results.get("about", []) if item["task"] == task and item["text"]}
-    whole = select(rows, position=None)
+    overall = select(rows, position=None)
     section = Section(
         id=f"task-{task}",
         title=title,
-        text=" ".join(filter(None, (text, _counts(whole or rows, "examples")))),
+        text=" ".join(filter(None, (text, _counts(overall or rows, "examples")))),
         plots=[
             _image(plots[name], f"{_title(name.removeprefix(f'task-{task}-'))}, {title}", "", model_names(results))
             for name in plots
@@ -131,7 +131,7 @@ def _other(results: dict[str, Any], plots: dict[str, bytes], task: str) -> Secti
         ]
         section.tables += [table for table in tables if table]
         by_position = make_table(
-            f"{name}, by first position or distance of a range",
+            f"{name}, by position or distance (first of each range)",
             [row for row in of_metric if row["position"] is not None],
             results,
             across=lambda row: row["position"],
@@ -145,7 +145,7 @@ def _other(results: dict[str, Any], plots: dict[str, bytes], task: str) -> Secti
 
 
 def _once(caption: str, rows: list[Row], results: dict[str, Any]) -> dict[str, Any] | None:
-    """A table of what is not measured by length: a column for each model."""
+    """Create a table of values without a length, with a column for each model."""
     names = model_names(results)
     return make_table(
         caption,
@@ -162,17 +162,17 @@ def _noise(results: dict[str, Any], plots: dict[str, bytes]) -> Section:
     rows = [row for row in select(results["scores"], position=None, depth=None) if row["noise_std"] is not None]
     section = Section(
         id="noise",
-        title="Noise on one kind of heads",
-        text="What it costs when the attention scores of the real heads, or of the imaginary heads, get Gaussian "
-        f"noise. Columns: the noise's standard deviation. {_counts(rows, 'examples')}",
+        title="Noise on one group of heads",
+        text="Results with Gaussian noise on the attention scores of either the real or the imaginary heads, by "
+        f"standard deviation of the noise. {_counts(rows, 'examples')}",
         plots=_images(results, plots, "noise-perplexity", "noise-retrieval"),
     )
     for task, metric, part in dict.fromkeys((row["task"], row["metric"], row["part"]) for row in rows):
-        place = section.tables if metric == "loss" or (metric == "score" and part in ("all", "")) else section.more
+        tables = section.tables if metric == "loss" or (metric == "score" and part in ("all", "")) else section.more
         others = [task] if task in other_tasks(results) else []
-        words = [_title(metric), *others, *([] if part in ("all", "") else [part.replace("_", " ")]), "by noise"]
+        caption = [_title(metric), *others, *([] if part in ("all", "") else [part.replace("_", " ")]), "by noise"]
         table = make_table(
-            ", ".join(words),
+            ", ".join(caption),
             select(rows, task=task, metric=metric, part=part),
             results,
             across=lambda row: row["noise_std"],
@@ -181,7 +181,7 @@ def _noise(results: dict[str, Any], plots: dict[str, bytes]) -> Section:
             corner="Model, heads",
             group=_at_length,
         )
-        place += [table] if table else []
+        tables += [table] if table else []
     if not section.tables:
         section.tables, section.more = section.more[:1], section.more[1:]
     return section
@@ -190,7 +190,7 @@ def _noise(results: dict[str, Any], plots: dict[str, bytes]) -> Section:
 def _attention(results: dict[str, Any], plots: dict[str, bytes], maps: dict[str, bytes]) -> Section:
     rows = select(results["scores"], task="attention", metric="attention")
     table = make_table(
-        "Share of attention (%), by first distance of the range",
+        "Share of attention (%), by distance (first of each range)",
         rows,
         results,
         across=lambda row: -1 if row["part"] else row["position"],
@@ -201,8 +201,8 @@ def _attention(results: dict[str, Any], plots: dict[str, bytes], maps: dict[str,
     )
     return Section(
         id="attention",
-        title="Where attention goes",
-        text=f"How far back the heads look. {_counts(rows, 'documents')}",
+        title="Attention by distance",
+        text=f"Distribution of the attention weights over distances. {_counts(rows, 'documents')}",
         tables=[table] if table else [],
         plots=_images(results, plots, "distance-attention"),
         maps=[{"title": name.removeprefix("attention-"), "src": _data_uri(png)} for name, png in sorted(maps.items())],
@@ -225,9 +225,9 @@ def _answers(results: dict[str, Any]) -> Section:
     return Section(
         id="answers",
         title="Answers",
-        text="The loss of the expected answers after their prompts, and what the model writes itself (the most likely "
-        "token each time): how many answers are exactly the expected ones, and ROUGE-L, the F-measure of the longest "
-        f"common subsequence of words. {_counts(rows, 'prompts')}",
+        text="Loss of the expected answers given their prompts, and comparison of generated answers (greedy decoding) "
+        "with the expected ones: the share of exact matches, and ROUGE-L, the F-measure of the longest common "
+        f"subsequence of words. {_counts(rows, 'prompts')}",
         tables=[table] if table else [],
     )
 
@@ -251,8 +251,8 @@ def _harness(results: dict[str, Any]) -> Section:
     return Section(
         id="harness",
         title="Public benchmarks",
-        text="Run by lm-eval (the language model evaluation harness): its prompts, filters and aggregation. Where the "
-        "lower value is the better one, as of perplexity, the task says so.",
+        text="Results of lm-eval (the Language Model Evaluation Harness), with its prompts, filters and aggregation. "
+        "Whether higher or lower is better depends on the metric.",
         tables=[table] if table else [],
         facts={
             "caption": "How the tasks were run",
@@ -265,7 +265,7 @@ def _harness(results: dict[str, Any]) -> Section:
 
 
 def _task_and_metric(row: Row) -> str:
-    """A line for each task, metric and filter (lm-eval's `metric,filter`), and length."""
+    """Return the heading of a line: task, metric, filter (lm-eval's `metric,filter`) and length."""
     return ", ".join(filter(None, (row["part"], row["metric"].replace(",", ", "), _at_length(row))))
 
 
@@ -275,7 +275,7 @@ def _images(results: dict[str, Any], plots: dict[str, bytes], *names: str) -> li
         _image(
             plots[name],
             CAPTIONS[name][0],
-            f"{CAPTIONS[name][1]} {BESIDE.get(name, '').format(first=models[0]) if len(models) > 1 else ''}",
+            f"{CAPTIONS[name][1]} {DIFFERENCES.get(name, '').format(first=models[0]) if len(models) > 1 else ''}",
             models,
         )
         for name in names
@@ -284,19 +284,19 @@ def _images(results: dict[str, Any], plots: dict[str, bytes], *names: str) -> li
 
 
 def _image(png: bytes, title: str, text: str, models: list[str]) -> dict[str, str]:
-    alt = f"{title}, of {listed(models)}; the values are in scores.csv"
+    alt = f"{title}: {listed(models)}; the values are in scores.csv"
     return {"src": _data_uri(png), "title": title, "text": text, "alt": alt}
 
 
 def _counts(rows: list[Row], what: str) -> str:
-    """How many examples and runs a section's values are of."""
+    """Describe how many examples and runs the values of a section are computed from."""
     if not rows:
         return ""
     fewest, most = min(row["examples"] for row in rows), max(row["examples"] for row in rows)
-    several = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
-    runs = sorted({row["runs"] for row in rows})
-    of_runs = f"{' or '.join(map(str, runs))} run{'s' if runs != [1] else ''}"
-    return f"Each value is of {several} {what} and {of_runs} of a model."
+    examples = f"{fewest:,}" if fewest == most else f"{fewest:,} to {most:,}"
+    counts = sorted({row["runs"] for row in rows})
+    runs = f"{' or '.join(map(str, counts))} run{'s' if counts != [1] else ''}"
+    return f"Each value is computed from {examples} {what} and {runs} of a model."
 
 
 def _at_length(row: Row) -> str:
@@ -313,12 +313,12 @@ def _title(metric: str) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """Names with commas, and `and` before the last one."""
+    """Join names with commas, and `and` before the last one."""
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def plain(value: Any) -> str:
-    """A setting as people write it; a number as it is given to the command."""
+    """Format a setting for readers; numbers as on the command line."""
     if value is None or value == "":
         return "–"
     if isinstance(value, bool):

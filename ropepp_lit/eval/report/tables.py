@@ -1,4 +1,4 @@
-"""Tables of an evaluation's page: their parts, for `page.html`."""
+"""Tables of the evaluation page, as data for the template `page.html`."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ DIGITS = {
     "rouge_l": 1,
     "percent": 1,
 }
-"""Behind the decimal point, by metric; others have four."""
+"""Decimal places by metric; others have four."""
 
 
 def show_value(metric: str, value: float, *, signed: bool = False) -> str:
-    """A value as tables show it, with a true minus sign."""
-    metric = metric.partition(",")[0]  # lm-eval's filters stand behind a comma
+    """Format a value for a table, with a typographic minus sign."""
+    metric = metric.partition(",")[0]  # lm-eval appends the filter after a comma
     digits = DIGITS.get(metric, 4)
     if metric == "perplexity" and abs(value) >= 1000:
         digits = 0
     text = f"{value:{'+' if signed else ''},.{digits}f}".replace("-", "−")
-    return text if text.strip("+−0.") else text.lstrip("+−")  # what is shown as 0 bears no sign
+    return text if text.strip("+−0.") else text.lstrip("+−")  # no sign before a 0
 
 
 def by_length(
     caption: str, rows: list[Row], results: dict[str, Any], *, group: Callable[[Row], str] = lambda row: ""
 ) -> dict[str, Any] | None:
-    """A table with a column for each length; see :func:`make_table`."""
+    """Create a table with a column for each length; see :func:`make_table`."""
     return make_table(
         f"{caption}, by length in tokens",
         rows,
@@ -60,24 +60,24 @@ def make_table(
     group: Callable[[Row], str] = lambda row: "",
     trained: int | None = None,
 ) -> dict[str, Any] | None:
-    """A table's parts; None without rows.
+    """Create the data of a table; None if there are no rows.
 
     Args:
-        caption: Its title.
-        rows: What it shows, a cell each.
-        results: Gives the order of the models.
-        across: By what columns are told apart and sorted.
-        heading: A column's head.
-        line: A line's head.
-        corner: The head of the lines' heads.
-        group: The heading above a group of lines.
-        trained: The column that is called trained.
+        caption: Title of the table.
+        rows: Result rows, one for each cell.
+        results: Results, which define the order of the models.
+        across: Key that identifies and sorts the column of a row.
+        heading: Heading of the column of a row.
+        line: Heading of the line of a row.
+        corner: Heading of the column with the line headings.
+        group: Heading of the group of lines of a row.
+        trained: Key of the column that is marked as the training context length.
     """
     if not rows:
         return None
     names = model_names(results)
-    kinds = {"": 0, **{kind: place for place, kind in enumerate(HEADS, 1)}}
-    ordered = sorted(rows, key=lambda row: (names.index(row["model"]), kinds.get(row["heads"], len(kinds))))
+    head_order = {"": 0, **{heads: index for index, heads in enumerate(HEADS, 1)}}
+    ordered = sorted(rows, key=lambda row: (names.index(row["model"]), head_order.get(row["heads"], len(head_order))))
     columns = {across(row): heading(row) for row in ordered}
     groups: dict[str, dict[str, dict[Any, dict[str, str]]]] = {}
     for row in rows:
@@ -102,8 +102,8 @@ def make_table(
 
 
 def make_cell(row: Row) -> dict[str, str]:
-    """The texts of a cell: value, interval, difference to the first model, its interval, and what that proves."""
-    metric = _shown_as(row)
+    """Format a cell: value, interval, difference to the first model, its interval, and a mark if it is significant."""
+    metric = _format_key(row)
     difference, low, high = (row[key] for key in ("difference", "difference_low", "difference_high"))
     cell = {"value": show_value(metric, row["value"]), "interval": "", "difference": "", "spread": "", "mark": ""}
     if row["low"] is not None and row["high"] is not None:
@@ -115,19 +115,19 @@ def make_cell(row: Row) -> dict[str, str]:
     return cell
 
 
-def _shown_as(row: Row) -> str:
-    """The metric that decides the digits."""
+def _format_key(row: Row) -> str:
+    """Return the key of :data:`DIGITS` for a row."""
     return "percent" if row["details"].get("unit") == "%" else row["metric"]
 
 
 def _verdict(row: Row) -> str:
-    """`better` or `worse` than the first model, where its interval excludes 0; `differs` for metrics without better.
+    """Return `better`, `worse`, or `differs` (for metrics without a direction) if the interval excludes 0.
 
-    A difference that is shown as 0 proves nothing to a reader.
+    A difference that is rounded to 0 gets no mark.
     """
     if row["difference_low"] <= 0 <= row["difference_high"]:
         return ""
-    if not show_value(_shown_as(row), row["difference"]).strip("−0."):
+    if not show_value(_format_key(row), row["difference"]).strip("−0."):
         return ""
     if row["higher_is_better"] is None:
         return "differs"
@@ -135,6 +135,6 @@ def _verdict(row: Row) -> str:
 
 
 def common_context(results: dict[str, Any]) -> int | None:
-    """Tokens of the context that all models were trained with; None if it differs or is not known of one."""
+    """Return the training context length that all models share; None if they differ or one is unknown."""
     contexts = {model["context_length"] for model in results["models"]}
     return contexts.pop() if len(contexts) == 1 else None

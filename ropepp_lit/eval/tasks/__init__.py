@@ -1,4 +1,4 @@
-"""The tasks of an evaluation: what `--tasks` names, cut into units that are measured and kept one by one."""
+"""Registry of evaluation tasks: parses `--tasks` and splits an evaluation into units, which are measured separately."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ TASKS = (
     "perplexity", "longppl", "retrieval", "ruler", "recall", "induction", "graphwalks", "mrcr", "noise", "attention",
     "answers:FILE", "harness:NAME",
 )  # fmt: skip
-"""What messages name; a name with a dot is a class of the user."""
+"""Task names for messages; a name with a dot refers to a user's class."""
 
 EXAMPLES = 50
-"""Documents, examples of each family, and prompts of each file, where no limit is given."""
+"""Default number of documents, of examples of each family, and of prompts of each file."""
 
 SUITES: dict[str, Mapping[str, Family]] = {
     "retrieval": retrieval.FAMILIES, "ruler": ruler.FAMILIES, "graphwalks": graph_walks.FAMILIES,
     "mrcr": mrcr.FAMILIES,
 }  # fmt: skip
-"""Tasks that consist of families, by their parts; the mean over several is given too."""
+"""Tasks that consist of families, by part; the mean over multiple families is reported too."""
 
 PLAIN: dict[str, Callable[[], Task]] = {
     "perplexity": Perplexity, "induction": Induction, "attention": Attention,
 }  # fmt: skip
-"""Tasks without parts."""
+"""Task classes without parts."""
 
 
 class Unit(NamedTuple):
-    """What is measured at once, of one model."""
+    """A task at one length and noise level: the smallest part of an evaluation that is measured and cached."""
 
     task: Task
     length: int | None
@@ -61,7 +61,7 @@ class Unit(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells it apart, in plain values."""
+        """Plain values that identify the unit."""
         return self.task.task, self.task.part, self.length, self.heads, self.noise_std
 
     def __str__(self) -> str:
@@ -70,8 +70,8 @@ class Unit(NamedTuple):
         return f"{self.task}{length}{noise}"
 
 
-class Found(NamedTuple):
-    """What a unit has given."""
+class UnitResult(NamedTuple):
+    """Result of a unit."""
 
     measurements: list[Measurement]
     answers: list[Answer]
@@ -79,29 +79,29 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What all units share."""
+class EvaluationSettings:
+    """EvaluationSettings of an evaluation."""
 
     tasks: tuple[str, ...]
     lengths: tuple[int, ...]
     limit: int | None = None
-    """Documents, examples of each family, prompts of each file, examples of each task of lm-eval; None means EXAMPLES,
-    and the whole task."""
+    """Maximum number of documents, examples of each family, prompts of each file and examples of each lm-eval task;
+    None means EXAMPLES, and all examples of lm-eval tasks."""
 
     stride: int | None = None
     noise_std: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)
     seed: int = 0
     options: Options = field(default_factory=Options)
-    """Of lm-eval."""
+    """Options of lm-eval."""
 
     has_essays: bool = True
-    """Whether the user names text, in which needles of ruler may lie."""
+    """Whether the user passes text, which `ruler` uses as essays."""
 
     checkpoint: str = ""
-    """The first checkpoint, which finds the key tokens of longppl."""
+    """First checkpoint, the default model that identifies the key tokens of longppl."""
 
     load: Callable[..., Model] = load_model
-    """Loads a checkpoint with the command's dtype and device."""
+    """Function that loads a checkpoint with the command's dtype and device."""
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -116,53 +116,53 @@ class Settings:
             check_harness()
         elif self.options != Options():
             raise UsageError(
-                "tasks: num_fewshot, include_path, apply_chat_template and max_length are for harness:NAME alone; "
+                "tasks: num_fewshot, include_path, apply_chat_template and max_length apply only to harness:NAME; "
                 "name a task of lm-eval, or leave them out"
             )
 
     @functools.cached_property
     def parsed(self) -> list[tuple[Task, bool]]:
-        """The tasks, and whether with noise."""
+        """Tasks, and whether each is run with noise."""
         return [pair for name in self.tasks for pair in self._parse(name)]
 
     @property
     def examples(self) -> int:
-        """Documents, examples of each family, or prompts of each file."""
+        """Maximum number of documents, examples of each family, and prompts of each file."""
         return EXAMPLES if self.limit is None else self.limit
 
     @property
     def notices(self) -> list[str]:
-        """Lines that say which tasks are left out."""
+        """Notices about skipped tasks."""
         if "ruler" not in self.tasks or not self._without_essays:
             return []
-        return [f"ruler: {', '.join(self._without_essays)} need essays and are left out; name files of them by --text."]
+        return [f"ruler: {', '.join(self._without_essays)} need essays and are skipped; pass files of them by --text."]
 
     @property
     def _without_essays(self) -> list[str]:
-        """Tasks of ruler for which there is no text."""
+        """Tasks of ruler that need essays, if there are none."""
         return [] if self.has_essays else [part for part, task in ruler.FAMILIES.items() if task.needs_text]
 
     @property
     def kinds(self) -> set[str]:
-        """The tasks without their parts; noise counts as what it disturbs."""
+        """Task names without their parts; for noise, those of the tasks with noise."""
         return {task.task for task, _ in self.parsed}
 
     @property
     def needs_text(self) -> bool:
-        """Whether documents are read."""
+        """Whether any task reads documents."""
         return any(task.needs_text for task, _ in self.parsed)
 
     def units(self, model: Model) -> list[Unit]:
-        """The work for one model, each piece once."""
+        """Return the unique units for a model."""
         units: dict[tuple[Any, ...], Unit] = {}
         for task, is_noise in self.parsed:
             for length in self.lengths if task.has_length else (None,):
-                disturbed = [
+                with_noise = [
                     Unit(task, length, heads, std)
                     for heads in model.decoder.scheme.head_kinds
                     for std in self.noise_std
                 ]
-                units |= {unit.key: unit for unit in (disturbed if is_noise else [Unit(task, length)])}
+                units |= {unit.key: unit for unit in (with_noise if is_noise else [Unit(task, length)])}
         return list(units.values())
 
     def request(
@@ -173,32 +173,32 @@ class Settings:
         documents: Sequence[Sequence[int]] = (),
         **fields: Any,
     ) -> Request:
-        """What a task is asked for at a length; `fields` are others of :class:`Request`."""
+        """Create the request for a length; `fields` are further fields of :class:`Request`."""
         return Request(
             length=length, lengths=self.lengths, limit=self.examples, seed=self.seed, texts=texts, documents=documents,
             stride=self.stride, **fields,
         )  # fmt: skip
 
     def _parse(self, name: str) -> list[tuple[Task, bool]]:
-        """Tasks of a name, and whether with noise."""
+        """Return the tasks of a name, and whether each is run with noise."""
         kind, colon, part = name.partition(":")
         if kind and colon and not part:
-            raise UsageError(f"tasks: {name}: nothing follows the colon; leave it out, or name a part")
+            raise UsageError(f"tasks: {name}: no part after the colon; remove the colon, or add a part")
         if kind == "noise":
             inner = part.split("+") if part else ["perplexity", "retrieval"]
-            found = [(task, True) for word in inner for task, is_noise in self._parse(word) if not is_noise]
-            if any(not task.takes_noise for task, _ in found) or not found:
-                own = "; a task of your own takes it where it says takes_noise = True" if "." in part else ""
+            tasks = [(task, True) for word in inner for task, is_noise in self._parse(word) if not is_noise]
+            if any(not task.takes_noise for task, _ in tasks) or not tasks:
+                own = "; set takes_noise = True in a task of your own that supports it" if "." in part else ""
                 raise UsageError(f"tasks: noise is for perplexity and prompts, not {part}{own}")
-            return found
+            return tasks
         if kind in SUITES:
             suite = SUITES[kind]
             families = part.split("+") if part else list(suite)
             for family in families:
                 if family not in suite:
-                    raise UsageError(f"tasks: {kind} has no family {family!r}; choose of {', '.join(suite)}")
+                    raise UsageError(f"tasks: {kind} has no family {family!r}; choose from {', '.join(suite)}")
                 if part and kind == "ruler" and family in self._without_essays:
-                    raise UsageError(f"tasks: ruler:{family} hides its needles in essays; name files of them by text")
+                    raise UsageError(f"tasks: ruler:{family} needs essays; pass files of them by --text")
             return [(suite[family], False) for family in families if family not in self._without_essays]
         if kind == "recall":
             return [(task, False) for task in recalls(part)]
@@ -213,38 +213,38 @@ class Settings:
         if "." in kind and not part:
             return [(_own_task(kind), False)]
         raise UsageError(
-            f"tasks: no task {name!r}; choose of {', '.join(TASKS)}, or name a class of yours, module.Class"
+            f"tasks: no task {name!r}; choose from {', '.join(TASKS)}, or name your own class as module.Class"
         )
 
 
 def _own_task(class_path: str) -> Task:
-    """The task that a class of the user's is of."""
+    """Create the task of a user's class."""
     module = class_path.rpartition(".")[0]
     if module in SUITES or module in PLAIN or f"{module}:" in " ".join(TASKS):
-        raise UsageError(f"tasks: {class_path}: {module} is a task of ropepp-lit; give your module another name")
+        raise UsageError(f"tasks: {class_path}: {module} is a task of ropepp-lit; rename your module")
     step = "imported"
     try:
-        found = import_class(class_path, Task)
-        step = "made"
-        return found()
+        cls = import_class(class_path, Task)
+        step = "constructed"
+        return cls()
     except UsageError as error:
         raise UsageError(f"tasks: {error}") from error
     except Exception as error:  # whatever the user's code raises
         raise UsageError(f"tasks: {class_path}: cannot be {step}: {type(error).__name__}: {error}") from error
 
 
-def check(model: Model, units: Sequence[Unit], request: Request, *, device: torch.device | None = None) -> None:
-    """Raise what can be known to be wrong before the work begins.
+def check_units(model: Model, units: Sequence[Unit], request: Request, *, device: torch.device | None = None) -> None:
+    """Check that units can be measured, before the evaluation starts.
 
     Args:
-        model: What will be measured; its weights may be without content.
-        units: What of it.
-        request: Of the least length, with the documents if they are known.
-        device: On which it will be measured; None means where it is.
+        model: The model; its weights may be on the meta device.
+        units: Units to check.
+        request: Request for the shortest length, with the documents if they are available.
+        device: Device of the evaluation; None means that of the model.
 
     Raises:
-        UsageError: a length is too short for a family, longer than any document, or too long for the memory, no
-            document has a token to predict, or lm-eval knows no such task.
+        UsageError: A length is too short for a family, longer than every document, or too long for the memory; no
+            document has a token to predict; or lm-eval has no such task.
     """
     for length in request.lengths:
         check_memory(model, length, device or model.device)
@@ -252,27 +252,27 @@ def check(model: Model, units: Sequence[Unit], request: Request, *, device: torc
         task.check(model, request)
 
 
-def measure(
+def measure_unit(
     model: Model,
     unit: Unit,
-    settings: Settings,
+    settings: EvaluationSettings,
     *,
     texts: Sequence[str] = (),
     documents: Sequence[Sequence[int]] = (),
     progress: Callable[[int], object] = lambda tokens: None,
-) -> Found:
-    """Measure a unit.
+) -> UnitResult:
+    """Measure a unit of a model.
 
     Args:
-        model: What is measured.
-        unit: What of it.
-        settings: Of the evaluation.
+        model: The model.
+        unit: The unit.
+        settings: EvaluationSettings of the evaluation.
         texts: Documents, for tasks that need text.
-        documents: Their token ids, see :class:`Request`.
+        documents: Token ids of the documents, see :class:`Request`.
         progress: Called with the number of tokens read.
 
     Raises:
-        UsageError: the length is too short for the unit.
+        UsageError: The length is too short for the unit.
     """
     is_noise = unit.noise_std is not None
     chunk_tokens = probes.CHUNK_TOKENS if is_noise else None
@@ -281,29 +281,31 @@ def measure(
     )
     with torch.no_grad():
         if not is_noise:
-            found = unit.task.measure(model, request)
+            measurements = unit.task.measure(model, request)
         else:
             groups, std = model.decoder.scheme.head_kinds, unit.noise_std or 0.0
             noise = probes.Noise(groups=groups, heads=unit.heads, std=std, seed=settings.seed)
             with model.decoder.probed(noise):
-                found = unit.task.measure(model, request)
-            found = [
+                measurements = unit.task.measure(model, request)
+            measurements = [
                 dataclasses.replace(item, heads=unit.heads, noise_std=unit.noise_std)
-                for item in found
+                for item in measurements
                 if item.position is None and item.depth is None
             ]
-    if not (isinstance(found, list) and found and all(isinstance(item, Measurement) for item in found)):
-        raise TypeError(f"{unit.task}: measure must return a list of Measurement, not {found!r}")
-    return Found(found, request.answers, request.images)
+    if not (
+        isinstance(measurements, list) and measurements and all(isinstance(item, Measurement) for item in measurements)
+    ):
+        raise TypeError(f"{unit.task}: measure must return a list of Measurement, not {measurements!r}")
+    return UnitResult(measurements, request.answers, request.images)
 
 
-def averages(found: Sequence[Measurement]) -> Iterator[Measurement]:
-    """The mean over the families of a suite, for each length and noise, where there is more than one.
+def averages(measurements: Sequence[Measurement]) -> Iterator[Measurement]:
+    """Yield the mean over the families of a suite, for each length and noise level with more than one family.
 
-    Each example of all of them counts as much as any.
+    All examples have the same weight.
     """
     groups: dict[tuple[Any, ...], list[Measurement]] = {}
-    for item in found:
+    for item in measurements:
         if item.task in SUITES and item.depth is None:
             groups.setdefault((item.task, item.length, item.heads, item.noise_std), []).append(item)
     for group in groups.values():
@@ -317,22 +319,22 @@ def averages(found: Sequence[Measurement]) -> Iterator[Measurement]:
 
 
 def derived(
-    found: Sequence[Measurement], settings: Settings, sets: Texts, documents: Sequence[Sequence[int]]
+    measurements: Sequence[Measurement], settings: EvaluationSettings, sets: Texts, documents: Sequence[Sequence[int]]
 ) -> Iterator[Measurement]:
-    """What follows from a model's measurements.
+    """Yield the measurements that are computed from those of a model's units.
 
-    Means over families, values of each set of documents, and the share of the tokens that have more to read at a length
-    than at the one before.
+    These are means over families, values of each set of documents, and the share of the tokens that have more context
+    at a length than at the previous one.
 
     Args:
-        found: Of all units.
-        settings: Of the evaluation.
+        measurements: Measurements of all units.
+        settings: EvaluationSettings of the evaluation.
         sets: Documents by set.
-        documents: Token ids of all.
+        documents: Token ids of all documents.
     """
-    yield from averages(found)
+    yield from averages(measurements)
     by_document = {task.task for task, _ in settings.parsed if task.by_document}
-    whole = [item for item in found if item.task in by_document and item.position is None and not item.part]
+    splittable = [item for item in measurements if item.task in by_document and item.position is None and not item.part]
     if "perplexity" in settings.kinds:
         sizes = [len(ids) for ids in documents]
         shares = [
@@ -340,11 +342,11 @@ def derived(
             for before, length in itertools.pairwise(sorted(set(settings.lengths)))
         ]
         yield from shares
-        whole += shares
+        splittable += shares
     if len(sets) > 1:
-        for item in whole:
-            for name, place in by_set({name: len(texts) for name, texts in sets.items()}):
-                numerators, denominators = item.numerators[place], item.denominators[place]
+        for item in splittable:
+            for name, rows in by_set({name: len(texts) for name, texts in sets.items()}):
+                numerators, denominators = item.numerators[rows], item.denominators[rows]
                 sample = f"{item.sample} {name}"
                 yield dataclasses.replace(
                     item, part=name, numerators=numerators, denominators=denominators, sample=sample
@@ -352,9 +354,9 @@ def derived(
 
 
 def check_memory(model: Model, length: int, device: torch.device) -> None:
-    """Raise UsageError where a row of so many tokens cannot fit into memory.
+    """Raise UsageError if a row of `length` tokens cannot fit into memory.
 
-    An estimate from below: weights, the row's keys and values, and what one layer computes at once.
+    The estimate is a lower bound: weights, the row's KV cache, and the activations of one layer.
     """
     config, layout = model.decoder.config, model.decoder.head_layout
     weight = model.decoder.model.embed_tokens.weight

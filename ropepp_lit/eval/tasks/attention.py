@@ -1,4 +1,4 @@
-"""Where the weights of attention go, by distance, and maps of them."""
+"""Task for the distribution of attention weights by distance, with attention maps."""
 
 from __future__ import annotations
 
@@ -11,35 +11,37 @@ from ropepp_lit.eval.results import Measurement
 from ropepp_lit.eval.tasks.base import Request, Task
 
 TEXTS = 4
-"""Documents that are read."""
+"""Maximum number of documents."""
 
 
 class Attention(Task):
-    """Shares of the weights of real and imaginary heads, and a map of them."""
+    """Shares of the attention weights of real and imaginary heads, and a map of them."""
 
     task = "attention"
     needs_text = True
 
     def check(self, model: Model, request: Request) -> None:
-        """Raise UsageError where no document is as long as a length."""
+        """Raise UsageError if a length is longer than every document."""
         longest = max(map(len, request.documents), default=0)
         for length in request.lengths:
             if longest < length:
                 raise UsageError(
-                    f"text: attention at {length:,} tokens needs a document as long, and the longest has {longest:,}"
+                    f"text: attention at {length:,} tokens needs a document of this length, the longest has {longest:,}"
                 )
 
     def num_tokens(self, request: Request) -> int:
-        """Of the documents that are read."""
+        """Return the tokens of the documents that are read."""
         return min(TEXTS, len(request.documents)) * (request.length or 0)
 
     def measure(self, model: Model, request: Request) -> list[Measurement]:
         """See :func:`~ropepp_lit.eval.probes.measure_attention`."""
         assert request.length is not None
         long_enough = [ids for ids in request.documents if len(ids) >= request.length][:TEXTS]
-        found, maps = probes.measure_attention(model, long_enough, length=request.length, progress=request.progress)
-        drawn = io.BytesIO()
+        measurements, maps = probes.measure_attention(
+            model, long_enough, length=request.length, progress=request.progress
+        )
+        png = io.BytesIO()
         title = f"{model.name}, {request.length:,} tokens"
-        probes.draw_maps(maps, model.decoder.scheme.head_kinds, title).savefig(drawn, format="png", dpi=110)
-        request.images.append(drawn.getvalue())
-        return found
+        probes.draw_maps(maps, model.decoder.scheme.head_kinds, title).savefig(png, format="png", dpi=110)
+        request.images.append(png.getvalue())
+        return measurements

@@ -18,18 +18,18 @@ from ropepp_lit.text.tokenizer import TextTokenizer
 if TYPE_CHECKING:
     from ropepp_lit.eval.tasks.base import Draft, Family
 
-MAX_LEAST = 2**17
-"""Tokens up to which a length is looked for where the one that was given is too short."""
+MAX_SUGGESTED_LENGTH = 2**17
+"""Largest length in tokens that an error message suggests instead of one that is too short."""
 
 MAX_CHARACTERS = 64
-"""Characters for each token of an example at most: tokenizers with fewer tokens cannot fill a length."""
+"""Maximum number of characters per token; examples of tokenizers with longer tokens cannot fill a length."""
 
 GUESSES = 12
-"""Steps in which the number of fillers is guessed from their mean length; then intervals are halved."""
+"""Steps that estimate the number of fillers from their mean length, before bisection."""
 
 
 class Example(NamedTuple):
-    """A prompt of an exact length, and what must come behind it."""
+    """A prompt of an exact length, and the expected answers."""
 
     input_ids: list[int]
     answers: list[str]
@@ -40,43 +40,45 @@ class Example(NamedTuple):
 def make_examples(
     family: Family, tokenizer: TextTokenizer, *, length: int, numbers: Sequence[int], seed: int
 ) -> list[Example]:
-    """Examples whose prompt and room for the answer have exactly `length` tokens together.
+    """Create examples in which the prompt and the space reserved for the answer have exactly `length` tokens.
 
-    A context is made a little too long and cut at its start, where only filler lies, as a document read from its
-    middle. All prompts have one length, so batches need no padding.
+    The context is built slightly too long and truncated at its start, inside the first filler. All prompts have the
+    same length, so batches need no padding.
 
     Args:
-        family: Of which.
-        tokenizer: Of the model.
+        family: Family that creates the drafts.
+        tokenizer: Tokenizer of the model.
         length: Tokens of prompt and answer.
-        numbers: Of the examples; the same number is the same example.
-        seed: Of what they say.
+        numbers: Numbers of the examples; the same number is the same example.
+        seed: Seed of the examples.
 
     Raises:
-        UsageError: the length is too short for the family, or the tokenizer cannot write its examples.
+        UsageError: The length is too short for the family, or the tokenizer cannot represent its answers.
     """
     _check_answers(family, tokenizer, seed)
     examples = [_fit(family, tokenizer, length, seed, number) for number in numbers]
-    found = [example for example in examples if example is not None]
-    if len(found) == len(numbers):
-        return found
-    least = length
-    while least <= MAX_LEAST and any(_fit(family, tokenizer, least, seed, number) is None for number in numbers):
-        least += 1 + least // 20
-    remedy = f"give {least} or more" if least <= MAX_LEAST else "leave the family out"
+    fitted = [example for example in examples if example is not None]
+    if len(fitted) == len(numbers):
+        return fitted
+    sufficient = length
+    while sufficient <= MAX_SUGGESTED_LENGTH and any(
+        _fit(family, tokenizer, sufficient, seed, number) is None for number in numbers
+    ):
+        sufficient += 1 + sufficient // 20
+    remedy = f"give {sufficient} or more" if sufficient <= MAX_SUGGESTED_LENGTH else "leave the family out"
     raise UsageError(f"lengths: {length} tokens are too few for {family} with this tokenizer; {remedy}")
 
 
 def write_answers(
     model: Model, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, chunk_tokens: int | None = None
 ) -> list[str]:
-    """What a model writes behind prompts of one length, the most likely token each time, up to the document's end.
+    """Generate answers to prompts of equal length by greedy decoding, until a stop token.
 
     Args:
-        model: What answers.
-        prompts: Token ids, all equally many.
-        max_new_tokens: Tokens of an answer at most.
-        chunk_tokens: Tokens of a prompt in one forward pass; empty means all.
+        model: The model.
+        prompts: Token ids of the prompts, all of the same length.
+        max_new_tokens: Maximum number of tokens of an answer.
+        chunk_tokens: Maximum number of prompt tokens in one forward pass; None means all.
     """
     stops, written = model.tokenizer.stop_token_ids, []
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
@@ -98,100 +100,105 @@ def _encode(tokenizer: TextTokenizer, text: str) -> list[int]:
 
 
 def _check_answers(family: Family, tokenizer: TextTokenizer, seed: int) -> None:
-    """Raise UsageError where even a perfect answer would not score, as with a vocabulary without digits."""
-    made = family.draw(units=100, seed=str(seed))
-    written = tokenizer.decode(_encode(tokenizer, made.ideal))
-    if family.score(made.answers, written) < 1 - 1e-9:
+    """Raise UsageError if a perfect answer would not get the full score, as with a vocabulary without digits."""
+    draft = family.numbered_draft(units=100, seed=str(seed))
+    written = tokenizer.decode(_encode(tokenizer, draft.ideal))
+    if family.score(draft.answers, written) < 1 - 1e-9:
         raise UsageError(
-            f"tasks: {family}: this tokenizer cannot write its answers: {made.ideal.strip()!r} comes back as "
+            f"tasks: {family}: this tokenizer cannot represent its answers: {draft.ideal.strip()!r} is decoded as "
             f"{written.strip()[:80]!r}; leave the family out"
         )
 
 
 def _fit(family: Family, tokenizer: TextTokenizer, length: int, seed: int, number: int) -> Example | None:
-    """The example, cut so that its prompt and room for the answer have `length` tokens; None where it cannot."""
+    """Return the example with `length` tokens of prompt and answer; None if it does not fit."""
     opening = tokenizer.opening
-    room = length - family.max_new_tokens(tokenizer, seed=seed) - len(opening)
-    draw = partial(family.draw, seed=str(seed), number=number)
-    fitted = fit(draw, tokenizer, room=room, name=str(family), length=length)
+    num_tokens = length - family.max_new_tokens(tokenizer, seed=seed) - len(opening)
+    make_draft = partial(family.numbered_draft, seed=str(seed), number=number)
+    fitted = fit(make_draft, tokenizer, num_tokens=num_tokens, name=str(family), length=length)
     if fitted is None:
         return None
-    made = fitted.draft
-    return Example([*opening, *fitted.input_ids], made.answers, made.ideal, made.depth)
+    draft = fitted.draft
+    return Example([*opening, *fitted.input_ids], draft.answers, draft.ideal, draft.depth)
 
 
 class Fitted(NamedTuple):
-    """A draft that has its length."""
+    """A draft filled to a number of tokens."""
 
     draft: Draft
     text: str
-    """Behind `draft.head`, before it was cut."""
+    """Text after `draft.head`, before truncation."""
 
     input_ids: list[int]
-    """Of the head, and the last tokens of the text."""
+    """Token ids of the head and of the truncated text."""
 
 
-def fit(draw: Callable[..., Draft], tokenizer: TextTokenizer, *, room: int, name: str, length: int) -> Fitted | None:
-    """A draft with as many fillers as make it `room` tokens long, cut behind its head, in the first filler.
+def fit(
+    make_draft: Callable[..., Draft], tokenizer: TextTokenizer, *, num_tokens: int, name: str, length: int
+) -> Fitted | None:
+    """Fill a draft to `num_tokens` tokens; its context is truncated at the start, inside the first filler.
 
     Args:
-        draw: Makes a draft; `units` says of about how many fillers.
-        tokenizer: Of the model.
-        room: Tokens, without the opening.
-        name: Of the task, for messages.
-        length: For messages.
+        make_draft: Creates the draft; its argument `units` is the approximate number of fillers.
+        tokenizer: Tokenizer of the model.
+        num_tokens: Number of tokens, without BOS.
+        name: Name of the task, for messages.
+        length: Length of the task, for messages.
 
     Returns:
-        The draft; None where it holds more than these tokens.
+        The filled draft; None if it has more tokens even with a single filler.
 
     Raises:
-        UsageError: no number of fillers makes it long enough.
+        UsageError: No number of fillers makes it long enough.
     """
-    if room < 1:
+    if num_tokens < 1:
         return None
-    probe = draw(units=100).take(20)
+    probe = make_draft(units=100).take(20)
     if not probe:
         raise UsageError(f"tasks: {name}: its drafts have no fillers, so its examples cannot fill a length")
     per_filler = max(1, len(_encode(tokenizer, " ".join(probe)))) / len(probe)
-    units = max(1, int(room / per_filler))
+    units = max(1, int(num_tokens / per_filler))
     while True:
-        made = draw(units=units)
-        head = _encode(tokenizer, made.head) if made.head else []
-        if len(head) < room:
+        draft = make_draft(units=units)
+        head = _encode(tokenizer, draft.head) if draft.head else []
+        if len(head) < num_tokens:
             try:
-                found = _cut(tokenizer, made, room - len(head), per_filler)
-            except _EndlessError as error:
+                filled = _fill(tokenizer, draft, num_tokens - len(head), per_filler)
+            except _CannotFillError as error:
                 raise UsageError(f"lengths: {name} at {length:,} tokens: {error}; leave it out") from error
-            if found is not None:
-                text, ids = found
-                return Fitted(made, text, head + ids)
+            if filled is not None:
+                text, ids = filled
+                return Fitted(draft, text, head + ids)
         if units == 1:
             return None
-        units = units * 9 // 10  # what is repeated may be longer than what fills: repeat it less often
+        units = units * 9 // 10  # the contents that scale with `units` may be longer than the fillers
 
 
-class _EndlessError(Exception):
+class _CannotFillError(Exception):
     """No number of fillers makes an example long enough."""
 
 
-def _cut(tokenizer: TextTokenizer, made: Draft, room: int, per_filler: float) -> tuple[str, list[int]] | None:
-    """The text with as many fillers as `room` tokens take, and its last `room`; None where they do not hold all else.
+def _fill(tokenizer: TextTokenizer, draft: Draft, num_tokens: int, per_filler: float) -> tuple[str, list[int]] | None:
+    """Return the text with as many fillers as `num_tokens` tokens require, and its last `num_tokens` token ids.
 
-    Each step reads the whole text, so the number of fillers is found in few steps, whatever the length.
+    Each step tokenizes the complete text, so the search for the number of fillers takes few steps at any length.
+
+    Returns:
+        Text and token ids; None if truncation would remove more than the first filler.
 
     Raises:
-        _EndlessError: more fillers do not make more tokens, or there are no more.
+        _CannotFillError: More fillers do not add tokens, or there are no more fillers.
     """
     pool: list[str] = []
     ids: list[int] = []
     text = ""
-    while len(ids) < room:
-        more = made.take(math.ceil((room - len(ids)) / per_filler))
+    while len(ids) < num_tokens:
+        more = draft.take(math.ceil((num_tokens - len(ids)) / per_filler))
         pool += more
-        text, before = made.text(pool), len(ids)
+        text, before = draft.text(pool), len(ids)
         ids = _encode(tokenizer, text)
-        if len(ids) < room and (not more or len(ids) <= before or len(text) > MAX_CHARACTERS * room):
-            raise _EndlessError(
+        if len(ids) < num_tokens and (not more or len(ids) <= before or len(text) > MAX_CHARACTERS * num_tokens):
+            raise _CannotFillError(
                 f"its text of {len(text):,} characters has {len(ids):,} tokens with this tokenizer, and more of it "
                 "would not fill that length"
             )
@@ -202,17 +209,17 @@ def _cut(tokenizer: TextTokenizer, made: Draft, room: int, per_filler: float) ->
             break
         if step >= GUESSES:
             middle = (low + high) // 2
-        elif low == 0 or len(ids) - room <= room - longest_below:
-            middle = high - int((len(ids) - room) / per_filler)
+        elif low == 0 or len(ids) - num_tokens <= num_tokens - longest_below:
+            middle = high - int((len(ids) - num_tokens) / per_filler)
         else:
-            middle = low + math.ceil((room - longest_below) / per_filler)
+            middle = low + math.ceil((num_tokens - longest_below) / per_filler)
         middle = min(max(middle, low + 1), high - 1)
-        shorter = made.text(pool[:middle])
-        tried = _encode(tokenizer, shorter)
-        if len(tried) >= room:
-            high, text, ids = middle, shorter, tried
+        shorter = draft.text(pool[:middle])
+        shorter_ids = _encode(tokenizer, shorter)
+        if len(shorter_ids) >= num_tokens:
+            high, text, ids = middle, shorter, shorter_ids
         else:
-            low, longest_below = middle, len(tried)
-    if len(ids) - room > len(_encode(tokenizer, made.units(pool[:high])[0])):
-        return None  # more would be cut than the first filler
-    return text, ids[len(ids) - room :]
+            low, longest_below = middle, len(shorter_ids)
+    if len(ids) - num_tokens > len(_encode(tokenizer, draft.units(pool[:high])[0])):
+        return None  # truncation would remove more than the first filler
+    return text, ids[len(ids) - num_tokens :]

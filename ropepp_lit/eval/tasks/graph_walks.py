@@ -1,16 +1,16 @@
-"""Walks in a directed graph that the context lists edge by edge, after OpenAI's GraphWalks (openai/graphwalks).
+"""Walks in a directed graph given as a list of edges, modeled on OpenAI's GraphWalks (openai/graphwalks).
 
-| family    | asked for                                    |
-|-----------|----------------------------------------------|
-| `parents` | the nodes that have an edge to a node        |
-| `depth_1` | breadth-first search: the nodes one edge away |
-| `depth_2` | those two edges away, and no fewer            |
-| `depth_3` | those three edges away, and no fewer          |
+| family    | answer                                                              |
+|-----------|---------------------------------------------------------------------|
+| `parents` | the nodes with an edge to the queried node                          |
+| `depth_1` | breadth-first search: the nodes at distance 1 of the queried node   |
+| `depth_2` | the nodes at distance 2                                             |
+| `depth_3` | the nodes at distance 3                                             |
 
-The score is F1 of the two sets of nodes, the answer being what is written up to the end of the line or the list. Sized
-for base models: nodes are four letters, an answer has two to five of them, and an example with its answer stands before
-the graph. All other edges of the context make a graph of the same kind without an edge to or from the nodes that are
-looked at, so any node may be asked for. The wording is our own, so scores compare models here and not with OpenAI's.
+The score is the F1 of the expected and the generated set of nodes; the generated text is read up to the end of the line
+or list. The task is sized for base models: nodes have four letters, answers have two to five nodes, and a solved
+example precedes the graph. The other edges of the context form separate components of the same kind. The prompts are
+worded differently from OpenAI's, so scores are comparable between models evaluated here but not with published ones.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from ropepp_lit.eval.tasks import stock
 from ropepp_lit.eval.tasks.base import Draft, Family
 
 LETTERS = 4
-"""Of a node's name."""
+"""Letters of a node's name."""
 
 COMPONENT = 12
-"""Nodes of each part of the graph that nothing is asked about."""
+"""Nodes of each component that is not queried."""
 
 Edge = tuple[str, str]
 
 
 class GraphWalk(Family):
-    """Nodes that lie at a distance of another.
+    """Nodes at a distance from a given node.
 
     Args:
-        depth: Edges from the node, in their direction; -1 is one against it.
+        depth: Distance in edges; -1 selects the parents.
     """
 
     task = "graphwalks"
@@ -69,10 +69,10 @@ class GraphWalk(Family):
         )
 
     def score(self, answers: list[str], written: str) -> float:
-        """F1 of the wanted and the written nodes."""
-        found = set(re.findall(rf"\b[a-z]{{{LETTERS}}}\b", re.split(r"[\]\n]", written.lstrip())[0]))
-        right = len(found & set(answers))
-        return 2 * right / (len(found) + len(set(answers)))
+        """Return the F1 of the expected and the generated nodes."""
+        generated = set(re.findall(rf"\b[a-z]{{{LETTERS}}}\b", re.split(r"[\]\n]", written.lstrip())[0]))
+        correct = len(generated & set(answers))
+        return 2 * correct / (len(generated) + len(set(answers)))
 
     def _question(self, start: str) -> str:
         if self._depth < 0:
@@ -80,28 +80,28 @@ class GraphWalk(Family):
         return f"The nodes at depth {self._depth} of a breadth-first search from {start}:"
 
     def _walk(self, rng: random.Random, nodes: Iterator[str]) -> tuple[str, list[Edge], list[str]]:
-        """A node, the edges around it, and the nodes that are asked for."""
+        """Return the queried node, the edges of its component, and the answers."""
         start = next(nodes)
         edges = [(next(nodes), start) for _ in range(rng.randint(2, 4) if self._depth < 0 else 1)]
         levels = [[start]]
-        for _ in range(max(1, self._depth + 1)):  # one level more than is asked for
-            # The last of a level alone has several children, so levels grow by one or two.
+        for _ in range(max(1, self._depth + 1)):  # one level more than queried
+            # Only the last node of a level has multiple children, so levels grow by one or two nodes.
             parents = levels[-1] + [levels[-1][-1]] * rng.randint(1, 2 if len(levels) == 1 else 1)
             levels.append([next(nodes) for _ in parents])
             edges += zip(parents, levels[-1], strict=True)
-        wanted = [parent for parent, child in edges if child == start] if self._depth < 0 else levels[self._depth]
-        return start, edges, rng.sample(wanted, len(wanted))
+        answers = [parent for parent, child in edges if child == start] if self._depth < 0 else levels[self._depth]
+        return start, edges, rng.sample(answers, len(answers))
 
 
 def _others(rng: random.Random, nodes: Iterator[str]) -> Iterator[Edge]:
-    """Edges of parts of a graph, mixed with those of the part before, without end."""
-    waiting: list[Edge] = []
+    """Yield edges of other components without end, shuffled with those of the previous component."""
+    pending: list[Edge] = []
     while True:
-        part = list(itertools.islice(nodes, COMPONENT))
-        waiting += [edge for edge in itertools.permutations(part, 2) if rng.random() < 1.4 / COMPONENT]
-        rng.shuffle(waiting)
-        while len(waiting) > COMPONENT:
-            yield waiting.pop()
+        component = list(itertools.islice(nodes, COMPONENT))
+        pending += [edge for edge in itertools.permutations(component, 2) if rng.random() < 1.4 / COMPONENT]
+        rng.shuffle(pending)
+        while len(pending) > COMPONENT:
+            yield pending.pop()
 
 
 def _edge(edge: Edge) -> str:

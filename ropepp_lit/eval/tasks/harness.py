@@ -1,4 +1,4 @@
-"""A task or group of lm-eval, by :mod:`ropepp_lit.eval.harness`."""
+"""Task that runs a task or group of lm-eval with :mod:`ropepp_lit.eval.harness`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ropepp_lit.eval.tasks.base import Request, Task
 
 
 class Harness(Task):
-    """What lm-eval finds.
+    """A task or group of lm-eval.
 
     Args:
-        name: Of the task.
-        options: Of lm-eval.
-        limit: Examples; None means all.
+        name: Name of the task or group.
+        options: Options of lm-eval.
+        limit: Maximum number of examples; None means all.
     """
 
     task = "harness"
@@ -26,13 +26,13 @@ class Harness(Task):
         self.part, self.options, self.limit = name, options, limit
 
     def check(self, model: Model, request: Request) -> None:
-        """Raise UsageError where lm-eval knows no such task."""
+        """Raise UsageError if lm-eval has no such task."""
         harness.check_task(self.part, self.options)
 
     def identity(self, request: Request) -> dict[str, Any]:
-        """The options, lm-eval's version, and the lengths, at which tasks with lengths are measured."""
+        """Return the options, lm-eval's version, the limit, and the lengths (for tasks that depend on them)."""
         return {**self.options.identity(), "lengths": request.lengths, "limit": self.limit}
 
     def measure(self, model: Model, request: Request) -> list[Measurement]:
-        """See :func:`~ropepp_lit.eval.harness.measure`."""
-        return harness.measure(model, self.part, lengths=request.lengths, limit=self.limit, options=self.options)
+        """See :func:`~ropepp_lit.eval.harness.run_tasks`."""
+        return harness.run_tasks(model, self.part, lengths=request.lengths, limit=self.limit, options=self.options)

@@ -1,13 +1,13 @@
 """LongPPL (arXiv 2410.23771): perplexity over the tokens that need a long context.
 
-A model finds these key tokens by the contrast of two contexts: with l the tokens of the window and s a short context,
+A model identifies these key tokens by contrasting two contexts, l the long window and s a short context:
 
     LSD(x) = log p(x | l) - log p(x | s) > 2   and   log p(x | l) > -2        (the paper's α and β)
 
-Every model is measured on the same key tokens, those of the first model or of one that the task names. The long context
-is the window of perplexity, so many tokens as its length. The short one is the shortest of the lengths: windows of it
-start every fourth part of it, so a token has between three fourths and all of it before it (the paper's code: 4,096 to
-5,119 tokens, windows starting every 1,024). Tokens count that have more before them in the long window.
+Every model is evaluated on the same key tokens, those of the first model or of a model that the task specifies. The
+long context is the window of perplexity. The short context has the shortest of the lengths: its windows start every
+quarter of that length, so a token has between three quarters of it and all of it as context (the paper's code: 4,096 to
+5,119 tokens, with windows every 1,024). Only tokens with more context in the long window are counted.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from ropepp_lit.eval.tasks.base import Request, Task
 from ropepp_lit.eval.tasks.perplexity import RANGES, token_losses, tokens_before, tokens_read
 
 MIN_GAIN, MAX_LOSS = 2.0, 2.0
-"""In nats: what the long context must give a key token at least, and what it may cost with it at most."""
+"""Minimum gain of a key token by the long context, and maximum loss with the long context, in nats."""
 
 SHORT_STRIDE = 4
-"""Windows of the short context start every fourth part of it."""
+"""Number of windows of the short context per short context length."""
 
-FEW = 100
-"""With fewer key tokens a line says so."""
+FEW_KEY_TOKENS = 100
+"""Number of key tokens below which a warning is printed."""
 
 
 class LongPerplexity(Task):
-    """Perplexity over key tokens, their share, and what the long context gives to all tokens, also by position.
+    """Perplexity over key tokens, their share of all tokens, and the gain of all tokens by the long context.
 
     Args:
-        source: The checkpoint that finds the key tokens.
-        part: As the task names it; empty where it names none.
-        load: Loads it, or with `weights=False` all but its weights.
+        source: Checkpoint of the model that identifies the key tokens.
+        part: Checkpoint as given in the task's name; empty for the default.
+        load: Function that loads the model; with `weights=False` without its weights.
     """
 
     task = "longppl"
@@ -51,19 +51,19 @@ class LongPerplexity(Task):
     def __init__(self, source: str, part: str, *, load: Callable[..., Model]) -> None:
         self.source, self.part, self._load = source, part, load
         self._keys: dict[int, list[np.ndarray]] = {}  # by length
-        self._short: tuple[str, list[np.ndarray]] = ("", [])  # of the model that was read last
+        self._short: tuple[str, list[np.ndarray]] = ("", [])  # fingerprint and short-context losses of the last model
 
     @cached_property
     def _key_model(self) -> Model:
-        """Without weights."""
+        """Model that identifies the key tokens, without weights."""
         return self._load(self.source, weights=False)
 
     def identity(self, request: Request) -> dict[str, Any]:
-        """The model that finds the key tokens, and the short context."""
+        """Return the fingerprint of the model that identifies the key tokens, and the short context."""
         return {"key_model": self._key_model.fingerprint, "short": min(request.lengths)}
 
     def check(self, model: Model, request: Request) -> None:
-        """Raise UsageError where no token has a longer context, or the models do not read the same tokens."""
+        """Raise UsageError if no token has a longer context, or if the tokenizers of the models differ on the texts."""
         lengths = sorted(set(request.lengths))
         if len(lengths) < 2:
             raise UsageError("lengths: longppl compares longer contexts with the shortest of lengths; give two or more")
@@ -71,7 +71,7 @@ class LongPerplexity(Task):
             return
         if max(map(len, request.documents)) <= lengths[0] + 1:
             raise UsageError(
-                f"text: longppl needs documents of more than {lengths[0]:,} tokens, the shortest of lengths, and the "
+                f"text: longppl needs documents of more than {lengths[0]:,} tokens, the shortest of lengths; the "
                 f"longest has {max(map(len, request.documents)):,}"
             )
         tokenizer = self._key_model.tokenizer
@@ -80,12 +80,12 @@ class LongPerplexity(Task):
             for text, ids in zip(request.texts, request.documents, strict=True)
         ):
             raise UsageError(
-                f"tasks: longppl: {model.name} and {self.source}, which finds the key tokens, read the texts as "
-                "different tokens; compare models of one tokenizer"
+                f"tasks: longppl: the tokenizers of {model.name} and {self.source}, which finds the key tokens, encode "
+                "the texts differently; compare models with the same tokenizer"
             )
 
     def num_tokens(self, request: Request) -> int:
-        """Of the long windows."""
+        """Return the tokens of the long windows."""
         assert request.length is not None
         if request.length == min(request.lengths):
             return 1
@@ -93,92 +93,90 @@ class LongPerplexity(Task):
         return tokens_read(sizes, length=request.length, stride=request.stride or request.length)
 
     def measure(self, model: Model, request: Request) -> list[Measurement]:
-        """Measurements with one entry per document: nats over tokens, and key tokens over all that count."""
+        """Return measurements with one entry per document; see :data:`~ropepp_lit.eval.report.captions.TASKS`."""
         assert request.length is not None
         length, documents = request.length, request.documents
-        measured = partial(self.measured, request, sample=sample_of(map(list, documents)))
-        if length == min(request.lengths):  # no token has more to read
-            nothing = [0.0] * len(documents)
-            return [measured(metric="loss", numerators=nothing, denominators=nothing)]
+        measurement = partial(self.measurement, request, sample=sample_of(map(list, documents)))
+        if length == min(request.lengths):  # no token has more context
+            zeros = [0.0] * len(documents)
+            return [measurement(metric="loss", numerators=zeros, denominators=zeros)]
         gains, losses = self._contrast(model, request)
-        counts, places = self._places(request)
+        counts, before = self._counted(request)
         keys = self._key_tokens(model, request, gains, losses)
         nats = _sums(losses, keys)
-        num_keys, num_tokens = ([float(each.sum()) for each in some] for some in (keys, counts))
-        found = [
-            measured(metric="perplexity", numerators=nats, denominators=num_keys),
-            measured(metric="loss", numerators=nats, denominators=num_keys),
-            measured(metric="key_tokens", numerators=num_keys, denominators=num_tokens),
-            measured(metric="gain", numerators=_sums(gains, counts), denominators=num_tokens, higher_is_better=True),
+        num_keys, num_tokens = ([float(mask.sum()) for mask in masks] for masks in (keys, counts))
+        gain = partial(measurement, metric="gain", higher_is_better=True)
+        measurements = [
+            measurement(metric="perplexity", numerators=nats, denominators=num_keys),
+            measurement(metric="loss", numerators=nats, denominators=num_keys),
+            measurement(metric="key_tokens", numerators=num_keys, denominators=num_tokens),
+            gain(numerators=_sums(gains, counts), denominators=num_tokens),
         ]
-        ranges = [(place - 1) * RANGES // length for place in places]
+        ranges = [(positions - 1) * RANGES // length for positions in before]
         for number in range(RANGES):
-            here = [inside & (each == number) for inside, each in zip(counts, ranges, strict=True)]
-            if any(map(np.any, here)):
-                found.append(
-                    measured(
-                        metric="gain", position=-(-number * length // RANGES), numerators=_sums(gains, here),
-                        denominators=[float(each.sum()) for each in here], higher_is_better=True,
-                    )
-                )  # fmt: skip
-        return found
+            masks = [counted & (index == number) for counted, index in zip(counts, ranges, strict=True)]
+            if any(map(np.any, masks)):
+                denominators = [float(mask.sum()) for mask in masks]
+                position = -(-number * length // RANGES)
+                measurements.append(gain(position=position, numerators=_sums(gains, masks), denominators=denominators))
+        return measurements
 
     def _contrast(self, model: Model, request: Request) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """For each document, what the long context gives to each token in nats, and its loss with it."""
+        """Return each token's gain by the long context and its loss with the long context, in nats, by document."""
         assert request.length is not None
         short, length = min(request.lengths), request.length
         read = partial(token_losses, model, request.documents, chunk_tokens=request.chunk_tokens)
         if self._short[0] != model.fingerprint:  # the same for all lengths
             self._short = model.fingerprint, read(length=short, stride=max(1, short // SHORT_STRIDE))
         losses = read(length=length, stride=request.stride or length, progress=request.progress)
-        return [less - more for less, more in zip(self._short[1], losses, strict=True)], losses
+        return [short_loss - loss for short_loss, loss in zip(self._short[1], losses, strict=True)], losses
 
-    def _places(self, request: Request) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """For each document, which tokens have more before them than the short context, and how many they have."""
+    def _counted(self, request: Request) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return which tokens have more context than the short one (bool), and their context sizes, by document."""
         assert request.length is not None
         sizes = [len(ids) for ids in request.documents]
-        places = tokens_before(sizes, length=request.length, stride=request.stride or request.length)
-        return [place > min(request.lengths) for place in places], places
+        before = tokens_before(sizes, length=request.length, stride=request.stride or request.length)
+        return [positions > min(request.lengths) for positions in before], before
 
     def _key_tokens(
         self, model: Model, request: Request, gains: list[np.ndarray], losses: list[np.ndarray]
     ) -> list[np.ndarray]:
-        """Which tokens of each document are key tokens at the request's length."""
+        """Return which tokens of each document are key tokens at the request's length (bool)."""
         assert request.length is not None
         if request.length in self._keys:
             return self._keys[request.length]
         if model.fingerprint == self._key_model.fingerprint:
-            self._find(request, gains, losses)
-        else:  # for all lengths, as the model is loaded
+            self._find_keys(request, gains, losses)
+        else:  # for all lengths, so that the model is loaded once
             short, key_model = self._short, self._load(self.source)
             if key_model.fingerprint != self._key_model.fingerprint:
                 raise UsageError(f"{key_model.path}: was changed after the evaluation began; run the command again")
             for length in sorted(set(request.lengths) - {min(request.lengths)} - set(self._keys)):
-                each = _at(request, length)
-                self._find(each, *self._contrast(key_model, each))
+                at_length = _at_length(request, length)
+                self._find_keys(at_length, *self._contrast(key_model, at_length))
             self._short = short
         return self._keys[request.length]
 
-    def _find(self, request: Request, gains: list[np.ndarray], losses: list[np.ndarray]) -> None:
+    def _find_keys(self, request: Request, gains: list[np.ndarray], losses: list[np.ndarray]) -> None:
         assert request.length is not None
-        counts, _ = self._places(request)
+        counts, _ = self._counted(request)
         keys = [
-            inside & (gain > MIN_GAIN) & (loss < MAX_LOSS)
-            for inside, gain, loss in zip(counts, gains, losses, strict=True)
+            counted & (gain > MIN_GAIN) & (loss < MAX_LOSS)
+            for counted, gain, loss in zip(counts, gains, losses, strict=True)
         ]
         self._keys[request.length] = keys
-        if (found := sum(int(key.sum()) for key in keys)) < FEW:
+        if (num_keys := sum(int(key.sum()) for key in keys)) < FEW_KEY_TOKENS:
             tqdm.write(
-                f"longppl: {self.source} finds {found or 'no'} key token{'s' * (found != 1)} among "
-                f"{sum(int(inside.sum()) for inside in counts):,} at {request.length:,} tokens"
-                f"{'' if found else ', so there is no longppl'}"
+                f"longppl: {self.source} finds {num_keys or 'no'} key token{'s' * (num_keys != 1)} among "
+                f"{sum(int(mask.sum()) for mask in counts):,} at {request.length:,} tokens"
+                f"{'' if num_keys else ', so longppl has no value'}"
             )
 
 
-def _at(request: Request, length: int) -> Request:
-    """The request at another length, without its progress."""
+def _at_length(request: Request, length: int) -> Request:
+    """Return the request at another length, without a progress callback."""
     return dataclasses.replace(request, length=length, progress=lambda tokens: None)
 
 
-def _sums(values: Sequence[np.ndarray], counts: Sequence[np.ndarray]) -> list[float]:
-    return [float(each[inside].sum()) for each, inside in zip(values, counts, strict=True)]
+def _sums(values: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> list[float]:
+    return [float(array[mask].sum()) for array, mask in zip(values, masks, strict=True)]

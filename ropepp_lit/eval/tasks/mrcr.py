@@ -1,13 +1,14 @@
-"""Which of several same requests is meant: after OpenAI's MRCR (openai/mrcr), multi-round co-reference resolution.
+"""Multi-round co-reference resolution, modeled on OpenAI's MRCR (openai/mrcr).
 
 The context is a conversation of requests for a few words in some form on some subject, with their answers. One request
-stands in it two, four or eight times, each time with another answer, among others that share its form or its subject.
-The last turn asks to write a code and then the answer to the first, second, … of them again. The score is OpenAI's: 0
-without the code at the start, else `difflib.SequenceMatcher(None, written, expected).ratio()` of what stands behind it.
+occurs two, four or eight times with different answers, among others that share its form or its subject. The last turn
+asks for a code followed by the answer to the first, second, … of these requests. The score is OpenAI's: 0 unless the
+generated text starts with the code, otherwise `difflib.SequenceMatcher(None, generated, expected).ratio()` of the text
+after it.
 
-Sized for base models: an answer is eight words, what is written counts up to the end of the line, and a short
-conversation of the same kind stands before. Other words behind the code score 0.28, as their letters are
-alike. The wording is our own, so scores compare models here and not with OpenAI's.
+The task is sized for base models: an answer has eight words, the generated text is read up to the end of the line, and
+a short solved conversation precedes the context. Unrelated words after the code score 0.28 on average, because some
+letters match. The prompts are worded differently from OpenAI's, so scores are not comparable with published ones.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from ropepp_lit.eval.tasks.base import Draft, Family
 FORMS = ("a line", "a note", "a riddle", "a rhyme", "a message", "a title", "a toast", "a rumor")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 NUM_FORMS, NUM_SUBJECTS = 4, 6
-"""Of a conversation."""
+"""Numbers of forms and subjects of a conversation."""
 
 ANSWER_WORDS = 8
 CODE_LETTERS = 4
 
 
 class SameRequests(Family):
-    """One of several answers to the same request.
+    """The answer to one of several identical requests.
 
     Args:
-        requests: Of that kind.
+        requests: Number of identical requests.
     """
 
     task = "mrcr"
@@ -45,28 +46,28 @@ class SameRequests(Family):
     @property
     def about(self) -> str:
         """See :attr:`Task.about`."""
-        return f"one of {self._requests} answers to the same request"
+        return f"the answer to one of {self._requests} identical requests"
 
     def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
         """See :meth:`Family.draft`."""
         codes = stock.letters(rng, CODE_LETTERS, string.ascii_uppercase)
         example = _kinds(rng, 1, 2)
-        told = [_words(rng) for _ in range(2)]
-        head = [_turn(example[0], told[0]), _turn(example[1], _words(rng)), _turn(example[0], told[1])]
+        shown = [_words(rng) for _ in range(2)]
+        head = [_turn(example[0], shown[0]), _turn(example[1], _words(rng)), _turn(example[0], shown[1])]
         code = next(codes)
-        head.append(f"{_question(code, 2, example[0])} {code} {told[1]}\n\n")
+        head.append(f"{_question(code, 2, example[0])} {code} {shown[1]}\n\n")
 
         kinds = _kinds(rng, NUM_FORMS, NUM_SUBJECTS)
-        asked = rng.choice(kinds)
-        others = [kind for kind in kinds if kind != asked]
+        queried = rng.choice(kinds)
+        others = [kind for kind in kinds if kind != queried]
         answers = [_words(rng) for _ in range(self._requests)]
         depths = sorted(rng.random() for _ in answers)
         number = rng.randint(1, self._requests)
         code, answer = next(codes), answers[number - 1]
         return Draft(
             (_turn(rng.choice(others), _words(rng)) for _ in itertools.count()),
-            [(place, _turn(asked, words)) for place, words in zip(depths, answers, strict=True)],
-            _question(code, number, asked),
+            [(position, _turn(queried, words)) for position, words in zip(depths, answers, strict=True)],
+            _question(code, number, queried),
             [code, answer],
             head="\n".join(head),
             ideal=f" {code} {answer}",
@@ -74,7 +75,7 @@ class SameRequests(Family):
         )
 
     def score(self, answers: list[str], written: str) -> float:
-        """Ratio of the matching characters behind the code; 0 where it is missing."""
+        """Return the ratio of matching characters after the code; 0 if the code is missing."""
         code, expected = answers
         line = written.strip().partition("\n")[0]
         if not line.startswith(code):
@@ -83,7 +84,7 @@ class SameRequests(Family):
 
 
 def _kinds(rng: random.Random, forms: int, subjects: int) -> list[tuple[str, str]]:
-    """Forms and subjects of requests, each form with each subject."""
+    """Return all combinations of randomly selected forms and subjects."""
     return list(itertools.product(rng.sample(FORMS, forms), rng.sample(stock.WORDS, subjects)))
 
 

@@ -1,14 +1,14 @@
-"""Texts that are read once and predict a part of themselves many times: associative recall and induction.
+"""Associative recall and induction: tasks that predict many repeated words of a text in a single forward pass.
 
-| task        | the text                                                    | predicted                             |
-|-------------|-------------------------------------------------------------|---------------------------------------|
-| `recall`    | pairs `key: value.` among sentences, each asked for once    | the value in `key? value.`            |
-| `induction` | random words, and at a distance some runs of them once more | the words of the run behind the first |
+| task        | the text                                                     | predicted                             |
+|-------------|--------------------------------------------------------------|---------------------------------------|
+| `recall`    | pairs `key: value.` among sentences, and a query for each    | the value in `key? value.`            |
+| `induction` | random words, with runs of them repeated at a distance       | the words of the run after its first  |
 
-`recall` is multi-query associative recall (MQAR, "Zoology", arXiv 2312.04927) in words, `induction` the repeated random
-sequence of Olsson et al. (arXiv 2209.11895). What is predicted follows from the text before it alone: words and their
-order are drawn anew in each text, from one stock for tests and training. Logarithms of the distances are uniform, from
-a few words to the whole text, so each doubling of the distance has about as many predictions.
+`recall` is multi-query associative recall (MQAR, "Zoology", arXiv 2312.04927) with words, `induction` the repeated
+random sequence of Olsson et al. (arXiv 2209.11895). The predictions depend only on the preceding text: words and their
+order are sampled for each text, from one vocabulary for evaluation and training. Distances are log-uniform, from a few
+words to the full text, so each doubling of the distance has about the same number of predictions.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from ropepp_lit.eval.models import Model
 from ropepp_lit.eval.results import Measurement, sample_of
 from ropepp_lit.eval.tasks import stock
 from ropepp_lit.eval.tasks.base import DEPTHS, Draft, Request, Task, batches
-from ropepp_lit.eval.tasks.examples import MAX_LEAST, fit
+from ropepp_lit.eval.tasks.examples import MAX_SUGGESTED_LENGTH, fit
 from ropepp_lit.nn.loss import rows_per_chunk
 from ropepp_lit.text.tokenizer import TextTokenizer
 
 PAIRS = (4, 16)
-"""Of `recall`, where no number is named."""
+"""Default numbers of pairs of `recall`."""
 
 KEYS, VALUES = stock.WORDS[::6], stock.WORDS[3::6]
-"""Of `recall`: as in MQAR, no word is both."""
+"""Keys and values of `recall`; as in MQAR, they are disjoint."""
 
 MAX_PAIRS = min(len(KEYS), len(VALUES))
 RUN = 8
-"""Words of a run of `induction`; all but the first are predicted."""
+"""Words of a run of `induction`; all except the first are predicted."""
 
 WORDS_PER_RUN = 4 * RUN
-"""Of the text of `induction`: half of it is runs and their copies, at most."""
+"""Words of an `induction` text per run; at most half of the text consists of runs and their copies."""
 
 MAX_RUNS = 16
 
 
 class Copy(NamedTuple):
-    """What stands in a text twice."""
+    """A string and its repetition in a text."""
 
     first: str
     again: str
-    """The same, of as many characters; in `recall` a question."""
+    """Repetition with the same number of characters; in `recall` the query."""
 
     words: list[tuple[int, int]]
-    """Characters of the words in it that can be predicted when it comes again."""
+    """Character spans (start:end) of the words that can be predicted in the repetition."""
 
 
 class Row(NamedTuple):
@@ -66,29 +66,27 @@ class Row(NamedTuple):
 
     input_ids: list[int]
     words: list[tuple[int, int, int]]
-    """Of each word that can be predicted: first and last token (start:end), and distance in tokens to where it stood
-    before.
-    """
+    """Token span (start:end) of each word that can be predicted, and distance in tokens to its first occurrence."""
 
 
 def recall_draft(rng: random.Random, *, pairs: int, units: int) -> tuple[Draft, list[Copy]]:
-    """A text of `recall` without its length, filled by sentences.
+    """Create a draft of a `recall` text, with sentences as fillers.
 
     Args:
-        rng: Decides the text.
-        pairs: At most MAX_PAIRS.
-        units: About how many sentences fill it.
+        rng: Source of all randomness of the text.
+        pairs: Number of pairs, at most MAX_PAIRS.
+        units: Approximate number of sentences.
     """
     copies = pairs_of(rng, pairs)
-    return _place(rng, copies, stock.sentences(rng), units=units + 2 * pairs), copies
+    return _place_copies(rng, copies, stock.sentences(rng), units=units + 2 * pairs), copies
 
 
 def pairs_of(rng: random.Random, count: int) -> list[Copy]:
-    """Keys with values, and the questions for them.
+    """Create pairs of key and value, with their queries.
 
     Args:
-        rng: Draws them.
-        count: At most MAX_PAIRS.
+        rng: Source of randomness.
+        count: Number of pairs, at most MAX_PAIRS.
     """
     return [
         Copy(f"{key}: {value}.", f"{key}? {value}.", [(len(key) + 2, len(key) + 2 + len(value))])
@@ -97,11 +95,11 @@ def pairs_of(rng: random.Random, count: int) -> list[Copy]:
 
 
 def induction_draft(rng: random.Random, *, units: int) -> tuple[Draft, list[Copy]]:
-    """A text of `induction` without its length, filled by words.
+    """Create a draft of an `induction` text, with words as fillers.
 
     Args:
-        rng: Decides the text.
-        units: About how many words fill it.
+        rng: Source of all randomness of the text.
+        units: Approximate number of filler words.
     """
     words = rng.sample(stock.WORDS, len(stock.WORDS))
     runs = max(1, min(MAX_RUNS, units // WORDS_PER_RUN))
@@ -110,15 +108,15 @@ def induction_draft(rng: random.Random, *, units: int) -> tuple[Draft, list[Copy
     for start in range(0, len(copied), RUN):
         run = copied[start : start + RUN]
         ends = list(itertools.accumulate(len(word) + 1 for word in run))
-        places = [(end, end + len(word)) for end, word in zip(ends, run[1:], strict=False)]
-        copies.append(Copy(" ".join(run), " ".join(run), places))
-    # Words of runs occur in runs alone, so each word of a copy says which one follows.
+        spans = [(end, end + len(word)) for end, word in zip(ends, run[1:], strict=False)]
+        copies.append(Copy(" ".join(run), " ".join(run), spans))
+    # The words of runs do not occur elsewhere, so each word of a copy determines the next one.
     fillers = (rng.choice(others) for _ in itertools.count())
-    return _place(rng, copies, fillers, units=units // RUN + 2 * runs), copies
+    return _place_copies(rng, copies, fillers, units=units // RUN + 2 * runs), copies
 
 
-def _place(rng: random.Random, copies: list[Copy], fillers: Iterator[str], *, units: int) -> Draft:
-    """A draft with each copy twice, at a distance of 1 to `units` of as many units; it ends with one of them."""
+def _place_copies(rng: random.Random, copies: list[Copy], fillers: Iterator[str], *, units: int) -> Draft:
+    """Create a draft with both parts of each copy, at a distance of 1 to `units` units; it ends with a repetition."""
     needles = []
     for number, copy in enumerate(copies):
         distance = 2 ** rng.uniform(-np.log2(max(2, units)), 0)
@@ -129,124 +127,131 @@ def _place(rng: random.Random, copies: list[Copy], fillers: Iterator[str], *, un
 
 
 class Reading(Task):
-    """Texts whose words are predicted, all at once, where they come again."""
+    """Base class of tasks that predict the repeated words of a text in a single forward pass."""
 
     takes_noise = True
 
     @abstractmethod
     def draft(self, rng: random.Random, *, units: int) -> tuple[Draft, list[Copy]]:
-        """A text without its length.
+        """Create a draft of a text.
 
         Args:
-            rng: Decides the text.
-            units: About how many fillers it will have.
+            rng: Source of all randomness of the text.
+            units: Approximate number of fillers.
         """
 
     def rows(self, tokenizer: TextTokenizer, *, length: int, numbers: Sequence[int], seed: int) -> list[Row]:
-        """Texts of `length` tokens and one more, which is only predicted.
+        """Create texts of `length` input tokens and one more token, which is only predicted.
 
         Args:
-            tokenizer: Of the model.
-            length: Tokens that are read.
-            numbers: Of the texts; the same number is the same text.
-            seed: Of what they say.
+            tokenizer: Tokenizer of the model.
+            length: Number of input tokens.
+            numbers: Numbers of the texts; the same number is the same text.
+            seed: Seed of the texts.
 
         Raises:
-            UsageError: the length is too short, or the tokenizer does not tell the words apart.
+            UsageError: The length is too short, or the tokenizer maps different words to the same tokens.
         """
         words = {tuple(tokenizer.encode_text(f"a {word}.")) for word in stock.WORDS}
         if len(words) < len(stock.WORDS):
-            raise UsageError(f"tasks: {self}: this tokenizer does not tell the words apart; leave it out")
-        found = [self._fit(tokenizer, length, seed, number) for number in numbers]
-        rows = [row for row in found if row is not None]
-        if len(rows) == len(found):
+            raise UsageError(f"tasks: {self}: this tokenizer maps different words to the same tokens; leave it out")
+        fitted = [self._fit(tokenizer, length, seed, number) for number in numbers]
+        rows = [row for row in fitted if row is not None]
+        if len(rows) == len(fitted):
             return rows
-        least = length
-        while least <= MAX_LEAST and any(self._fit(tokenizer, least, seed, number) is None for number in numbers):
-            least += 1 + least // 20
-        raise UsageError(f"lengths: {length} tokens are too few for {self} with this tokenizer; give {least} or more")
+        sufficient = length
+        while sufficient <= MAX_SUGGESTED_LENGTH and any(
+            self._fit(tokenizer, sufficient, seed, number) is None for number in numbers
+        ):
+            sufficient += 1 + sufficient // 20
+        raise UsageError(
+            f"lengths: {length} tokens are too few for {self} with this tokenizer; give {sufficient} or more"
+        )
 
     def _fit(self, tokenizer: TextTokenizer, length: int, seed: int, number: int) -> Row | None:
         copies: list[Copy] = []
 
-        def draw(*, units: int) -> Draft:
+        def make_draft(*, units: int) -> Draft:
             nonlocal copies
             rng = random.Random(f"{seed}/{self}/{number}")  # noqa: S311
             draft, copies = self.draft(rng, units=units)
             return draft
 
-        room = length + 1 - len(tokenizer.opening)
-        fitted = fit(draw, tokenizer, room=room, name=str(self), length=length)
+        num_tokens = length + 1 - len(tokenizer.opening)
+        fitted = fit(make_draft, tokenizer, num_tokens=num_tokens, name=str(self), length=length)
         if fitted is None:
             return None
         starts, ends = np.array(tokenizer.offsets(fitted.text)).T
-        shift = length + 1 - len(starts)  # from tokens of the text to those of the row
+        shift = length + 1 - len(starts)  # from token indices of the text to those of the row
 
-        def tokens(start: int, end: int) -> tuple[int, int]:
-            """Tokens that hold a part of these characters."""
+        def token_span(start: int, end: int) -> tuple[int, int]:
+            """Return the span of the tokens that overlap a span of characters."""
             return int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, end, "left"))
 
         words = []
         for copy in copies:
             first, again = fitted.text.index(copy.first), fitted.text.rindex(copy.again)
             for start, end in copy.words:
-                told, (begin, stop) = tokens(first + start, first + end), tokens(again + start, again + end)
-                words.append((begin + shift, stop + shift, begin - told[0]))
+                first_token, _ = token_span(first + start, first + end)
+                begin, stop = token_span(again + start, again + end)
+                words.append((begin + shift, stop + shift, begin - first_token))
         return Row([*tokenizer.opening, *fitted.input_ids], words)
 
     def check(self, model: Model, request: Request) -> None:
-        """Raise UsageError where the texts do not fit into the least length: longer ones hold what it holds."""
+        """Raise UsageError if the texts do not fit into the shortest length; they then fit into longer ones too."""
         shortest = min(request.lengths)
         numbers = range(request.limit if shortest <= 4096 else len(DEPTHS))
         self.rows(model.tokenizer, length=shortest, numbers=numbers, seed=request.seed)
 
     def num_tokens(self, request: Request) -> int:
-        """Of all texts."""
+        """Return the tokens of all texts."""
         return request.limit * (request.length or 0)
 
     def measure(self, model: Model, request: Request) -> list[Measurement]:
-        """Share of the words whose tokens are all the most likely ones, and nats of their tokens; also by distance."""
+        """Measure the share of words whose tokens are all top-1 predictions, and the tokens' loss, also by distance."""
         assert request.length is not None
         ranges = request.length.bit_length()
-        # Right words, words, nats and tokens, by example and by logarithm of the distance.
+        # Correct words, words, nats and tokens, by example and logarithm of the distance.
         sums = np.zeros((4, request.limit, ranges))
         samples = []
         for numbers in batches(request.limit, request.length):
             rows = self.rows(model.tokenizer, length=request.length, numbers=numbers, seed=request.seed)
             samples.append(sample_of(row.input_ids for row in rows))
-            nats, right = predict(model, rows, chunk_tokens=request.chunk_tokens)
-            for number, row, losses, hits in zip(numbers, rows, nats, right, strict=True):
+            nats, correct = predict(model, rows, chunk_tokens=request.chunk_tokens)
+            for number, row, losses, hits in zip(numbers, rows, nats, correct, strict=True):
                 for start, end, distance in row.words:
-                    found = (hits[start:end].all(), 1, losses[start:end].sum(), end - start)
-                    sums[:, number, distance.bit_length() - 1] += found
+                    values = (hits[start:end].all(), 1, losses[start:end].sum(), end - start)
+                    sums[:, number, distance.bit_length() - 1] += values
             request.progress(len(rows) * request.length)
-        right_words, words, nats_of, tokens = sums
-        measured = partial(self.measured, request, sample=sample_of(samples))
-        kinds = (("score", right_words, words), ("loss", nats_of, tokens))
+        correct_words, words, total_nats, tokens = sums
+        measurement = partial(self.measurement, request, sample=sample_of(samples))
+        metrics = (("score", correct_words, words), ("loss", total_nats, tokens))
         return [
             *(
-                measured(metric=metric, numerators=above.sum(1).tolist(), denominators=below.sum(1).tolist())
-                for metric, above, below in kinds
+                measurement(
+                    metric=metric, numerators=numerators.sum(1).tolist(), denominators=denominators.sum(1).tolist()
+                )
+                for metric, numerators, denominators in metrics
             ),
             *(
-                measured(
+                measurement(
                     metric=metric,
-                    position=2**place,
-                    numerators=above[:, place].tolist(),
-                    denominators=below[:, place].tolist(),
+                    position=2**exponent,
+                    numerators=numerators[:, exponent].tolist(),
+                    denominators=denominators[:, exponent].tolist(),
                 )
-                for metric, above, below in kinds
-                for place in range(ranges)
-                if below[:, place].any()
+                for metric, numerators, denominators in metrics
+                for exponent in range(ranges)
+                if denominators[:, exponent].any()
             ),
         ]
 
 
 class Recall(Reading):
-    """Values of keys, asked for at all distances.
+    """Associative recall: the values of keys, queried at all distances.
 
     Args:
-        pairs: Of keys and values.
+        pairs: Number of pairs of key and value.
     """
 
     task = "recall"
@@ -266,7 +271,7 @@ class Recall(Reading):
 
 
 class Induction(Reading):
-    """Runs of random words that come again."""
+    """Repeated runs of random words."""
 
     task = "induction"
 
@@ -276,13 +281,13 @@ class Induction(Reading):
 
 
 def recalls(part: str) -> list[Reading]:
-    """The tasks that `recall`, `recall:16` or `recall:4+64` name.
+    """Return the tasks selected by `recall`, `recall:16` or `recall:4+64`.
 
     Args:
-        part: What stands behind the colon.
+        part: Numbers of pairs, joined by plus signs; empty for the default ones.
 
     Raises:
-        UsageError: no number of pairs.
+        UsageError: A part is not a number of pairs.
     """
     if not part:
         return [Recall(pairs) for pairs in PAIRS]
@@ -294,40 +299,40 @@ def recalls(part: str) -> list[Reading]:
 
 @torch.no_grad()
 def predict(model: Model, rows: Sequence[Row], *, chunk_tokens: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The loss of the predicted tokens, and whether each is the most likely one.
+    """Return the loss of the predicted tokens, and whether each is the top-1 prediction.
 
     Args:
-        model: What predicts.
+        model: The model.
         rows: Texts of one length.
-        chunk_tokens: Tokens of a row in one forward pass; None means all.
+        chunk_tokens: Maximum number of tokens of a row in one forward pass; None means all.
 
     Returns:
-        Two arrays [rows, tokens]: nats and bool; 0 and False where nothing is predicted.
+        Two arrays [rows, tokens]: nats and bool; 0 and False for tokens that are not evaluated.
     """
     ids = torch.tensor([row.input_ids for row in rows], device=model.device)
-    wanted = torch.zeros_like(ids, dtype=torch.bool)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
     for number, row in enumerate(rows):
         for start, end, _ in row.words:
-            wanted[number, start:end] = True
+            mask[number, start:end] = True
     nats = torch.zeros(ids.shape, dtype=torch.float64)
-    right = torch.zeros(ids.shape, dtype=torch.bool)
-    output = model.decoder.lm_head
-    places = wanted.nonzero()
-    hidden = _states(model, ids[:, :-1], chunk_tokens)[places[:, 0], places[:, 1] - 1]
-    size = rows_per_chunk(output.weight.shape[0], hidden.device.type)
-    labels = ids[wanted]
+    correct = torch.zeros(ids.shape, dtype=torch.bool)
+    lm_head = model.decoder.lm_head
+    indices = mask.nonzero()
+    hidden = _hidden_states(model, ids[:, :-1], chunk_tokens)[indices[:, 0], indices[:, 1] - 1]
+    size = rows_per_chunk(lm_head.weight.shape[0], hidden.device.type)
+    labels = ids[mask]
     losses, hits = [], []
-    for part, expected in zip(hidden.split(size), labels.split(size), strict=True):
-        logits = output(part).float()
+    for chunk, expected in zip(hidden.split(size), labels.split(size), strict=True):
+        logits = lm_head(chunk).float()
         losses.append(F.cross_entropy(logits, expected, reduction="none"))
         hits.append(logits.argmax(dim=-1) == expected)
-    nats[wanted.cpu()] = torch.cat(losses).double().cpu()
-    right[wanted.cpu()] = torch.cat(hits).cpu()
-    return nats.numpy(), right.numpy()
+    nats[mask.cpu()] = torch.cat(losses).double().cpu()
+    correct[mask.cpu()] = torch.cat(hits).cpu()
+    return nats.numpy(), correct.numpy()
 
 
-def _states(model: Model, input_ids: Tensor, chunk_tokens: int | None) -> Tensor:
-    """[B, T, hidden_size], read all at once or in chunks through the KV cache."""
+def _hidden_states(model: Model, input_ids: Tensor, chunk_tokens: int | None) -> Tensor:
+    """Return the hidden states [B, T, hidden_size], computed in one forward pass or in chunks with a KV cache."""
     size = chunk_tokens or input_ids.shape[1]
     if size >= input_ids.shape[1]:
         return model.decoder.hidden_states(input_ids)

@@ -1,17 +1,17 @@
-"""Retrieval: RULER's families (arXiv 2404.06654), generated here for any tokenizer.
+"""Retrieval: RULER's task families (arXiv 2404.06654), with short prompts for base models and any tokenizer.
 
-| family           | the context holds                             | asked for       | RULER's name      |
+| family           | the context contains                          | answer          | RULER's name      |
 |------------------|-----------------------------------------------|-----------------|-------------------|
-| `single`         | one value among repeated sentences            | it              | `niah_single`     |
-| `multikey`       | nothing but values of other keys              | that of one key | `niah_multikey`   |
+| `single`         | one value among repeated sentences            | the value       | `niah_single`     |
+| `multikey`       | only values of other keys                     | value of a key  | `niah_multikey`   |
 | `multivalue`     | four values of one key                        | all four        | `niah_multivalue` |
 | `multiquery`     | four values of four keys                      | all four        | `niah_multiquery` |
-| `tracking`       | a value handed from name to name, and a decoy | its names       | `vt`              |
-| `common_words`   | ten words often, others seldom                | the ten         | `cwe`             |
-| `frequent_words` | made-up words, numbers by Zipf's law, α = 2   | the first three | `fwe`             |
+| `tracking`       | chained assignments of a value, and a decoy   | its names       | `vt`              |
+| `common_words`   | ten frequent words among rare ones            | the ten         | `cwe`             |
+| `frequent_words` | random words, counts by Zipf's law, α = 2     | the top three   | `fwe`             |
 
-The score is RULER's: the share of the wanted strings that occur in the answer, whatever their case. The wording is our
-own and short, made to be continued by a base model, so scores compare models here and not with RULER's published ones.
+The score is RULER's: the share of the expected strings that occur in the answer, ignoring case. The prompts are worded
+differently and end with the start of the answer, so scores are not comparable with RULER's published ones.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class _Multiquery(_Retrieval):
 
 
 class _Tracking(_Retrieval):
-    """The names that a value was handed on to, beside another value and its names."""
+    """The names in a chain of assignments of a value, with a second chain as a decoy."""
 
     part = "tracking"
 
@@ -97,29 +97,29 @@ class _Tracking(_Retrieval):
         for start, chain in zip((value, decoy), chains, strict=True):
             depths = sorted(rng.random() for _ in chain)
             needles += [
-                (depth, f"Let {name} = {held}.")
-                for depth, name, held in zip(depths, chain, [start, *chain], strict=False)
+                (depth, f"Let {name} = {assigned}.")
+                for depth, name, assigned in zip(depths, chain, [start, *chain], strict=False)
             ]
         return Draft(stock.sentences(rng), needles, f"The {_HOPS + 1} names that equal {value} are", chains[0], None)
 
 
 class _CommonWords(_Retrieval):
-    """Ten words that occur often among others that occur seldom."""
+    """Ten frequent words among rare ones."""
 
     part = "common_words"
 
     def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
         """See :meth:`Family.draft`."""
-        often, seldom = next(
-            (pair for least, pair in ((600, (30, 3)), (200, (10, 2)), (70, (5, 1))) if units >= least), (3, 1)
+        common_count, rare_count = next(
+            (pair for min_units, pair in ((600, (30, 3)), (200, (10, 2)), (70, (5, 1))) if units >= min_units), (3, 1)
         )
         keys = stock.pairs(rng)
         common = list(itertools.islice(keys, _COMMON))
-        needles = [(rng.random(), f"{word},") for word in common for _ in range(often)]
+        needles = [(rng.random(), f"{word},") for word in common for _ in range(common_count)]
 
         def fillers() -> Iterator[str]:
             while True:
-                words = list(itertools.islice(keys, 100)) * seldom
+                words = list(itertools.islice(keys, 100)) * rare_count
                 rng.shuffle(words)
                 yield from (f"{word}," for word in words)
 
@@ -127,7 +127,7 @@ class _CommonWords(_Retrieval):
 
 
 class _FrequentWords(_Retrieval):
-    """The three most frequent of made-up words, by Zipf's law."""
+    """The three most frequent of random words, with counts by Zipf's law."""
 
     part = "frequent_words"
 
@@ -135,7 +135,7 @@ class _FrequentWords(_Retrieval):
         """See :meth:`Family.draft`."""
         words = stock.letters(rng, 6, string.ascii_lowercase)
         total = math.pi**2 / 6  # ζ(2)
-        # At least 4, 3, 2 in short contexts, so that there are three that stand out.
+        # At least 4, 3 and 2 in short contexts, so that three words are clearly the most frequent.
         counts = [max(4 - k, round(units * k**-_ZIPF / total)) for k in range(1, _FREQUENT + 1)]
         frequent = list(itertools.islice(words, _FREQUENT))
         needles = [(rng.random(), f"{w},") for w, count in zip(frequent, counts, strict=True) for _ in range(count)]

@@ -1,21 +1,22 @@
-"""RULER's tasks in RULER's own wording (arXiv 2404.06654), for comparison with published scores.
+"""RULER's tasks with RULER's prompts (arXiv 2404.06654), for comparison with published scores.
 
 | task                       | haystack                        | keys and values                             |
 |----------------------------|---------------------------------|---------------------------------------------|
 | `niah_single_1`            | a repeated line                 | a word's number                             |
 | `niah_single_2`, `_3`      | essays                          | a word's number, a word's UUID              |
 | `niah_multikey_1`          | essays                          | the number of one of four words             |
-| `niah_multikey_2`, `_3`    | nothing but other keys' values  | a word's number, a UUID's UUID              |
+| `niah_multikey_2`, `_3`    | only values of other keys       | a word's number, a UUID's UUID              |
 | `niah_multivalue`          | essays                          | four numbers of a word                      |
 | `niah_multiquery`          | essays                          | the numbers of four words                   |
-| `vt`                       | a repeated line                 | five variables of one value                 |
+| `vt`                       | a repeated line                 | five variables with the same value          |
 | `cwe`, `fwe`               | words                           | the ten, the three most frequent words      |
 
-Templates, numbers of repetitions and of tokens that may be written are those of github.com/NVIDIA/RULER (Apache License
-2.0; scripts/data/synthetic/constants.py and scripts/synthetic.yaml), with its template for base models: the answer's
-beginning ends the prompt. The score is RULER's string match. Its question answering (`qa_1`, `qa_2`) needs SQuAD and
-HotpotQA and is left out. What differs: words are pairs as `bright-otter` made here, essays are the user's text, a
-prompt is cut in its first line so that it has its length exactly, and `vt` ends without the space behind its colon.
+Templates, repetitions and maximum numbers of generated tokens are those of github.com/NVIDIA/RULER (Apache License 2.0;
+scripts/data/synthetic/constants.py and scripts/synthetic.yaml), with the template for base models, whose prompt ends
+with the start of the answer. The score is RULER's string match. The question answering tasks (`qa_1`, `qa_2`) require
+SQuAD and HotpotQA and are not included. Differences: words are generated pairs such as `bright-otter`, essays are the
+user's text, the first line of a context is truncated to reach the exact length, and the prompt of `vt` ends without the
+space after its colon.
 """
 
 from __future__ import annotations
@@ -66,24 +67,24 @@ FREQUENT_WORDS = (
     " Answer: According to the coded text above, the three most frequently appeared words are:",
 )
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-"""Templates with the beginning of the answer (one is misspelled there too), and what is repeated."""
+"""Templates with the start of the answer ("assgined" is RULER's spelling), and the repeated line."""
 
 HOPS = 4
 EXAMPLE_NOISE = 10
-"""Repetitions of the line in the example of `vt`."""
+"""Repetitions of the line in the solved example of `vt`."""
 
 COMMON = 10
 LONG_CONTEXT = 4096
-"""Tokens from which on words of `cwe` are repeated more often."""
+"""Context length in tokens from which the words of `cwe` are repeated more often."""
 
 ALPHA, ZETA = 2.0, math.pi**2 / 6
 TOKENS_PER_CODED_WORD = 50
-"""Of the context, for each of the different words of `fwe`."""
+"""Tokens of the context per distinct word of `fwe`."""
 
 
 @dataclass(frozen=True)
 class _Draft(Draft):
-    """An example whose question stands on a line of its own."""
+    """A draft whose question is on a separate line."""
 
     numbered: bool = False
 
@@ -103,14 +104,14 @@ class RulerTask(Family):
     task = "ruler"
     tokens_to_generate: int
     length = LONG_CONTEXT
-    """Tokens of the context that is measured."""
+    """Context length in tokens."""
 
     essays: Sequence[str] = ()
     """Sentences of the haystack."""
 
     def max_new_tokens(self, tokenizer: TextTokenizer, *, seed: int) -> int:
-        """RULER's number of tokens, or as many as the answer has with this tokenizer."""
-        ideal = self.draw(units=100, seed=str(seed)).ideal
+        """Return RULER's number of tokens, or more if a perfect answer is longer with this tokenizer."""
+        ideal = self.numbered_draft(units=100, seed=str(seed)).ideal
         return max(self.tokens_to_generate, len(tokenizer.encode_text(ideal)) + 2)
 
     def check(self, model: Model, request: Request) -> None:
@@ -123,7 +124,7 @@ class RulerTask(Family):
         return Family.measure(self._at(request), model, request)
 
     def _at(self, request: Request) -> RulerTask:
-        """The task at the request's length, with its texts as essays."""
+        """Return a copy of the task for the request's length, with its texts as essays."""
         task = copy.copy(self)
         task.length = request.length or self.length
         if self.needs_text:
@@ -135,13 +136,13 @@ class Niah(RulerTask):
     """Needles in a haystack.
 
     Args:
-        part: The task's name.
-        haystack: What they lie in.
-        key: Their keys: words or uuids.
-        value: Their values: numbers or uuids.
-        num_keys: Keys in the context.
-        num_values: Values of each.
-        num_queries: Keys that are asked for.
+        part: Name of the task.
+        haystack: Kind of the text around the needles.
+        key: Kind of the keys: words or uuids.
+        value: Kind of the values: numbers or uuids.
+        num_keys: Number of keys in the context.
+        num_values: Number of values of each key.
+        num_queries: Number of queried keys.
     """
 
     tokens_to_generate = 128
@@ -157,39 +158,39 @@ class Niah(RulerTask):
     @property
     def about(self) -> str:
         """See :attr:`Task.about`."""
-        asked, told = self._num_queries * self._num_values, self._num_keys * self._num_values
-        hay = {"noise": "a repeated line", "needle": "nothing but others like them", "essay": "essays"}[self._haystack]
-        return f"{asked} of {told} {self._value} whose keys are {self._key}, hidden in {hay}"
+        queried, total = self._num_queries * self._num_values, self._num_keys * self._num_values
+        hay = {"noise": "a repeated line", "needle": "other needles", "essay": "essays"}[self._haystack]
+        return f"{queried} of {total} {self._value} with {self._key} as keys, hidden in {hay}"
 
     def draft(self, rng: random.Random, *, depth: float, units: int) -> Draft:
         """See :meth:`Family.draft`."""
         keys, values = _names(rng, self._key), _names(rng, self._value)
-        held = {next(keys): list(itertools.islice(values, self._num_values)) for _ in range(self._num_keys)}
-        asked = rng.sample(list(held), self._num_queries)
+        values_of = {next(keys): list(itertools.islice(values, self._num_values)) for _ in range(self._num_keys)}
+        queried = rng.sample(list(values_of), self._num_queries)
         is_one = self._num_queries * self._num_values == 1
         needles = [
-            (depth if is_one and key in asked else rng.random(), self._needle(key, value))
-            for key, found in held.items()
-            for value in found
+            (depth if is_one and key in queried else rng.random(), self._needle(key, value))
+            for key, key_values in values_of.items()
+            for value in key_values
         ]
         fillers: Iterator[str] = itertools.repeat(NOISE)
         if self._haystack == "needle":
             fillers = (self._needle(key, value) for key, value in zip(keys, values, strict=False))
         elif self._haystack == "essay":
             if not self.essays:
-                raise UsageError(f"tasks: {self} needs essays; name them by text")
+                raise UsageError(f"tasks: {self} needs essays; pass files of them by --text")
             end = rng.randrange(len(self.essays))
             fillers = (self.essays[(end - number) % len(self.essays)] for number in itertools.count())
         template, prefix = NIAH
-        if is_one:  # as RULER changes its template
+        if is_one:  # RULER's singular forms
             template = template.replace("Some", "A").replace("are all", "is").replace("are", "is")
             prefix = prefix.replace("are", "is")
         kind = self._value.removesuffix("s") if is_one else self._value
-        query = ", ".join(asked[:-1]) + f", and {asked[-1]}" if len(asked) > 1 else asked[0]
+        query = ", ".join(queried[:-1]) + f", and {queried[-1]}" if len(queried) > 1 else queried[0]
         head, question = _parts(template + prefix, type_needle_v=kind, query=query)
         return _Draft(
-            fillers, needles, question, [value for key in asked for value in held[key]], depth if is_one else None,
-            head=head, separator=" " if self._haystack == "essay" else "\n",
+            fillers, needles, question, [value for key in queried for value in values_of[key]],
+            depth if is_one else None, head=head, separator=" " if self._haystack == "essay" else "\n",
         )  # fmt: skip
 
     def _needle(self, key: str, value: str) -> str:
@@ -197,7 +198,7 @@ class Niah(RulerTask):
 
 
 class VariableTracking(RulerTask):
-    """Variables that hold one value, handed from one to the next."""
+    """Variables with the same value through a chain of assignments."""
 
     part = "vt"
     tokens_to_generate = 30
@@ -221,7 +222,7 @@ class VariableTracking(RulerTask):
 
 
 class CommonWords(RulerTask):
-    """The ten words of a numbered list that occur most often."""
+    """The ten most frequent words of a numbered list."""
 
     part = "cwe"
     tokens_to_generate = 120
@@ -244,7 +245,7 @@ class CommonWords(RulerTask):
 
 
 class FrequentWords(RulerTask):
-    """The three most frequent of coded words, by Zipf's law, behind dots that are to be ignored."""
+    """The three most frequent coded words after ignored dots, with counts by Zipf's law."""
 
     part = "fwe"
     tokens_to_generate = 50
@@ -253,8 +254,8 @@ class FrequentWords(RulerTask):
         """See :meth:`Family.draft`."""
         words = ["...", *itertools.islice(stock.letters(rng, 6, string.ascii_lowercase), self._num_words - 1)]
         answers = words[1:4]
-        # A few more of them, so that the shortest contexts hold them too.
-        needles = [(rng.random(), word) for place, word in enumerate(answers) for _ in range(3 - place)]
+        # A few additional occurrences, so that the shortest contexts contain them too.
+        needles = [(rng.random(), word) for rank, word in enumerate(answers) for _ in range(3 - rank)]
         head, question = _parts("".join(FREQUENT_WORDS))
         return _Draft(_by_zipf(rng, words), needles, question, answers, head=head)
 
@@ -264,30 +265,30 @@ class FrequentWords(RulerTask):
 
 
 def _by_zipf(rng: random.Random, words: Sequence[str]) -> Iterator[str]:
-    """Words in proportion to rank**-2, in any first part of them, in random order."""
+    """Yield words in random order with frequencies proportional to rank**-2, also in every prefix of the sequence."""
     shares = [rank**-ALPHA / ZETA for rank in range(1, len(words) + 1)]
-    times = [(rng.random() / share, place) for place, share in enumerate(shares)]
+    times = [(rng.random() / share, index) for index, share in enumerate(shares)]
     heapq.heapify(times)
     counts = [0] * len(words)
     while True:
-        _, place = times[0]
-        counts[place] += 1
-        heapq.heapreplace(times, ((counts[place] + rng.random()) / shares[place], place))
-        yield words[place]
+        _, index = times[0]
+        counts[index] += 1
+        heapq.heapreplace(times, ((counts[index] + rng.random()) / shares[index], index))
+        yield words[index]
 
 
 def _parts(template: str, **values: object) -> tuple[str, str]:
-    """What stands before the context, and behind it on its own line."""
+    """Split a template into the text before the context and the text after it."""
     head, _, question = template.partition("{context}")
     return head.format(**values), question.removeprefix("\n").format(**values)
 
 
 def _names(rng: random.Random, kind: str) -> Iterator[str]:
-    """Words, numbers of seven digits or UUIDs, none twice."""
+    """Yield unique words, numbers of seven digits or UUIDs."""
     if kind == "words":
         return stock.pairs(rng)
     if kind == "numbers":
-        return (str(number) for number in stock.unseen(lambda: rng.randrange(10**6, 10**7), 9 * 10**6))
+        return (str(number) for number in stock.unique(lambda: rng.randrange(10**6, 10**7), 9 * 10**6))
     return (str(uuid.UUID(int=rng.getrandbits(128), version=4)) for _ in itertools.count())
 
 
@@ -296,7 +297,7 @@ def _numbered(words: Sequence[str]) -> list[str]:
 
 
 def _shuffled(rng: random.Random, words: Iterator[str], times: int) -> Iterator[str]:
-    """Words, each so often, among others."""
+    """Yield words in random order, each repeated `times` times."""
     while True:
         part = list(itertools.islice(words, 100)) * times
         rng.shuffle(part)

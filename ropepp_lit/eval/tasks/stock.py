@@ -1,4 +1,4 @@
-"""What examples are made of: sentences, words, numbers and letters, one stock for tests and training."""
+"""Random sentences, words, numbers and letters for examples; the same vocabulary for evaluation and training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORDS = (
     "toe tongue tooth tower town toy train tray tree truck uncle valley voice wagon wall watch water wave wax west "
     "wheel wind window wine wing winter wolf wood wool world worm yard year"
 ).split()
-"""Short and common, so that most tokenizers need few tokens for each."""
+"""Short and common words, which most tokenizers encode as few tokens."""
 _SENTENCES = (
     "Rain fell on the roof until noon.",
     "A cart went slowly up the hill.",
@@ -55,35 +55,35 @@ _SECOND = (
 
 
 def sentences(rng: random.Random) -> Iterator[str]:
-    """Sentences that say nothing of what is asked."""
+    """Yield random sentences that are unrelated to any question."""
     while True:
         yield rng.choice(_SENTENCES)
 
 
 def pairs(rng: random.Random) -> Iterator[str]:
-    """Pairs of words, none twice; with a number behind them when all are used up."""
+    """Yield unique pairs of words; after all pairs, with a number appended."""
     count = len(_FIRST) * len(_SECOND)
     for turn in itertools.count(1):
-        for pair in unseen(lambda: rng.randrange(count), count):
+        for pair in unique(lambda: rng.randrange(count), count):
             key = f"{_FIRST[pair % len(_FIRST)]}-{_SECOND[pair // len(_FIRST)]}"
             yield key if turn == 1 else f"{key}-{turn}"
 
 
 def numbers(rng: random.Random) -> Iterator[str]:
-    """Numbers of five digits, none twice."""
-    return (str(value) for value in unseen(lambda: rng.randrange(10_000, 100_000), 90_000))
+    """Yield unique numbers of five digits."""
+    return (str(value) for value in unique(lambda: rng.randrange(10_000, 100_000), 90_000))
 
 
 def letters(rng: random.Random, count: int, alphabet: str) -> Iterator[str]:
-    """Words of random letters, none twice."""
-    return unseen(lambda: "".join(rng.choice(alphabet) for _ in range(count)), len(alphabet) ** count)
+    """Yield unique words of random letters."""
+    return unique(lambda: "".join(rng.choice(alphabet) for _ in range(count)), len(alphabet) ** count)
 
 
-def unseen(draw: Callable[[], Any], count: int) -> Iterator[Any]:
-    """What a function draws, each of its `count` results once."""
+def unique(sample: Callable[[], Any], count: int) -> Iterator[Any]:
+    """Yield each of the `count` possible results of a random function once."""
     seen: set[Any] = set()
     while len(seen) < count:
-        drawn = draw()
-        if drawn not in seen:
-            seen.add(drawn)
-            yield drawn
+        value = sample()
+        if value not in seen:
+            seen.add(value)
+            yield value
