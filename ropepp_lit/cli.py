@@ -25,11 +25,12 @@ SUBCOMMANDS = {
     "serve": ("serve a checkpoint over HTTP, as OpenAI's API does", "ropepp_lit.commands.serve"),
     "evaluate": ("measure checkpoints at long context", "ropepp_lit.commands.evaluate"),
     "figures": ("draw the figures of the method", "ropepp_lit.commands.figures"),
+    "doctor": ("report packages, devices and what is broken", "ropepp_lit.commands.doctor"),
 }
 """What each subcommand does, and the module whose `main(arguments)` does it; the subcommand is the first argument."""
 
 
-PRINTING = ("generate", "chat", "plan")
+PRINTING = ("generate", "chat", "plan", "doctor")
 """Subcommands that only print; they end when nobody reads on, and the others go on."""
 
 

@@ -24,3 +24,16 @@ class LostProcessError(UsageError):
 
     The command exits with code 1, so that a launcher may start all of them again.
     """
+
+
+EXIT_CODES = """exit codes:
+  0    success
+  1    another process of a distributed run was lost; doctor: something is broken; with a traceback: a bug
+  2    a mistake of the user, reported in one line
+  124  the watchdog ended a run that made no progress
+  130  interrupted by Ctrl-C
+  138  a run was stopped by SIGUSR1, and saved a checkpoint
+  143  a run was stopped by SIGTERM, and saved a checkpoint
+  141  nobody reads the output any more, of a command that only prints
+"""
+"""End of every `--help`."""
