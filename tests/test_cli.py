@@ -1,15 +1,17 @@
 """Mistakes of a user: one line that names the key or file, exit code 2, nothing written."""
 
+import contextlib
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+import yaml
 
 from ropepp_lit.arguments import call
 from ropepp_lit.cli import SUBCOMMANDS, main
-from ropepp_lit.errors import UsageError
+from ropepp_lit.errors import EXIT_CODES, UsageError
 from ropepp_lit.train.cli import RecipeCLI
 
 pytestmark = pytest.mark.end_to_end
@@ -303,3 +305,49 @@ def test_numbers_and_choices_that_yaml_reads_as_null(mistake):
             assert f"{key}: {text!r} is not a value of it; write null for none" in mistake(f"--{key}", text)
     later = mistake("--data.train_tokenizer", "300", "--data.train_tokenizer", "null", "--data.tokenizer", "none.json")
     assert "train_tokenizer" not in later
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "options", "suggestion"),
+    [
+        ("fit", ["--trainer.max_stepps", "64"], "trainer.max_steps"),
+        ("fit", ["--model.positions.varient", "eh"], "variant"),
+        ("fit", ["--config", "typo.yaml"], "model.decoder.hidden_size"),
+        ("fit", ["--config", "tpyo.yaml"], "typo.yaml"),
+        ("fit", ["--model.optimizer", "AdamV"], "AdamW"),
+        ("fit", ["--trainer.precision", "bf16-mixd"], "bf16-mixed"),
+        ("plan", ["--data.context_lenght", "64"], "data.context_length"),
+        ("generate", ["x", "--tmperature=1"], "temperature"),
+        ("generate", ["tpyo.yaml"], "typo.yaml"),
+        ("prepare", ["tpyo.yaml", "--out", "o", "--tokenizer", "bytes"], "typo.yaml"),
+        ("prepare", ["typo.yaml", "--out", "o", "--tokenizer", "bites.json"], "bytes.json"),
+        ("prepare", ["x", "--out", "o", "--on_error", "skp"], "skip"),
+        ("evaluate", ["x", "--out", "o", "--lenghts", "4"], "lengths"),
+        ("evalute", [], "evaluate"),
+    ],
+)
+def test_typos(mistake, tmp_path, subcommand, options, suggestion):
+    (tmp_path / "typo.yaml").write_text("model: {decoder: {hiden_size: 32}}\n")
+    (tmp_path / "bytes.json").write_text("{}")
+    assert mistake(*options, subcommand=subcommand).endswith(f"; did you mean {suggestion}?")
+
+
+def test_no_suggestion_where_nothing_is_near(mistake):
+    for options in (["x", "--volume", "11"], ["nowhere.ckpt"], ["x", "y"]):
+        assert "did you mean" not in mistake(*options, subcommand="generate")
+
+
+def test_exit_codes_are_in_every_help(capsys):
+    for words in ([], *([name] for name in SUBCOMMANDS)):
+        with contextlib.suppress(SystemExit):
+            main([*words, "--help"])
+        assert EXIT_CODES.strip() in capsys.readouterr().out, words
+
+
+def test_print_config(run, tiny, tmp_path):
+    """The printed recipe is one that the same command reads, and its values are those given."""
+    printed = run("fit", *tiny, "--trainer.max_steps", "3", "--print_config", cwd=tmp_path).stdout
+    (tmp_path / "printed.yaml").write_text(printed)
+    again = run("fit", "--config", "printed.yaml", "--print_config", cwd=tmp_path).stdout
+    assert yaml.safe_load(again) == yaml.safe_load(printed)
+    assert yaml.safe_load(printed)["trainer"]["max_steps"] == 3

@@ -270,4 +270,4 @@ Next:
 def main(arguments: list[str]) -> None:
     """Run the subcommand."""
     functions: dict[str, Callable[..., None]] = {"import": import_, "upcycle": upcycle, "export": export}
-    call(functions[arguments[0]], arguments)
+    call(functions[arguments[0]], arguments, flags=("quiet",))

@@ -329,7 +329,7 @@ def main(arguments: list[str]) -> None:
         prog="ropepp-lit doctor",
         description="Report what is installed, which devices there are and what a run would use of them; exits with 1 "
         "where something is broken.",
-        epilog=EXIT_CODES,
+        epilog=EXIT_CODES,  # this parser does not depend on jsonargparse, which may be what is broken
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -35,7 +35,7 @@ def evaluate(
     include_path: str | None = None,
     apply_chat_template: bool = False,
     max_length: int | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Measure checkpoints at several lengths: tables, plots and a page to read. Stopped, the same command goes on.
 
     Args:
@@ -68,6 +68,10 @@ def evaluate(
         apply_chat_template: Put the prompts of harness tasks into the tokenizer's chat template.
         max_length: Tokens of prompt and answer that harness tasks read at most; empty means the trained context. What
             is longer loses its beginning, and is reported.
+
+    Returns:
+        What --json prints: an object with `out` (the folder), `notices` (a list of texts) and `scores` (a list of
+        objects, those of results.json: a row for each model and measurement).
     """
     import functools
     from pathlib import Path
@@ -160,6 +164,7 @@ def evaluate(
         print("".join(_replaced(folder, said, descriptions)), end="")
         _write(folder, scores, descriptions, said, list(notices), about)
     print(f"\nEverything is in {out}; read {folder / 'index.html'}")
+    return {"out": out, "notices": list(notices), "scores": scores}
 
 
 def _replaced(folder: Path, settings: dict[str, Any], models: list[dict[str, Any]]) -> Iterator[str]:
@@ -251,4 +256,4 @@ def _write(
 
 def main(arguments: list[str]) -> None:
     """Run the subcommand."""
-    call(evaluate, arguments)
+    call(evaluate, arguments, flags=("json", "quiet"))

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ropepp_lit.data.shards import Manifest
+    from ropepp_lit.data.shares import Share
 
 
 def prepare(
@@ -36,7 +37,7 @@ def prepare(
     part: str | None = None,
     merge: str | None = None,
     verify: str | None = None,
-) -> None:
+) -> dict[str, Any] | list[dict[str, Any]]:
     r"""Turn text into token shards, or check finished ones.
 
     Interrupted, the same command goes on where it was stopped. The shards depend on the documents and the options
@@ -80,6 +81,12 @@ def prepare(
             SLURM's job array) or auto/N (K from SLURM's job array or a Kubernetes job's index).
         merge: Instead of preparing, join the folders of all parts into `out`: --merge DIR… --out DIR.
         verify: Instead of preparing, re-read folders of shards and check everything: --verify DIR….
+
+    Returns:
+        What --json prints: an object with `out` (the folder), `format_version` and `fingerprint` of the shards, `part`
+        (null, or `{"number": K, "count": N}`), `splits` (by name, `documents`, `tokens`, `bytes` of text and `longest`
+        document in tokens) and `skipped` (documents by reason). With `verify`, a list of such objects, one for each
+        folder.
     """
     given = locals()
     import os
@@ -91,19 +98,16 @@ def prepare(
 
     if verify is not None:
         _check_alone("verify", given)
-        for name in (verify, *sources):
-            _verify(Path(local_path("verify", name)))
-        return
+        return [_verify(Path(local_path("verify", name))) for name in (verify, *sources)]
     if merge is not None:
         _check_alone("merge", given, "out")
         if out is None:
             raise UsageError("out: name the folder of the joined shards by --out")
         from ropepp_lit.data import shares
 
-        _report(
-            Path(out), shares.merge([Path(local_path("merge", folder)) for folder in (merge, *sources)], out=Path(out))
-        )
-        return
+        merged = shares.merge([Path(local_path("merge", folder)) for folder in (merge, *sources)], out=Path(out))
+        _report(Path(out), merged)
+        return _result(Path(out), merged)
     for name, value, least in (
         ("min_tokens", min_tokens, 0),
         ("max_tokens", max_tokens, 1),
@@ -156,12 +160,26 @@ def prepare(
     manifest = work.prepare(list(sources), settings, out=folder, share=share, tell=print)
     if share is None:
         _report(folder, manifest, has_told=manifest.marks_trained_tokens)
-        return
+        return _result(folder, manifest)
     documents, tokens = (sum(getattr(x, name) for x in manifest.splits.values()) for name in ("documents", "tokens"))
     if not manifest.marks_trained_tokens:  # conversations have been told of
         print("\n".join(left_out_lines(manifest)), end="\n" if manifest.skipped else "")
     print(f"Part {share.number} of {share.count} is in {folder}: {documents:,} documents, {tokens:,} tokens.")
     print("When all parts are there: ropepp-lit prepare --merge DIR… --out DIR")
+    return _result(folder, manifest, share)
+
+
+def _result(folder: Path, manifest: Manifest, share: Share | None = None) -> dict[str, Any]:
+    """What --json prints of a folder."""
+    names = ("documents", "tokens", "bytes", "longest")
+    return {
+        "out": str(folder),
+        "format_version": manifest.format_version,
+        "fingerprint": manifest.fingerprint,
+        "part": None if share is None else {"number": share.number, "count": share.count},
+        "splits": {name: {key: getattr(split, key) for key in names} for name, split in manifest.splits.items()},
+        "skipped": dict(manifest.skipped),
+    }
 
 
 def _check_alone(name: str, given: dict[str, Any], *beside: str) -> None:
@@ -175,7 +193,7 @@ def _check_alone(name: str, given: dict[str, Any], *beside: str) -> None:
             raise UsageError(f"{option}: has no effect with --{name}; leave it out")
 
 
-def _verify(folder: Path) -> None:
+def _verify(folder: Path) -> dict[str, Any]:
     from ropepp_lit.data.shards import Manifest
     from ropepp_lit.data.verify import verify as check
     from ropepp_lit.errors import UsageError
@@ -183,9 +201,11 @@ def _verify(folder: Path) -> None:
     faults = check(folder)
     if faults:
         raise UsageError("; ".join(faults))
-    splits = Manifest.read(folder).splits.values()
+    manifest = Manifest.read(folder)
+    splits = manifest.splits.values()
     chunks, tokens = sum(len(split.chunks) for split in splits), sum(split.tokens for split in splits)
     print(f"{folder}: all {chunks:,} chunks with {tokens:,} tokens are as they were written.")
+    return _result(folder, manifest)
 
 
 def _report(folder: Path, manifest: Manifest, *, has_told: bool = False) -> None:
@@ -248,4 +268,4 @@ def _draw(path: Path, lengths: list[list[int]], first: int) -> None:
 
 def main(arguments: list[str]) -> None:
     """Run the subcommand."""
-    call(prepare, arguments)
+    call(prepare, arguments, flags=("json", "quiet"))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ropepp_lit.checkpoint import import_class
-from ropepp_lit.errors import UsageError
+from ropepp_lit.errors import UsageError, did_you_mean
 from ropepp_lit.eval import probes
 from ropepp_lit.eval.harness import Options, check_harness
 from ropepp_lit.eval.models import Model, load_model
@@ -196,7 +196,8 @@ class Settings:
             families = part.split("+") if part else list(suite)
             for family in families:
                 if family not in suite:
-                    raise UsageError(f"tasks: {kind} has no family {family!r}; choose of {', '.join(suite)}")
+                    near = did_you_mean(family, suite)
+                    raise UsageError(f"tasks: {kind} has no family {family!r}; choose of {', '.join(suite)}{near}")
                 if part and kind == "ruler" and family in self._without_essays:
                     raise UsageError(f"tasks: ruler:{family} hides its needles in essays; name files of them by text")
             return [(suite[family], False) for family in families if family not in self._without_essays]
@@ -214,6 +215,7 @@ class Settings:
             return [(_own_task(kind), False)]
         raise UsageError(
             f"tasks: no task {name!r}; choose of {', '.join(TASKS)}, or name a class of yours, module.Class"
+            f"{did_you_mean(name, TASKS)}"
         )
 
 
