@@ -1,4 +1,4 @@
-"""`ropepp-lit prepare`: text, JSON and tables to token shards that serve any context length."""
+"""`ropepp-lit prepare`: tokenization of text, JSON and tables into shards for any context length."""
 
 from __future__ import annotations
 
@@ -38,55 +38,55 @@ def prepare(
     merge: str | None = None,
     verify: str | None = None,
 ) -> dict[str, Any] | list[dict[str, Any]]:
-    r"""Turn text into token shards, or check finished ones.
+    r"""Tokenize documents into shards, or verify existing shards.
 
-    Interrupted, the same command goes on where it was stopped. The shards depend on the documents and the options
-    alone, not on how the documents are stored or on the number of workers.
+    After an interruption, the same command resumes. The shards depend only on the documents and the options, not on how
+    the documents are stored or on the number of workers.
 
     Args:
         sources: Files of text, JSON (.json, .jsonl, .ndjson) and tables (.parquet, .arrow, .feather, .csv, .tsv), plain
             or compressed (.gz, .zst, .bz2, .xz); folders or globs of them, those of datasets' save_to_disk too;
-            `builtin`; or a Hugging Face dataset: hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with NAME@REVISION for
-            a certain revision.
-        out: Folder of the shards: a new or empty one.
+            `builtin` (the source code of Python's library); or a Hugging Face dataset: hf:NAME, hf:NAME:SPLIT or
+            hf:NAME:CONFIG:SPLIT, with NAME@REVISION for a specific revision.
+        out: Output folder; new or empty.
         tokenizer: `bytes`, a tokenizer.json, a .ckpt file, or a Hugging Face folder or name on the Hub
             (ORGANIZATION/MODEL).
-        train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with so many tokens on the documents.
-        bos_token: What stands before documents, instead of what the tokenizer itself puts there ("" for nothing).
-        eos_token: What ends documents, instead of what the tokenizer's folder says.
-        special_tokens: Whether special tokens spelt in a text are tokens; otherwise they are text like any other.
-        text_key: Key or column of the text in JSON and tables; with --format chat of the messages, where they have
-            another name; with --format completion both names, of prompt and completion, as in question,answer; for
-            pairs three names, of prompt, chosen and rejected answer.
-        split: What separates documents in text files, such as '\n\n' or '<|endoftext|>'; empty means that each text
-            file is one document. \n, \t, \r, \xNN, \uNNNN and \\ are escapes; a line end may be CRLF in the file.
-        min_tokens: Leave shorter documents out (the paper: 512).
-        max_tokens: Leave longer documents out.
-        validation_fraction: Share of the documents that is held out, chosen by a hash of their text.
-        limit: Stop after so many documents of the sources.
-        dedup: Leave a document out whose text is exactly that of an earlier one, found by a hash of 64 bits (takes some
-            60 bytes of memory for each document).
-        on_error: What a document that cannot be read, or a conversation that the chat template refuses, does: `stop`,
-            or `skip` it and count it.
-        chunk_size: Bytes of a chunk at most, such as 64MB; a document that is larger has a chunk of its own.
-        format: What the sources have: `text`; conversations (`chat`) in `messages` (role, content), `conversations`
-            (from, value), or `prompt` and `completion` as lists of messages, with `tools` and `system` where they are
-            there; or `prompt` and `completion` as texts (`completion`). Only what the assistant writes is trained. For
-            preference tuning: `prompt`, `chosen` and `rejected` as messages (`chat_pairs`; the prompt may stand at the
-            beginning of both answers instead) or as texts (`completion_pairs`). A pair counts as one document.
-        chat_template: A file with a Jinja template by which conversations become text, instead of the tokenizer's own.
-        train_on: What is trained of a conversation: every turn of the `assistant`, the `last` one, or `all` tokens.
-        workers: Threads that tokenize; empty means as many as there are cores.
-        part: Make only part K of N of the shards, to be joined by `merge`: K/N (from 1/N to N/N), auto (K and N from
-            SLURM's job array) or auto/N (K from SLURM's job array or a Kubernetes job's index).
-        merge: Instead of preparing, join the folders of all parts into `out`: --merge DIR… --out DIR.
-        verify: Instead of preparing, re-read folders of shards and check everything: --verify DIR….
+        train_tokenizer: Vocabulary size of a byte-level BPE to train on the documents, instead of `tokenizer`.
+        bos_token: Token before each document, instead of the tokenizer's default ("" for none).
+        eos_token: Token after each document, instead of the tokenizer's default.
+        special_tokens: Encode special tokens that occur in the text as such, instead of as ordinary text.
+        text_key: Key or column of the text in JSON and tables; with --format chat, of the messages, if it is not a
+            standard name; with --format completion, of prompt and completion, such as question,answer; for pairs, of
+            prompt, chosen and rejected answer.
+        split: Separator of documents in text files, such as '\n\n' or '<|endoftext|>'; empty means one document per
+            file. \n, \t, \r, \xNN, \uNNNN and \\ are escapes; \n also matches CRLF.
+        min_tokens: Skip shorter documents (the paper: 512).
+        max_tokens: Skip longer documents.
+        validation_fraction: Fraction of the documents to hold out, selected by a hash of their text.
+        limit: Maximum number of documents to read.
+        dedup: Skip documents whose text equals that of an earlier one, by a 64-bit hash (about 60 bytes of memory per
+            document).
+        on_error: What to do with a document that cannot be read, or a conversation that the chat template rejects:
+            `stop`, or `skip` and count it.
+        chunk_size: Maximum size of a chunk, such as 64MB; a larger document gets a chunk of its own.
+        format: Format of the sources: `text`; conversations (`chat`) in `messages` (role, content), `conversations`
+            (from, value), or `prompt` and `completion` as lists of messages, with optional `tools` and `system`; or
+            `prompt` and `completion` as text (`completion`). Only the assistant's turns are trained on. For preference
+            tuning: `prompt`, `chosen` and `rejected` as messages (`chat_pairs`; the prompt can be the beginning of both
+            answers instead) or as text (`completion_pairs`). A pair counts as one document.
+        chat_template: File with a Jinja template for conversations that replaces the tokenizer's.
+        train_on: Tokens of a conversation to train on: all turns of the `assistant`, its `last` turn, or `all` tokens.
+        workers: Number of tokenizer threads; empty means the number of CPU cores.
+        part: Prepare only part K of N, to be joined by `merge`: K/N (1/N to N/N), auto (K and N from the SLURM job
+            array) or auto/N (K from the SLURM job array or the index of a Kubernetes job).
+        merge: Join the folders of all parts into `out` instead of preparing: --merge DIR… --out DIR.
+        verify: Re-read folders of shards and check their contents instead of preparing: --verify DIR….
 
     Returns:
-        What --json prints: an object with `out` (the folder), `format_version` and `fingerprint` of the shards, `part`
-        (null, or `{"number": K, "count": N}`), `splits` (by name, `documents`, `tokens`, `bytes` of text and `longest`
-        document in tokens) and `skipped` (documents by reason). With `verify`, a list of such objects, one for each
-        folder.
+        Result that --json prints: an object with `out` (the folder), `format_version` and `fingerprint` of the shards,
+        `part` (null, or `{"number": K, "count": N}`), `splits` (by name: `documents`, `tokens`, `bytes` of text and
+        `longest` document in tokens) and `skipped` (documents by reason). With `verify`, a list of such objects, one
+        for each folder.
     """
     given = locals()
     import os
@@ -123,7 +123,7 @@ def prepare(
     if not 0 <= validation_fraction < 1:
         raise UsageError(f"validation_fraction: {validation_fraction} must be 0 or more and below 1")
     if workers is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(workers)  # read when tokenizers is first used
+        os.environ["RAYON_NUM_THREADS"] = str(workers)  # read at the first use of tokenizers
 
     from ropepp_lit.data import prepare as work
     from ropepp_lit.data.part_writer import MAX_CHUNK_BYTES
@@ -159,10 +159,10 @@ def prepare(
     folder = Path(out)
     manifest = work.prepare(list(sources), settings, out=folder, share=share, tell=print)
     if share is None:
-        _report(folder, manifest, has_told=manifest.marks_trained_tokens)
+        _report(folder, manifest, has_printed_table=manifest.marks_trained_tokens)
         return _result(folder, manifest)
     documents, tokens = (sum(getattr(x, name) for x in manifest.splits.values()) for name in ("documents", "tokens"))
-    if not manifest.marks_trained_tokens:  # conversations have been told of
+    if not manifest.marks_trained_tokens:  # of conversations they were printed before
         print("\n".join(left_out_lines(manifest)), end="\n" if manifest.skipped else "")
     print(f"Part {share.number} of {share.count} is in {folder}: {documents:,} documents, {tokens:,} tokens.")
     print("When all parts are there: ropepp-lit prepare --merge DIR… --out DIR")
@@ -170,7 +170,7 @@ def prepare(
 
 
 def _result(folder: Path, manifest: Manifest, share: Share | None = None) -> dict[str, Any]:
-    """What --json prints of a folder."""
+    """Return the object that --json prints for a folder."""
     names = ("documents", "tokens", "bytes", "longest")
     return {
         "out": str(folder),
@@ -183,7 +183,7 @@ def _result(folder: Path, manifest: Manifest, share: Share | None = None) -> dic
 
 
 def _check_alone(name: str, given: dict[str, Any], *beside: str) -> None:
-    """Raise UsageError where an option has no effect beside one that does something else than to prepare."""
+    """Raise UsageError for an option that has no effect with `merge` or `verify`."""
     import inspect
 
     from ropepp_lit.errors import UsageError
@@ -208,13 +208,13 @@ def _verify(folder: Path) -> dict[str, Any]:
     return _result(folder, manifest)
 
 
-def _report(folder: Path, manifest: Manifest, *, has_told: bool = False) -> None:
-    """A table of the splits, and how long the documents are: in the terminal and as lengths.png.
+def _report(folder: Path, manifest: Manifest, *, has_printed_table: bool = False) -> None:
+    """Print a table of the splits and a histogram of document lengths, and write the histogram to lengths.png.
 
     Args:
-        folder: Of the shards.
-        manifest: What they are.
-        has_told: Whether the table stands in the terminal already.
+        folder: Folder of the shards.
+        manifest: Manifest of the folder.
+        has_printed_table: Whether the table was printed before.
     """
     from ropepp_lit.data.report import conversation_lines, left_out_lines
     from ropepp_lit.text.tokenizer import TextTokenizer
@@ -229,7 +229,7 @@ def _report(folder: Path, manifest: Manifest, *, has_told: bool = False) -> None
         entry = {**vars(manifest), "tokenizer": manifest.read_tokenizer(folder)}
         description = TextTokenizer.from_entry(entry).description
         print(f"{description[0].upper()}{description[1:]}.")
-    elif not has_told:
+    elif not has_printed_table:
         print("\n".join(conversation_lines(manifest, folder)))
     lengths = manifest.splits["train"].lengths
     used = [place for place, (documents, _) in enumerate(lengths) if documents]
