@@ -1,7 +1,7 @@
-"""What is fuzzed: a whole, tiny input, the files of it that are changed, the action that reads it, and a judge.
+"""Targets of the fuzzer: a valid, tiny input, the files to modify, the action that reads it, and a judge.
 
-An action is a subcommand or the deepest public function that it calls first. It returns what was read, in plain values:
-where it succeeds although the input was changed, the judge decides from these whether that is right.
+An action is a subcommand or the deepest public function that it calls first. It returns what was read as plain values;
+if it succeeds although the input was modified, the judge decides from these whether that is right.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ropepp_lit.cli import main
 
 
 def make_recipe(folder: Path) -> None:
-    """A recipe that names most kinds of settings."""
+    """Create a recipe with most kinds of settings."""
     folder.mkdir(parents=True)
     (folder / "text.txt").write_text("\n".join(TEXTS))
     (folder / "recipe.yaml").write_text(RECIPE)
@@ -103,7 +103,7 @@ sample:
 
 
 def read_recipe(folder: Path, changed: Path) -> Any:
-    """`plan`: parses and checks as `fit` does, which would go on to train."""
+    """Run `plan`, which parses and checks as `fit` does, without training."""
     with contextlib.chdir(folder), _kept_parsers():
         main(["plan", "--config", "recipe.yaml", "--simulate", "false"])
 
@@ -113,7 +113,7 @@ _PARSERS: dict[type, dict[str, Any]] = {}
 
 @contextlib.contextmanager
 def _kept_parsers() -> Iterator[None]:
-    """Make the parser of a subcommand once: that takes longer than all else."""
+    """Build the parser of a subcommand only once, because that takes most of the time."""
     made = LightningCLI.setup_parser
 
     def setup_parser(cli: Any, *arguments: Any, **options: Any) -> None:
@@ -175,4 +175,4 @@ TARGETS = {
         read=read_evaluation, judge=same_if_sealed,
     ),
 }  # fmt: skip
-"""By name."""
+"""Targets by name."""
