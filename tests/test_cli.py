@@ -1,4 +1,4 @@
-"""Mistakes of a user: one line that names the key or file, exit code 2, nothing written."""
+"""Tests of the command line: mistakes are reported in one line with exit code 2, and nothing is written."""
 
 import contextlib
 import json
@@ -100,9 +100,9 @@ MODE = ["--trainer.strategy.context_parallel_mode"]
     ],
 )
 def test_mistakes(mistake, options, expected):
-    said = mistake(*options)
-    assert expected in said
-    assert mistake(*options, subcommand="plan") == said
+    message = mistake(*options)
+    assert expected in message
+    assert mistake(*options, subcommand="plan") == message
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_mistakes(mistake, options, expected):
         (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more and below 2^32"),
     ],
 )
-def test_mistakes_that_are_none_where_only_a_plan_is_made(mistake, options, expected):
+def test_mistakes_that_plan_accepts(mistake, options, expected):
     assert expected in mistake(*options)
 
 
@@ -140,7 +140,7 @@ def test_mistakes_in_a_recipe(mistake, tmp_path, positions, expected):
 
 
 @pytest.mark.parametrize(("subcommand", "world_size"), [("generate", "2"), ("fit", ""), ("fit", "2")])
-def test_an_error_is_silent_on_other_ranks_of_a_run_alone(monkeypatch, capsys, subcommand, world_size):
+def test_only_rank_0_of_a_run_prints_an_error(monkeypatch, capsys, subcommand, world_size):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if world_size:
@@ -156,18 +156,18 @@ def test_empty_folder(mistake, tmp_path):
     assert "data.source: bare: no files there" in mistake("--data.source", "bare")
 
 
-def test_validate_wants_a_checkpoint(mistake):
+def test_validate_requires_a_checkpoint(mistake):
     assert "ckpt_path is missing" in mistake(subcommand="validate")
 
 
-def test_what_is_not_a_checkpoint(mistake, tmp_path):
+def test_files_that_are_not_checkpoints(mistake, tmp_path):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     assert "text.ckpt: not a readable checkpoint" in mistake("--ckpt_path", "text.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     assert "foreign.ckpt: not a checkpoint of ropepp-lit" in mistake("--ckpt_path", "foreign.ckpt")
 
 
-def test_checkpoints_that_do_not_fit(mistake, run, tiny, tmp_path):
+def test_incompatible_checkpoints(mistake, run, tiny, tmp_path):
     run("fit", *tiny, "--trainer.max_steps", "1", "--trainer.default_root_dir", "run", cwd=tmp_path)
     path = "run/checkpoints/last.ckpt"
     other = ["--ckpt_path", path, "--trainer.default_root_dir", "other"]
@@ -196,14 +196,14 @@ def test_generate(mistake, tmp_path):
 
 
 def test_unknown_subcommand(mistake):
-    said = mistake(subcommand="trian")
-    assert "no subcommand 'trian'; choose one of fit, validate, plan, prepare, import, export, upcycle, " in said
-    assert "generate, chat, serve, evaluate, figures" in said
+    message = mistake(subcommand="trian")
+    assert "no subcommand 'trian'; choose one of fit, validate, plan, prepare, import, export, upcycle, " in message
+    assert "generate, chat, serve, evaluate, figures, doctor" in message
 
 
 def test_help_and_version(run, command_path, tmp_path):
     def fresh(*words):
-        """What the command prints in a process that is started for it, in at most two seconds."""
+        """Returns the output of the command in a new process, which takes at most two seconds."""
         return subprocess.run([command_path, *words], capture_output=True, text=True, check=True, timeout=2).stdout
 
     printed = fresh("--help")
@@ -218,7 +218,7 @@ def test_help_and_version(run, command_path, tmp_path):
     assert fresh("--version").startswith("ropepp-lit 0.")
 
 
-@pytest.mark.parametrize("subcommand", ["generate", "chat", "serve", "figures"])
+@pytest.mark.parametrize("subcommand", ["generate", "chat", "serve", "figures", "doctor"])
 def test_help_imports_nothing_heavy(subcommand):
     code = (
         "import sys; from ropepp_lit.cli import main\n"
@@ -231,8 +231,8 @@ def test_help_imports_nothing_heavy(subcommand):
 
 
 @pytest.mark.parametrize("text", ["---", "~", "#", "# a", "Null", "1e3", "no", "[a]"])
-def test_texts_that_yaml_reads_otherwise_reach_a_subcommand(text):
-    """As separators and tokens."""
+def test_special_texts_of_yaml_reach_a_subcommand(text):
+    """Separators and tokens can be such texts."""
     found = []
 
     def subcommand(*, split: "str | None" = None, limit: "int | None" = None) -> None:
@@ -252,8 +252,8 @@ def test_a_number_that_yaml_reads_as_null():
             call(subcommand, ["subcommand", "--limit", text])
 
 
-def test_texts_that_yaml_reads_otherwise_reach_a_run(tmp_path, monkeypatch):
-    """Each option of ours that is a text or null, and separators; from a recipe and from the command line."""
+def test_special_texts_of_yaml_reach_a_run(tmp_path, monkeypatch):
+    """Covers each of our options of type `str | None`, and separators, in a recipe and on the command line."""
     found = {}
 
     def note(cli):
@@ -275,7 +275,7 @@ def test_texts_that_yaml_reads_otherwise_reach_a_run(tmp_path, monkeypatch):
     assert texts | {"model.init_from", "model.decoder.size"} == set(keys)
     recipe = tmp_path / "recipe.yaml"
     for text in ("---", "# a", "~", "Null"):
-        meant = dict.fromkeys(keys, text)
+        expected = dict.fromkeys(keys, text)
         nested = {}
         for key in keys:
             *groups, name = key.split(".")
@@ -284,8 +284,8 @@ def test_texts_that_yaml_reads_otherwise_reach_a_run(tmp_path, monkeypatch):
                 part = part.setdefault(group, {})
             part[name] = text
         recipe.write_text(json.dumps(nested), encoding="utf-8")
-        assert read("--config", recipe) == meant
-        assert read(*(f"--{key}={text}" for key in keys)) == meant
+        assert read("--config", recipe) == expected
+        assert read(*(f"--{key}={text}" for key in keys)) == expected
     nothing = {**dict.fromkeys(keys), "data.split": "null"}
     assert read(*(f"--{key}=null" for key in keys)) == nothing
     recipe.write_text("data:\n  tokenizer:\n  cache_dir: ~ # none\nmodel: {init_from: null}\n", encoding="utf-8")
@@ -295,8 +295,8 @@ def test_texts_that_yaml_reads_otherwise_reach_a_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("mode", ["verify", "merge"])
 @pytest.mark.parametrize(("option", "value"), [("tokenizer", "bytes"), ("dedup", "true"), ("limit", "3")])
 def test_no_option_of_prepare_is_ignored(mistake, mode, option, value):
-    said = mistake(f"--{mode}", "shards", "more", f"--{option}", value, subcommand="prepare")
-    assert f"{option}: has no effect with --{mode}; leave it out" in said
+    message = mistake(f"--{mode}", "shards", "more", f"--{option}", value, subcommand="prepare")
+    assert f"{option}: has no effect with --{mode}; leave it out" in message
 
 
 def test_numbers_and_choices_that_yaml_reads_as_null(mistake):

@@ -23,7 +23,7 @@ def fit(
 ) -> dict[str, Any]:
     """Train into a folder, or resume the run there; a finished run is not repeated.
 
-    Exits if the training fails, or if the folder contains the run of another command.
+    Exits if the training fails, or if the folder holds the run of another command.
 
     Args:
         folder: Folder of the run; its output goes to a file next to it that ends with .log.
@@ -48,7 +48,7 @@ def fit(
     if finished.exists():
         found: dict[str, Any] = json.loads(finished.read_text())
         if found["command"] != shown:
-            sys.exit(f"{folder}: contains the run of another command (see {finished}); name another --out")
+            sys.exit(f"{folder}: holds the run of another command (see {finished}); name another --out")
         return found
     last = folder / "checkpoints" / "last.ckpt"
     is_new, started = not last.exists(), time.monotonic()

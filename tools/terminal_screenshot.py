@@ -25,7 +25,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-_TOKEN = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])|\x1b[()][0-9A-B]|\x1b.|[\r\n\b]|[^\x00-\x1f\x7f]", re.DOTALL)
+_TOKEN = re.compile(
+    r"\x1b\[([0-9;?]*)([A-Za-z])|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[()][0-9A-B]|\x1b.|[\r\n\b]|[^\x00-\x1f\x7f]",
+    re.DOTALL,
+)
 
 
 class Screen:
