@@ -85,7 +85,8 @@ def output(*, as_json: bool, quiet: bool) -> Iterator[Callable[[Any], None]]:
     with ExitStack() as stack:
         if quiet:
             _is_quiet = True
-            os.environ |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # bars of libraries
+            for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+                os.environ[variable] = "1"
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
         elif as_json:
             stack.enter_context(redirect_stdout(sys.stderr))
