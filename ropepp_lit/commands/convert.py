@@ -216,7 +216,7 @@ def _new_checkpoint(out: str) -> Path:
     if path.suffix != ".ckpt":
         raise UsageError(f"out: {out}: name a file that ends with .ckpt")
     if path.exists():
-        raise UsageError(f"out: {path}: there already; name another file")
+        raise UsageError(f"out: {path}: already exists; name another file")
     return path
 
 
@@ -236,7 +236,7 @@ def _write(path: Path, checkpoint: dict[str, Any]) -> None:
     recipe = to_yaml(recipe_from(path, ours))
     # The recipe comes first, so that the same command succeeds if it was killed before the checkpoint was written.
     if fragment.exists() and fragment.read_bytes() != recipe.encode():
-        raise UsageError(f"out: {fragment}: there already; name another file")
+        raise UsageError(f"out: {fragment}: already exists; name another file")
     with write_errors(fragment):
         write_whole(fragment, recipe)
     try:
@@ -248,8 +248,8 @@ def _write(path: Path, checkpoint: dict[str, Any]) -> None:
     print(
         f"""{path}: {decoder.positions_in_words}, {decoder.num_parameters:,} parameters
 {layout.num_query_heads} query projections → {layout.num_attention_heads} attention heads, \
-{layout.num_key_value_heads} key/value heads of {decoder.config.head_dim}; made to read \
-{ours["context_length"] or 0:,} tokens{texts}
+{layout.num_key_value_heads} key/value heads of {decoder.config.head_dim}; context \
+length {ours["context_length"] or 0:,} tokens{texts}
 
 Next:
   ropepp-lit fit --config RECIPE {command(config=fragment)}    # RECIPE defines trainer and data

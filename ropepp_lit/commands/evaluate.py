@@ -89,7 +89,7 @@ def evaluate(
     sizes = tuple(parse_tokens("lengths", lengths))
     folder = Path(out)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "parts").is_dir()):
-        raise UsageError(f"out: {out} holds something else than an evaluation; name an empty or a new folder")
+        raise UsageError(f"out: {out} is neither empty nor an evaluation; name an empty or new folder")
 
     import torch  # heavy imports follow the checks of the arguments
 

@@ -165,7 +165,7 @@ def prepare(
     if not manifest.marks_trained_tokens:  # of conversations they were printed before
         print("\n".join(left_out_lines(manifest)), end="\n" if manifest.skipped else "")
     print(f"Part {share.number} of {share.count} is in {folder}: {documents:,} documents, {tokens:,} tokens.")
-    print("When all parts are there: ropepp-lit prepare --merge DIR… --out DIR")
+    print("When all parts are finished: ropepp-lit prepare --merge DIR… --out DIR")
     return _result(folder, manifest, share)
 
 
@@ -204,7 +204,7 @@ def _verify(folder: Path) -> dict[str, Any]:
     manifest = Manifest.read(folder)
     splits = manifest.splits.values()
     chunks, tokens = sum(len(split.chunks) for split in splits), sum(split.tokens for split in splits)
-    print(f"{folder}: all {chunks:,} chunks with {tokens:,} tokens are as they were written.")
+    print(f"{folder}: all {chunks:,} chunks with {tokens:,} tokens are intact.")
     return _result(folder, manifest)
 
 
@@ -241,7 +241,7 @@ def _report(folder: Path, manifest: Manifest, *, has_printed_table: bool = False
         share = tokens / manifest.splits["train"].tokens
         print(f"{2**place:>10,} – {2 ** (place + 1) - 1:>9,}{documents:>12,}{share:>16.1%}  {bar}")
     _draw(folder / "lengths.png", lengths[used[0] : used[-1] + 1], used[0])
-    print(f"\nThe shards are in {folder}, the lengths drawn in {folder / 'lengths.png'}.")
+    print(f"\nThe shards are in {folder}, the histogram of lengths in {folder / 'lengths.png'}.")
     print(f"Next: {command('ropepp-lit', 'prepare', verify=folder)}")
 
 

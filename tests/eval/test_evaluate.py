@@ -248,7 +248,7 @@ def test_a_checkpoint_that_is_replaced_after_the_beginning_is_refused(small_chec
             "text: latin.txt: not UTF-8; convert it by `iconv -f ENCODING -t UTF-8`, or leave the file out",
         ),
         (["--min_tokens", "100000"], "holds no document of 100,000 tokens or more"),
-        (["--out", "taken"], "out: taken holds something else than an evaluation"),
+        (["--out", "taken"], "out: taken is neither empty nor an evaluation"),
     ],
 )
 def test_mistakes(mistake, small_checkpoints, text, tmp_path, monkeypatch, options, said):
