@@ -6,6 +6,7 @@ import inspect
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from pydoc import locate
 from typing import Any, Literal, NoReturn
@@ -76,10 +77,11 @@ _NO_FILE = re.compile(r"File does not exist: '(.*)'")
 
 
 def _suggestion(parser: Any, message: str) -> str:
-    """The option, choice or file that is nearest to the one that a parser refused, as the end of the message."""
+    """Name the option, choice or file nearest to the rejected one, as the end of a parser's message."""
     message = " ".join(_condensed(message).split())
     if found := _UNKNOWN_OF_CLASS.search(message):
-        return did_you_mean(found[2], inspect.signature(locate(found[1])).parameters)  # type: ignore[arg-type]
+        with suppress(TypeError, ValueError):  # a class without a signature
+            return did_you_mean(found[2], inspect.signature(locate(found[1])).parameters)  # type: ignore[arg-type]
     if found := _UNKNOWN.search(message):
         return did_you_mean(found[1] or found[2], _option_names(parser))
     if found := _NO_FILE.search(message):
@@ -92,7 +94,7 @@ def _suggestion(parser: Any, message: str) -> str:
 
 
 def _option_names(parser: Any) -> set[str]:
-    """Names of the options of a parser and of its subcommands, without dashes."""
+    """Return the names of the options of a parser and its subcommands, without dashes."""
     names = {name.lstrip("-") for action in parser._actions for name in action.option_strings}
     subcommands = getattr(parser, "_subcommands_action", None)
     for subparser in subcommands._name_parser_map.values() if subcommands else ():
