@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ropepp_lit.data.token_data import TokenData
     from ropepp_lit.errors import UsageError
     from ropepp_lit.inference.completion import Completion, complete
-    from ropepp_lit.inference.model import Model, Writing, load_model
+    from ropepp_lit.inference.model import GenerationSettings, Model, load_model
     from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme, RoPE, RoPEPP
     from ropepp_lit.nn.sampling import Sampling
     from ropepp_lit.train.causal_lm import CausalLM
@@ -30,7 +30,7 @@ _MODULES = {
     "data.token_data": ("TokenData",),
     "errors": ("UsageError",),
     "inference.completion": ("Completion", "complete"),
-    "inference.model": ("Model", "Writing", "load_model"),
+    "inference.model": ("GenerationSettings", "Model", "load_model"),
     "nn": ("Decoder", "DecoderConfig", "Frequencies", "PositionScheme", "RoPE", "RoPEPP"),
     "nn.sampling": ("Sampling",),
     "train.causal_lm": ("CausalLM",),
@@ -48,6 +48,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "Frequencies",
+    "GenerationSettings",
     "Model",
     "Muon",
     "PositionScheme",
@@ -57,7 +58,6 @@ __all__ = [
     "TokenData",
     "UsageError",
     "WarmupStableDecay",
-    "Writing",
     "complete",
     "evaluate",
     "export",

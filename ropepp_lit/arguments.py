@@ -6,14 +6,18 @@ import inspect
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from contextlib import suppress
+from pathlib import Path
+from pydoc import locate
+from typing import Any, Literal, NoReturn
 
 import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_loader
 
-from ropepp_lit.errors import DISK_ERRORS, UsageError
-from ropepp_lit.files import local_path, system_error
+from ropepp_lit.errors import DISK_ERRORS, EXIT_CODES, UsageError, did_you_mean
+from ropepp_lit.files import local_path, nearest_file, system_error
+from ropepp_lit.terminal import output
 
 _read_yaml = get_loader("yaml")
 
@@ -35,13 +39,17 @@ set_loader("yaml", _read_value, exceptions=(yaml.YAMLError,))
 
 
 class OneLineErrors:
-    """Mixin for parsers: a mistake becomes a UsageError, where the original would print the usage too."""
+    """Mixin for parsers: a mistake becomes a UsageError with the nearest option or choice; exit codes in the help."""
+
+    def format_help(self, *args: Any) -> str:
+        """Append the exit codes, which are the same for all subcommands."""
+        return f"{super().format_help(*args)}\n{EXIT_CODES}"  # type: ignore[misc]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise what the command prints in one line."""
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
-        raise UsageError(_condensed(message)) from ex
+        raise UsageError(_condensed(message) + _suggestion(self, message)) from ex
 
 
 _UNION = re.compile(
@@ -63,17 +71,58 @@ def _condensed(message: str) -> str:
     return message
 
 
+_UNKNOWN = re.compile(r"unrecognized arguments: --([\w.]+)|does not accept option '([\w.]+)'")
+_UNKNOWN_OF_CLASS = re.compile(r"class_path '([\w.]+)': Option '(\w+)' is not accepted")
+_NO_FILE = re.compile(r"File does not exist: '(.*)'")
+
+
+def _suggestion(parser: Any, message: str) -> str:
+    """Name the option, choice or file nearest to the rejected one, as the end of a parser's message."""
+    message = " ".join(_condensed(message).split())
+    if found := _UNKNOWN_OF_CLASS.search(message):
+        with suppress(TypeError, ValueError):  # a class without a signature
+            return did_you_mean(found[2], inspect.signature(locate(found[1])).parameters)  # type: ignore[arg-type]
+    if found := _UNKNOWN.search(message):
+        return did_you_mean(found[1] or found[2], _option_names(parser))
+    if found := _NO_FILE.search(message):
+        return nearest_file(Path(found[1]))
+    choices = [
+        choice for literal in re.findall(r"Literal\[(.*?)\]", message) for choice in re.findall(r"'(.*?)'", literal)
+    ]
+    found = re.search(r"Got value: (\S+)$", message)
+    return did_you_mean(found[1], choices) if found else ""
+
+
+def _option_names(parser: Any) -> set[str]:
+    """Return the names of the options of a parser and its subcommands, without dashes."""
+    names = {name.lstrip("-") for action in parser._actions for name in action.option_strings}
+    subcommands = getattr(parser, "_subcommands_action", None)
+    for subparser in subcommands._name_parser_map.values() if subcommands else ():
+        names |= _option_names(subparser)
+    return names
+
+
 class _Parser(OneLineErrors, ArgumentParser):
     pass
 
 
-def call(function: Callable[..., None], arguments: list[str]) -> None:
+_FLAGS = {
+    "json": "Print the result as one line of JSON to stdout, and everything else to stderr.",
+    "quiet": "Print errors and warnings only, and draw no progress bars.",
+}
+"""Options of several subcommands, by name, and their help."""
+
+
+def call(
+    function: Callable[..., Any], arguments: list[str], *, flags: tuple[Literal["json", "quiet"], ...] = ()
+) -> None:
     """Parse a command line by a function's signature, and call the function.
 
     Args:
         function: Arguments without a default are positional, the others options; `*names` takes any number of words. An
             argument before `*` that has a default is positional too, and may be left out.
         arguments: The subcommand's name and its options.
+        flags: Options of :data:`_FLAGS` that the subcommand has too. With `json`, the function returns the result.
 
     Raises:
         UsageError: an argument is missing, unknown or of the wrong type; `out`, `gguf`, `adapter` or `cache_dir` is a
@@ -89,14 +138,18 @@ def call(function: Callable[..., None], arguments: list[str]) -> None:
         parser.add_argument(name, nargs="?", type=str, help=documented[name])
     for name in many:
         parser.add_argument(name, nargs="*", type=str, help=documented[name])
+    for name in flags:
+        parser.add_argument(f"--{name}", action="store_true", help=_FLAGS[name])
     values: dict[str, Any] = parser.parse_args(arguments[1:]).as_dict()
+    as_json, quiet = (values.pop(name, False) for name in ("json", "quiet"))
     words = [word for name in many for word in values.pop(name)]
     check_given(arguments[1:], values)
     for name in ("out", "gguf", "adapter", "cache_dir"):
         if values.get(name) is not None:
             values[name] = local_path(name, values[name])
     try:
-        function(*words, **values)
+        with output(as_json=as_json, quiet=quiet) as print_result:
+            print_result(function(*words, **values))
     except UsageError:
         raise
     except Exception as error:

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from ropepp_lit.checkpoint_values import check_entry, check_weights
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import sync, write_errors
+from ropepp_lit.files import nearest_file, sync, write_errors
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, PositionScheme
 from ropepp_lit.sharded import (
     SHARDED_METADATA,
@@ -89,7 +89,8 @@ def read_checkpoint(path: str | Path, *, shapes_only: bool = False, checksums: b
         what = f"name {newest[0]}" if newest else "name a .ckpt file, or a folder in Hugging Face's format"
         raise UsageError(f"{path}: a folder, not a checkpoint; {what}")
     if not path.is_file():
-        raise UsageError(f"{path}: no such checkpoint; name a .ckpt file, or a folder in Hugging Face's format")
+        near = nearest_file(path)
+        raise UsageError(f"{path}: no such checkpoint; name a .ckpt file, or a folder in Hugging Face's format{near}")
     checkpoint = _check_entry(path, read_pickled(path))
     if checksums:
         check_pickled(path)

@@ -1,4 +1,4 @@
-"""The command `ropepp-lit`: finds the subcommand's code by its first word, imports only that, and tells errors."""
+"""Entry point of the command `ropepp-lit`: imports and runs a subcommand, and reports errors in one line."""
 
 from __future__ import annotations
 
@@ -8,39 +8,40 @@ import sys
 from typing import NoReturn
 
 from ropepp_lit import __version__
-from ropepp_lit.errors import DISK_ERRORS, LostProcessError, UsageError
+from ropepp_lit.errors import DISK_ERRORS, EXIT_CODES, LostProcessError, UsageError, did_you_mean
 from ropepp_lit.own_modules import find_in_current_folder, leave_current_folder
 from ropepp_lit.terminal import prepare_streams, quiet_full_disk_in_threads
 
 SUBCOMMANDS = {
-    "fit": ("train a model by a recipe", "ropepp_lit.train.cli"),
-    "validate": ("measure a checkpoint on held-out text", "ropepp_lit.train.cli"),
-    "plan": ("say what a recipe will do and cost", "ropepp_lit.train.plan"),
-    "prepare": ("turn text into token shards", "ropepp_lit.commands.prepare"),
-    "import": ("turn a Hugging Face folder into a checkpoint", "ropepp_lit.commands.convert"),
-    "export": ("turn a checkpoint into a Hugging Face folder", "ropepp_lit.commands.convert"),
-    "upcycle": ("turn a RoPE checkpoint into a RoPE++ one", "ropepp_lit.commands.convert"),
-    "generate": ("let a checkpoint write", "ropepp_lit.commands.generate"),
-    "chat": ("talk with a checkpoint in the terminal", "ropepp_lit.commands.chat"),
-    "serve": ("serve a checkpoint over HTTP, as OpenAI's API does", "ropepp_lit.commands.serve"),
-    "evaluate": ("measure checkpoints at long context", "ropepp_lit.commands.evaluate"),
+    "fit": ("train a model from a recipe", "ropepp_lit.train.cli"),
+    "validate": ("compute the validation loss of a checkpoint", "ropepp_lit.train.cli"),
+    "plan": ("estimate the memory, time and cost of a recipe", "ropepp_lit.train.plan"),
+    "prepare": ("tokenize text into shards", "ropepp_lit.commands.prepare"),
+    "import": ("convert a Hugging Face model to a checkpoint", "ropepp_lit.commands.convert"),
+    "export": ("convert a checkpoint to a Hugging Face model", "ropepp_lit.commands.convert"),
+    "upcycle": ("convert a RoPE checkpoint to RoPE++", "ropepp_lit.commands.convert"),
+    "generate": ("generate text from a prompt or a file of prompts", "ropepp_lit.commands.generate"),
+    "chat": ("chat with a model in the terminal", "ropepp_lit.commands.chat"),
+    "serve": ("serve a model over HTTP with an OpenAI-compatible API", "ropepp_lit.commands.serve"),
+    "evaluate": ("evaluate checkpoints at long context", "ropepp_lit.commands.evaluate"),
     "figures": ("draw the figures of the method", "ropepp_lit.commands.figures"),
+    "doctor": ("check the installation and report the devices", "ropepp_lit.commands.doctor"),
 }
-"""What each subcommand does, and the module whose `main(arguments)` does it; the subcommand is the first argument."""
+"""Description of each subcommand, and the module whose `main(arguments)` runs it; arguments[0] is the subcommand."""
 
 
-PRINTING = ("generate", "chat", "plan")
-"""Subcommands that only print; they end when nobody reads on, and the others go on."""
+PRINTING = ("generate", "chat", "plan", "doctor")
+"""Subcommands that only print. They exit when stdout is closed; the other subcommands continue."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command.
 
-    Exits with 2 after a user's mistake, 1 where another process of a run is lost, 130 after Ctrl-C, and 141 where a
-    command that only prints loses its reader, as in `ropepp-lit generate … | head`.
+    Exits with 2 after a user's mistake, 1 if another process of a distributed run was lost, 130 after Ctrl-C, and 141
+    if stdout of a subcommand that only prints is closed, as in `ropepp-lit generate … | head`.
 
     Args:
-        arguments: Words behind `ropepp-lit`; empty means those of the process.
+        arguments: Arguments after `ropepp-lit`; None means `sys.argv`.
     """
     if arguments is None:
         arguments = sys.argv[1:]
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         leave_current_folder()
         package = os.path.dirname(os.path.abspath(__file__))
         if os.path.dirname(package) != folder:
-            os.environ["PYTHONSAFEPATH"] = "1"  # Python processes that are started do not put their folder first
+            os.environ["PYTHONSAFEPATH"] = "1"  # child Python processes do not put the current folder on sys.path
     try:
         _run(arguments)
     except LostProcessError as error:
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         if error.filename is None and error.errno not in DISK_ERRORS:
             raise
         _fail(f"{error.filename or 'disk'}: {error.strerror}", 2, arguments)
-    sys.stdout.flush()  # here, where a reader that has gone is no error
+    sys.stdout.flush()  # here, where a closed pipe is not an error
 
 
 def _run(arguments: list[str]) -> None:
@@ -78,12 +79,13 @@ def _run(arguments: list[str]) -> None:
         return
     find_in_current_folder()
     if arguments[0] not in SUBCOMMANDS:
-        raise UsageError(f"no subcommand {arguments[0]!r}; choose one of {', '.join(SUBCOMMANDS)}")
+        near = did_you_mean(arguments[0], SUBCOMMANDS)
+        raise UsageError(f"no subcommand {arguments[0]!r}; choose one of {', '.join(SUBCOMMANDS)}{near}")
     importlib.import_module(SUBCOMMANDS[arguments[0]][1]).main(arguments)
 
 
 def _fail(problem: str, code: int, arguments: list[str], *, on_every_rank: bool = False) -> NoReturn:
-    # All ranks of a run find the same mistake. Alone, LOCAL_RANK is left over from another program.
+    # All ranks of a run find the same mistake. LOCAL_RANK without WORLD_SIZE is left over from another program.
     is_rank = arguments[:1] in (["fit"], ["validate"]) and "WORLD_SIZE" in os.environ
     if on_every_rank or not is_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"ropepp-lit: error: {' '.join(problem.split())}", file=sys.stderr)
@@ -102,9 +104,11 @@ def _help() -> str:
             *lines,
             "",
             "options:",
-            "  -h, --help  show this",
+            "  -h, --help  show this help",
             "  --version   show the version",
             "",
-            "Each subcommand answers --help. To begin: ropepp-lit fit --config recipes/quickstart.yaml",
+            EXIT_CODES,
+            "Options of a subcommand: ropepp-lit SUBCOMMAND --help",
+            "First run:               ropepp-lit fit --config recipes/quickstart.yaml",
         )
     )

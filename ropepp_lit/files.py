@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ropepp_lit.errors import UsageError
+from ropepp_lit.errors import UsageError, did_you_mean
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 """What flock answers on file systems that have no locks."""
@@ -80,6 +80,15 @@ def local_path(key: str, value: str) -> str:
     if not Path(os.path.abspath(value)).name:
         raise UsageError(f"{key}: {value} is the root of all folders; name a folder inside it")
     return os.path.abspath(value) if Path(value).name in ("", "..") else value
+
+
+def nearest_file(path: Path) -> str:
+    """Name the file or folder whose name is nearest to one that does not exist, as the end of a message."""
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return ""
+    return did_you_mean(path.name, names)
 
 
 def check_new_folder(path: Path) -> None:

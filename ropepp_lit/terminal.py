@@ -1,15 +1,21 @@
-"""What a terminal shows: streams that survive any encoding and a reader that has gone; no tracebacks of a full disk."""
+"""Output of the command: streams that survive any encoding and a closed pipe, progress bars, `--json` and `--quiet`."""
 
 from __future__ import annotations
 
 import codecs
 import io
+import json
 import os
 import sys
 import threading
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
 
 from ropepp_lit.errors import DISK_ERRORS
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 READER_GONE = 141
 """Exit code of a command that only prints, when nobody reads on: that of a program ended by SIGPIPE."""
@@ -50,6 +56,71 @@ def _lasting(stream: io.TextIOWrapper, *, ends: bool) -> io.TextIOWrapper:
         errors="ropepp_lit.near",
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
+    )
+
+
+_is_quiet = False
+"""Whether progress bars are off, by :func:`output`."""
+
+
+@contextmanager
+def output(*, as_json: bool, quiet: bool) -> Iterator[Callable[[Any], None]]:
+    """Apply `--json` and `--quiet` to everything that is printed inside.
+
+    Args:
+        as_json: Print everything to stderr, so that stdout has nothing but the result.
+        quiet: Print nothing to stdout but the result, and draw no progress bars. Errors and warnings, which go to
+            stderr, are still printed.
+
+    Yields:
+        Function that prints the result to stdout as one line of JSON; it does nothing without `as_json`.
+    """
+    global _is_quiet
+    stdout, before = sys.stdout, _is_quiet
+
+    def print_result(result: Any) -> None:
+        if as_json:
+            print(json.dumps(result), file=stdout)
+
+    with ExitStack() as stack:
+        if quiet:
+            _is_quiet = True
+            for variable in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+                os.environ[variable] = "1"
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+        elif as_json:
+            stack.enter_context(redirect_stdout(sys.stderr))
+        try:
+            yield print_result
+        finally:
+            _is_quiet = before
+
+
+def progress_bar(
+    description: str, *, unit: str, total: float | None = None, initial: int = 0, scale: bool = False, show: bool = True
+) -> tqdm:
+    """Create a progress bar on stderr, which is drawn on a terminal only and removed when it is closed.
+
+    Args:
+        description: Text before the bar.
+        unit: Name of what is counted, in the plural.
+        total: Number of units; None means that it is not known.
+        initial: Units that were done before.
+        scale: Print numbers with k, M, G.
+        show: Draw the bar.
+    """
+    from tqdm import tqdm
+
+    return tqdm(
+        desc=description,
+        unit=f" {unit}",
+        total=total,
+        initial=initial,
+        unit_scale=scale,
+        file=sys.stderr,
+        disable=None if show and not _is_quiet else True,  # None means: unless stderr is a terminal
+        leave=False,
+        dynamic_ncols=True,
     )
 
 

@@ -1,4 +1,4 @@
-"""Commands that are disturbed at random moments, by tools/chaos.py."""
+"""Tests of tools/chaos.py: fault injection into commands."""
 
 import json
 import os
@@ -23,8 +23,8 @@ def chaos(folder, **options):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs LD_PRELOAD and /proc")
-def test_a_dose_of_each_kind(tmp_path):
-    """Kills and signals at operations on files, and errors of the disk."""
+def test_each_kind_of_fault(tmp_path):
+    """Signals at file operations, and errors of the disk."""
     kinds = ["SIGKILL", "SIGTERM"]
     if shutil.which("cc"):
         kinds += ["full disk", "EIO"]
@@ -39,8 +39,8 @@ def test_a_dose_of_each_kind(tmp_path):
     ("fault", "expected"),
     [("signal 9", "-9 10"), ("once 5", "2 10"), ("always 28", "2 10"), ("clock 90000", "0 20")],
 )
-def test_faults_come_at_their_operation(tmp_path, fault, expected):
-    """Twenty files are written (opened, written, renamed); the fault comes at operation 31, a file's beginning."""
+def test_faults_occur_at_their_operation(tmp_path, fault, expected):
+    """Twenty files are opened, written and renamed; the fault occurs at operation 31, when a file is opened."""
     library, folder = tmp_path / "faults.so", tmp_path / "files"
     folder.mkdir()
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, TOOLS / "faults.c", "-ldl"], check=True)

@@ -1,4 +1,4 @@
-"""The check of a GPU runs through on a CPU."""
+"""Tests of tools/check_gpu.py with a tiny model on a CPU."""
 
 import importlib.util
 import json
@@ -23,12 +23,12 @@ def test_tiny(tmp_path):
     assert all(row["agrees"] for title in list(found)[1:3] for row in found[title])
     assert {row["scheme"] for row in found["Training"]} == {"RoPE", "EH", "EC"}
     assert not [row for rows in found.values() for row in rows if "note" in row]
-    # The table that is printed is the one that is written.
+    # The printed and the written table are the same.
     (environment,) = found["Environment"]
     assert f"| {environment['device']} |" in finished.stdout
 
 
-def test_rows_that_the_time_does_not_suffice_for_say_so(tmp_path):
+def test_rows_without_time_are_not_measured(tmp_path):
     command = [sys.executable, TOOL, "--tiny", "--minutes", "0", "--out", tmp_path / "check.json"]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads((tmp_path / "check.json").read_text())
@@ -37,7 +37,7 @@ def test_rows_that_the_time_does_not_suffice_for_say_so(tmp_path):
     assert "not measured: out of time" in finished.stdout
 
 
-def test_a_wrong_kernel_disagrees(monkeypatch):
+def test_a_wrong_kernel_is_detected(monkeypatch):
     spec = importlib.util.spec_from_file_location("check_gpu", TOOL)
     check_gpu = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(check_gpu)

@@ -1,15 +1,17 @@
-"""Mistakes of a user: one line that names the key or file, exit code 2, nothing written."""
+"""Tests of the command line: mistakes are reported in one line with exit code 2, and nothing is written."""
 
+import contextlib
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+import yaml
 
 from ropepp_lit.arguments import call
 from ropepp_lit.cli import SUBCOMMANDS, main
-from ropepp_lit.errors import UsageError
+from ropepp_lit.errors import EXIT_CODES, UsageError
 from ropepp_lit.train.cli import RecipeCLI
 
 pytestmark = pytest.mark.end_to_end
@@ -98,9 +100,9 @@ MODE = ["--trainer.strategy.context_parallel_mode"]
     ],
 )
 def test_mistakes(mistake, options, expected):
-    said = mistake(*options)
-    assert expected in said
-    assert mistake(*options, subcommand="plan") == said
+    message = mistake(*options)
+    assert expected in message
+    assert mistake(*options, subcommand="plan") == message
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_mistakes(mistake, options, expected):
         (["--seed_everything", "-1"], "seed_everything: -1 must be 0 or more and below 2^32"),
     ],
 )
-def test_mistakes_that_are_none_where_only_a_plan_is_made(mistake, options, expected):
+def test_mistakes_that_plan_accepts(mistake, options, expected):
     assert expected in mistake(*options)
 
 
@@ -138,7 +140,7 @@ def test_mistakes_in_a_recipe(mistake, tmp_path, positions, expected):
 
 
 @pytest.mark.parametrize(("subcommand", "world_size"), [("generate", "2"), ("fit", ""), ("fit", "2")])
-def test_an_error_is_silent_on_other_ranks_of_a_run_alone(monkeypatch, capsys, subcommand, world_size):
+def test_only_rank_0_of_a_run_prints_an_error(monkeypatch, capsys, subcommand, world_size):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if world_size:
@@ -154,18 +156,18 @@ def test_empty_folder(mistake, tmp_path):
     assert "data.source: bare: it contains no files to read" in mistake("--data.source", "bare")
 
 
-def test_validate_wants_a_checkpoint(mistake):
+def test_validate_requires_a_checkpoint(mistake):
     assert "ckpt_path is missing" in mistake(subcommand="validate")
 
 
-def test_what_is_not_a_checkpoint(mistake, tmp_path):
+def test_files_that_are_not_checkpoints(mistake, tmp_path):
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     assert "text.ckpt: not a readable checkpoint" in mistake("--ckpt_path", "text.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
     assert "foreign.ckpt: not a checkpoint of ropepp-lit" in mistake("--ckpt_path", "foreign.ckpt")
 
 
-def test_checkpoints_that_do_not_fit(mistake, run, tiny, tmp_path):
+def test_incompatible_checkpoints(mistake, run, tiny, tmp_path):
     run("fit", *tiny, "--trainer.max_steps", "1", "--trainer.default_root_dir", "run", cwd=tmp_path)
     path = "run/checkpoints/last.ckpt"
     other = ["--ckpt_path", path, "--trainer.default_root_dir", "other"]
@@ -194,14 +196,14 @@ def test_generate(mistake, tmp_path):
 
 
 def test_unknown_subcommand(mistake):
-    said = mistake(subcommand="trian")
-    assert "no subcommand 'trian'; choose one of fit, validate, plan, prepare, import, export, upcycle, " in said
-    assert "generate, chat, serve, evaluate, figures" in said
+    message = mistake(subcommand="trian")
+    assert "no subcommand 'trian'; choose one of fit, validate, plan, prepare, import, export, upcycle, " in message
+    assert "generate, chat, serve, evaluate, figures, doctor" in message
 
 
 def test_help_and_version(run, command_path, tmp_path):
     def fresh(*words):
-        """What the command prints in a process that is started for it, in at most two seconds."""
+        """Returns the output of the command in a new process, which takes at most two seconds."""
         return subprocess.run([command_path, *words], capture_output=True, text=True, check=True, timeout=2).stdout
 
     printed = fresh("--help")
@@ -216,7 +218,7 @@ def test_help_and_version(run, command_path, tmp_path):
     assert fresh("--version").startswith("ropepp-lit 0.")
 
 
-@pytest.mark.parametrize("subcommand", ["generate", "chat", "serve", "figures"])
+@pytest.mark.parametrize("subcommand", ["generate", "chat", "serve", "figures", "doctor"])
 def test_help_imports_nothing_heavy(subcommand):
     code = (
         "import sys; from ropepp_lit.cli import main\n"
@@ -229,8 +231,8 @@ def test_help_imports_nothing_heavy(subcommand):
 
 
 @pytest.mark.parametrize("text", ["---", "~", "#", "# a", "Null", "1e3", "no", "[a]"])
-def test_texts_that_yaml_reads_otherwise_reach_a_subcommand(text):
-    """As separators and tokens."""
+def test_special_texts_of_yaml_reach_a_subcommand(text):
+    """Separators and tokens can be such texts."""
     found = []
 
     def subcommand(*, split: "str | None" = None, limit: "int | None" = None) -> None:
@@ -250,8 +252,8 @@ def test_a_number_that_yaml_reads_as_null():
             call(subcommand, ["subcommand", "--limit", text])
 
 
-def test_texts_that_yaml_reads_otherwise_reach_a_run(tmp_path, monkeypatch):
-    """Each option of ours that is a text or null, and separators; from a recipe and from the command line."""
+def test_special_texts_of_yaml_reach_a_run(tmp_path, monkeypatch):
+    """Covers each of our options of type `str | None`, and separators, in a recipe and on the command line."""
     found = {}
 
     def note(cli):
@@ -273,7 +275,7 @@ def test_texts_that_yaml_reads_otherwise_reach_a_run(tmp_path, monkeypatch):
     assert texts | {"model.init_from", "model.decoder.size"} == set(keys)
     recipe = tmp_path / "recipe.yaml"
     for text in ("---", "# a", "~", "Null"):
-        meant = dict.fromkeys(keys, text)
+        expected = dict.fromkeys(keys, text)
         nested = {}
         for key in keys:
             *groups, name = key.split(".")
@@ -282,8 +284,8 @@ def test_texts_that_yaml_reads_otherwise_reach_a_run(tmp_path, monkeypatch):
                 part = part.setdefault(group, {})
             part[name] = text
         recipe.write_text(json.dumps(nested), encoding="utf-8")
-        assert read("--config", recipe) == meant
-        assert read(*(f"--{key}={text}" for key in keys)) == meant
+        assert read("--config", recipe) == expected
+        assert read(*(f"--{key}={text}" for key in keys)) == expected
     nothing = {**dict.fromkeys(keys), "data.split": "null"}
     assert read(*(f"--{key}=null" for key in keys)) == nothing
     recipe.write_text("data:\n  tokenizer:\n  cache_dir: ~ # none\nmodel: {init_from: null}\n", encoding="utf-8")
@@ -293,8 +295,8 @@ def test_texts_that_yaml_reads_otherwise_reach_a_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("mode", ["verify", "merge"])
 @pytest.mark.parametrize(("option", "value"), [("tokenizer", "bytes"), ("dedup", "true"), ("limit", "3")])
 def test_no_option_of_prepare_is_ignored(mistake, mode, option, value):
-    said = mistake(f"--{mode}", "shards", "more", f"--{option}", value, subcommand="prepare")
-    assert f"{option}: has no effect with --{mode}; leave it out" in said
+    message = mistake(f"--{mode}", "shards", "more", f"--{option}", value, subcommand="prepare")
+    assert f"{option}: has no effect with --{mode}; leave it out" in message
 
 
 def test_numbers_and_choices_that_yaml_reads_as_null(mistake):
@@ -303,3 +305,49 @@ def test_numbers_and_choices_that_yaml_reads_as_null(mistake):
             assert f"{key}: {text!r} is not a value of it; write null for none" in mistake(f"--{key}", text)
     later = mistake("--data.train_tokenizer", "300", "--data.train_tokenizer", "null", "--data.tokenizer", "none.json")
     assert "train_tokenizer" not in later
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "options", "suggestion"),
+    [
+        ("fit", ["--trainer.max_stepps", "64"], "trainer.max_steps"),
+        ("fit", ["--model.positions.varient", "eh"], "variant"),
+        ("fit", ["--config", "typo.yaml"], "model.decoder.hidden_size"),
+        ("fit", ["--config", "tpyo.yaml"], "typo.yaml"),
+        ("fit", ["--model.optimizer", "AdamV"], "AdamW"),
+        ("fit", ["--trainer.precision", "bf16-mixd"], "bf16-mixed"),
+        ("plan", ["--data.context_lenght", "64"], "data.context_length"),
+        ("generate", ["x", "--tmperature=1"], "temperature"),
+        ("generate", ["tpyo.yaml"], "typo.yaml"),
+        ("prepare", ["tpyo.yaml", "--out", "o", "--tokenizer", "bytes"], "typo.yaml"),
+        ("prepare", ["typo.yaml", "--out", "o", "--tokenizer", "bites.json"], "bytes.json"),
+        ("prepare", ["x", "--out", "o", "--on_error", "skp"], "skip"),
+        ("evaluate", ["x", "--out", "o", "--lenghts", "4"], "lengths"),
+        ("evalute", [], "evaluate"),
+    ],
+)
+def test_typos(mistake, tmp_path, subcommand, options, suggestion):
+    (tmp_path / "typo.yaml").write_text("model: {decoder: {hiden_size: 32}}\n")
+    (tmp_path / "bytes.json").write_text("{}")
+    assert mistake(*options, subcommand=subcommand).endswith(f"; did you mean {suggestion}?")
+
+
+def test_no_suggestion_where_nothing_is_near(mistake):
+    for options in (["x", "--volume", "11"], ["nowhere.ckpt"], ["x", "y"]):
+        assert "did you mean" not in mistake(*options, subcommand="generate")
+
+
+def test_exit_codes_are_in_every_help(capsys):
+    for words in ([], *([name] for name in SUBCOMMANDS)):
+        with contextlib.suppress(SystemExit):
+            main([*words, "--help"])
+        assert EXIT_CODES.strip() in capsys.readouterr().out, words
+
+
+def test_print_config(run, tiny, tmp_path):
+    """The printed recipe is one that the same command reads, and its values are those given."""
+    printed = run("fit", *tiny, "--trainer.max_steps", "3", "--print_config", cwd=tmp_path).stdout
+    (tmp_path / "printed.yaml").write_text(printed)
+    again = run("fit", "--config", "printed.yaml", "--print_config", cwd=tmp_path).stdout
+    assert yaml.safe_load(again) == yaml.safe_load(printed)
+    assert yaml.safe_load(printed)["trainer"]["max_steps"] == 3

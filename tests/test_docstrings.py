@@ -119,7 +119,7 @@ def test_the_example_trains_measures_and_goes_on(tiny, texts, tmp_path, monkeypa
     for words, said in (
         (["full", "--steps", "3"], "holds the run of another command"),
         (["full,PPO"], "variants: no variant 'PPO'"),
-        (["DPO,full"], "variants: DPO begins from full; name that before it"),
+        (["DPO,full"], "variants: DPO is initialized from full; name that one before it"),
     ):
         failed = subprocess.run([*command, *words], check=False, capture_output=True, text=True)
         assert failed.returncode == 1

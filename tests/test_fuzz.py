@@ -1,4 +1,4 @@
-"""tools/fuzz.py: what it finds, and a small dose of it."""
+"""Tests of tools/fuzz.py: its verdicts, and a few cases of each target."""
 
 import random
 import sys
@@ -13,7 +13,7 @@ TOOLS = Path(__file__).parent.parent / "tools"
 
 
 @pytest.mark.parametrize("cases", [10, pytest.param(1000, marks=pytest.mark.slow)])
-def test_changed_files_of_every_kind(run_file, tmp_path, cases):
+def test_a_few_cases_of_each_target(run_file, tmp_path, cases):
     finished = run_file(
         TOOLS / "fuzz.py", "--cases", cases, "--workers", 2, "--out", tmp_path / "fuzzed",
         cwd=tmp_path, timeout=60 * cases,
@@ -26,7 +26,7 @@ def test_changed_files_of_every_kind(run_file, tmp_path, cases):
 
 @pytest.fixture
 def read(tmp_path, monkeypatch):
-    """Gives the verdict on a way to read a file, and the changed file."""
+    """Returns the verdict on a function that reads a modified file."""
     monkeypatch.syspath_prepend(TOOLS)
     from fuzzing import cases
 
@@ -89,7 +89,7 @@ def test_verdicts(read, verdict):
     assert [read(action) for action in ACTIONS[verdict]] == [verdict] * len(ACTIONS[verdict])
 
 
-def test_a_case_is_its_number(read):
+def test_cases_are_determined_by_their_number(read):
     contents = []
 
     def keep(folder, path):
@@ -101,7 +101,7 @@ def test_a_case_is_its_number(read):
     assert len(set(contents)) > 4
 
 
-def test_json_that_is_changed_is_written_as_it_is_meant(tmp_path, monkeypatch):
+def test_modified_json_has_no_placeholders(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(TOOLS)
     from fuzzing.mutations import mutate_json
     from fuzzing.values import Places, dump_json

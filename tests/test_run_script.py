@@ -1,4 +1,4 @@
-"""`tools/run` on a project that installs without a network in seconds."""
+"""Tests of `tools/run` on a project that installs in seconds without a network."""
 
 import shutil
 import subprocess
@@ -23,7 +23,7 @@ version = "{version}"
 optional-dependencies = {{ dev = [] }}
 """
 BACKEND = '''
-"""Counts its builds in the file `builds`; fails or waits for its own process to be killed where a file says so."""
+"""Build backend that counts its builds in the file `builds`, and fails if the file `fail` exists."""
 import os, time, tomllib, zipfile
 from pathlib import Path
 
@@ -54,7 +54,7 @@ MODULE = 'def main():\n    import importlib.metadata, sys\n    print(importlib.m
 
 @pytest.fixture
 def project(tmp_path):
-    folder = tmp_path / "a project"  # a space must do no harm
+    folder = tmp_path / "a project"  # with a space
     (folder / "tools").mkdir(parents=True)
     shutil.copy(SCRIPT, folder / "tools")
     write_project(folder, "1.0")
@@ -68,7 +68,7 @@ def write_project(folder, version):
 
 
 def start(folder, *command, **environment):
-    """Starts the script with little more in the environment than the system's own PATH and no index of packages."""
+    """Starts the script with a minimal environment: the system's PATH and no package index."""
     environment = {"PATH": "/usr/bin:/bin", "PIP_NO_INDEX": "1", "PYTHON": sys.executable, **environment}
     return subprocess.Popen(
         [folder / "tools" / "run", *command], cwd=folder.parent, env=environment, text=True,
@@ -86,12 +86,12 @@ def builds(folder):
     return len((folder / "builds").read_text().splitlines())
 
 
-def test_installs_once_and_again_when_the_project_changes(project):
+def test_installs_once_and_after_changes_of_the_project(project):
     venv = project / ".venv"
     (project / "fail").touch()
     assert "told to fail" in finish(start(project, "small"), 1)[1]
     (project / "fail").unlink()
-    # The next call completes what the failed one began; two at once install once.
+    # The next call completes the failed installation; two concurrent calls install once.
     for process in [start(project, "small") for _ in range(2)]:
         output, errors = finish(process)
         assert output == f"1.0 {venv}\n"
@@ -105,7 +105,7 @@ def test_installs_once_and_again_when_the_project_changes(project):
     write_project(project, "1.1")
     assert finish(start(project, "small"))[0] == f"1.1 {venv}\n"
     assert builds(project) == 3
-    # An environment does not work at another path: it is created again there.
+    # An environment does not work at another path, so it is created again.
     moved = project.rename(project.parent / "moved")
     assert finish(start(moved, "small"))[0] == f"1.1 {moved / '.venv'}\n"
     assert builds(moved) == 4

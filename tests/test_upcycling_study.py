@@ -1,4 +1,4 @@
-"""The comparison of a RoPE model with its upcycled copies, on a model of a few thousand parameters."""
+"""Tests of tools/upcycling_study.py on a model with a few thousand parameters."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ TOOL = Path(__file__).parent.parent / "tools" / "upcycling_study.py"
 
 
 @pytest.mark.slow
-def test_four_ways_are_trained_alike_and_measured(run, tiny, texts, tmp_path):
+def test_four_variants_are_trained_and_evaluated(run, tiny, texts, tmp_path):
     options = ["--model.positions", "RoPE", "--trainer.max_steps", "3", "--trainer.default_root_dir", "base"]
     run("fit", *tiny, *options, cwd=tmp_path)
     base = tmp_path / "base" / "checkpoints" / "last.ckpt"

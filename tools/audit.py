@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Look the packages that CI installs up among known vulnerabilities, by pip-audit.
+"""Check the packages that CI installs for known vulnerabilities with pip-audit.
 
     python tools/audit.py [--sbom FILE]
 
-Exits with 1 if one is vulnerable, and with 0 after a line that says why where nothing could be looked up: without a
-connection, or behind a mirror of PyPI that does not answer for vulnerabilities.
+Exits with 1 if a package is vulnerable. If nothing could be checked (no connection, or a mirror of PyPI that does not
+serve vulnerabilities), it prints the reason and exits with 0.
 """
 
 import argparse
@@ -37,16 +37,16 @@ def main() -> int:
     packages = json.loads(found.stdout)["dependencies"]
     unknown = [package for package in packages if "skip_reason" in package]
     if len(unknown) == len(packages):
-        print(f"audit skipped: the registry knows nothing of all {len(unknown)} packages: {unknown[0]['skip_reason']}")
+        print(f"audit skipped: the registry has no data on all {len(unknown)} packages: {unknown[0]['skip_reason']}")
         return 0
     if unknown:
-        print("not looked up:", ", ".join(sorted(package["name"] for package in unknown)))
+        print("not checked:", ", ".join(sorted(package["name"] for package in unknown)))
     vulnerable = [package for package in packages if package.get("vulns")]
     for package in vulnerable:
         for vulnerability in package["vulns"]:
             fixed = ", ".join(vulnerability["fix_versions"]) or "no version"
             print(f"{package['name']} {package['version']}: {vulnerability['id']}, fixed in {fixed}")
-    print(f"{len(packages) - len(unknown)} packages looked up, {len(vulnerable)} vulnerable")
+    print(f"{len(packages) - len(unknown)} packages checked, {len(vulnerable)} vulnerable")
     if arguments.sbom is not None:
         arguments.sbom.write_text(run("--format", "cyclonedx-json").stdout)
     return 1 if vulnerable else 0

@@ -1,17 +1,15 @@
-"""Time for which a checkpoint blocks training: written at once, and in the background.
+"""Time for which saving a checkpoint blocks training: synchronously, and in the background.
 
     python tools/benchmark_checkpoint.py
 
-Saves weights and AdamW's state in float32 as a run does, in one file from one process, and in shards from two (gloo).
-"blocked" is the time until training can go on, on the slowest rank; "written" is the time until the checkpoint has its
-name. A training step in between slows both down, so nothing else is computed here. The median of several saves.
+Saves weights and the state of AdamW in float32 as a run does, in one file from one process, and in shards from two
+processes (gloo). "blocked" is the time until training can continue, on the slowest rank; "written" is the time until
+the checkpoint has its final name. Training steps would slow both down, so nothing else runs. Prints medians.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
 import socket
 import statistics
 import tempfile
@@ -21,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from benchmarking import argument_parser, machine
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,7 +29,7 @@ from ropepp_lit.train.checkpoint_writer import CheckpointWriter
 
 
 def make_state(parameters: int, is_sharded: bool) -> tuple[dict, list[torch.Tensor]]:
-    """A checkpoint of that many parameters after a step, and its tensors that training changes."""
+    """Return a checkpoint with the given number of parameters after a step, and its tensors that training modifies."""
     model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024, bias=False) for _ in range(parameters // 2**20)))
     if is_sharded:
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -78,14 +77,13 @@ def measure(rank: int, world_size: int, port: int, parameters: int, saves: int, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--parameters", type=int, default=100_000_000)
     parser.add_argument("--saves", type=int, default=5)
-    parser.add_argument("--folder", help="where to write; default: the system's temporary folder")
+    parser.add_argument("--folder", help="folder to write to; default: the system's temporary folder")
     options = parser.parse_args()
     print(
-        f"{options.parameters:,} parameters, {12 * options.parameters / 2**30:.2f} GiB; "
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}\n\n"
+        f"{options.parameters:,} parameters, {12 * options.parameters / 2**30:.2f} GiB; {machine()}\n\n"
         "| processes | option | blocked | written |\n|---|---|---|---|"
     )
     for world_size in (1, 2):

@@ -1,13 +1,13 @@
-"""Checkpoint, optimizer state and step of LoRA against full fine-tuning, from real files and a real optimizer.
+"""Size of checkpoint and optimizer state, and time of a step, with LoRA and with full fine-tuning.
 
     python tools/benchmark_lora.py [--recipe recipes/quickstart.yaml] [--rank 16,256] [--tokens 256]
 
-Each way takes two steps of AdamW in float32 from the same random base and writes its checkpoint; the second is timed.
+Each method runs two steps of AdamW in float32 from the same random base and writes its checkpoint; the second step is
+timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from benchmarking import argument_parser, machine
 from torch import nn
 
 from ropepp_lit.checkpoint import describe_architecture, make_checkpoint, save_file, write_checkpoint
@@ -56,32 +57,34 @@ def measure(factory: Any, base: Path, lora: LoRA | None, tokens: int, folder: Pa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="recipes/quickstart.yaml", help="with the geometry, which is trained as EC")
-    parser.add_argument("--rank", default="16,256", help="with commas")
-    parser.add_argument("--tokens", type=int, default=256, help="of the row")
+    parser = argument_parser(__doc__)
+    parser.add_argument(
+        "--recipe", default="recipes/quickstart.yaml", help="recipe with the geometry, which is trained as EC"
+    )
+    parser.add_argument("--rank", default="16,256", help="comma-separated ranks")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens in the row")
     options = parser.parse_args()
     factory = partial(make, options.recipe)
-    ways: dict[str, LoRA | None] = {"full": None}
+    methods: dict[str, LoRA | None] = {"full": None}
     for rank in map(int, options.rank.split(",")):
-        ways[f"LoRA, rank {rank}"] = LoRA(rank=rank)
-        ways[f"LoRA, rank {rank}, imaginary columns"] = LoRA(rank=rank, train_fully=["imaginary"])
+        methods[f"LoRA, rank {rank}"] = LoRA(rank=rank)
+        methods[f"LoRA, rank {rank}, imaginary columns"] = LoRA(rank=rank, train_fully=["imaginary"])
     with tempfile.TemporaryDirectory() as name:
         folder, decoder = Path(name), factory()
         architecture = describe_architecture(decoder.config, decoder.scheme, decoder.frequencies)
         write_checkpoint(folder / "base.ckpt", make_checkpoint(decoder.state_dict(), architecture=architecture))
-        print(f"{decoder.num_parameters:,} parameters, {options.tokens:,} tokens, {torch.get_num_threads()} threads")
+        print(f"{decoder.num_parameters:,} parameters, {options.tokens:,} tokens; {machine()}")
         del decoder
-        print("| way | trained | checkpoint | of full | optimizer state | of full | seconds per step |")
-        print("|-----|---------|------------|---------|-----------------|---------|------------------|")
+        print("| method | trained | checkpoint | of full | optimizer state | of full | seconds per step |")
+        print("|--------|---------|------------|---------|-----------------|---------|------------------|")
         full: dict[str, float] = {}
-        for way, lora in ways.items():
-            found = measure(factory, folder / "base.ckpt", lora, options.tokens, folder)
-            full = full or found
-            cells = [f"{found['trained']:,}"]
+        for method, lora in methods.items():
+            result = measure(factory, folder / "base.ckpt", lora, options.tokens, folder)
+            full = full or result
+            cells = [f"{result['trained']:,}"]
             for key in ("checkpoint", "optimizer"):
-                cells += [f"{found[key] / 2**20:,.1f} MiB", f"{found[key] / full[key]:.2%}"]
-            print(f"| {way} | {' | '.join(cells)} | {found['seconds']:.2f} |", flush=True)
+                cells += [f"{result[key] / 2**20:,.1f} MiB", f"{result[key] / full[key]:.2%}"]
+            print(f"| {method} | {' | '.join(cells)} | {result['seconds']:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,19 @@
-"""Peak memory of a training step at a long context, for each lever and for several, against the plan's estimate.
+"""Peak memory of a training step at a long context, for each memory option, compared with the estimate of `plan`.
 
     python tools/benchmark_memory.py
 
-Each case is a process of its own: forward and backward pass of one row in float32, after one on a short row that makes
-the gradients. What is measured is the growth of the resident set over that.
+Each case runs in a process of its own: forward and backward pass of one row in float32, after a short row that
+allocates the gradients. The reported memory is the growth of the resident set during the long row.
 """
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
 import os
-import platform
 import resource
 import time
-from multiprocessing.connection import Connection
 
 import torch
+from benchmarking import argument_parser, machine, run_in_process
 
 from ropepp_lit.nn import Decoder, DecoderConfig, Frequencies, RoPE, RoPEPP
 from ropepp_lit.train.memory import StepMemory
@@ -39,7 +36,7 @@ GEOMETRIES = {
          "num_attention_heads": 8, "num_key_value_heads": 4},
     ),
 }  # fmt: skip
-LEVERS: dict[str, dict[str, int]] = {
+OPTIONS: dict[str, dict[str, int]] = {
     "none": {},
     "activation_checkpointing 2": {"checkpoint_every": 2},
     "activation_checkpointing 1": {"checkpoint_every": 1},
@@ -60,28 +57,29 @@ def step(decoder: Decoder, tokens: int) -> None:
     decoder.loss(input_ids[:, :-1], input_ids[:, 1:]).backward()
 
 
-def measure(name: str, levers: dict[str, int], tokens: int, result: Connection) -> None:
+def measure(name: str, memory_options: dict[str, int], tokens: int) -> tuple[int, float]:
+    """Return the bytes at the peak and the seconds."""
     torch.manual_seed(0)
     scheme, geometry = GEOMETRIES[name]
     decoder = Decoder(DecoderConfig(**geometry), scheme, Frequencies())
-    decoder.save_memory(**levers)
+    decoder.save_memory(**memory_options)
     step(decoder, 16)
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     step(decoder, tokens)
     seconds = time.perf_counter() - start
-    result.send(((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, seconds))
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, seconds
 
 
-def estimate(name: str, levers: dict[str, int], tokens: int) -> float:
+def estimate(name: str, memory_options: dict[str, int], tokens: int) -> float:
     scheme, geometry = GEOMETRIES[name]
     with torch.device("meta"):
         decoder = Decoder(DecoderConfig(**geometry), scheme, Frequencies())
     setup = Setup(
         rows=1,
         context_length=tokens,
-        accumulate_grad_batches=2,  # gradients exist before
-        activation_checkpointing=levers.get("checkpoint_every", 0),
-        mlp_chunk_tokens=levers.get("mlp_chunk_tokens"),
+        accumulate_grad_batches=2,  # gradients are allocated before
+        activation_checkpointing=memory_options.get("checkpoint_every", 0),
+        mlp_chunk_tokens=memory_options.get("mlp_chunk_tokens"),
     )
     memory = StepMemory(
         decoder.config, decoder.head_layout, setup, num_parameters=decoder.num_parameters, device_type="cpu"
@@ -90,27 +88,18 @@ def estimate(name: str, levers: dict[str, int], tokens: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=16384)
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc gives back what is freed, so that the peak is the tensors'
-    print(
-        f"{options.tokens:,} tokens in one row, float32; {platform.processor() or platform.machine()}, Python "
-        f"{platform.python_version()}, torch {torch.__version__}"
-    )
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # glibc returns freed memory, so that the peak is that of tensors
+    print(f"{options.tokens:,} tokens in one row, float32; {machine()}")
     for name in GEOMETRIES:
-        print(f"\n**{name}**\n\n| levers | peak | ratio | seconds | plan's estimate / peak |\n|---|---|---|---|---|")
+        print(f"\n**{name}**\n\n| memory options | peak | ratio | seconds | estimate / peak |\n|---|---|---|---|---|")
         plain = 0.0
-        for label, levers in LEVERS.items():
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=measure, args=(name, levers, options.tokens, sender))
-            process.start()
-            sender.close()
-            peak, seconds = receiver.recv()
-            process.join()
+        for label, memory_options in OPTIONS.items():
+            peak, seconds = run_in_process(measure, name, memory_options, options.tokens)
             plain = plain or peak
-            ratio = estimate(name, levers, options.tokens) / peak
+            ratio = estimate(name, memory_options, options.tokens) / peak
             print(
                 f"| {label} | {peak / 2**30:.2f} GiB | {peak / plain:.2f} | {seconds:.0f} | {ratio:.2f} |", flush=True
             )

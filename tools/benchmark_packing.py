@@ -1,20 +1,19 @@
-"""Tokens per second of training on conversations: packed into rows, against one conversation in each row, in one run.
+"""Tokens per second of training on conversations: packed into rows, compared with one conversation per row.
 
     python tools/benchmark_packing.py
 
-The same conversations are read in each way; padding is computed and does not count as tokens. Prints a table: tokens
-per second (the median of interleaved rounds), the share of places that are padding, and the ratio to packed rows.
+Each method reads the same conversations; padding is computed but not counted as tokens. Prints a table of tokens per
+second (median of interleaved rounds), the fraction of positions that are padding, and the ratio to packed rows.
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
 import statistics
 import time
 
 import numpy as np
 import torch
+from benchmarking import argument_parser, machine
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,7 +24,7 @@ from ropepp_lit.nn.loss import IGNORE_INDEX
 
 
 def make_batch(rows: list[list[Tensor]], context_length: int, trained_share: float) -> Batch:
-    """Rows of conversations; the end of each is trained."""
+    """Return a batch of conversations, the last part of each of which is trained on."""
     tokens = torch.zeros(len(rows), context_length + 1, dtype=torch.int64)
     starts, is_trained = (torch.zeros_like(tokens, dtype=torch.bool) for _ in range(2))
     for row, conversations in enumerate(rows):
@@ -41,13 +40,15 @@ def make_batch(rows: list[list[Tensor]], context_length: int, trained_share: flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after one to warm up")
-    parser.add_argument("--conversations", type=int, default=64, help="how many; lengths are log-normal")
-    parser.add_argument("--median_length", type=int, default=120, help="tokens of half of them at most")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds, after a warm-up round")
+    parser.add_argument("--conversations", type=int, default=64, help="number of conversations; lengths are log-normal")
+    parser.add_argument("--median_length", type=int, default=120, help="median length in tokens")
     parser.add_argument("--context_length", type=int, default=1024, help="tokens in a row")
-    parser.add_argument("--batch_size", type=int, default=4, help="rows")
-    parser.add_argument("--trained_share", type=float, default=0.4, help="of the tokens of a conversation")
+    parser.add_argument("--batch_size", type=int, default=4, help="rows per batch")
+    parser.add_argument(
+        "--trained_share", type=float, default=0.4, help="fraction of the tokens of a conversation to train on"
+    )
     options = parser.parse_args()
 
     rng = np.random.default_rng(0)
@@ -101,7 +102,7 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - started)
     rates = {name: lengths.sum() / statistics.median(times) for name, times in seconds.items()}
     print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"{machine()}; "
         f"{decoder.num_parameters:,} parameters; {options.conversations} conversations, {lengths.sum():,} tokens"
     )
     print(f"| {'rows':<38} | {'padding':>7} | {'tokens/s':>9} | {'of packed':>9} |")

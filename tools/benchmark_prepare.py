@@ -1,31 +1,28 @@
-"""Speed and memory of `prepare` against litdata's optimize, in one run, with the same tokenizer on the same text.
+"""Speed and memory of `prepare`, compared with `litdata.optimize` with the same tokenizer on the same text.
 
     python tools/benchmark_prepare.py
-    python tools/benchmark_prepare.py --megabytes 1000 --zst    # prepare alone: memory does not grow with the input
+    python tools/benchmark_prepare.py --megabytes 1000 --zst    # prepare only: memory does not grow with the input
 
-Each way runs in a process of its own on one file of JSON lines; memory is the growth of the resident set, that of
-child processes included. The text is the source code of Python's standard library, repeated to the size asked for.
+Each method runs in a process of its own on one file of JSON lines; memory is the growth of the resident set, including
+child processes. The text is the source code of Python's standard library, repeated up to the requested size.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
-import multiprocessing
-import platform
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
 import pyarrow
 import torch
+from benchmarking import argument_parser, machine, run_in_process
 from litdata import TokensLoader, optimize
 
 from ropepp_lit.data.prepare import PrepareSettings, prepare
@@ -54,7 +51,7 @@ def by_prepare(path: Path, out: Path, tokenizer: str) -> None:
 
 
 class Tokenize:
-    """What litdata's workers call: every WORKERS-th line of the file, so that each reads its own share."""
+    """Function for litdata's workers: tokenizes every WORKERS-th line of the file, a different part for each worker."""
 
     def __init__(self, path: Path, tokenizer: str) -> None:
         self._path, self._name = path, tokenizer
@@ -79,7 +76,8 @@ def by_litdata(path: Path, out: Path, tokenizer: str) -> None:
     )
 
 
-def measure(way: Callable, path: Path, out: Path, tokenizer: str, result: Connection) -> None:
+def measure(method: Callable, path: Path, out: Path, tokenizer: str) -> tuple[float, int]:
+    """Return the seconds and the bytes by which memory grew."""
     process, peak, done = psutil.Process(), 0, threading.Event()
 
     def resident() -> int:
@@ -96,19 +94,18 @@ def measure(way: Callable, path: Path, out: Path, tokenizer: str, result: Connec
 
     before, start = resident(), time.perf_counter()
     threading.Thread(target=watch, daemon=True).start()
-    way(path, out, tokenizer)
+    method(path, out, tokenizer)
     seconds = time.perf_counter() - start
     done.set()
-    result.send((seconds, peak - before))
+    return seconds, peak - before
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=100, help="of text")
-    parser.add_argument("--vocab_size", type=int, default=4096, help="of the BPE")
-    parser.add_argument("--zst", action="store_true", help="as .jsonl.zst, which optimize has no reader for")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--megabytes", type=int, default=100, help="megabytes of text")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="vocabulary size of the BPE")
+    parser.add_argument("--zst", action="store_true", help="read .jsonl.zst, which optimize does not support")
     options = parser.parse_args()
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bpe = PrepareSettings(train_tokenizer=options.vocab_size)
@@ -118,8 +115,8 @@ def main() -> None:
         size = write_corpus(path, options.megabytes * 10**6)
         print(
             f"{size / 1e6:.0f} MB of text, BPE of {options.vocab_size:,} tokens, {WORKERS} workers\n"
-            f"{platform.processor() or platform.machine()}, Python {platform.python_version()}\n\n"
-            "| way                  | seconds | MB/s  | memory grows by |\n"
+            f"{machine()}\n\n"
+            "| method               | seconds | MB/s  | memory grows by |\n"
             "|----------------------|---------|-------|-----------------|"
         )
         runs = {} if options.zst else {"litdata.optimize, BPE": (by_litdata, tokenizer)}
@@ -127,13 +124,8 @@ def main() -> None:
             "prepare, BPE": (by_prepare, tokenizer),
             "prepare, bytes": (by_prepare, "bytes"),
         }
-        for label, (way, chosen) in runs.items():
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=measure, args=(way, path, folder / "out", chosen, sender))
-            process.start()
-            sender.close()
-            seconds, memory = receiver.recv()
-            process.join()
+        for label, (method, chosen) in runs.items():
+            seconds, memory = run_in_process(measure, method, path, folder / "out", chosen)
             shutil.rmtree(folder / "out")
             rate = size / 1e6 / seconds
             print(f"| {label:<20} | {seconds:7.1f} | {rate:5.1f} | {memory / 2**20:11,.0f} MiB |", flush=True)

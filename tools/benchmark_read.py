@@ -1,15 +1,13 @@
-"""Speed of reading batches against a bare loop over a numpy.memmap, and the cost of planning a billion tokens.
+"""Speed of reading batches, compared with a plain loop over a numpy.memmap, and the cost of planning a billion tokens.
 
     python tools/benchmark_read.py
 
-Tokens are random; both ways read blocks of 4,097 tokens in batches of 8 and make int64 tensors of them.
+Tokens are random; both methods read blocks of 4,097 tokens in batches of 8 and convert them to int64 tensors.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import torch
+from benchmarking import argument_parser, machine
 
 from ropepp_lit.data.manifest import Chunk, Manifest, TokenSet
 from ropepp_lit.data.plan import BlockPlan
@@ -36,7 +35,7 @@ def write_text(path: Path, num_bytes: int) -> None:
 
 
 def read_by_memmap(folder: Path, batches: int) -> float:
-    """Seconds for batches of blocks from random places of the first chunk, as bare as can be."""
+    """Return the seconds for batches of blocks from random positions of the first chunk, without any other work."""
     chunk = max((folder / "train").glob("*.bin"), key=lambda path: path.stat().st_size)
     tokens = np.memmap(chunk, dtype=np.uint16, mode="r")
     generator = np.random.default_rng(0)
@@ -102,8 +101,8 @@ def plan_a_billion() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=100, help="of text, a token each byte")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--megabytes", type=int, default=100, help="megabytes of text; one token per byte")
     parser.add_argument("--batches", type=int, default=2000)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -113,19 +112,18 @@ def main() -> None:
         prepare([str(folder / "text.jsonl")], settings, out=folder / "shards", show_progress=False)
         tokens = options.batches * BATCH_SIZE * CONTEXT_LENGTH
         print(
-            f"context {CONTEXT_LENGTH:,}, {BATCH_SIZE} rows, {options.batches:,} batches; Python "
-            f"{platform.python_version()}, torch {torch.__version__}\n\n"
-            "| way                               | million tokens/s | ratio |\n"
+            f"context {CONTEXT_LENGTH:,}, {BATCH_SIZE} rows, {options.batches:,} batches; {machine()}\n\n"
+            "| method                            | million tokens/s | ratio |\n"
             "|-----------------------------------|------------------|-------|"
         )
         bare = read_by_memmap(folder / "shards", options.batches)
-        ways = {
+        methods = {
             "TokenData, plain rows": {"intra_document_masking": False},
             "TokenData, bounds of documents": {"intra_document_masking": True},
             "TokenData, bounds, one worker": {"intra_document_masking": True, "num_workers": 1},
         }
         print(f"| {'numpy.memmap loop':<33} | {tokens / bare / 1e6:16.0f} |  1.00 |")
-        for label, chosen in ways.items():
+        for label, chosen in methods.items():
             seconds = read_by_token_data(folder / "shards", options.batches, **chosen)
             print(f"| {label:<33} | {tokens / seconds / 1e6:16.0f} | {bare / seconds:5.2f} |", flush=True)
     plan_a_billion()

@@ -1,20 +1,19 @@
-"""Speed of a training step's forward and backward against transformers' Llama of the same geometry, in one run.
+"""Time of forward and backward pass, compared with the Llama of transformers with the same geometry.
 
     python tools/benchmark_speed.py
 
-Prints a table: seconds of each (the median of interleaved rounds) and the ratio to transformers; above 1 is faster.
+Prints a table of seconds (median of interleaved rounds) and the ratio to transformers; above 1 means faster.
 """
 
 from __future__ import annotations
 
-import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 import transformers
+from benchmarking import argument_parser, machine
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,11 +21,11 @@ from ropepp_lit.nn import Decoder, DecoderConfig, Documents, Frequencies, RoPE, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10, help="timed rounds, after one to warm up")
-    parser.add_argument("--batch_size", type=int, default=2, help="rows")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=10, help="timed rounds, after a warm-up round")
+    parser.add_argument("--batch_size", type=int, default=2, help="rows per batch")
     parser.add_argument("--context_length", type=int, default=1024, help="tokens in a row")
-    parser.add_argument("--vocab_size", type=int, default=32_000, help="rows of the embedding and the output layer")
+    parser.add_argument("--vocab_size", type=int, default=32_000, help="vocabulary size")
     options = parser.parse_args()
 
     config = DecoderConfig(
@@ -78,8 +77,7 @@ def main() -> None:
         f"\nforward + backward, {options.batch_size} × {options.context_length:,} tokens, float32, "
         f"{config.hidden_size} wide, {config.num_hidden_layers} layers, {config.num_attention_heads}/"
         f"{config.num_key_value_heads} heads, vocabulary {config.vocab_size:,}\n"
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}\n"
+        f"{machine()}, transformers {transformers.__version__}\n"
     )
     print(f"| {'model':<29} | seconds | ratio |\n|{'-' * 31}|---------|-------|")
     for name, values in seconds.items():

@@ -1,21 +1,21 @@
-"""Disturb commands at random moments, let them go on, and compare what comes out with an undisturbed run.
+"""Inject faults into commands at random moments, resume them, and compare the results with an undisturbed run.
 
     python tools/chaos.py --out runs/chaos --minutes 30                             # every kind, every command
     python tools/chaos.py --out runs/chaos --jobs train,prepare --kinds SIGKILL,EIO
-    python tools/chaos.py --out runs/chaos --only train:EIO:17                      # a case again; its folder stays
+    python tools/chaos.py --out runs/chaos --only train:EIO:17                      # repeat a case; keeps its folder
 
-A case takes a command, a kind of disturbance and a number, which decide the moment. The process is disturbed, the same
-command goes on if it did not end well, and every file must be as after an undisturbed run: weights, optimizer,
-position in the data and curves bit for bit. What goes wrong is one of
+A case is a command, a kind of fault and a number that seeds the moment. The fault is injected, the same command is run
+again unless it succeeded, and every file must equal that of an undisturbed run: weights, optimizer state, position in
+the data and curves bit for bit. Failures are
 
-    lost       the same command does not end well, or a run does not go on from its newest checkpoint
-    wrong      it ends well, and something differs
-    traceback  an error is no line of the command's own
+    lost       the same command fails, or a run does not resume from its newest checkpoint
+    wrong      the command succeeds, and a file differs
+    traceback  an error is not reported by the command in one line
     hung       a process does not end
 
-Files that two undisturbed runs write differently are named at the start, and only their names are compared. Results
-are kept in OUT/cases.jsonl; the same command adds to them. Needs Linux; a C compiler for what is done at a certain
-operation on a file, and root for the small disk. What cannot be done here is said at the start.
+Files that differ between two undisturbed runs are listed at the start, and only their names are compared. Results are
+stored in OUT/cases.jsonl; the same command adds to them. Needs Linux, a C compiler for faults at a specific file
+operation, and root for the small disk. Kinds that are not available are listed at the start.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ BAD = ("lost", "wrong", "traceback", "hung")
 
 
 class Kind(NamedTuple):
-    """A kind of disturbance."""
+    """A kind of fault."""
 
     fault: str = ""
-    """Of faults.c; a signal comes at an operation on a file in every other case, and else at some moment."""
+    """Fault of faults.c; signals are sent at a file operation in every other case, and else at a random time."""
 
     reaches_all: bool = False
-    """Whether it disturbs all ranks, and not one of them."""
+    """Whether it affects all ranks instead of one."""
 
     least_ranks: int = 1
-    """Processes that a job must have."""
+    """Minimum number of processes of a job."""
 
     ends: bool = True
-    """Whether the processes may end by it."""
+    """Whether it can end the processes."""
 
 
 KINDS = {
@@ -77,21 +77,21 @@ KINDS = {
 
 
 class Undisturbed(NamedTuple):
-    """What a job does when nothing disturbs it."""
+    """Result of a job without faults."""
 
     files: dict[str, str]
-    """Of :func:`chaos_jobs.result`; empty where two of its runs differ."""
+    """Result of :func:`chaos_jobs.result`; an empty text for files that differ between two runs."""
 
     operations: list[int]
-    """On files, of each rank."""
+    """Number of file operations of each rank."""
 
     seconds: float
     size: int
-    """Bytes of its files."""
+    """Total size of its files in bytes."""
 
 
 class Case(NamedTuple):
-    """A job that is disturbed once."""
+    """A job with one injected fault."""
 
     job: str
     kind: str
@@ -99,16 +99,16 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For its folder."""
+        """Name of its folder."""
         return f"{self.job}-{self.kind.replace(' ', '-')}-{self.number}"
 
 
 class Disturbance:
-    """Disturbs the processes of a case.
+    """Fault injection into the processes of a case.
 
     Attributes:
-        faults: Variables of faults.c, by rank.
-        came: Whether it reached a process that had not ended.
+        faults: Environment variables of faults.c, by rank.
+        came: Whether the fault reached a process that had not ended.
     """
 
     def __init__(self, case: Case, usual: Undisturbed, folder: Path, *, has_faults: bool) -> None:
@@ -143,11 +143,11 @@ class Disturbance:
 
     @property
     def came(self) -> bool:
-        """Whether it reached a process that had not ended."""
+        """Whether the fault reached a process that had not ended."""
         return self._reached or self._mark.exists()
 
     def act(self, processes: list[int]) -> None:
-        """Disturb what faults.c does not; returns when there is nothing more to do."""
+        """Inject the faults that faults.c does not; returns when this is done."""
         if self._follows:
             while not self._mark.exists() and any(map(is_alive, processes)):
                 time.sleep(0.005)
@@ -178,21 +178,21 @@ class Disturbance:
                 os.kill(process, number)
 
     def make_room(self) -> None:
-        """Let the small disk be a large one."""
+        """Enlarge the small disk."""
         if self._case.kind == "small disk":
             _mount(self._folder / "work", 2**30, again=True)
 
     def close(self) -> None:
-        """Take the small disk away."""
+        """Unmount the small disk."""
         if self._case.kind == "small disk":
             subprocess.run(["umount", "-l", self._folder / "work"], check=True)
 
 
 class Chaos:
-    """Tries cases.
+    """Runner of cases.
 
     Args:
-        out: The folder that is written.
+        out: Output folder.
         jobs: Names of commands.
     """
 
@@ -211,7 +211,7 @@ class Chaos:
 
     @property
     def _processes(self) -> Processes:
-        """Of this thread."""
+        """Processes of this thread."""
         if not hasattr(self._local, "processes"):
             self._local.processes = Processes(self._faults)
         found: Processes = self._local.processes
@@ -224,7 +224,7 @@ class Chaos:
             sys.exit(f"`ropepp-lit {words[0]}` failed; see {log}")
 
     def reason_against(self, kind: str) -> str | None:
-        """Why a kind of disturbance cannot be tried here."""
+        """Return why a kind of fault is not available; None if it is."""
         if KINDS[kind].fault and not KINDS[kind].fault.startswith("signal") and self._faults is None:
             return "no C compiler (cc)"
         if kind == "small disk" and os.geteuid():
@@ -254,7 +254,7 @@ class Chaos:
         return found[1]._replace(files={file: "" if file in changing else other[file] for file in other})
 
     def try_case(self, case: Case) -> dict[str, Any]:
-        """Try a case; its folder stays where something went wrong."""
+        """Run a case; its folder is kept after a failure."""
         folder = self.out / "cases" / case.name
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "work").mkdir(parents=True)
@@ -285,11 +285,11 @@ class Chaos:
             (folder / "output-0").unlink()
             second = attempt(self._processes, job, work, self.inputs, {})
             if None in second.codes:
-                return "hung", "when it went on"
+                return "hung", "when resumed"
             if not second.ended_well:
-                return "lost", f"going on ended with {second.codes}: {_last_line(second.errors)}"
+                return "lost", f"the resumed command ended with {second.codes}: {_last_line(second.errors)}"
             if newest and f"step={newest}.ckpt at step {newest}" not in second.output:
-                return "lost", f"it did not go on from step {newest}"
+                return "lost", f"it did not resume from step {newest}"
         try:
             files, usual = result(work), self._usual[case.job].files
         except (AssertionError, ValueError) as error:
@@ -297,7 +297,7 @@ class Chaos:
         names = sorted(
             file for file in files.keys() | usual.keys() if usual.get(file) != files.get(file) and usual.get(file) != ""
         )
-        return ("wrong", ", ".join(names)) if names else ("right", "" if first.ended_well else "went on")
+        return ("wrong", ", ".join(names)) if names else ("right", "" if first.ended_well else "resumed")
 
 
 def _last_line(errors: list[str]) -> str:
@@ -305,13 +305,13 @@ def _last_line(errors: list[str]) -> str:
 
 
 def _mount(folder: Path, size: int, *, again: bool = False) -> None:
-    """Mount a file system of so many bytes in memory."""
+    """Mount a file system in memory with the given size in bytes."""
     options = f"{'remount,' if again else ''}size={size}"
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Cases of each command and kind, and what went wrong with how many."""
+    """Return a table of cases and failures by command and kind."""
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
     counts = Counter((row["job"], row["kind"], row["verdict"]) for row in rows if row["verdict"] != "late")
 
@@ -338,22 +338,22 @@ def chaos(
     only: str = "",
     workers: int = os.cpu_count() or 1,
 ) -> None:
-    """Disturb commands and print a table.
+    """Inject faults into commands and print a table.
 
     Args:
-        out: The folder that is written.
-        minutes: How long new cases are begun.
-        cases: Of each command and kind, in all; empty means no bound.
-        jobs: Commands, with commas.
-        kinds: Of disturbances, with commas.
-        only: Instead, one case: COMMAND:KIND:NUMBER.
-        workers: Cases at once.
+        out: Output folder.
+        minutes: Time after which no new cases start.
+        cases: Total number of cases per command and kind; empty means no limit.
+        jobs: Comma-separated commands.
+        kinds: Comma-separated kinds of faults.
+        only: A single case to run instead: COMMAND:KIND:NUMBER.
+        workers: Number of concurrent cases.
     """
     chosen = (only.split(":")[0] if only else jobs).split(",")
     wanted = (only.split(":")[1] if only else kinds).split(",")
     for name, known in [*((job, JOBS) for job in chosen), *((kind, KINDS) for kind in wanted)]:
         if name not in known:
-            sys.exit(f"no command or kind {name!r}; choose of {', '.join(known)}")
+            sys.exit(f"no command or kind {name!r}; choose one of {', '.join(known)}")
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     all_cases = Chaos(out, chosen)
@@ -362,7 +362,7 @@ def chaos(
         return
     for kind in list(wanted):
         if reason := all_cases.reason_against(kind):
-            print(f"{kind}: left out: {reason}")
+            print(f"{kind}: skipped: {reason}")
             wanted.remove(kind)
     kept = out / "cases.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []

@@ -1,4 +1,4 @@
-"""What chaos.py disturbs: commands on tiny inputs, how each goes on after it was ended, and what must come out."""
+"""Jobs of chaos.py: commands on tiny inputs, and the results that must be the same in each run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RECIPE = {
     "checkpoints": {"every_n_steps": 2, "keep": 2},
     "sample": {"max_new_tokens": 4},
 }  # fmt: skip
-"""Of a model of a few thousand parameters."""
+"""Recipe of a model with a few thousand parameters."""
 
 FIT = ("fit", "--config", "{inputs}/recipe.yaml", "--ckpt_path", "auto", "--trainer.default_root_dir", "run")
 TEXTS = ("--data.source", "{inputs}/texts", "--data.cache_dir", "cache")
@@ -42,16 +42,16 @@ FSDP2 = ("--trainer.strategy", "ropepp_lit.train.fsdp.FSDP2Strategy")
 
 
 class Job(NamedTuple):
-    """A command that is disturbed; the same command goes on."""
+    """A resumable command."""
 
     command: tuple[str, ...]
-    """Words behind `ropepp-lit`; {inputs} is the folder of the inputs."""
+    """Arguments after `ropepp-lit`; {inputs} stands for the folder of the inputs."""
 
     ranks: int = 1
-    """Processes."""
+    """Number of processes."""
 
     limit_s: float = 120.0
-    """Seconds after which a process hangs, on a machine that does other things too."""
+    """Seconds after which a process counts as hung, also on a busy machine."""
 
 
 JOBS = {
@@ -91,16 +91,16 @@ JOBS = {
 
 
 def inputs_of(job: Job, inputs: Path) -> list[str]:
-    """The words of a job's command."""
+    """Return the arguments of a job's command."""
     return [word.replace("{inputs}", str(inputs)) for word in job.command]
 
 
 def make_inputs(folder: Path, run: Any) -> None:
-    """Write what the jobs read.
+    """Write the inputs of the jobs.
 
     Args:
-        folder: A new folder.
-        run: Called with the words of a command; runs it to its end in the folder.
+        folder: New folder.
+        run: Function that runs a command, given by its arguments, in the folder.
     """
     draw = random.Random(0)
     words = [f"word{number}" for number in range(97)]
@@ -124,12 +124,12 @@ def make_inputs(folder: Path, run: Any) -> None:
 
 
 def result(folder: Path) -> dict[str, str]:
-    """What a job left in its folder: the name of each file, and what of its content must be the same each time."""
+    """Return the files of a job's folder by name, each with a digest of the contents that must be reproducible."""
     found: dict[str, str] = {}
     curves: dict[str, float] = {}
     checkpoints = [path for path in folder.rglob("*.ckpt") if not path.name.startswith(".")]
     for path in checkpoints:
-        if not path.name.startswith("step="):  # which older ones are kept depends on where a run was stopped
+        if not path.name.startswith("step="):  # the older ones depend on where a run was stopped
             found[str(path.relative_to(folder))] = _digest(_state(path))
     found["checkpoints"] = str(len(checkpoints))
     for path in sorted(folder.rglob("*")):
@@ -146,7 +146,7 @@ def result(folder: Path) -> dict[str, str]:
 
 
 def _content(path: Path) -> bytes:
-    """A file's content without what depends on the moment or on the folder."""
+    """Return the content of a file without what depends on time or folder."""
     content = path.read_bytes()
     if path.name == "results.json":
         results = json.loads(content)
@@ -155,7 +155,7 @@ def _content(path: Path) -> bytes:
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """What a run goes on from, of a checkpoint."""
+    """Return the state in a checkpoint from which a run resumes."""
     checkpoint = read_checkpoint(path, checksums=True)
     state = {name: checkpoint.get(name) for name in ("global_step", "state_dict", "optimizer_states", "lr_schedulers")}
     loops = checkpoint.get("loops")
@@ -167,7 +167,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def _values(path: Path) -> dict[str, float]:
-    """Values of TensorBoard by name and step; a step that has two values fails."""
+    """Return TensorBoard values by name and step; a step with two values raises AssertionError."""
     found = {}
     for event in LegacyEventFileLoader(str(path)).Load():
         for value in event.summary.value:

@@ -1,4 +1,4 @@
-"""Starts the processes of chaos.py, with faults, and waits for their end."""
+"""Processes of chaos.py: start them, with faults, and wait for their end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMAND = str(Path(sys.executable).parent / "ropepp-lit")
 
 
 class Processes:
-    """Runs commands in forks of one process that has imported the libraries; used by one thread."""
+    """Runner of commands in forks of a process that has imported the libraries; for use by one thread."""
 
     def __init__(self, preload: Path | None) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"LD_PRELOAD": str(preload)} if preload else {})}
@@ -44,7 +44,7 @@ class Processes:
         return self._ask(**job, output=str(output), errors=str(errors))
 
     def wait(self, process: int, limit_s: float) -> int | None:
-        """Its exit code, below 0 for a signal; None where it had to be killed."""
+        """Wait for a process; returns its exit code, negative for a signal, or None if it had to be killed."""
         hung = threading.Event()
 
         def kill() -> None:
@@ -58,13 +58,13 @@ class Processes:
         return None if hung.is_set() else code
 
     def close(self) -> None:
-        """End the process that forks."""
+        """End the forking process."""
         self._server.kill()
         self._server.wait()
 
 
 class Attempt(NamedTuple):
-    """A start of a job's processes."""
+    """Result of running a job's processes."""
 
     codes: list[int | None]
     output: str
@@ -73,7 +73,7 @@ class Attempt(NamedTuple):
 
     @property
     def ended_well(self) -> bool:
-        """Whether all processes did."""
+        """Whether all processes ended with exit code 0."""
         return all(code == 0 for code in self.codes)
 
 
@@ -88,18 +88,18 @@ def attempt(
     """Start a job and wait for its end.
 
     Args:
-        processes: That run it.
-        job: Its command.
-        work: The folder that it writes.
-        inputs: The folder that it reads.
-        faults: Variables of faults.c by rank.
-        act: Called with the process ids in a thread of its own, to disturb them.
+        processes: Runner.
+        job: Job.
+        work: Folder that the job writes to.
+        inputs: Folder that the job reads.
+        faults: Environment variables of faults.c by rank.
+        act: Function that injects further faults, called with the process ids in a separate thread.
     """
     port = str(_free_port())
     ids, outputs, errors = [], [], []
     started = time.monotonic()
     for rank in range(job.ranks):
-        several = {} if job.ranks == 1 else {
+        distributed = {} if job.ranks == 1 else {
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(job.ranks), "NODE_RANK": "0",
             "LOCAL_RANK": str(rank), "RANK": str(rank), "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": str(job.ranks),
             "TORCHELASTIC_RUN_ID": "chaos",
@@ -107,7 +107,7 @@ def attempt(
         outputs.append(work.parent / f"output-{rank}")
         errors.append(work.parent / f"errors-{rank}")
         words = inputs_of(job, inputs) + (["--trainer.devices", str(job.ranks)] if job.ranks > 1 else [])
-        variables = {"CHAOS_FOLDER": str(work), **several, **faults.get(rank, {})}
+        variables = {"CHAOS_FOLDER": str(work), **distributed, **faults.get(rank, {})}
         ids.append(processes.start(words, work, outputs[-1], errors[-1], **variables))
     threads = [threading.Thread(target=act, args=(ids,))] if act else []
     threads += [threading.Thread(target=_launch, args=(ids,))] if job.ranks > 1 else []
@@ -123,7 +123,7 @@ def attempt(
 
 
 def _launch(processes: list[int]) -> None:
-    """End what is left of a run when one of its processes has ended, as launchers do; returns when all have."""
+    """Terminate the other processes of a run when one has ended, as launchers do; returns when all have ended."""
     while all(map(is_alive, processes)):
         time.sleep(0.1)
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -135,7 +135,7 @@ def _launch(processes: list[int]) -> None:
 
 
 def build_faults(folder: Path) -> Path | None:
-    """Compile faults.c into a folder; returns the library, or None where there is no compiler."""
+    """Compile faults.c into a folder; returns the library, or None without a compiler."""
     library = folder / "faults.so"
     command = ["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(TOOLS / "faults.c"), "-ldl"]
     try:
@@ -146,7 +146,7 @@ def build_faults(folder: Path) -> Path | None:
 
 
 def is_alive(process: int) -> bool:
-    """Whether a process runs or is stopped, and has not ended."""
+    """Return whether a process has not ended; it can be stopped."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

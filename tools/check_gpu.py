@@ -1,12 +1,12 @@
-"""Checks and measures the decoder on this machine's GPU, in less than eight minutes; prints tables, writes JSON.
+"""Check and benchmark the decoder on a GPU in less than eight minutes; prints tables and writes JSON.
 
     python tools/check_gpu.py --out check_gpu.json
-    python tools/check_gpu.py --tiny               # the same on a CPU and a tiny model, in seconds: only that it runs
+    python tools/check_gpu.py --tiny               # smoke test: a tiny model on a CPU, in seconds
 
-Agreement: every attention implementation against float64, the loss in bfloat16 against float32, FSDP2 against one
-device. Memory: the peak of a training step against `ropepp-lit plan` and its simulation. Speed: tokens per second and
-model FLOPs utilization of a step (forward, backward, AdamW; bf16-mixed, packed documents), the step of RoPE++ EC
-against RoPE, and decoding. A row that fails says why; a row that the time does not suffice for says "not measured".
+Agreement: every attention implementation with float64, the loss in bfloat16 with float32, FSDP2 with one device.
+Memory: the peak of a training step, compared with `ropepp-lit plan` and its simulation. Speed: tokens per second and
+model FLOPs utilization of a step (forward, backward, AdamW; bf16-mixed, packed documents), the time of a step of RoPE++
+compared with RoPE, and decoding. A row that fails contains the reason; a row without enough time, "not measured".
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ Row = dict[str, Any]
 
 
 class Machine:
-    """The device, what is measured on it, and how much time is left.
+    """Device, models to run on it, and time limit.
 
     Args:
-        is_tiny: Whether a tiny model runs on a CPU.
-        minutes: After these no further row is begun.
+        is_tiny: Whether to run a tiny model on a CPU.
+        minutes: Time after which no new row starts.
     """
 
     def __init__(self, *, is_tiny: bool, minutes: float) -> None:
@@ -90,7 +90,7 @@ class Machine:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def rows(self, title: str, measure: Callable[..., Row], cases: list[Row]) -> list[Row]:
-        """A row of a table for each case: its settings, and what `measure` returns for them or why it fails."""
+        """Return a row of a table for each case: its settings, and the result of `measure` or why it failed."""
         rows = []
         for case in cases:
             words = {name: value for name, value in case.items() if isinstance(value, str | int | bool)}
@@ -100,7 +100,7 @@ class Machine:
                 continue
             try:
                 rows.append(words | measure(self, **case))
-            except Exception as error:  # a row that fails must not lose the others
+            except Exception as error:  # a row that fails must not discard the others
                 rows.append(words | {"note": f"failed: {type(error).__name__}: {str(error).splitlines()[0][:120]}"})
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -108,7 +108,7 @@ class Machine:
 
 
 def pack(machine: Machine, config: DecoderConfig, setup: Setup) -> tuple[torch.Tensor, torch.Tensor, Documents, float]:
-    """Random tokens in rows of documents of a quarter, an eighth … of the row; labels, bounds and attended pairs."""
+    """Return random tokens in packed documents, labels, bounds of documents, and the number of attended pairs."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(2, config.vocab_size, (setup.rows, setup.context_length + 1), generator=generator)
     lengths = [setup.context_length // 4, setup.context_length // 8, setup.context_length // 2]
@@ -122,7 +122,7 @@ def pack(machine: Machine, config: DecoderConfig, setup: Setup) -> tuple[torch.T
 
 
 def check_attention(machine: Machine, *, implementation: str, rows: str, heads: str) -> Row:
-    """Largest errors of the output and of gradients, as shares of the largest value, against float64."""
+    """Compare output and gradients with float64: largest error, relative to the largest value."""
     num_heads, num_kv = (int(part) for part in heads.split("/"))
     tokens, dim = (96, 16) if machine.is_tiny else (1024, 128)
     name = select_implementation(implementation, machine.device)
@@ -152,7 +152,7 @@ def check_attention(machine: Machine, *, implementation: str, rows: str, heads: 
 
 
 def check_loss(machine: Machine, *, scheme: str) -> Row:
-    """The loss and its gradients in bfloat16, by autocast and by FSDP2, against float32."""
+    """Compare the loss and its gradients in bfloat16, with autocast and with FSDP2, with float32."""
     config = TINY if machine.is_tiny else replace_layers(DecoderConfig(size="376m"), 2)
     setup = Setup(rows=2, context_length=128 if machine.is_tiny else 2048)
     input_ids, labels, documents, _ = pack(machine, config, setup)
@@ -164,7 +164,7 @@ def check_loss(machine: Machine, *, scheme: str) -> Row:
     def run(decoder: torch.nn.Module) -> tuple[float, dict[str, torch.Tensor]]:
         loss = decoder.loss(input_ids, labels, documents=documents)
         loss.backward()
-        return loss.item(), {name: whole(p.grad) for name, p in decoder.named_parameters() if p.grad is not None}
+        return loss.item(), {name: full_tensor(p.grad) for name, p in decoder.named_parameters() if p.grad is not None}
 
     precise = run(make().to(machine.device))
     with machine.autocast():
@@ -185,18 +185,18 @@ def check_loss(machine: Machine, *, scheme: str) -> Row:
 
 
 def replace_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
-    """The same geometry with fewer blocks."""
+    """Return the same geometry with another number of blocks."""
     return replace(config, num_hidden_layers=layers)
 
 
-def whole(gradient: torch.Tensor) -> torch.Tensor:
-    """A gradient that may be sharded."""
+def full_tensor(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the full tensor of a gradient that can be sharded."""
     return gradient.full_tensor() if isinstance(gradient, dist.tensor.DTensor) else gradient
 
 
 @contextmanager
 def one_rank(machine: Machine) -> Iterator[ParallelDims]:
-    """A process group of this process alone."""
+    """Context manager of a process group with only this process."""
     backend = "gloo" if machine.device.type == "cpu" else "nccl"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -208,9 +208,9 @@ def one_rank(machine: Machine) -> Iterator[ParallelDims]:
 def train(
     machine: Machine, *, model: str, scheme: str, implementation: str | None = None, compile: bool = True
 ) -> tuple[list[float], int, float]:
-    """Seconds of the steps after the first ones, bytes at the peak, and attended pairs of a step."""
+    """Return the seconds of the steps after warm-up, the bytes at the peak, and the attended pairs of a step."""
     config, setup = machine.models[model]
-    torch.compiler.reset()  # graphs of other rows count against the limit of recompilations
+    torch.compiler.reset()  # graphs of other rows count towards the recompilation limit
     decoder = build_decoder(
         lambda: Decoder(config, SCHEMES[scheme], Frequencies(rope_theta=500_000)),
         device=machine.device,
@@ -239,7 +239,7 @@ def train(
 
 
 def measure_step(machine: Machine, **case: Any) -> Row:
-    """Tokens per second and model FLOPs utilization."""
+    """Measure tokens per second and model FLOPs utilization."""
     config, setup = machine.models[case["model"]]
     seconds, peak, pairs = train(machine, **case)
     step, tokens = statistics.median(seconds), setup.rows * setup.context_length
@@ -253,7 +253,7 @@ def measure_step(machine: Machine, **case: Any) -> Row:
 
 
 def measure_memory(machine: Machine, *, model: str, scheme: str) -> Row:
-    """The peak of a step without compilation, against the estimate and the simulation."""
+    """Measure the peak memory of a step without compilation; returns it with the estimate and the simulation."""
     config, setup = machine.models[model]
     setup = replace(setup, gradient_clip_val=1.0)
     with torch.device("meta"):
@@ -270,7 +270,7 @@ def measure_memory(machine: Machine, *, model: str, scheme: str) -> Row:
 
 @torch.inference_mode()
 def measure_decoding(machine: Machine, *, model: str, scheme: str) -> Row:
-    """Tokens per second with a full context in the cache, in bfloat16."""
+    """Measure tokens per second with a full context in the cache, in bfloat16."""
     config, setup = machine.models[model]
     torch.manual_seed(0)
     with machine.device:
@@ -296,7 +296,7 @@ def measure_decoding(machine: Machine, *, model: str, scheme: str) -> Row:
 
 
 def environment(machine: Machine) -> Row:
-    """Card, driver, versions and commit."""
+    """Return device, driver, versions and commit."""
 
     def run(*command: str) -> str:
         try:
@@ -317,7 +317,7 @@ def environment(machine: Machine) -> Row:
 
 
 def tables(machine: Machine) -> dict[str, list[Row]]:
-    """Everything, by title; what matters most comes first."""
+    """Return all tables by title, the most important first."""
     models, schemes = list(machine.models), list(SCHEMES)
     steps = [{"model": model, "scheme": scheme, "compile": True} for model in models for scheme in schemes]
     eager = [{"model": model, "scheme": scheme, "compile": False} for model in models for scheme in schemes]
@@ -356,7 +356,7 @@ def tables(machine: Machine) -> dict[str, list[Row]]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """Rows as a table; columns are those of all rows."""
+    """Format rows as a Markdown table with the columns of all rows."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, ["---"] * len(columns), *([str(row.get(name, "")) for name in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -364,9 +364,9 @@ def markdown(rows: list[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a tiny model on a CPU")
-    parser.add_argument("--minutes", type=float, default=8, help="no further row is begun after so many")
-    parser.add_argument("--out", type=Path, default=Path("check_gpu.json"), help="file for the same in JSON")
+    parser.add_argument("--tiny", action="store_true", help="run a tiny model on a CPU")
+    parser.add_argument("--minutes", type=float, default=8, help="time after which no new row starts")
+    parser.add_argument("--out", type=Path, default=Path("check_gpu.json"), help="output file (JSON)")
     options = parser.parse_args()
     if not options.tiny and not torch.cuda.is_available():
         parser.error("no CUDA device here; --tiny runs a tiny model on the CPU")

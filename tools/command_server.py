@@ -1,9 +1,9 @@
-"""Runs the installed command in a fork of a process that has already imported the libraries.
+"""Run the installed command in forks of a process that has already imported the libraries.
 
-A run of a tiny model takes a second, importing PyTorch, Lightning and transformers four. A fork is a process of its
-own, with its own exit code, signals and memory; nothing of `ropepp_lit` is imported before it. It executes the file of
-the installed command. Reads jobs from stdin, one line of JSON each, and prints the fork's process id and its exit code.
-A job that is `detached` runs beside the next ones; its exit code is printed for `{"wait": ID}`.
+A run of a tiny model takes a second, importing PyTorch, Lightning and transformers four. A fork is a separate process,
+with its own exit code, signals and memory; nothing of `ropepp_lit` is imported before the fork, which executes the file
+of the installed command. Reads jobs from stdin, one line of JSON each, and prints the process id and the exit code of
+the fork. A `detached` job runs concurrently with the next ones; its exit code is printed for `{"wait": ID}`.
 """
 
 import gc
@@ -20,7 +20,7 @@ LIBRARIES = [
 
 
 def become(job):
-    """Turns this process into the job's."""
+    """Turn this process into the process of a job."""
     os.chdir(job["cwd"])
     os.environ.clear()
     os.environ.update(job["environment"])
@@ -37,7 +37,7 @@ def become(job):
 
 
 def serve():
-    """Returns in a fork that is to run a job, and at the end of the jobs."""
+    """Fork for each job; returns the job in the fork, and None in this process after the last job."""
     for line in sys.stdin:
         job = json.loads(line)
         if "wait" in job:

@@ -1,4 +1,4 @@
-"""A Hugging Face folder to a checkpoint; the same as `ropepp-lit import`."""
+"""Convert a Hugging Face model to a checkpoint; same as `ropepp-lit import`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A checkpoint to a Hugging Face folder; the same as `ropepp-lit export`."""
+"""Convert a checkpoint to a Hugging Face model; same as `ropepp-lit export`."""
 
 import sys
 

@@ -1,10 +1,10 @@
-"""Pairs to fine-tune on: functions of Python's standard library, and the first sentence of their docstrings.
+"""Create pairs for fine-tuning: functions of Python's standard library, and the first sentence of their docstrings.
 
     python tools/docstrings.py --out runs/docstrings
 
-writes OUT/train.jsonl and OUT/held-out.jsonl, an object with `prompt` and `completion` on each line. All functions of a
-module are in one of the files, so that near copies within a module are not on both sides. OUT/preferences.jsonl has
-`prompt`, `chosen` and `rejected`: the pairs of OUT/train.jsonl, each with the sentence of another function.
+Writes OUT/train.jsonl and OUT/held-out.jsonl, an object with `prompt` and `completion` on each line. All functions of a
+module are in the same file, so that near copies within a module are not in both. OUT/preferences.jsonl has `prompt`,
+`chosen` and `rejected`: the pairs of OUT/train.jsonl, each with the sentence of another function.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ import jsonargparse
 from ropepp_lit.files import write_whole
 
 QUESTION = "\n# What does this function do?\n#"
-"""What stands between a function's source and the sentence."""
+"""Text between the source of a function and the sentence."""
 
 HELD_OUT = 0.1
-"""Share of the modules, chosen by a hash of their names."""
+"""Fraction of the modules, selected by a hash of their names."""
 
 
 def docstrings(*, out: Path, max_characters: int = 800, seed: int = 0) -> None:
     """Write the pairs.
 
     Args:
-        out: The folder that is written.
-        max_characters: Of a function's source without its docstring; longer ones are left out.
-        seed: Of the rejected sentences.
+        out: Output folder.
+        max_characters: Maximum length of a function's source without its docstring; longer functions are skipped.
+        seed: Seed of the rejected sentences.
     """
     found: dict[str, list[dict[str, str]]] = {"train": [], "held-out": []}
     library = Path(sysconfig.get_path("stdlib"))
@@ -70,7 +70,7 @@ def docstrings(*, out: Path, max_characters: int = 800, seed: int = 0) -> None:
 
 
 def pairs(code: str) -> Iterator[tuple[str, str]]:
-    """For each function with a docstring its source without it, and the docstring's first sentence in one line."""
+    """Yield the source of each function without its docstring, and the docstring's first sentence in one line."""
     try:
         module = ast.parse(code)
     except SyntaxError:
@@ -88,11 +88,11 @@ def pairs(code: str) -> Iterator[tuple[str, str]]:
 
 
 def preferences(rows: Sequence[dict[str, str]], *, seed: int) -> Iterator[dict[str, str]]:
-    """For each pair its sentence as the chosen one, and that of another function, drawn at random, as the rejected one.
+    """Yield each pair with its sentence as the chosen and a random other sentence as the rejected answer.
 
     Args:
-        rows: Pairs. Where all have the same sentence, there is nothing to prefer, and nothing comes out.
-        seed: Of the draws. A sentence equal to the chosen one is drawn again.
+        rows: Pairs. If all have the same sentence, nothing is yielded.
+        seed: Seed of the random choice. A sentence equal to the chosen one is sampled again.
     """
     sentences = [row["completion"] for row in rows]
     draw = random.Random(seed)
@@ -104,7 +104,7 @@ def preferences(rows: Sequence[dict[str, str]], *, seed: int) -> Iterator[dict[s
 
 
 def _share(name: str) -> float:
-    """A number between 0 and 1 that depends on the name alone."""
+    """Return a number between 0 and 1 that depends only on the name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) / 2**64
 
 

@@ -1,11 +1,11 @@
-"""Fine-tune a model to say what a function does: all weights, LoRA, LoRA with imaginary columns, DPO; measured alike.
+"""Fine-tune a model to describe functions: all weights, LoRA, LoRA with imaginary columns, DPO; and compare them.
 
     python tools/docstrings_study.py --out runs/docstrings                    # trains the quickstart's model first
     python tools/docstrings_study.py --out runs/other --base ec.ckpt --learning_rate 1e-4 --steps 40
 
-Equal pairs, steps and batches for all; a seed decides the order of the pairs and the adapters' first values. Stopped,
-the same command goes on. Writes OUT/pairs (tools/docstrings.py), OUT/runs, OUT/page/index.html and OUT/tables.md: the
-answers to held-out functions before and after, and what each training took.
+All variants use the same pairs, steps and batches; a seed sets the order of the pairs and the initial adapter weights.
+The same command resumes. Writes OUT/pairs (tools/docstrings.py), OUT/runs, OUT/page/index.html and OUT/tables.md: the
+answers to held-out functions before and after, and the cost of each training.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ BEFORE = "before"
 
 
 class Variant(NamedTuple):
-    """A way to fine-tune."""
+    """Method of fine-tuning."""
 
     recipes: list[str]
-    """Of recipes/finetune, layered over docstrings.yaml."""
+    """Recipes in recipes/finetune that override docstrings.yaml."""
 
     options: list[str]
-    """Of `fit`."""
+    """Options of `fit`."""
 
     learning_rate: float
-    """Times that of all weights."""
+    """Learning rate, relative to that for training all weights."""
 
     compared_with: str = BEFORE
-    """Another variant that it is also compared with."""
+    """Another variant to compare with."""
 
-    begins_from: str = BEFORE
-    """Another variant, trained before it, whose weights of the same seed it begins from."""
+    init_from: str = BEFORE
+    """Another variant, trained earlier, whose weights of the same seed initialize this one."""
 
     data: str = "train.jsonl"
-    """Of the files of tools/docstrings.py."""
+    """File of tools/docstrings.py."""
 
 
 VARIANTS = {
@@ -58,10 +58,10 @@ VARIANTS = {
         ["docstrings-lora.yaml"], ["--model.lora.train_fully", "[imaginary]"], 10, compared_with="LoRA"
     ),
     "DPO": Variant(
-        ["docstrings-dpo.yaml"], [], 1 / 40, compared_with="full", begins_from="full", data="preferences.jsonl"
+        ["docstrings-dpo.yaml"], [], 1 / 40, compared_with="full", init_from="full", data="preferences.jsonl"
     ),
 }
-"""By name, in the order of training."""
+"""Variants by name, in the order of training."""
 
 
 def study(
@@ -78,23 +78,23 @@ def study(
     """Run the example.
 
     Args:
-        out: The folder that is written.
-        base: The checkpoint that is fine-tuned; empty means the quickstart's, trained in OUT/quickstart.
-        variants: With commas.
-        seeds: Runs of each variant.
-        learning_rate: Of all weights; adapters train at 10 times it, DPO at a 40th.
-        steps: Of the optimizer.
-        recipes: More recipes, with commas, layered over those of the variants.
-        limit: Held-out functions.
+        out: Output folder.
+        base: Checkpoint to fine-tune; empty means that of the quickstart, trained in OUT/quickstart.
+        variants: Comma-separated variants.
+        seeds: Number of runs of each variant.
+        learning_rate: Learning rate for training all weights; adapters use 10 times this, DPO 1/40.
+        steps: Number of optimizer steps.
+        recipes: Comma-separated further recipes that override those of the variants.
+        limit: Maximum number of held-out functions.
     """
     names = variants.split(",")
     for name in names:
         if name not in VARIANTS:
-            sys.exit(f"variants: no variant {name!r}; choose of {', '.join(VARIANTS)}")
-        if VARIANTS[name].begins_from not in (BEFORE, *names[: names.index(name)]):
-            sys.exit(f"variants: {name} begins from {VARIANTS[name].begins_from}; name that before it")
+            sys.exit(f"variants: no variant {name!r}; choose one of {', '.join(VARIANTS)}")
+        if VARIANTS[name].init_from not in (BEFORE, *names[: names.index(name)]):
+            sys.exit(f"variants: {name} is initialized from {VARIANTS[name].init_from}; name that one before it")
     pairs, runs = out / "pairs", out / "runs"
-    if not (pairs / "preferences.jsonl").exists():  # the last to be written
+    if not (pairs / "preferences.jsonl").exists():  # written last
         docstrings(out=pairs)
     if base is None:
         fit(out / "quickstart", [RECIPES / "quickstart.yaml"])
@@ -107,7 +107,7 @@ def study(
     for seed in range(seeds):
         for name in names:
             variant = VARIANTS[name]
-            start = base if variant.begins_from == BEFORE else _checkpoint(runs, variant.begins_from, seed)
+            start = base if variant.init_from == BEFORE else _checkpoint(runs, variant.init_from, seed)
             options = [*always, "--model.init_from", str(start), "--data.source", str(pairs / variant.data)]
             options += [*variant.options, "--seed_everything", str(seed), "--data.seed", str(seed)]
             options += ["--model.optimizer.lr", f"{variant.learning_rate * learning_rate:g}"]
@@ -138,7 +138,7 @@ def _checkpoint(runs: Path, name: str, seed: int) -> Path:
 
 
 def _evaluate(checkpoints: dict[str, list[str]], out: Path, limit: int) -> dict[str, Any]:
-    """Measure models by name, with differences to the first; what was measured before is kept."""
+    """Evaluate models by name, with differences to the first; reuses earlier measurements."""
     words = [f"{name}={path}" for name, paths in checkpoints.items() for path in paths]
     tasks = ["--tasks", f"answers:{out / 'pairs' / 'held-out.jsonl'}", "--limit", str(limit)]
     run(["evaluate", *words, *tasks, "--out", str(out / "page")])
@@ -147,7 +147,7 @@ def _evaluate(checkpoints: dict[str, list[str]], out: Path, limit: int) -> dict[
 
 
 def _costs(costs: dict[str, list[dict[str, Any]]], runs: Path) -> str:
-    """A line for each variant: numbers that train, bytes of a checkpoint, seconds and memory of each run."""
+    """Return a table of trained parameters, checkpoint size, seconds and memory of the runs of each variant."""
     lines = ["| | trained | checkpoint | seconds | peak memory |", "|---|---|---|---|---|"]
     for name, found in costs.items():
         path = _checkpoint(runs, name, 0)

@@ -1,24 +1,24 @@
-"""Draw the training loss of runs against the tokens they have read.
+"""Plot the training loss of runs over the number of tokens read.
 
     python tools/draw_loss_curves.py runs/laptop runs/laptop-ntk … --out curves.png
 
-A run that began from another's weights is drawn behind it, where `--after TOKENS` says.
+Runs that start from the weights of the first run are shifted to the right by `--after TOKENS`.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from benchmarking import argument_parser
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-COLOURS = ("#111827", "#2563eb", "#ea580c", "#16a34a", "#9333ea", "#9ca3af")
+from ropepp_lit.eval.report.panels import COLOURS
 
 
 def read_curve(folder: Path) -> tuple[list[float], list[float]]:
-    """Tokens read and loss at each time that a run logged them."""
+    """Return the tokens read and the loss at each logged step of a run."""
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     tokens = {event.step: make_ndarray(event.tensor_proto).item() for event in events.Tensors("tokens_seen")}
@@ -27,9 +27,9 @@ def read_curve(folder: Path) -> tuple[list[float], list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs; the first is where others begin")
-    parser.add_argument("--after", type=float, default=0.0, help="tokens that the runs behind the first begin at")
+    parser = argument_parser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs; the others start from the first")
+    parser.add_argument("--after", type=float, default=0.0, help="tokens at which the other runs start")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     figure = Figure(figsize=(8, 3.6), layout="constrained")

@@ -1,15 +1,15 @@
-/* Faults of files and of the clock, for chaos.py: a library that LD_PRELOAD puts before the C library.
+/* Fault injection for files and the clock, for chaos.py: a library for LD_PRELOAD.
 
-   It numbers, from 1, the operations of a process that change files below CHAOS_FOLDER. At operation CHAOS_AT comes
+   It counts, from 1, the operations of a process that modify files below CHAOS_FOLDER. At operation CHAOS_AT it injects
    CHAOS_FAULT:
 
      signal N    the process sends itself signal N before the operation
      once N      the operation fails with errno N
-     always N    this operation and all later ones fail with errno N; the first write is cut short where the disk is full
-     clock N     the clock of the day is N seconds ahead from now on
+     always N    this operation and all later ones fail with errno N; with ENOSPC the first write is truncated
+     clock N     the wall clock is N seconds ahead from now on
 
-   Without CHAOS_AT nothing happens. CHAOS_COUNT names a file that gets the number of operations at the end, CHAOS_CAME
-   one that is made when the fault comes. */
+   Without CHAOS_AT nothing happens. CHAOS_COUNT names a file for the number of operations, written at the end; CHAOS_CAME
+   names a file that is created when the fault is injected. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -73,7 +73,7 @@ static int counts_open(int descriptor)
     return is_below(path);
 }
 
-/* The errno that an operation must fail with, or 0; whether it is the first one. */
+/* Return the errno with which an operation must fail, or 0, and whether it is the first such operation. */
 static int disturb(int *is_first)
 {
     unsigned long number = atomic_fetch_add(&operations, 1) + 1;
@@ -208,7 +208,7 @@ int renameat(int from_at, const char *from, int to_at, const char *to)
     return real(from_at, from, to_at, to);
 }
 
-/* A full disk lets files be deleted. */
+/* Files can be deleted on a full disk. */
 #define FAIL_DELETE_IF(condition) \
     do { \
         int is_first, saved = errno, number = (condition) ? disturb(&is_first) : 0; \

@@ -1,20 +1,20 @@
-"""Fuzz everything that ropepp-lit reads: change a file of a whole input, read it, and judge what comes out.
+"""Fuzz everything that ropepp-lit reads: modify a file of a valid input, read the input, and judge the result.
 
-    python tools/fuzz.py --cases 10000 --out fuzzed           # every target; the same command goes on
+    python tools/fuzz.py --cases 10000 --out fuzzed           # all targets; the same command resumes
     python tools/fuzz.py --targets manifests,recipes --minutes 10
-    python tools/fuzz.py --only manifests:1234 --keep case    # one case alone; its files are left in `case`
+    python tools/fuzz.py --only manifests:1234 --keep case    # a single case; its files are stored in `case`
 
-| verdict     | what happened                                                                                       |
+| verdict     | result                                                                                              |
 |-------------|-----------------------------------------------------------------------------------------------------|
 | `refused`   | one line and exit code 2                                                                            |
-| `right`     | success, and what came out is what the target's judge expects (`fuzzing/targets.py`)               |
-| `wrong`     | success with something else                                                                         |
+| `right`     | success with the result that the target's judge expects (`fuzzing/targets.py`)                      |
+| `wrong`     | success with another result                                                                         |
 | `traceback` | any other exception or exit code, another number of lines, or a crash                               |
 | `hang`      | more than 20 s                                                                                      |
 | `memory`    | more than 2 GiB                                                                                     |
-| `escape`    | a file outside the case's folder was made, changed or removed                                       |
+| `escape`    | a file outside the folder of the case was created, modified or removed                              |
 
-Cases run in forked processes, some hundred one after the other in each. A case depends on `--seed` and its number.
+Cases run in forked processes, 200 sequentially in each. A case is determined by `--seed` and its number.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Before anything that reads them is imported.
+# Set before the imports that read them.
 os.environ |= {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -48,14 +48,14 @@ from fuzzing.targets import TARGETS
 from tqdm import tqdm
 
 CHUNK = 200
-"""Cases of one process."""
+"""Number of cases per process."""
 
 
 class Fuzzer:
-    """Whole inputs, and cases of them in forked processes.
+    """Valid inputs of the targets, and cases that modify them.
 
     Args:
-        seed: Of all cases.
+        seed: Seed of all cases.
         work: Folder for inputs and cases.
     """
 
@@ -65,7 +65,7 @@ class Fuzzer:
         self._expected: dict[tuple[str, str], Any] = {}
 
     def whole(self, name: str) -> dict[str, bytes]:
-        """The whole input of a target, contents by name."""
+        """Return the valid input of a target: contents by file name."""
         if name not in self._whole:
             folder = self.work / "whole"
             with self._reported(name):
@@ -73,17 +73,17 @@ class Fuzzer:
             files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
             self._whole[name] = {str(path.relative_to(folder)): path.read_bytes() for path in files}
             shutil.rmtree(folder)
-            self._expected_of(name, next(iter(self._whole[name])))  # what is loaded and compiled once is so from now on
+            self._expected_of(name, next(iter(self._whole[name])))  # warms up what is loaded or compiled once
         return self._whole[name]
 
     def case(self, name: str, number: int, root: Path) -> Case:
-        """A case in a folder of its own."""
+        """Create a case in its own folder."""
         case = Case(name, TARGETS[name], number, seed=self.seed, whole=self.whole(name), root=root)
         case.expected = self._expected_of(name, str(case.path.relative_to(case.folder)))
         return case
 
     def _expected_of(self, name: str, changed: str) -> Any:
-        """What comes out of the whole input, where that file is the one that a case changes."""
+        """Return the result of reading the valid input, for cases that modify the given file."""
         if (name, changed) not in self._expected:
             copy = self.work / f"copy-{os.getpid()}"
             write_tree(self.whole(name), copy)
@@ -103,7 +103,7 @@ class Fuzzer:
             raise RuntimeError(f"{name}: the unchanged input is refused: {log.read_text()}") from error
 
     def run(self, name: str, numbers: range, root: Path, results: Path) -> None:
-        """Run cases and write a line for each."""
+        """Run cases and write a line of results for each."""
         os.environ |= {"HOME": str(root / "home"), "TMPDIR": str(root / "tmp")}
         tempfile.tempdir = None
         with results.open("a") as file:
@@ -118,14 +118,14 @@ class Fuzzer:
 
 
 class Pool:
-    """Forked processes, each with a chunk of cases; one that dies or hangs is a finding, and the rest is done anew."""
+    """Forked processes, each with a chunk of cases; if one dies or hangs, that is a finding, and the rest restarts."""
 
     def __init__(self, fuzzer: Fuzzer, workers: int) -> None:
         self._fuzzer, self._free = fuzzer, list(range(workers))
         self._running: dict[int, tuple[str, range, int, Path]] = {}
 
     def start(self, name: str, numbers: range) -> None:
-        """Begin with a chunk."""
+        """Start a chunk of cases."""
         place = self._free.pop()
         results = self._fuzzer.work / f"results-{place}"
         results.unlink(missing_ok=True)
@@ -150,11 +150,11 @@ class Pool:
 
     @property
     def is_busy(self) -> bool:
-        """Whether one is at work."""
+        """Whether a process is running."""
         return bool(self._running)
 
     def finished(self) -> Iterator[tuple[str, range, list[dict[str, Any]]]]:
-        """Wait for chunks that are done, and give their results."""
+        """Yield the results of chunks that have finished."""
         for pid, (name, numbers, place, results) in list(self._running.items()):
             if time.time() - results.stat().st_mtime > SECONDS + 15:
                 os.kill(pid, signal.SIGKILL)
@@ -180,7 +180,7 @@ class Pool:
 
 
 def fuzz(names: list[str], *, cases: int, seed: int, minutes: float, workers: int, out: Path) -> None:
-    """Run the cases that are not done yet; counts and findings are kept in a folder."""
+    """Run the cases that are not done yet; counts and findings are stored in a folder."""
     out.mkdir(parents=True, exist_ok=True)
     counts = _read_counts(out, seed)
     work = make_work()
@@ -192,7 +192,7 @@ def fuzz(names: list[str], *, cases: int, seed: int, minutes: float, workers: in
     pool = Pool(fuzzer, workers)
     try:
         with tqdm(
-            total=cases * len(names), initial=sum(sum(counts[name].values()) for name in names), unit="case"
+            total=cases * len(names), initial=sum(sum(counts[name].values()) for name in names), unit=" cases"
         ) as bar:
             while pool.is_busy or (todo and time.monotonic() < deadline):
                 while todo and not pool.is_full and time.monotonic() < deadline:
@@ -224,13 +224,13 @@ def _read_counts(out: Path, seed: int) -> dict[str, Counter[str]]:
     for line in path.read_text().splitlines() if path.exists() else []:
         done = json.loads(line)
         if done["seed"] != seed:
-            sys.exit(f"{out}: holds cases of the seed {done['seed']}; name another --out")
+            sys.exit(f"{out}: contains cases of the seed {done['seed']}; name another --out")
         counts[done["target"]].update(done["verdicts"])
     return counts
 
 
 def table(counts: dict[str, Counter[str]]) -> str:
-    """Targets and how many cases had each verdict."""
+    """Return a table of the number of cases by target and verdict."""
     lines = [f"{'target':<20}{'cases':>8}" + "".join(f"{verdict:>11}" for verdict in VERDICTS)]
     for name, found in counts.items():
         lines.append(f"{name:<20}{sum(found.values()):>8,}" + "".join(f"{found[verdict]:>11,}" for verdict in VERDICTS))
@@ -238,7 +238,7 @@ def table(counts: dict[str, Counter[str]]) -> str:
 
 
 def kinds(path: Path) -> str:
-    """Findings by target, verdict and place, the most frequent first, each with a case to repeat."""
+    """Return the findings by target, verdict and source line, most frequent first, each with a case to repeat."""
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for text in path.read_text().splitlines() if path.exists() else []:
         line = json.loads(text)
@@ -253,13 +253,13 @@ def kinds(path: Path) -> str:
 
 
 def make_work() -> Path:
-    """A new folder for cases, in memory where that is possible."""
+    """Create a folder for cases, in memory if possible."""
     memory = Path("/dev/shm")  # noqa: S108
     return Path(tempfile.mkdtemp(prefix="ropepp-fuzz-", dir=memory if os.access(memory, os.W_OK) else None))
 
 
 def _only(text: str, *, seed: int, keep: Path | None) -> None:
-    """Run one case in this process, and print what it found."""
+    """Run one case in this process and print its result."""
     name, _, number = text.rpartition(":")
     work = make_work()
     try:
@@ -275,14 +275,14 @@ def _only(text: str, *, seed: int, keep: Path | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--targets", default=",".join(TARGETS), help="with commas; all by default")
-    parser.add_argument("--cases", type=int, default=10_000, help="of each target")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing new after so long")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated targets; default: all")
+    parser.add_argument("--cases", type=int, default=10_000, help="number of cases per target")
+    parser.add_argument("--minutes", type=float, default=1e9, help="time after which no new cases start")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("fuzzed"), help="folder of counts and findings")
-    parser.add_argument("--only", help="one case, TARGET:NUMBER")
-    parser.add_argument("--keep", type=Path, help="of --only: a new folder for the changed files")
+    parser.add_argument("--out", type=Path, default=Path("fuzzed"), help="folder for counts and findings")
+    parser.add_argument("--only", help="a single case, TARGET:NUMBER")
+    parser.add_argument("--keep", type=Path, help="with --only: new folder for the modified files")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only:
@@ -290,7 +290,7 @@ def main() -> None:
         return
     names = options.targets.split(",")
     if unknown := [name for name in names if name not in TARGETS]:
-        sys.exit(f"no target {unknown[0]!r}; choose of {', '.join(TARGETS)}")
+        sys.exit(f"no target {unknown[0]!r}; choose one of {', '.join(TARGETS)}")
     fuzz(
         names, cases=options.cases, seed=options.seed, minutes=options.minutes, workers=options.workers, out=options.out
     )

@@ -1,4 +1,4 @@
-"""`ropepp-lit prepare` as a script: python tools/prepare_data.py SOURCE... --out DIR --tokenizer NAME."""
+"""Script for `ropepp-lit prepare`: python tools/prepare_data.py SOURCE... --out DIR --tokenizer NAME."""
 
 import sys
 

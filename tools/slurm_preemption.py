@@ -1,12 +1,12 @@
-"""Preempt a training job of SLURM, which goes on each time, and compare its end with that of an undisturbed one.
+"""Preempt a SLURM training job that resumes each time, and compare the result with a job that was not preempted.
 
     python tools/slurm_preemption.py --out runs/slurm
 
 Starts a cluster of one node on this machine (munged, slurmctld and slurmd, on Debian by `apt-get install slurmd
 slurmctld munge`; needs root), submits the job script of recipes/README.md with two tasks, and preempts it: by SIGUSR1,
-as `--signal` does before the time limit, after which the script queues the job again; and by `scontrol requeue`, as
-SLURM does for a job of higher priority. Weights, optimizer, position in the data and curves must be those of the job
-that nobody preempted, bit for bit.
+as `--signal` does before the time limit, after which the script requeues the job; and by `scontrol requeue`, as SLURM
+does for a job of higher priority. Weights, optimizer state, position in the data and curves must be bit-identical to
+those of the job that was not preempted.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ exit $code
 
 
 class Cluster:
-    """A cluster of one node, on this machine; ends with the block.
+    """Context manager of a cluster of one node on this machine.
 
     Args:
-        folder: Of its state and logs.
+        folder: Folder of its state and logs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,7 +74,7 @@ class Cluster:
         self._munged: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Cluster:
-        """Start it."""
+        """Start the cluster."""
         missing = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(name) is None]
         if missing or os.geteuid():
             sys.exit(f"needs root and {', '.join(missing) or 'nothing else'}: apt-get install slurmd slurmctld munge")
@@ -107,7 +107,7 @@ class Cluster:
 
 
 def ask(*command: str) -> str:
-    """What a command prints."""
+    """Return the output of a command."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
@@ -126,7 +126,7 @@ def _state(job: str) -> str:
 
 
 def submit(folder: Path, script: str, preemptions: int) -> None:
-    """Run a job to its end in a folder; preempt it as often as said."""
+    """Run a job in a folder to its end, preempting it the given number of times."""
     folder.mkdir(parents=True)
     (folder / "job.sh").write_text(script)
     job = ask("sbatch", "--parsable", "--chdir", str(folder), str(folder / "job.sh")).strip()
@@ -156,9 +156,9 @@ def slurm_preemption(*, out: Path, preemptions: int = 5, steps: int = 48) -> Non
     """Compare a preempted job with an undisturbed one.
 
     Args:
-        out: A new folder.
-        preemptions: How often the job is preempted.
-        steps: Of the training.
+        out: New output folder.
+        preemptions: Number of preemptions.
+        steps: Number of training steps.
     """
     out = out.resolve()
     inputs = out / "inputs"
@@ -171,7 +171,7 @@ def slurm_preemption(*, out: Path, preemptions: int = 5, steps: int = 48) -> Non
     one, other = (result(out / name) for name in ("undisturbed", "preempted"))
     differing = [name for name in one.keys() | other.keys() if one.get(name) != other.get(name) and name != "output"]
     if differing:
-        sys.exit(f"the preempted job ended otherwise in {', '.join(sorted(differing))}")
+        sys.exit(f"the preempted job differs in {', '.join(sorted(differing))}")
     print(f"Preempted {preemptions} times, and every file is that of the undisturbed job: {', '.join(sorted(one))}")
 
 

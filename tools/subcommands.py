@@ -1,4 +1,4 @@
-"""Subcommands of ropepp-lit in processes of their own; a training is finished once, and what it cost is kept."""
+"""Run subcommands of ropepp-lit in processes of their own; a finished training is not repeated."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 def fit(
     folder: Path, recipes: Sequence[Path | str], options: Sequence[str] = (), *, threads: int | None = None
 ) -> dict[str, Any]:
-    """Train into a folder, or go on where it was stopped; a finished run is left as it is.
+    """Train into a folder, or resume the run there; a finished run is not repeated.
 
-    Leaves the program where the training fails, or where the folder holds the run of another command.
+    Exits if the training fails, or if the folder holds the run of another command.
 
     Args:
-        folder: Of the run; its output goes to a file beside it that ends with .log.
-        recipes: Layered, in their order.
-        options: Of `fit`.
-        threads: Of PyTorch; empty means those of the environment.
+        folder: Folder of the run; its output goes to a file next to it that ends with .log.
+        recipes: Recipes, later ones override earlier ones.
+        options: Options of `fit`.
+        threads: Number of PyTorch threads; None means the default of the environment.
 
     Returns:
-        What `finished.json` in the folder says:
+        Contents of `finished.json` in the folder:
 
         | key        | value                                                            |
         |------------|------------------------------------------------------------------|
-        | `command`  | words behind `ropepp-lit`                                        |
+        | `command`  | arguments after `ropepp-lit`                                     |
         | `step`     | optimizer steps                                                  |
-        | `seconds`  | of the command; None where the run was stopped and continued     |
-        | `peak_gib` | largest resident memory of its process; None likewise            |
+        | `seconds`  | duration of the command; None if the run was resumed             |
+        | `peak_gib` | peak resident memory of its process; None if the run was resumed |
     """
     configs = itertools.chain.from_iterable(("--config", str(name)) for name in recipes)
     command = ["fit", *configs, *options, "--trainer.default_root_dir", str(folder), "--ckpt_path", "auto"]
@@ -62,15 +62,15 @@ def fit(
 
 
 def run(command: Sequence[str], *, log: Path | None = None, threads: int | None = None) -> float:
-    """Run a subcommand; leaves the program where it fails.
+    """Run a subcommand; exits if it fails.
 
     Args:
-        command: Words behind `ropepp-lit`.
-        log: A file that its output is appended to; empty means that it is shown.
-        threads: Of PyTorch; empty means those of the environment.
+        command: Arguments after `ropepp-lit`.
+        log: File to append its output to; None means the terminal.
+        threads: Number of PyTorch threads; None means the default of the environment.
 
     Returns:
-        Largest resident memory of its process, in GiB.
+        Peak resident memory of its process in GiB.
     """
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     words = [sys.executable, "-m", "ropepp_lit", *command]
@@ -87,7 +87,7 @@ def run(command: Sequence[str], *, log: Path | None = None, threads: int | None 
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[int, float]:
-    """Exit code and peak memory in GiB of a process, once it has ended."""
+    """Wait for a process; returns its exit code and peak memory in GiB."""
     with process:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

@@ -1,10 +1,10 @@
-"""Does upcycling help a model that exists? It is continued at a longer context as RoPE, and as EC in three ways.
+"""Compare continued training of a RoPE model at a longer context with three variants of its conversion to EC.
 
     python tools/upcycling_study.py --model HuggingFaceTB/SmolLM2-135M --out runs/upcycling
     python tools/upcycling_study.py --model runs/quickstart-rope/checkpoints/last.ckpt --out runs/small --steps 60
 
-Equal text, steps and rows for all, a seed decides their order. Stopped, the same command goes on. Writes OUT/page
-(index.html), OUT/curves.png (how the imaginary columns of o_proj grow, and the training loss) and OUT/times.json.
+All variants use the same text, steps and rows, in an order given by a seed. The same command resumes. Writes OUT/page
+(index.html), OUT/curves.png (norm of the imaginary columns of o_proj, and training loss) and OUT/times.json.
 """
 
 from __future__ import annotations
@@ -27,25 +27,27 @@ from ropepp_lit.files import write_whole
 from ropepp_lit.train.recipe import recipe_from, to_yaml
 
 
-class Way(NamedTuple):
-    """How a model goes on."""
+class Variant(NamedTuple):
+    """Way to continue training."""
 
     start: str
-    """Of `rope` and `ec`."""
+    """Initial checkpoint: `rope` or `ec`."""
 
     options: list[str]
+    """Options of `fit`."""
+
     learning_rate: float
-    """Times that of all weights."""
+    """Learning rate, relative to that for training all weights."""
 
 
 LORA = ["--model.lora.rank", "16", "--model.lora.train_fully", "[imaginary]"]
-WAYS = {
-    "RoPE": Way("rope", [], 1),
-    "EC": Way("ec", [], 1),
-    "EC, imaginary columns": Way("ec", ["--model.lora.targets", "[]", *LORA[2:]], 10),
-    "EC, LoRA and imaginary columns": Way("ec", LORA, 10),
+VARIANTS = {
+    "RoPE": Variant("rope", [], 1),
+    "EC": Variant("ec", [], 1),
+    "EC, imaginary columns": Variant("ec", ["--model.lora.targets", "[]", *LORA[2:]], 10),
+    "EC, LoRA and imaginary columns": Variant("ec", LORA, 10),
 }
-"""By the name on the page."""
+"""Variants by their name on the page."""
 
 
 def study(
@@ -64,16 +66,16 @@ def study(
     """Run the comparison.
 
     Args:
-        model: A checkpoint of plain RoPE, a Hugging Face folder, or a name on the Hub.
-        out: The folder that is written.
-        text: Files or folders to train on and, held out, to measure on, with commas; `builtin` is Python's library.
-        factor: Of the model's context; the base grows with it, so that the slowest pair turns as far as before.
-        steps: Of the optimizer, of a row each.
-        seeds: Runs of each way.
-        learning_rate: Of all weights; adapters and columns alone train at 10 times it.
-        precision: Of Lightning's Trainer.
-        tasks: Of `ropepp-lit evaluate`, at a fourth, a half and all of the longer context.
-        limit: Documents, and examples of each task.
+        model: Checkpoint with plain RoPE, Hugging Face folder, or name on the Hub.
+        out: Output folder.
+        text: Comma-separated files or folders for training and evaluation (held out); `builtin` is Python's library.
+        factor: Factor of the context length; the base grows with it, so that the slowest pair rotates as far as before.
+        steps: Number of optimizer steps of one row each.
+        seeds: Number of runs of each variant.
+        learning_rate: Learning rate for training all weights; adapters and columns use 10 times this.
+        precision: Precision of Lightning's Trainer.
+        tasks: Tasks of `ropepp-lit evaluate`, at a fourth, a half and all of the longer context.
+        limit: Maximum number of documents and of examples per task.
     """
     out.mkdir(parents=True, exist_ok=True)
     starts = {"rope": out / "rope.ckpt", "ec": out / "ec.ckpt"}
@@ -92,16 +94,16 @@ def study(
     context = layers["rope"]["data"]["context_length"]
     taken: dict[str, float | None] = {}
     for seed in range(seeds):
-        for name, way in WAYS.items():
+        for name, variant in VARIANTS.items():
             folder = _folder(out, name, seed)
-            options = [*way.options, "--data.source", str(out / "data"), "--trainer.max_steps", str(steps)]
+            options = [*variant.options, "--data.source", str(out / "data"), "--trainer.max_steps", str(steps)]
             options += ["--trainer.precision", precision, "--seed_everything", str(seed), "--data.seed", str(seed)]
-            options += ["--model.optimizer.lr", f"{way.learning_rate * learning_rate:g}"]
+            options += ["--model.optimizer.lr", f"{variant.learning_rate * learning_rate:g}"]
             print(f"{name}, seed {seed}: {folder}", flush=True)
-            recipes = [out / f"{way.start}-longer.yaml", RECIPES / "upcycle" / "comparison.yaml"]
+            recipes = [out / f"{variant.start}-longer.yaml", RECIPES / "upcycle" / "comparison.yaml"]
             taken[folder.name] = fit(folder, recipes, options)["seconds"]
             write_whole(out / "times.json", json.dumps(taken, indent=1))
-    checkpoints = [f"{name}={_checkpoint(out, name, seed)}" for name in WAYS for seed in range(seeds)]
+    checkpoints = [f"{name}={_checkpoint(out, name, seed)}" for name in VARIANTS for seed in range(seeds)]
     lengths = ",".join(str(context // part) for part in (4, 2, 1))
     measure = ["--tasks", tasks, "--lengths", lengths, "--limit", str(limit), "--min_tokens", str(context // 2)]
     run(
@@ -120,14 +122,14 @@ def study(
 
 
 def _write_layer(start: Path, path: Path, factor: int) -> dict[str, dict]:
-    """Write the recipe of a model that begins from a checkpoint, at a longer context and a larger base."""
+    """Write the recipe of a model initialized from a checkpoint, with a longer context and a larger base."""
     recipe = recipe_from(start, read_checkpoint(start, shapes_only=True)[KEY])
     if not recipe["data"]["context_length"]:
         raise UsageError(f"model: {start} does not store the context that it was trained with")
     recipe["data"]["context_length"] *= factor
     decoder, settings = recipe["model"]["decoder"], recipe["model"]["frequencies"]["init_args"]
     settings["rope_theta"] *= factor ** (decoder["head_dim"] / (decoder["head_dim"] - 2))
-    del recipe["data"]["tokenizer"], recipe["data"]["train_tokenizer"]  # those of the prepared data
+    del recipe["data"]["tokenizer"], recipe["data"]["train_tokenizer"]  # defined by the prepared data
     write_whole(path, to_yaml(recipe))
     return recipe
 
@@ -141,16 +143,16 @@ def _checkpoint(out: Path, name: str, seed: int) -> Path:
 
 
 def _draw(out: Path, seeds: int) -> None:
-    """The norm of the columns of o_proj that read imaginary heads over steps, and the loss less that of RoPE."""
+    """Plot the norm of the columns of o_proj for imaginary heads and the difference of the loss to that of RoPE."""
     curves = {
         (name, seed): _curves(_folder(out, name, seed), "train/loss", "attention/imaginary/output_norm")
-        for name in WAYS
+        for name in VARIANTS
         for seed in range(seeds)
     }
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     norms, losses = figure.subplots(1, 2)
     for (name, seed), (loss, norm) in curves.items():
-        style = {"color": COLOURS[list(WAYS).index(name)], "linewidth": 1.6, "label": name if seed == 0 else None}
+        style = {"color": COLOURS[list(VARIANTS).index(name)], "linewidth": 1.6, "label": name if seed == 0 else None}
         if norm:
             norms.plot(list(norm), list(norm.values()), marker=".", **style)
             first = curves["RoPE", seed][0]
@@ -159,7 +161,7 @@ def _draw(out: Path, seeds: int) -> None:
             means = np.convolve(differences, np.ones(width) / width, mode="valid")
             losses.plot(list(loss)[width - 1 : width - 1 + len(means)], means, **style)
     norms.set(xlabel="optimizer steps", ylabel="norm of the imaginary columns")
-    losses.set(xlabel="optimizer steps", ylabel="training loss less RoPE's (nats)")
+    losses.set(xlabel="optimizer steps", ylabel="training loss minus that of RoPE (nats)")
     losses.axhline(0, color="#9ca3af", linewidth=1)
     for axes in (norms, losses):
         axes.spines[["top", "right"]].set_visible(False)
@@ -168,7 +170,7 @@ def _draw(out: Path, seeds: int) -> None:
 
 
 def _curves(folder: Path, *tags: str) -> list[dict[int, float]]:
-    """Values by step of each tag; empty where the run did not log it."""
+    """Return the values of each tag by step; empty for tags that the run did not log."""
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     known = events.Tags()["scalars"]

@@ -1,1 +1,1 @@
-"""The subcommands that are functions, one file each: parse, check, call, print."""
+"""Subcommands implemented as functions: they parse and check arguments, call the library and print the result."""

@@ -1,4 +1,4 @@
-"""`ropepp-lit chat`: a conversation with a checkpoint in the terminal."""
+"""`ropepp-lit chat`: interactive conversation with a model in the terminal."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ def chat(
     context_length: int | None = None,
     trust: str | None = None,
 ) -> None:
-    r"""Talk with a checkpoint: each line of the input is a message. /help lists what else a line can be.
+    r"""Chat with a model in the terminal. Each line of input is a message; /help lists the commands.
 
     Args:
-        checkpoint: A .ckpt file, a Hugging Face folder, or the name of one on the Hugging Face Hub.
-        system: The system's message; empty means none.
-        chat_template: A file with a Jinja template instead of the tokenizer's own.
-        max_new_tokens: Tokens of a reply at most; it ends with the assistant's turn, and with the context.
-        stop: Text that ends a reply, such as '\n\n' (escapes as in prepare's split), or a JSON list of texts. It is
-            left out. Empty means none.
+        checkpoint: A .ckpt file, a Hugging Face folder, or the name of a model on the Hugging Face Hub.
+        system: System message; empty means none.
+        chat_template: File with a Jinja template that replaces the tokenizer's.
+        max_new_tokens: Maximum number of tokens in a reply. A reply also ends at the end of the assistant's turn and
+            at the end of the context.
+        stop: Text that ends a reply, such as '\n\n' (escapes as in `split` of prepare), or a JSON list of texts. It is
+            removed from the reply. Empty means none.
         temperature: Divides the logits; 0 takes the most likely token each time (greedy).
-        top_k: Sample from this many most likely tokens; 0 means all.
-        top_p: Sample from the smallest set of tokens whose probability reaches this.
-        min_p: Leave out tokens less likely than this share of the most likely one's probability.
-        repetition_penalty: Divides the logits of tokens that are there already, the history's too; 1 changes nothing.
-        seed: Of the sampling.
-        context_length: Tokens of the history and a reply together; empty means those that the checkpoint was trained
-            with. Where the history is longer, its oldest turns are left out.
-        trust: `module.Class` of a position scheme of your own that the checkpoint was made with and may be imported.
+        top_k: Sample from the k most likely tokens; 0 means all.
+        top_p: Sample from the smallest set of tokens whose total probability reaches p.
+        min_p: Exclude tokens less likely than this fraction of the most likely token's probability.
+        repetition_penalty: Divides the logits of tokens that occur in the history or the reply; 1 disables it.
+        seed: Seed of the sampling.
+        context_length: Maximum number of tokens of history and reply together; empty means the trained context length.
+            If the history is longer, its oldest turns are dropped.
+        trust: `module.Class` of a custom position scheme that the checkpoint uses; it is imported only if named here.
     """
     from ropepp_lit.inference.conversation import Conversation  # heavy imports wait until the arguments are parsed
     from ropepp_lit.inference.model import GenerationSettings, load_model, parse_stop

@@ -1,4 +1,4 @@
-"""`ropepp-lit import`, `export` and `upcycle`: to and from Hugging Face, and from RoPE to RoPE++."""
+"""`ropepp-lit import`, `export` and `upcycle`: conversion from and to Hugging Face, and from RoPE to RoPE++."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def import_(
     original_max_position_embeddings: int | None = None,
     ignore: str = "",
 ) -> None:
-    """Turn a Hugging Face folder into a checkpoint, with a recipe to go on from it.
+    """Convert a Hugging Face model to a checkpoint, with a recipe that continues training from it.
 
-    Reads the families llama, mistral, qwen2, qwen3, phi3, granite and smollm3, folders of the public RoPE++ code, and
-    our own exports. No code of the folder is run.
+    Supports the families llama, mistral, qwen2, qwen3, phi3, granite and smollm3, folders of the public RoPE++ code,
+    and exports of ropepp-lit. No code in the folder is run.
 
     Args:
-        source: Folder with config.json and model.safetensors (one file of any name, or several, with or without an
-            index) or pytorch_model.bin (the same; in torch's present or old format, read as weights only), or the name
-            of one on the Hugging Face Hub (ORGANIZATION/MODEL, or ORGANIZATION/MODEL@REVISION).
-        out: The checkpoint to write, such as model.ckpt; a recipe of the same name is written beside it.
+        source: Folder with config.json and weights: model.safetensors or pytorch_model.bin (weights only), in one file
+            of any name or in shards with or without an index; or the name of a model on the Hugging Face Hub
+            (ORGANIZATION/MODEL or ORGANIZATION/MODEL@REVISION).
+        out: Checkpoint to write, such as model.ckpt; a recipe of the same name is written next to it.
         revision: Branch, tag or commit on the Hub; the commit is stored in the checkpoint.
-        variant: What the shapes must be; empty takes what they are.
-        rope_theta: The base, where config.json does not say it.
-        scaling: The scaling of the rotary frequencies, where config.json does not say it (old RoPE++ folders).
-        factor: Of the scaling.
-        original_max_position_embeddings: Context that the scaling starts from.
-        ignore: Fields of config.json, separated by commas, that change nothing in the model.
+        variant: Variant that the weights must have; empty means the variant that their shapes show.
+        rope_theta: Base of the rotary frequencies, if config.json does not contain it.
+        scaling: Scaling of the rotary frequencies, if config.json does not contain it (old RoPE++ folders).
+        factor: Factor of the scaling.
+        original_max_position_embeddings: Context length before scaling.
+        ignore: Comma-separated fields of config.json to ignore because they do not affect the model.
     """
     from ropepp_lit.hf.folder import find_folder, read_folder
 
@@ -67,23 +67,23 @@ def upcycle(
     original_max_position_embeddings: int | None = None,
     ignore: str = "",
 ) -> None:
-    """Turn a RoPE checkpoint into a RoPE++ one, to be trained on.
+    """Convert a RoPE checkpoint to a RoPE++ checkpoint for continued training.
 
-    EC has the output of the original, exactly: imaginary heads start with zeros in the output projection. EH has half
-    the heads, so it is an approximation to be trained on; --text measures how far the loss moves.
+    EC computes exactly the output of the original, because the imaginary heads start with zeros in the output
+    projection. EH has half the heads and only approximates it; --text measures the change of the loss.
 
     Args:
-        source: A .ckpt file with plain RoPE, a Hugging Face folder, or the name of one on the Hugging Face Hub.
-        out: The checkpoint to write, such as model-ec.ckpt; a recipe of the same name is written beside it.
+        source: A .ckpt file with plain RoPE, a Hugging Face folder, or the name of a model on the Hugging Face Hub.
+        out: Checkpoint to write, such as model-ec.ckpt; a recipe of the same name is written next to it.
         variant: `ec` keeps the KV cache and doubles the attention heads; `eh` keeps the heads and halves the cache.
-        pairs: For EH: `average` each two heads, or keep the `first` of them.
-        text: A UTF-8 file on which the loss is measured before and after.
-        revision: Of a name on the Hub: branch, tag or commit.
-        rope_theta: Of a Hugging Face folder, as the next four: the base, where config.json does not say it.
-        scaling: The scaling of the rotary frequencies, where config.json does not say it.
-        factor: Of the scaling.
-        original_max_position_embeddings: Context that the scaling starts from.
-        ignore: Fields of config.json, separated by commas, that change nothing in the model.
+        pairs: For EH: `average` each pair of heads, or keep the `first` of it.
+        text: UTF-8 file on which the loss is measured before and after the conversion.
+        revision: Branch, tag or commit of a model on the Hub.
+        rope_theta: Base of the rotary frequencies of a Hugging Face folder, if config.json does not contain it.
+        scaling: Scaling of the rotary frequencies of a Hugging Face folder, if config.json does not contain it.
+        factor: Factor of the scaling.
+        original_max_position_embeddings: Context length before scaling.
+        ignore: Comma-separated fields of config.json to ignore because they do not affect the model.
     """
     from pathlib import Path
 
@@ -110,22 +110,23 @@ def export(
     max_shard_size: str | None = None,
     check: bool | None = None,
 ) -> None:
-    """Write a checkpoint as a folder for transformers, as a GGUF file for llama.cpp, or adapters as peft loads them.
+    """Convert a checkpoint to a transformers folder, a GGUF file for llama.cpp, or a peft adapter.
 
-    Plain RoPE becomes a stock Llama (or Qwen) model. RoPE++ brings modelling files of its own, which need transformers
-    alone (trust_remote_code=True); llama.cpp cannot run it. Adapters are merged with their base, in float32.
+    Plain RoPE becomes a standard Llama (or Qwen) model. RoPE++ includes its own modeling files, which need only
+    transformers (trust_remote_code=True); llama.cpp does not support it. Adapters are merged into their base model in
+    float32.
 
     Args:
-        checkpoint: A .ckpt file, a Hugging Face folder, or the name of one on the Hugging Face Hub.
-        out: The folder: a new or empty one.
-        adapter: Instead of the whole model, a folder with adapters (of model.lora) alone in peft's format, which
-            PeftModel.from_pretrained loads over the exported base.
-        base: Of adapters, where it has moved since they were trained: a .ckpt file or folder, a Hugging Face folder, or
-            a name on the Hub.
-        gguf: Instead of a folder, a new GGUF file, such as model.gguf; plain RoPE and byte-level BPE tokenizers alone.
-        dtype: Of the weights; empty keeps that of each tensor. A GGUF file has norms and biases in float32.
-        max_shard_size: Of a folder's file of weights; empty means 5GB.
-        check: Load the folder in a fresh process without ropepp-lit and compare logits, beyond the trained context too;
+        checkpoint: A .ckpt file, a Hugging Face folder, or the name of a model on the Hugging Face Hub.
+        out: Folder to write; new or empty.
+        adapter: Folder for the adapter only (of model.lora), instead of the full model, in the format of peft;
+            PeftModel.from_pretrained loads it over the exported base model.
+        base: Base model of an adapter, if it has moved since training: a .ckpt file or folder, a Hugging Face folder,
+            or a name on the Hub.
+        gguf: New GGUF file, such as model.gguf, instead of a folder; plain RoPE and byte-level BPE tokenizers only.
+        dtype: dtype of the weights; empty keeps the dtype of each tensor. Norms and biases in a GGUF file are float32.
+        max_shard_size: Maximum size of a file of weights in the folder; empty means 5GB.
+        check: Load the folder in a new process without ropepp-lit and compare logits, also beyond the trained context;
             empty means true.
     """
     from pathlib import Path
@@ -197,7 +198,7 @@ def _folder_options(
     original_max_position_embeddings: int | None,
     ignore: str,
 ) -> dict[str, Any]:
-    """Options that say how a Hugging Face folder is read; only those that are given."""
+    """Return the options for reading a Hugging Face folder that the user gave."""
     from ropepp_lit.hf.rotary import Rotary
 
     rotary = Rotary(scaling, factor, original_max_position_embeddings, rope_theta)
@@ -215,12 +216,12 @@ def _new_checkpoint(out: str) -> Path:
     if path.suffix != ".ckpt":
         raise UsageError(f"out: {out}: name a file that ends with .ckpt")
     if path.exists():
-        raise UsageError(f"out: {path}: there already; name another file")
+        raise UsageError(f"out: {path}: already exists; name another file")
     return path
 
 
 def _write(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint and the recipe that goes on from it; say what was written and what to type next."""
+    """Write a checkpoint and the recipe that continues from it; print a summary and the next commands."""
     from ropepp_lit.checkpoint import KEY, load_decoder, write_checkpoint
     from ropepp_lit.errors import UsageError
     from ropepp_lit.files import write_errors, write_whole
@@ -233,9 +234,9 @@ def _write(path: Path, checkpoint: dict[str, Any]) -> None:
     layout = decoder.head_layout
     fragment = path.with_suffix(".yaml")
     recipe = to_yaml(recipe_from(path, ours))
-    # The recipe first: the same command goes on where it was killed after it.
+    # The recipe comes first, so that the same command succeeds if it was killed before the checkpoint was written.
     if fragment.exists() and fragment.read_bytes() != recipe.encode():
-        raise UsageError(f"out: {fragment}: there already; name another file")
+        raise UsageError(f"out: {fragment}: already exists; name another file")
     with write_errors(fragment):
         write_whole(fragment, recipe)
     try:
@@ -247,11 +248,11 @@ def _write(path: Path, checkpoint: dict[str, Any]) -> None:
     print(
         f"""{path}: {decoder.positions_description}, {decoder.num_parameters:,} parameters
 {layout.num_query_heads} query projections → {layout.num_attention_heads} attention heads, \
-{layout.num_key_value_heads} key/value heads of {decoder.config.head_dim}; made to read \
-{ours["context_length"] or 0:,} tokens{texts}
+{layout.num_key_value_heads} key/value heads of {decoder.config.head_dim}; context \
+length {ours["context_length"] or 0:,} tokens{texts}
 
 Next:
-  ropepp-lit fit --config RECIPE {command(config=fragment)}    # go on from it; RECIPE has trainer and data
+  ropepp-lit fit --config RECIPE {command(config=fragment)}    # RECIPE defines trainer and data
   {command("ropepp-lit", "generate", path, prompt="TEXT")}
   {command("ropepp-lit", "export", path, "FOLDER")}"""
     )
@@ -270,4 +271,4 @@ Next:
 def main(arguments: list[str]) -> None:
     """Run the subcommand."""
     functions: dict[str, Callable[..., None]] = {"import": import_, "upcycle": upcycle, "export": export}
-    call(functions[arguments[0]], arguments)
+    call(functions[arguments[0]], arguments, flags=("quiet",))

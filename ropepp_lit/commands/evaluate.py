@@ -1,4 +1,4 @@
-"""`ropepp-lit evaluate`: checkpoints are measured at length, and a page says what was found."""
+"""`ropepp-lit evaluate`: evaluation of checkpoints at several context lengths, with a report page."""
 
 from __future__ import annotations
 
@@ -35,39 +35,43 @@ def evaluate(
     include_path: str | None = None,
     apply_chat_template: bool = False,
     max_length: int | None = None,
-) -> None:
-    """Measure checkpoints at several lengths: tables, plots and a page to read. Stopped, the same command goes on.
+) -> dict[str, Any]:
+    """Evaluate checkpoints at several context lengths; writes tables, plots and a report page. Resumable.
 
     Args:
-        checkpoints: .ckpt files, Hugging Face folders or names on the Hugging Face Hub, each PATH or NAME=PATH; those
-            of one name are runs (seeds) of one model. Differences are to the first.
-        tasks: Of perplexity, longppl (key tokens found by the first checkpoint; longppl:PATH), retrieval (or some
-            families: retrieval:single+multikey), ruler, recall (or numbers of pairs: recall:4+64), induction,
-            graphwalks, mrcr, noise (on perplexity and retrieval; noise:retrieval:single), attention, answers:FILE
-            (held-out prompts and answers, in the formats of prepare --format chat and completion), harness:NAME (a
-            task of lm-eval) and module.Class (a task of your own, in a file in the current folder), with commas.
-        lengths: Tokens of the context, with commas; k is 1,024.
-        out: The folder that is written: index.html, results.json, scores.csv, answers.jsonl (what models wrote), plots,
-            TensorBoard's events, and `parts`, where each piece of work is kept. Processes that run the same command at
-            once, such as one per GPU, share the work.
-        text: Documents for perplexity, longppl and attention, and essays for ruler: files, folders, globs, with
-            commas, as for prepare, each source reported by itself; empty means the documents that the first
-            checkpoint's run held out. They are chosen by a hash, of a source's first 10,000.
+        checkpoints: .ckpt files, Hugging Face folders or names on the Hugging Face Hub, each as PATH or NAME=PATH;
+            those with the same name are runs (seeds) of one model. Differences are relative to the first.
+        tasks: Comma-separated tasks: perplexity, longppl (key tokens found by the first checkpoint; longppl:PATH),
+            retrieval (or families of it: retrieval:single+multikey), ruler, recall (or numbers of pairs: recall:4+64),
+            induction, graphwalks, mrcr, noise (on perplexity and retrieval; noise:retrieval:single), attention,
+            answers:FILE (held-out prompts and answers, in the formats of prepare --format chat and completion),
+            harness:NAME (a task of lm-eval) and module.Class (a custom task, in a file in the current folder).
+        lengths: Comma-separated context lengths in tokens; k means 1,024.
+        out: Output folder: index.html, results.json, scores.csv, answers.jsonl (outputs of the models), plots,
+            TensorBoard events, and `parts` with the finished units of work. The same command resumes; concurrent
+            processes of the same command, such as one per GPU, share the work.
+        text: Documents for perplexity, longppl and attention, and essays for ruler: comma-separated files, folders or
+            globs, as for prepare, each source reported separately; empty means the documents held out by the run of the
+            first checkpoint. They are selected by a hash from the first 10,000 of each source.
         text_key: Key or column of the text in JSON and tables.
-        split: What separates documents in text files, as for prepare; empty means that each file is one.
-        min_tokens: Leave out documents of fewer tokens (of the first model).
-        limit: Documents of each source or held-out set, examples of each family, prompts of each file of answers, and
-            examples of each harness task (and length); empty means 50, and all examples of a harness task.
-        stride: Tokens from one window of perplexity to the next; empty means that windows don't overlap.
-        noise_std: Standard deviations of the noise on scores, with commas.
-        seed: Of examples and noise.
-        dtype: float32 or bfloat16, of weights and arithmetic.
-        trust: `module.Class` of a position scheme of your own that a checkpoint was made with and may be imported.
-        num_fewshot: Examples in the prompts of harness tasks; empty means each task's own number.
-        include_path: A folder with lm-eval tasks (YAML) of your own for harness:NAME.
-        apply_chat_template: Put the prompts of harness tasks into the tokenizer's chat template.
-        max_length: Tokens of prompt and answer that harness tasks read at most; empty means the trained context. What
-            is longer loses its beginning, and is reported.
+        split: Separator of documents in text files, as for prepare; empty means one document per file.
+        min_tokens: Skip documents with fewer tokens (of the first model's tokenizer).
+        limit: Maximum number of documents per source or held-out set, examples per family, prompts per file of answers,
+            and examples per harness task (and length); empty means 50, and all examples of a harness task.
+        stride: Tokens between the starts of perplexity windows; empty means windows that do not overlap.
+        noise_std: Comma-separated standard deviations of the noise added to attention scores.
+        seed: Seed of examples and noise.
+        dtype: dtype of weights and computation: float32 or bfloat16.
+        trust: `module.Class` of a custom position scheme that a checkpoint uses; it is imported only if named here.
+        num_fewshot: Number of examples in the prompts of harness tasks; empty means the default of each task.
+        include_path: Folder with custom lm-eval tasks (YAML) for harness:NAME.
+        apply_chat_template: Apply the tokenizer's chat template to the prompts of harness tasks.
+        max_length: Maximum number of tokens of prompt and answer in harness tasks; empty means the trained context.
+            Longer inputs are truncated at their start, and counted in the report.
+
+    Returns:
+        Result that --json prints: an object with `out` (the folder), `notices` (a list of texts) and `scores` (a list
+        of objects as in results.json, one for each model and measurement).
     """
     import functools
     from pathlib import Path
@@ -85,9 +89,9 @@ def evaluate(
     sizes = tuple(parse_tokens("lengths", lengths))
     folder = Path(out)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "parts").is_dir()):
-        raise UsageError(f"out: {out} holds something else than an evaluation; name an empty or a new folder")
+        raise UsageError(f"out: {out} is neither empty nor an evaluation; name an empty or new folder")
 
-    import torch  # heavy imports wait until the arguments are known to be right
+    import torch  # heavy imports follow the checks of the arguments
 
     from ropepp_lit.eval.harness import Options
     from ropepp_lit.eval.models import load_model
@@ -98,7 +102,7 @@ def evaluate(
     from ropepp_lit.eval.texts import notices_of, read_texts, seed_of
     from ropepp_lit.files import write_whole
 
-    torch.set_flush_denormal(True)  # far keys may get weights near 1e-40, on which CPUs are slow
+    torch.set_flush_denormal(True)  # attention weights of distant keys can be near 1e-40, where CPUs are slow
     options_of_harness = Options(
         num_fewshot=num_fewshot, include_path=include_path, apply_chat_template=apply_chat_template,
         max_length=max_length,
@@ -139,7 +143,7 @@ def evaluate(
     notices |= dict.fromkeys(_different_runs(descriptions))
     notices |= dict.fromkeys(_same_seeds([name for name, _ in runs], seeds))
     print("".join(f"\nNote: {line}" for line in notices))
-    said = {
+    used_settings = {
         "tasks": list(settings.tasks), "lengths": list(sizes), "text": text or "held-out documents of the first run",
         "text_key": text_key, "split": split,
         "documents": sum(map(len, texts.values())), "sets": list(texts),
@@ -150,20 +154,21 @@ def evaluate(
     scores = summarize(runs, seeds=seeds)
     with work.reporting():
         for old in folder.glob("attention-*.png"):
-            old.unlink()  # maps of models that may not be asked for now
+            old.unlink()  # maps of models that this command may not include
         names = list(dict.fromkeys(name for name, _ in runs))
         labels = dict(zip(names, folder_names(names), strict=True))
         for number, model in enumerate(models):
             for unit, image in work.images(number):
                 write_whole(folder / f"attention-{labels[model.name]}-{unit.length}.png", image)
         work.write_answers()
-        print("".join(_replaced(folder, said, descriptions)), end="")
-        _write(folder, scores, descriptions, said, list(notices), about)
+        print("".join(_replaced(folder, used_settings, descriptions)), end="")
+        _write(folder, scores, descriptions, used_settings, list(notices), about)
     print(f"\nEverything is in {out}; read {folder / 'index.html'}")
+    return {"out": out, "notices": list(notices), "scores": scores}
 
 
 def _replaced(folder: Path, settings: dict[str, Any], models: list[dict[str, Any]]) -> Iterator[str]:
-    """A line where the folder has a report with more than the new one: its pieces are kept, and not shown."""
+    """Yield a notice if the folder's report has contents that the new one lacks; their units of work are kept."""
     from ropepp_lit.json_files import read_json
 
     if not (folder / "results.json").is_file():
@@ -193,7 +198,7 @@ def _refuse_twice(models: list[Model]) -> None:
 
 
 def _same_seeds(names: list[str], seeds: list[Any]) -> Iterator[str]:
-    """A line for each model that has several runs of one seed, which are not independent."""
+    """Yield a line for each model with multiple runs of the same seed, which are not independent."""
     pairs = [pair for pair in zip(names, seeds, strict=True) if pair[1] is not None]
     for name, seed in dict.fromkeys(pair for pair in pairs if pairs.count(pair) > 1):
         count = pairs.count((name, seed))
@@ -201,7 +206,7 @@ def _same_seeds(names: list[str], seeds: list[Any]) -> Iterator[str]:
 
 
 def _different_runs(descriptions: list[dict[str, Any]]) -> Iterator[str]:
-    """A line for each name that models of different architectures have: they are taken for runs of one."""
+    """Yield a line for each name shared by models of different architectures, which count as runs of one model."""
     fields = ("positions", "parameters", "layers", "attention_heads", "key_value_heads")
     for name in dict.fromkeys(described["name"] for described in descriptions):
         same = [described for described in descriptions if described["name"] == name]
@@ -218,7 +223,7 @@ def _write(
     notices: list[str],
     about: list[dict[str, str]],
 ) -> None:
-    """Write results.json, scores.csv, plots, TensorBoard's events and the page."""
+    """Write results.json, scores.csv, plots, TensorBoard events and the page."""
     import datetime
     import os
     import platform
@@ -251,4 +256,4 @@ def _write(
 
 def main(arguments: list[str]) -> None:
     """Run the subcommand."""
-    call(evaluate, arguments)
+    call(evaluate, arguments, flags=("json", "quiet"))

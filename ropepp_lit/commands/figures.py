@@ -1,4 +1,4 @@
-"""`ropepp-lit figures`: the figures of the method, as in the README."""
+"""`ropepp-lit figures`: the figures of the method that the README shows."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from ropepp_lit.arguments import call
 def figures(
     *, out: str | None = None, rope_theta: float = 10_000.0, head_dim: int = 128, context_length: int = 4096
 ) -> None:
-    """Draw the figures of the method with the toolkit's own rotation.
+    """Draw the figures of the method, computed by the rotation of this package.
 
-    scores-by-distance.png has the score of a real and an imaginary head against distance; positions-seen.png the
-    cosines and sines that slow rotary pairs meet within the trained length, and those that are new beyond it.
+    scores-by-distance.png shows the attention score of a real and an imaginary head over distance; positions-seen.png
+    shows which cosines and sines of slow rotary pairs occur within the trained length, and which only beyond it.
 
     Args:
-        out: Folder of the figures, made where there is none; files of these two names are replaced.
-        rope_theta: The base of the rotary frequencies.
-        head_dim: Dimensions of a head, even.
-        context_length: Tokens of the trained length, in positions-seen.png.
+        out: Output folder, created if needed; existing files of these two names are replaced.
+        rope_theta: Base of the rotary frequencies.
+        head_dim: Head size, even.
+        context_length: Trained length in tokens, for positions-seen.png.
     """
     import math
     from pathlib import Path
@@ -34,7 +34,7 @@ def figures(
         raise UsageError(f"context_length: {context_length} must be 2 or more")
 
     from ropepp_lit.eval.figures import draw_positions, draw_scores, to_png
-    from ropepp_lit.files import write_whole  # heavy imports wait until the arguments are known to be right
+    from ropepp_lit.files import write_whole  # heavy imports follow the checks of the arguments
 
     folder = Path(out)
     try:

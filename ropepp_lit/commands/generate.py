@@ -1,4 +1,4 @@
-"""`ropepp-lit generate`: a checkpoint writes to the terminal, or answers a file of prompts."""
+"""`ropepp-lit generate`: text generation from a prompt, or from a file of prompts."""
 
 from __future__ import annotations
 
@@ -26,29 +26,30 @@ def generate(
     context_length: int | None = None,
     trust: str | None = None,
 ) -> None:
-    r"""Let a checkpoint continue a prompt, streamed to the terminal, or every prompt of a file.
+    r"""Generate text from a prompt, streamed to the terminal, or from every prompt of a file.
 
     Args:
-        checkpoint: A .ckpt file, a Hugging Face folder, or the name of one on the Hugging Face Hub.
-        prompt: What the model continues; empty starts a new document.
-        prompts: Instead, a file of JSON lines with the key prompt; other keys are kept.
-        out: For `prompts`, the new file of JSON lines: each row with text, finish_reason (stop or length) and tokens.
-            Finished rows are kept in OUT.partial; the same command goes on after a kill.
-        chat: Put prompts into the tokenizer's chat template, as messages of the user; rows may have messages instead.
-        batch_size: Prompts of a file that are continued together.
-        max_new_tokens: Tokens to write at most; writing ends with the document, and with the context.
-        stop: Text that ends what is written, such as '\n\n' (escapes as in prepare's split), or a JSON list of texts.
-            It is left out. Empty means none.
+        checkpoint: A .ckpt file, a Hugging Face folder, or the name of a model on the Hugging Face Hub.
+        prompt: Text to continue; empty starts a new document.
+        prompts: File of JSON lines with the key `prompt`, instead of a prompt; other keys are copied to the output.
+        out: Output file of JSON lines for `prompts`; it must not exist. Each row gets text, finish_reason (stop or
+            length) and tokens. Finished rows are stored in OUT.partial, so the same command resumes after a kill.
+        chat: Apply the tokenizer's chat template to prompts as user messages; rows can have `messages` instead.
+        batch_size: Number of prompts of a file in a batch.
+        max_new_tokens: Maximum number of tokens to generate. Generation also ends at the end of the document and at the
+            end of the context.
+        stop: Text that ends the generation, such as '\n\n' (escapes as in `split` of prepare), or a JSON list of texts.
+            It is removed from the output. Empty means none.
         temperature: Divides the logits; 0 takes the most likely token each time (greedy).
-        top_k: Sample from this many most likely tokens; 0 means all.
-        top_p: Sample from the smallest set of tokens whose probability reaches this.
-        min_p: Leave out tokens less likely than this share of the most likely one's probability.
-        repetition_penalty: Divides the logits of tokens that are there already, the prompt's too; 1 changes nothing.
-        seed: Of the sampling. A text depends on it and on the row's number, not on the rows beside it.
-        context_length: Tokens of prompt and text together; empty means those that the checkpoint was trained with.
-        trust: `module.Class` of a position scheme of your own that the checkpoint was made with and may be imported.
+        top_k: Sample from the k most likely tokens; 0 means all.
+        top_p: Sample from the smallest set of tokens whose total probability reaches p.
+        min_p: Exclude tokens less likely than this fraction of the most likely token's probability.
+        repetition_penalty: Divides the logits of tokens that occur in the prompt or the output; 1 disables it.
+        seed: Seed of the sampling. The output for a row depends on the seed and the row's index, not on other rows.
+        context_length: Maximum number of tokens of prompt and output together; empty means the trained context length.
+        trust: `module.Class` of a custom position scheme that the checkpoint uses; it is imported only if named here.
     """
-    from ropepp_lit.errors import UsageError  # heavy imports wait until the arguments are known to be right
+    from ropepp_lit.errors import UsageError  # heavy imports follow the checks of the arguments
 
     if (prompts is None) != (out is None):
         raise UsageError("prompts: give --prompts FILE.jsonl and --out FILE.jsonl together")

@@ -1,4 +1,4 @@
-"""`ropepp-lit prepare`: text, JSON and tables to token shards that serve any context length."""
+"""`ropepp-lit prepare`: tokenization of text, JSON and tables into shards for any context length."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ropepp_lit.data.manifest import Manifest
+    from ropepp_lit.data.parts import Part
 
 
 def prepare(
@@ -36,50 +37,56 @@ def prepare(
     part: str | None = None,
     merge: str | None = None,
     verify: str | None = None,
-) -> None:
-    r"""Convert text to token shards, or verify finished shards.
+) -> dict[str, Any] | list[dict[str, Any]]:
+    r"""Tokenize documents into shards, or verify existing shards.
 
-    To resume an interrupted preparation, run the same command again. The shards depend only on the documents and the
-    options, not on the storage format of the documents or the number of workers.
+    After an interruption, the same command resumes. The shards depend only on the documents and the options, not on how
+    the documents are stored or on the number of workers.
 
     Args:
         sources: Files of text, JSON (.json, .jsonl, .ndjson) and tables (.parquet, .arrow, .feather, .csv, .tsv), plain
-            or compressed (.gz, .zst, .bz2, .xz); folders or globs of them, including folders of datasets'
-            save_to_disk; `builtin` (the source code of Python's standard library); or a Hugging Face dataset: hf:NAME,
-            hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, with NAME@REVISION for a specific revision.
-        out: Folder of the shards: a new or empty one.
+            or compressed (.gz, .zst, .bz2, .xz); folders or globs of them, those of datasets' save_to_disk too;
+            `builtin` (the source code of Python's library); or a Hugging Face dataset: hf:NAME, hf:NAME:SPLIT or
+            hf:NAME:CONFIG:SPLIT, with NAME@REVISION for a specific revision.
+        out: Output folder; new or empty.
         tokenizer: `bytes`, a tokenizer.json, a .ckpt file, or a Hugging Face folder or name on the Hub
             (ORGANIZATION/MODEL).
-        train_tokenizer: Instead of `tokenizer`: train a byte-level BPE with this vocabulary size on the documents.
-        bos_token: Token before documents, instead of the tokenizer's own ("" for none).
-        eos_token: Token that ends documents, instead of the one that the tokenizer's folder specifies.
-        special_tokens: Parse special tokens in the text of documents. By default they are plain text.
-        text_key: Key or column of the text in JSON and tables. With --format chat: key of the messages, if it is not a
-            default one. With --format completion: comma-separated keys of prompt and completion, such as
-            question,answer. For pairs: keys of prompt, chosen and rejected answer.
-        split: Separator of documents in text files, such as '\n\n' or '<|endoftext|>'; empty means that each text file
-            is one document. \n, \t, \r, \xNN, \uNNNN and \\ are escapes; a line end also matches CRLF.
-        min_tokens: Skip documents with fewer tokens (the paper: 512).
-        max_tokens: Skip documents with more tokens.
-        validation_fraction: Fraction of the documents to hold out for validation, selected by a hash of their text.
-        limit: Maximum number of documents to read from the sources.
-        dedup: Skip exact duplicates of earlier documents, detected by a 64-bit hash (about 60 bytes of memory per
+        train_tokenizer: Vocabulary size of a byte-level BPE to train on the documents, instead of `tokenizer`.
+        bos_token: Token before each document, instead of the tokenizer's default ("" for none).
+        eos_token: Token after each document, instead of the tokenizer's default.
+        special_tokens: Encode special tokens that occur in the text as such, instead of as ordinary text.
+        text_key: Key or column of the text in JSON and tables; with --format chat, of the messages, if it is not a
+            standard name; with --format completion, of prompt and completion, such as question,answer; for pairs, of
+            prompt, chosen and rejected answer.
+        split: Separator of documents in text files, such as '\n\n' or '<|endoftext|>'; empty means one document per
+            file. \n, \t, \r, \xNN, \uNNNN and \\ are escapes; \n also matches CRLF.
+        min_tokens: Skip shorter documents (the paper: 512).
+        max_tokens: Skip longer documents.
+        validation_fraction: Fraction of the documents to hold out, selected by a hash of their text.
+        limit: Maximum number of documents to read.
+        dedup: Skip documents whose text equals that of an earlier one, by a 64-bit hash (about 60 bytes of memory per
             document).
-        on_error: Action for a document that cannot be read, or a conversation that the chat template rejects: `stop`,
-            or `skip` and count it.
-        chunk_size: Maximum size of a chunk, such as 64MB; a larger document gets its own chunk.
+        on_error: What to do with a document that cannot be read, or a conversation that the chat template rejects:
+            `stop`, or `skip` and count it.
+        chunk_size: Maximum size of a chunk, such as 64MB; a larger document gets a chunk of its own.
         format: Format of the sources: `text`; conversations (`chat`) in `messages` (role, content), `conversations`
-            (from, value), or `prompt` and `completion` as lists of messages, optionally with `tools` and `system`; or
-            `prompt` and `completion` as strings (`completion`). Only the assistant's turns or completions are trained.
-            For preference tuning: `prompt`, `chosen` and `rejected` as messages (`chat_pairs`; alternatively both
-            answers begin with the prompt) or as strings (`completion_pairs`). A pair counts as one document.
-        chat_template: File with a Jinja template for conversations, instead of the tokenizer's own chat template.
-        train_on: Tokens of a conversation to train on: all turns of the `assistant`, the `last` one, or `all` tokens.
-        workers: Number of threads for tokenizing; empty means the number of cores.
-        part: Prepare only part K of N, to be merged by --merge: K/N (from 1/N to N/N), auto (K and N from SLURM's job
-            array) or auto/N (K from SLURM's job array or a Kubernetes job's index).
-        merge: Instead of preparing, merge the folders of all parts into `out`: --merge DIR… --out DIR.
-        verify: Instead of preparing, read folders of shards and check everything: --verify DIR….
+            (from, value), or `prompt` and `completion` as lists of messages, with optional `tools` and `system`; or
+            `prompt` and `completion` as text (`completion`). Only the assistant's turns are trained on. For preference
+            tuning: `prompt`, `chosen` and `rejected` as messages (`chat_pairs`; the prompt can be the beginning of both
+            answers instead) or as text (`completion_pairs`). A pair counts as one document.
+        chat_template: File with a Jinja template for conversations that replaces the tokenizer's.
+        train_on: Tokens of a conversation to train on: all turns of the `assistant`, its `last` turn, or `all` tokens.
+        workers: Number of tokenizer threads; empty means the number of CPU cores.
+        part: Prepare only part K of N, to be joined by `merge`: K/N (1/N to N/N), auto (K and N from the SLURM job
+            array) or auto/N (K from the SLURM job array or the index of a Kubernetes job).
+        merge: Join the folders of all parts into `out` instead of preparing: --merge DIR… --out DIR.
+        verify: Re-read folders of shards and check their contents instead of preparing: --verify DIR….
+
+    Returns:
+        Result that --json prints: an object with `out` (the folder), `format_version` and `fingerprint` of the shards,
+        `part` (null, or `{"number": K, "count": N}`), `splits` (by name: `documents`, `tokens`, `bytes` of text and
+        `longest` document in tokens) and `skipped` (documents by reason). With `verify`, a list of such objects, one
+        for each folder.
     """
     given = locals()
     import os
@@ -91,19 +98,16 @@ def prepare(
 
     if verify is not None:
         _check_alone("verify", given)
-        for name in (verify, *sources):
-            _verify(Path(local_path("verify", name)))
-        return
+        return [_verify(Path(local_path("verify", name))) for name in (verify, *sources)]
     if merge is not None:
         _check_alone("merge", given, "out")
         if out is None:
             raise UsageError("out: name the folder of the joined shards by --out")
         from ropepp_lit.data import parts
 
-        _report(
-            Path(out), parts.merge([Path(local_path("merge", folder)) for folder in (merge, *sources)], out=Path(out))
-        )
-        return
+        merged = parts.merge([Path(local_path("merge", folder)) for folder in (merge, *sources)], out=Path(out))
+        _report(Path(out), merged)
+        return _result(Path(out), merged)
     for name, value, least in (
         ("min_tokens", min_tokens, 0),
         ("max_tokens", max_tokens, 1),
@@ -119,7 +123,7 @@ def prepare(
     if not 0 <= validation_fraction < 1:
         raise UsageError(f"validation_fraction: {validation_fraction} must be 0 or more and below 1")
     if workers is not None:
-        os.environ["RAYON_NUM_THREADS"] = str(workers)  # read when tokenizers is first used
+        os.environ["RAYON_NUM_THREADS"] = str(workers)  # read at the first use of tokenizers
 
     from ropepp_lit.data import prepare as work
     from ropepp_lit.data.parts import Part
@@ -155,17 +159,31 @@ def prepare(
     folder = Path(out)
     manifest = work.prepare(list(sources), settings, out=folder, part=own_part, report=print)
     if own_part is None:
-        _report(folder, manifest, has_told=manifest.marks_trained_tokens)
-        return
+        _report(folder, manifest, has_printed_table=manifest.marks_trained_tokens)
+        return _result(folder, manifest)
     documents, tokens = (sum(getattr(x, name) for x in manifest.splits.values()) for name in ("documents", "tokens"))
-    if not manifest.marks_trained_tokens:  # conversations have been told of
+    if not manifest.marks_trained_tokens:  # of conversations they were printed before
         print("\n".join(skipped_lines(manifest)), end="\n" if manifest.skipped else "")
     print(f"Part {own_part.number} of {own_part.count} is in {folder}: {documents:,} documents, {tokens:,} tokens.")
-    print("When all parts are there: ropepp-lit prepare --merge DIR… --out DIR")
+    print("When all parts are finished: ropepp-lit prepare --merge DIR… --out DIR")
+    return _result(folder, manifest, own_part)
+
+
+def _result(folder: Path, manifest: Manifest, part: Part | None = None) -> dict[str, Any]:
+    """Return the object that --json prints for a folder."""
+    names = ("documents", "tokens", "bytes", "longest")
+    return {
+        "out": str(folder),
+        "format_version": manifest.format_version,
+        "fingerprint": manifest.fingerprint,
+        "part": None if part is None else {"number": part.number, "count": part.count},
+        "splits": {name: {key: getattr(split, key) for key in names} for name, split in manifest.splits.items()},
+        "skipped": dict(manifest.skipped),
+    }
 
 
 def _check_alone(name: str, given: dict[str, Any], *beside: str) -> None:
-    """Raise UsageError where an option has no effect beside one that does something else than to prepare."""
+    """Raise UsageError for an option that has no effect with `merge` or `verify`."""
     import inspect
 
     from ropepp_lit.errors import UsageError
@@ -175,7 +193,7 @@ def _check_alone(name: str, given: dict[str, Any], *beside: str) -> None:
             raise UsageError(f"{option}: has no effect with --{name}; leave it out")
 
 
-def _verify(folder: Path) -> None:
+def _verify(folder: Path) -> dict[str, Any]:
     from ropepp_lit.data.manifest import Manifest
     from ropepp_lit.data.verify import verify as check
     from ropepp_lit.errors import UsageError
@@ -183,18 +201,20 @@ def _verify(folder: Path) -> None:
     faults = check(folder)
     if faults:
         raise UsageError("; ".join(faults))
-    splits = Manifest.read(folder).splits.values()
+    manifest = Manifest.read(folder)
+    splits = manifest.splits.values()
     chunks, tokens = sum(len(split.chunks) for split in splits), sum(split.tokens for split in splits)
-    print(f"{folder}: all {chunks:,} chunks with {tokens:,} tokens are as they were written.")
+    print(f"{folder}: all {chunks:,} chunks with {tokens:,} tokens are intact.")
+    return _result(folder, manifest)
 
 
-def _report(folder: Path, manifest: Manifest, *, has_told: bool = False) -> None:
-    """A table of the splits, and how long the documents are: in the terminal and as lengths.png.
+def _report(folder: Path, manifest: Manifest, *, has_printed_table: bool = False) -> None:
+    """Print a table of the splits and a histogram of document lengths, and write the histogram to lengths.png.
 
     Args:
-        folder: Of the shards.
-        manifest: What they are.
-        has_told: Whether the table stands in the terminal already.
+        folder: Folder of the shards.
+        manifest: Manifest of the folder.
+        has_printed_table: Whether the table was printed before.
     """
     from ropepp_lit.data.report import conversation_lines, skipped_lines
     from ropepp_lit.text.tokenizer import TextTokenizer
@@ -209,7 +229,7 @@ def _report(folder: Path, manifest: Manifest, *, has_told: bool = False) -> None
         entry = {**vars(manifest), "tokenizer": manifest.read_tokenizer(folder)}
         description = TextTokenizer.from_entry(entry).description
         print(f"{description[0].upper()}{description[1:]}.")
-    elif not has_told:
+    elif not has_printed_table:
         print("\n".join(conversation_lines(manifest, folder)))
     lengths = manifest.splits["train"].lengths
     used = [place for place, (documents, _) in enumerate(lengths) if documents]
@@ -221,7 +241,7 @@ def _report(folder: Path, manifest: Manifest, *, has_told: bool = False) -> None
         share = tokens / manifest.splits["train"].tokens
         print(f"{2**place:>10,} – {2 ** (place + 1) - 1:>9,}{documents:>12,}{share:>16.1%}  {bar}")
     _draw(folder / "lengths.png", lengths[used[0] : used[-1] + 1], used[0])
-    print(f"\nThe shards are in {folder}, the lengths drawn in {folder / 'lengths.png'}.")
+    print(f"\nThe shards are in {folder}, the histogram of lengths in {folder / 'lengths.png'}.")
     print(f"Next: {command('ropepp-lit', 'prepare', verify=folder)}")
 
 
@@ -248,4 +268,4 @@ def _draw(path: Path, lengths: list[list[int]], first: int) -> None:
 
 def main(arguments: list[str]) -> None:
     """Run the subcommand."""
-    call(prepare, arguments)
+    call(prepare, arguments, flags=("json", "quiet"))

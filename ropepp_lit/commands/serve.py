@@ -1,4 +1,4 @@
-"""`ropepp-lit serve`: a checkpoint behind an HTTP server that is compatible with OpenAI's API."""
+"""`ropepp-lit serve`: HTTP server with an OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -24,28 +24,27 @@ def serve(
     context_length: int | None = None,
     trust: str | None = None,
 ) -> None:
-    """Serve a checkpoint over HTTP at /v1/chat/completions and /v1/completions, compatible with OpenAI's API.
+    """Serve a model over HTTP at /v1/chat/completions and /v1/completions, compatible with OpenAI's API.
 
     Args:
-        checkpoint: A .ckpt file, a Hugging Face folder, or the name of one on the Hugging Face Hub. It is also the name
-            of the model in requests.
-        host: Address to listen on: 127.0.0.1 (this machine alone), 0.0.0.0 or :: (every network). Where the environment
+        checkpoint: A .ckpt file, a Hugging Face folder, or the name of a model on the Hugging Face Hub. It is also the
+            name of the model in requests.
+        host: Address to listen on: 127.0.0.1 (this machine only), 0.0.0.0 or :: (all networks). If the environment
             variable LIT_SERVER_API_KEY is set, clients must send its value as their API key.
         port: Port to listen on, 1024 or more.
-        chat_template: A file with a Jinja template instead of the tokenizer's own.
-        max_requests: Requests that are processed concurrently: they take turns, a token each, and are not batched; more
-            of them wait. Each has a KV cache of up to the whole context.
-        max_new_tokens: Tokens to write at most, for requests without max_tokens.
-        temperature: For requests without it: divides the logits; 0 takes the most likely token each time (greedy).
-        top_k: For requests without it: sample from this many most likely tokens; 0 means all.
-        top_p: For requests without it: sample from the smallest set of tokens whose probability reaches this.
-        min_p: For requests without it: leave out tokens less likely than this share of the most likely one's
+        chat_template: File with a Jinja template that replaces the tokenizer's.
+        max_requests: Maximum number of concurrent requests; further requests wait. Requests are not batched but take
+            turns, one token each. Each has a KV cache of up to the full context.
+        max_new_tokens: Default of max_tokens in requests: maximum number of tokens to generate.
+        temperature: Default of requests: divides the logits; 0 takes the most likely token each time (greedy).
+        top_k: Default of requests: sample from the k most likely tokens; 0 means all.
+        top_p: Default of requests: sample from the smallest set of tokens whose total probability reaches p.
+        min_p: Default of requests: exclude tokens less likely than this fraction of the most likely token's
             probability.
-        repetition_penalty: For requests without it: divides the logits of tokens that are there already, the prompt's
-            too; 1 changes nothing.
-        context_length: Tokens of prompt and answer together; empty means those that the checkpoint was
-            trained with.
-        trust: `module.Class` of a position scheme of your own that the checkpoint was made with and may be imported.
+        repetition_penalty: Default of requests: divides the logits of tokens that occur in the prompt or the output; 1
+            disables it.
+        context_length: Maximum number of tokens of prompt and output together; empty means the trained context length.
+        trust: `module.Class` of a custom position scheme that the checkpoint uses; it is imported only if named here.
     """
     from ropepp_lit.errors import UsageError
 

@@ -37,6 +37,7 @@ from ropepp_lit.data.trained_tokens import can_be_trained_on
 from ropepp_lit.errors import UsageError
 from ropepp_lit.files import write_whole
 from ropepp_lit.json_files import read_json, sealed, unsealed
+from ropepp_lit.terminal import progress_bar
 from ropepp_lit.text.formats import Record
 from ropepp_lit.text.identity import tokenizer_digest
 from ropepp_lit.text.sources import START, Cursor, Inputs, Reader
@@ -144,14 +145,8 @@ class Preparation:
         if self._settings.dedup:
             for number, segment in enumerate(segments):
                 self._seen.update(segment.read_digests(self._digests_path(number)))
-        with tqdm(
-            total=sum(file.num_bytes for file in self._files[: self._range[1]]) or None,
-            desc="Tokenizing",
-            unit="B",
-            unit_scale=True,
-            disable=not self._show_progress,
-            leave=False,
-        ) as self._bar:
+        total = sum(file.num_bytes for file in self._files[: self._range[1]]) or None
+        with progress_bar("Tokenizing", unit="bytes", total=total, scale=True, show=self._show_progress) as self._bar:
             self._started = time.monotonic()
             self._write_segments(segments)
         return self._finish(segments)
@@ -198,9 +193,7 @@ class Preparation:
         path = self._folder / TOKENIZER
         if path.is_file():
             return load_tokenizer(str(path), bos_token=BOS, eos_token=EOS)
-        with tqdm(
-            desc="Training the tokenizer", unit=" documents", disable=not self._show_progress, leave=False
-        ) as bar:
+        with progress_bar("Training the tokenizer", unit="documents", show=self._show_progress) as bar:
             tokenizer = train_tokenizer(self._training_texts(bar), vocab_size=settings.train_tokenizer)
         write_whole(path, tokenizer.json)
         return tokenizer

@@ -25,6 +25,7 @@ from ropepp_lit.nn.documents import Documents
 from ropepp_lit.nn.generation import generate
 from ropepp_lit.nn.loss import rows_per_chunk
 from ropepp_lit.nn.sampling import Sampling
+from ropepp_lit.terminal import progress_bar
 from ropepp_lit.text.tokenizer_files import content_of
 
 MAX_GEN_TOKS = 256
@@ -142,7 +143,7 @@ class DecoderLM(TemplateLM):
             rows.setdefault(tuple(self._truncate(context + continuation, self.max_length + 1)[:-1]), []).append(number)
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         order = sorted(rows, key=len, reverse=True)
-        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
+        with progress_bar("loglikelihood", unit="requests", total=len(requests), show=not disable_tqdm) as bar:
             for batch in _batches(order, extra_tokens=0):
                 hidden = self._hidden_states(batch)
                 for row, ids in enumerate(batch):
@@ -185,7 +186,7 @@ class DecoderLM(TemplateLM):
         for number, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
         answers = [""] * len(requests)
-        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
+        with progress_bar("generate_until", unit="requests", total=len(requests), show=not disable_tqdm) as bar:
             for numbers in groups.values():
                 self._generate_group(requests, numbers, answers, bar)
         return answers

@@ -31,6 +31,7 @@ from ropepp_lit.eval.tasks.base import Answer
 from ropepp_lit.eval.texts import Texts
 from ropepp_lit.files import has_locks, locked, whole_file, write_whole
 from ropepp_lit.json_files import CHECKSUM, json_line, read_json, sealed, typed, unsealed
+from ropepp_lit.terminal import progress_bar
 from ropepp_lit.text.tokenizer import TextTokenizer
 
 VERSION = 3
@@ -219,7 +220,7 @@ class Work:
                         continue
                     if model is None:
                         model = self._load(number)
-                        bar = stack.enter_context(tqdm(unit=" tokens", unit_scale=True, desc=model.name))
+                        bar = stack.enter_context(progress_bar(model.name, unit="tokens", scale=True))
                     bar.total = total
                     self._measure_piece(model, piece, bar)
                     measured += 1

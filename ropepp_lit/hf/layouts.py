@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import inside, read_text, refuse_pointer
+from ropepp_lit.files import inside, nearest_file, read_text, refuse_pointer
 from ropepp_lit.json_files import parse_json
 from ropepp_lit.sharded import check_pickled
 
@@ -100,6 +100,7 @@ def find_folder(source: str | Path, *, revision: str | None = None) -> Path:
     if match is None or (match[2] and revision):
         raise UsageError(
             f"source: {source}: no such folder; name one in Hugging Face's format, or ORGANIZATION/MODEL on the Hub"
+            f"{nearest_file(folder)}"
         )
     for layout in LAYOUTS:
         folder = _fetch(match[1], match[2] or revision, layout.pattern)

@@ -15,6 +15,7 @@ from ropepp_lit.files import checksum, flush, refuse_pointer, sync, whole_file, 
 from ropepp_lit.inference.completion import Completion, complete
 from ropepp_lit.inference.model import GenerationSettings, Model
 from ropepp_lit.json_files import fits, json_line, parse_json, sealed, unsealed
+from ropepp_lit.terminal import progress_bar
 from ropepp_lit.text.chat import ChatTemplate, ChatTemplateError
 from ropepp_lit.text.conversations import RowError, parse_conversation
 from ropepp_lit.text.tokenizer import TextTokenizer
@@ -94,8 +95,8 @@ class PromptFile:
             out.parent.mkdir(parents=True, exist_ok=True)
             completions = _resume(partial, self._identity(generation, batch_size), batches)
             resumed = len(completions)
-            with partial.open("ab") as file, tqdm(
-                total=len(order), initial=resumed, desc="Prompts", unit="row", disable=not show_progress
+            with partial.open("ab") as file, progress_bar(
+                "Prompts", unit="rows", total=len(order), initial=resumed, show=show_progress
             ) as bar:  # fmt: skip
                 for batch in batches:
                     if batch[0] not in completions:

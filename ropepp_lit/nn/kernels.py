@@ -31,7 +31,7 @@ from torch.nn.attention import (
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 
-from ropepp_lit.errors import UsageError
+from ropepp_lit.errors import UsageError, did_you_mean
 from ropepp_lit.nn.documents import Documents
 
 try:
@@ -63,7 +63,9 @@ def select_implementation(name: str | None, device: torch.device) -> str:
         UsageError: no such implementation, or it cannot run here.
     """
     if name is not None and name not in IMPLEMENTATIONS:
-        raise UsageError(f"model.attention: no implementation {name!r}; choose one of {', '.join(IMPLEMENTATIONS)}")
+        near = did_you_mean(name, IMPLEMENTATIONS)
+        known = ", ".join(IMPLEMENTATIONS)
+        raise UsageError(f"model.attention: no implementation {name!r}; choose one of {known}{near}")
     if device.type != "cuda":
         if name not in (None, "sdpa"):
             raise UsageError(f"model.attention: {name} needs a CUDA device; leave it empty or choose sdpa")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import escaped, write_whole
+from ropepp_lit.files import escaped, nearest_file, write_whole
 from ropepp_lit.json_files import read_json
 from ropepp_lit.text.formats import ReadOptions, Record, extension_of, find_problem, format_of
 from ropepp_lit.text.hub import HUB, HubDataset
@@ -160,6 +160,7 @@ def _find_inputs(source: str, key: str) -> Inputs:
         else:
             raise UsageError(
                 f"{key}: {printable(source)}: no such file or folder; pass files or folders of text, or {BUILTIN!r}"
+                f"{nearest_file(root)}"
             )
         paths.sort(key=lambda path: path.as_posix())
         paths = _documents(paths, ignored)

@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ropepp_lit.errors import UsageError
-from ropepp_lit.files import escaped
+from ropepp_lit.files import escaped, nearest_file
 from ropepp_lit.text import tokenizer_files
 from ropepp_lit.text.identity import opening_of
 from ropepp_lit.text.tokenizer_files import (
@@ -255,7 +255,7 @@ def load_tokenizer(name: str, *, bos_token: str | None = None, eos_token: str | 
         if loaded is None:
             raise UsageError(
                 f"tokenizer: {name}: no such tokenizer; pass bytes, a tokenizer.json, a folder with one, or one on the "
-                "Hub"
+                f"Hub{nearest_file(path)}"
             )
         tokenizer = TextTokenizer.from_files(loaded)
     if bos_token is not None:

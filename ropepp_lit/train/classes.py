@@ -17,7 +17,7 @@ from jsonargparse import Namespace
 
 from ropepp_lit.checkpoint import import_class
 from ropepp_lit.data.token_data import TokenData
-from ropepp_lit.errors import UsageError
+from ropepp_lit.errors import UsageError, did_you_mean
 from ropepp_lit.nn import DecoderConfig, Frequencies, PositionScheme, RoPEPP
 from ropepp_lit.train.callbacks import TextSample
 from ropepp_lit.train.causal_lm import CausalLM
@@ -91,6 +91,7 @@ def check_classes(arguments: list[str]) -> None:
         elif name not in (known := [kind.__name__ for kind in _subclasses(base)]):
             raise UsageError(
                 f"{key}: no class {name!r}; choose one of {', '.join(known)}, or give your own class as module.Class"
+                f"{did_you_mean(name, known)}"
             )
 
 

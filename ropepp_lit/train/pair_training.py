@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -13,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from ropepp_lit.checkpoint import KEY
 from ropepp_lit.data.batch import AnswerPairs, Batch
 from ropepp_lit.data.token_data import TokenData
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder
+from ropepp_lit.terminal import progress_bar
 from ropepp_lit.train.metrics import PairLoss, TokenLoss, exact_dtype
 from ropepp_lit.train.preference import Preference
 from ropepp_lit.train.signals import StopRequest
@@ -181,14 +180,8 @@ class PairTraining:
         loaders: list[DataLoader] = trainer.datamodule.pair_dataloaders()  # type: ignore[attr-defined]
         keys: list[int] = []
         log_probabilities: list[Tensor] = []
-        bar = tqdm(
-            total=sum(map(len, loaders)),
-            desc="Reference",
-            unit="batch",
-            leave=False,
-            disable=not trainer.is_global_zero or trainer.progress_bar_callback is None,
-            file=sys.stderr,
-        )
+        shows = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        bar = progress_bar("Reference", unit="batches", total=sum(map(len, loaders)), show=shows)
         was_training = decoder.training
         decoder.eval()  # disables the dropout of adapters
         with bar, trainer.precision_plugin.val_step_context():

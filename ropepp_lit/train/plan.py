@@ -6,14 +6,16 @@ import argparse
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ropepp_lit.arguments import OneLineErrors
 from ropepp_lit.errors import UsageError
 from ropepp_lit.nn import Decoder, PositionScheme, RoPE, RoPEPP, layout_of
 from ropepp_lit.nn.context_parallel import MODES, Mode, choose_mode, elements_moved
 from ropepp_lit.sizes import in_bytes, parse_bytes
+from ropepp_lit.terminal import output
 from ropepp_lit.train.checks import Checks, checkpoint_to_continue
 from ropepp_lit.train.cli import RecipeCLI, quiet
 from ropepp_lit.train.costs import cache_bytes_per_token, training_flops_per_token
@@ -23,8 +25,12 @@ from ropepp_lit.train.lora import trained_shapes
 from ropepp_lit.train.loss_average import choose_average, describe_average
 from ropepp_lit.train.memory import PARTS, Memory, StepMemory
 from ropepp_lit.train.optimizer import Muon, split_parameters
+from ropepp_lit.train.plan_result import Totals, plan_result
 from ropepp_lit.train.step_setup import DTYPES, Setup
 from ropepp_lit.train.trainer_options import check_options
+
+if TYPE_CHECKING:
+    from ropepp_lit.train.simulate import Simulation
 
 GIB = 2**30
 
@@ -60,13 +66,16 @@ def plan(arguments: list[str]) -> None:
     device_memory = device.memory * GIB
     if options.device_memory is not None:
         device_memory = parse_bytes("device_memory", options.device_memory)
-    cli = PlanCLI(["fit", *rest])
-    recipe = Recipe(cli, cli.config_init["fit"].trainer)
-    for line in recipe.check(cli.config_init["fit"]):
-        print(line)
-    recipe.show(device_memory, 1e12 * device.tflops, options.utilization, options.device)
-    if options.simulate == "true":
-        recipe.show_simulation()
+    with output(as_json=options.json, quiet=False) as print_result:
+        cli = PlanCLI(["fit", *rest])
+        recipe = Recipe(cli, cli.config_init["fit"].trainer)
+        notices = recipe.check(cli.config_init["fit"])
+        print("".join(f"{line}\n" for line in notices), end="")
+        totals = Totals.of(recipe, peak=1e12 * device.tflops, utilization=options.utilization)
+        recipe.show(totals, device_memory, options.utilization, options.device)
+        simulation = recipe.show_simulation() if options.simulate == "true" else None
+        gpu = {"device": options.device, "device_memory": device_memory}
+        print_result(plan_result(recipe, totals, **gpu, notices=notices, simulation=simulation))
 
 
 class Recipe:
@@ -171,22 +180,19 @@ class Recipe:
         )
         return step.peak()
 
-    def show(self, device_memory: int, peak: float, utilization: float, device: str) -> None:
+    def show(self, totals: Totals, device_memory: int, utilization: float, device: str) -> None:
         """Print the plan."""
         context, steps = self.data.context_length, self.trainer.max_steps
-        flops = training_flops_per_token(self.config, self.layout, context, lora=self.model.lora)
-        tokens = self.tokens_per_step * steps
-        days = flops * tokens / (self.devices * peak * utilization) / 86400
         frequencies = f", {self.model.frequencies}" if self.scheme.uses_frequencies else ""
         print(
             f"""parameters        {self.num_parameters:,}{self._trained()}
 context           {context:,} tokens{frequencies}
 tokens per step   {self.tokens_per_step:,} ({self.data.batch_size} rows × {self.trainer.accumulate_grad_batches} \
 accumulated × {self.replicas} replicas; {self.devices} devices)
-tokens in all     {tokens:,} in {steps:,} steps
-FLOPs per token   {flops:.3e} (forward and backward, no recomputation), {flops * tokens:.2e} in all; packed documents \
-take less
-time              {days:.2f} days on {self.devices} × {device} at {utilization:.0%} of its dense bfloat16 peak
+tokens in all     {totals.tokens:,} in {steps:,} steps
+FLOPs per token   {totals.flops_per_token:.3e} (forward and backward, no recomputation), {totals.flops:.2e} in all; \
+packed documents take less
+time              {totals.days:.2f} days on {self.devices} × {device} at {utilization:.0%} of its dense bfloat16 peak
 {self._sharing()}
 | scheme      | query projections | attention heads | key/value heads | KV cache per token | FLOPs per token |
 |-------------|-------------------|-----------------|-----------------|--------------------|-----------------|"""
@@ -281,7 +287,7 @@ time              {days:.2f} days on {self.devices} × {device} at {utilization:
             "context."
         )
 
-    def show_simulation(self) -> None:
+    def show_simulation(self) -> Simulation:
         """Run a step on fake tensors, and print its memory, FLOPs and collectives next to the estimates."""
         from ropepp_lit.train.simulate import simulate  # imports torch's testing package
 
@@ -321,12 +327,13 @@ loss per micro-batch            {loss.memory / GIB:.2f} GiB at its peak, {loss.b
         )
         if not counts.calls:
             print("collectives: none")
-            return
+            return simulation
         print("| collectives of a step   | ranks | calls  | sent per device |")
         print("|-------------------------|-------|--------|-----------------|")
         for collective, calls in sorted(counts.calls.items()):
             sent = counts.sent[collective] / GIB
             print(f"| {collective.kind:<23} | {collective.ranks:>5,} | {calls:>6,} | {sent:>11,.3f} GiB |")
+        return simulation
 
     def _show_batch(self) -> None:
         """Print the first rows of the data, decoded, if they are prepared."""
@@ -364,8 +371,12 @@ def _precision(precision: Any) -> str:
     return name
 
 
+class _Parser(OneLineErrors, argparse.ArgumentParser):
+    pass
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ropepp-lit plan",
         description="Print the FLOPs, memory and duration of a recipe. Takes the options of fit (--config RECIPE …) "
         "and these:",
@@ -382,6 +393,7 @@ def _parser() -> argparse.ArgumentParser:
         help="true: simulate an optimizer step of one device of the cluster on fake tensors, and print its memory, "
         "FLOPs and collectives; requires no GPU and no data",
     )
+    parser.add_argument("--json", action="store_true", help="print the plan as one line of JSON, the rest to stderr")
     return parser
 
 

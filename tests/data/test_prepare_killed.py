@@ -101,7 +101,7 @@ def test_the_installed_command_is_killed_and_resumed(command_path, run_file, tmp
     assert "42,000" in printed
     assert "fraction of tokens" in printed
     verified = run_file(command_path, "prepare", "--verify", tmp_path / "out", cwd=tmp_path)
-    assert "tokens are as they were written" in verified.stdout
+    assert "tokens are intact" in verified.stdout
 
 
 @pytest.mark.end_to_end

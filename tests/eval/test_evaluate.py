@@ -252,7 +252,7 @@ def test_a_checkpoint_that_changes_during_the_evaluation_is_rejected(small_check
             "text: latin.txt: not UTF-8; convert it by `iconv -f ENCODING -t UTF-8`, or leave the file out",
         ),
         (["--min_tokens", "100000"], "has no document of 100,000 tokens or more"),
-        (["--out", "taken"], "out: taken holds something else than an evaluation"),
+        (["--out", "taken"], "out: taken is neither empty nor an evaluation"),
     ],
 )
 def test_invalid_options(mistake, small_checkpoints, text, tmp_path, monkeypatch, options, output):

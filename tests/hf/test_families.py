@@ -160,7 +160,7 @@ def test_a_context_length_beyond_the_scaling_is_preserved(tmp_path, capsys):
     folder = make_folder(tmp_path / "hf", rope_scaling=scaling, max_position_embeddings=131_072)
     main(["import", str(folder), str(tmp_path / "model.ckpt")])
     out = capsys.readouterr().out
-    assert "made to read 131,072 tokens" in out
+    assert "context length 131,072 tokens" in out
     assert (
         "Notice: the model states 131,072 tokens, more than factor × original_max_position_embeddings (65,536)" in out
     )

@@ -195,8 +195,8 @@ def test_the_command(run, mistake, tmp_path):
     assert "stores no tokenizer, so the folder has none" in out
     assert {value.dtype for value in load_file(tmp_path / "hf" / "model.safetensors").values()} == {torch.bfloat16}
     for (subcommand, *arguments), message in (
-        (("import", folder, "model.ckpt"), "out: model.ckpt: there already; name another file"),
-        (("import", folder, "mine.ckpt"), "out: mine.yaml: there already; name another file"),
+        (("import", folder, "model.ckpt"), "out: model.ckpt: already exists; name another file"),
+        (("import", folder, "mine.ckpt"), "out: mine.yaml: already exists; name another file"),
         (("import", folder, "model.pt"), "out: model.pt: name a file that ends with .ckpt"),
         (("import", tmp_path, "other.ckpt"), "no config.json there; name a folder in Hugging Face's format"),
         (("export", "model.ckpt", "hf"), "hf is not empty; name an empty or a new folder"),

@@ -1,1 +1,1 @@
-"""What tools/fuzz.py changes, how it changes it, and what is right then."""
+"""Inputs, modifications and judges of tools/fuzz.py."""

@@ -1,4 +1,4 @@
-"""A case of the fuzzer: a changed input in a folder of its own, read within limits, and a verdict on what came out."""
+"""Cases of the fuzzer: a modified input in its own folder, read within limits, and a verdict on the result."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ VERDICTS = ("refused", "right", "wrong", "traceback", "hang", "memory", "escape"
 """See :mod:`fuzz`."""
 
 SECONDS, MEMORY = 20, 2 * 2**30
-"""What a case may take, in seconds and bytes."""
+"""Limits of a case, in seconds and bytes."""
 
 Judge = Callable[[Any, Any, str, Path], str | None]
-"""From what came out of the whole input and of the changed one, the change in words and the changed file: what is
-wrong, or None."""
+"""Function of the results for the valid and the modified input, the description of the modification and the modified
+file; returns what is wrong, or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What is fuzzed."""
+    """Kind of input to fuzz."""
 
     make: Callable[[Path], None]
-    """Makes the whole input in a folder."""
+    """Function that creates a valid input in a folder."""
     files: dict[str, str]
-    """Globs of the files that are changed, and their format (:data:`fuzzing.mutations.MUTATIONS`)."""
+    """Globs of the files to modify, and their format (:data:`fuzzing.mutations.MUTATIONS`)."""
     read: Callable[[Path, Path], Any]
-    """Reads the input in a folder, of which a file was changed; returns what came out."""
+    """Function that reads the input in a folder, one file of which was modified, and returns the result."""
     judge: Judge
-    """Whether a success is right."""
+    """Function that decides whether a success is right."""
 
 
 def write_tree(files: dict[str, bytes], folder: Path) -> None:
@@ -53,26 +53,26 @@ def write_tree(files: dict[str, bytes], folder: Path) -> None:
 
 
 class HangError(BaseException):
-    """A case takes too long; no `except Exception` stops it."""
+    """Timeout of a case; not caught by `except Exception`."""
 
 
 class Case:
-    """One changed input.
+    """A modified input.
 
     Args:
-        name: Of the target, for the random numbers.
-        target: What is fuzzed.
-        number: Of the case.
-        seed: Of all cases.
-        whole: The target's whole input, contents by name.
-        root: Folder in which the case has its own; nothing else is in it.
+        name: Name of the target, for the random numbers.
+        target: Target.
+        number: Number of the case.
+        seed: Seed of all cases.
+        whole: Valid input of the target, contents by file name.
+        root: Folder for the folder of the case and nothing else.
     """
 
     def __init__(
         self, name: str, target: Target, number: int, *, seed: int, whole: dict[str, bytes], root: Path
     ) -> None:
         self.number, self.target = number, target
-        self.expected: Any = None  # what comes out of the whole input
+        self.expected: Any = None  # result for the valid input
         shutil.rmtree(root, ignore_errors=True)
         self.root, self.folder = root, root / "a" / "b" / "case"
         self.folder.parent.mkdir(parents=True)
@@ -90,10 +90,10 @@ class Case:
                 self.change = rng.choice(MUTATIONS[form])(rng, self.path, Places(self.folder, outside))
                 break
             except (TypeError, ValueError, OverflowError, KeyError, AttributeError, RuntimeError, RecursionError):
-                continue  # a change that the file's values do not allow
+                continue  # a modification that the values of the file do not allow
 
     def run(self) -> dict[str, Any]:
-        """Read the changed input; returns `verdict`, `change`, and what is to be known of a finding."""
+        """Read the modified input; returns `verdict`, `change`, and details of a finding."""
         before = dict(self._outside())
         verdict, detail, written = self._read()
         after = dict(self._outside())
@@ -150,7 +150,7 @@ class Case:
 
 @contextlib.contextmanager
 def captured(path: Path) -> Iterator[None]:
-    """Let all that is printed, by libraries too, go to a file."""
+    """Redirect all output to a file, also that of libraries."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(number) for number in (1, 2)]
@@ -168,7 +168,7 @@ def captured(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _limited() -> Iterator[None]:
-    """Raise HangError after the time, and let larger allocations fail."""
+    """Raise HangError after the time limit, and make allocations above the memory limit fail."""
 
     def stop(*_: Any) -> None:
         raise HangError(f"more than {SECONDS} s")
@@ -186,7 +186,7 @@ def _limited() -> Iterator[None]:
 
 
 def _described(error: BaseException) -> tuple[str, str]:
-    """The error with the last line of our own in its traceback, and the traceback's end."""
+    """Return the error with the last line of ropepp_lit in its traceback, and the end of the traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "ropepp_lit" in frame.filename] or frames
     where = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "?"

@@ -1,4 +1,4 @@
-"""Token shards, rows of conversations and files of text: made, and read as `prepare` and `fit` do."""
+"""Targets of token shards, conversations and text files: valid inputs, and readers as in `prepare` and `fit`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ropepp_lit.text.tokenizer import byte_tokenizer
 
 
 def make_shards(folder: Path) -> None:
-    """Folders of token shards: of text, of conversations and of pairs of answers."""
+    """Create folders of token shards: text, conversations and pairs of answers."""
     source = folder / "source"
     source.mkdir(parents=True)
     text = source / "text.jsonl"
@@ -45,7 +45,7 @@ def make_shards(folder: Path) -> None:
 
 
 def read_shards(folder: Path, changed: Path) -> Any:
-    """`prepare --verify` or, where the checks of `fit` read the shards, their documents and a batch."""
+    """Read the shards with `prepare --verify`, or with the checks of `fit`, which return documents and a batch."""
     shards = folder / changed.relative_to(folder).parts[0]
     if hash_of(changed) % 2:
         prepare_command.prepare(verify=str(shards))
@@ -73,7 +73,7 @@ def read_shards(folder: Path, changed: Path) -> Any:
 
 
 def make_rows(folder: Path) -> None:
-    """Conversations, prompts and completions, pairs of answers, and texts."""
+    """Create rows of conversations, prompts and completions, pairs of answers, and texts."""
     folder.mkdir(parents=True)
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
     rows = {
@@ -99,7 +99,7 @@ def make_rows(folder: Path) -> None:
 
 @cache
 def encoder(kind: str) -> Any:
-    """The encoder of a format."""
+    """Return the encoder of a format."""
     template = TEMPLATE.replace("message['content']", "(message['content'] if message['content'] is string else 'x')")
     return make_encoder(
         kind, byte_tokenizer(), text_key="text", special_tokens=False, template=template if "chat" in kind else None,
@@ -108,7 +108,7 @@ def encoder(kind: str) -> Any:
 
 
 def read_rows(folder: Path, changed: Path) -> Any:
-    """What `prepare --format` does with each row: read, render and encode it; rows that are not changed come out."""
+    """Read, render and encode each row as `prepare --format` does."""
     kind = "chat" if changed.stem == "sharegpt" else changed.stem
     made, found = encoder(kind), []
     for _, read in Reader(find_files([str(changed)], key="SOURCE"), columns=made.columns):
@@ -123,14 +123,14 @@ def read_rows(folder: Path, changed: Path) -> Any:
 
 
 def judge_rows(whole: Any, found: Any, change: str, path: Path) -> str | None:
-    """The rows that were not changed are there."""
+    """Require the rows that were not modified."""
     if change.startswith("line ") and sum(item == whole[0] for item in found) < 2:
-        return f"a row that was not changed is not there: {str(found)[:100]}"
+        return f"a row that was not modified is missing: {str(found)[:100]}"
     return None
 
 
 def make_tables(folder: Path) -> None:
-    """Texts in every kind of file."""
+    """Create texts in every file format."""
     import bz2
     import gzip
     import lzma
@@ -161,7 +161,7 @@ def make_tables(folder: Path) -> None:
 
 
 def read_tables(folder: Path, changed: Path) -> Any:
-    """What `prepare` and `evaluate --text` do with each document."""
+    """Read each document as `prepare` and `evaluate --text` do."""
     found = []
     for _, record in Reader(find_files([str(changed)], key="SOURCE"), text_key="text"):
         if record.text is None:

@@ -1,4 +1,4 @@
-"""What is right where a changed input is read without an error."""
+"""Judges of the results for modified inputs that are read without an error."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Any
 
 
 def same(whole: Any, found: Any, change: str, path: Path) -> str | None:
-    """Checksums or a manifest tell of every change that matters: what comes out is the same."""
+    """Require the same result, because checksums or a manifest detect every relevant modification."""
     if found == whole:
         return None
     keys = [key for key in whole if whole[key] != found.get(key)] if isinstance(whole, dict) else []
-    return f"what came out differs: {', '.join(keys) or str(found)[:200]}"
+    return f"the result differs: {', '.join(keys) or str(found)[:200]}"
 
 
 def same_if_sealed(whole: Any, found: Any, change: str, path: Path) -> str | None:
-    """As :func:`same`; a file whose checksum is gone is one of an earlier version, which has none."""
+    """Like :func:`same`, except for files without a checksum, which earlier versions wrote."""
     if path.is_file() and b'"checksum": "' not in path.read_bytes():
         return None
     return same(whole, found, change, path)
 
 
 def any_success(whole: Any, found: Any, change: str, path: Path) -> str | None:
-    """Nothing in the input could tell what is right; it was read without a crash."""
+    """Accept any result, because the input has no information to verify it."""
     return None
 
 
 def hash_of(path: Path) -> int:
-    """A number of a file's contents, by which one of several ways to read is chosen."""
+    """Return a number computed from a file's contents, which selects one of several ways to read it."""
     with contextlib.suppress(OSError):
         if path.is_file():
             return path.read_bytes()[:10_000].__len__() + sum(path.read_bytes()[-1000:])

@@ -1,4 +1,4 @@
-"""Models, tokenizers and checkpoints: made, and read as the subcommands that take one do."""
+"""Targets of models, tokenizers and checkpoints: valid inputs, and readers as in the subcommands."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TEMPLATE = (
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Names and contents of tensors."""
+    """Return a digest of each tensor by name."""
     return {
         name: f"{value.dtype} {tuple(value.shape)} "
         + hashlib.sha256(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
@@ -45,18 +45,18 @@ TEXTS = [" ".join(f"word{(n * step) % 97}" for step in range(1, 20 + n)) + f" na
 
 @cache
 def trained_tokenizer() -> Any:
-    """A byte-level BPE of 300 tokens."""
+    """Return a byte-level BPE with 300 tokens."""
     return train_tokenizer(TEXTS, vocab_size=300)
 
 
 def make_decoder(scheme: Any = None) -> Decoder:
-    """A tiny model for the 300 tokens."""
+    """Return a tiny model for the 300 tokens."""
     torch.manual_seed(0)
     return Decoder(DecoderConfig(vocab_size=300, **GEOMETRY), scheme or RoPE(), Frequencies())
 
 
 def make_whole(scheme: Any = None) -> dict[str, Any]:
-    """A checkpoint of it, with a tokenizer that has a chat template."""
+    """Return its checkpoint, with a tokenizer that has a chat template."""
     decoder, tokenizer = make_decoder(scheme), trained_tokenizer()
     return make_checkpoint(
         dict(decoder.state_dict()),
@@ -72,7 +72,7 @@ def make_whole(scheme: Any = None) -> dict[str, Any]:
 
 
 def make_folder(folder: Path, *, parts: int = 1, pickled: bool = False) -> None:
-    """A Hugging Face folder."""
+    """Create a Hugging Face folder."""
     folder.mkdir(parents=True)
     export(make_whole(), folder / "hf", dtype=None, max_shard_bytes=10**9, check=False)
     hf = folder / "hf"
@@ -94,7 +94,7 @@ def make_folder(folder: Path, *, parts: int = 1, pickled: bool = False) -> None:
 
 
 def read_folder(folder: Path, changed: Path) -> Any:
-    """What `import`, `generate`, `export`, `upcycle` and `evaluate` do first with a Hugging Face folder."""
+    """Read a Hugging Face folder as `import`, `generate`, `export`, `upcycle` and `evaluate` do."""
     return _loaded(open_checkpoint(str(folder / "hf"), checksums=True))
 
 
@@ -114,7 +114,7 @@ def _loaded(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def judge_config(whole: Any, found: Any, change: str, path: Path) -> str | None:
-    """config.json may state another model of the same shapes: it is used as it says, and weights are the same."""
+    """Accept another model of the same shapes, which config.json can define; the weights must be the same."""
     if whole["weights"] != found["weights"]:
         return "other weights"
     stated = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
@@ -139,7 +139,7 @@ def judge_config(whole: Any, found: Any, change: str, path: Path) -> str | None:
 
 
 def judge_weights(whole: Any, found: Any, change: str, path: Path) -> str | None:
-    """Safetensors has no checksums: contents may change, names and shapes may not."""
+    """Require the same names and shapes; contents can differ, because safetensors has no checksums."""
     shapes = [
         {name: text.split(") ")[0].split(" (")[1] for name, text in one["weights"].items()} for one in (whole, found)
     ]
@@ -149,7 +149,7 @@ def judge_weights(whole: Any, found: Any, change: str, path: Path) -> str | None
 
 
 def make_tokenizer(folder: Path) -> None:
-    """A Hugging Face folder's tokenizer with every file that goes with one."""
+    """Create the tokenizer of a Hugging Face folder with all of its files."""
     make_folder(folder)
     hf = folder / "hf"
     for name in ("model.safetensors", "README.md"):
@@ -159,7 +159,7 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def read_tokenizer(folder: Path, changed: Path) -> Any:
-    """What `prepare --tokenizer`, `fit` and `import` do first with a tokenizer: load it, encode and decode."""
+    """Load a tokenizer as `prepare --tokenizer`, `fit` and `import` do, encode and decode."""
     tokenizer = load_tokenizer(str(folder / "hf"))
     text = "word1 naïve 漢字 <|end_of_text|>"
     ids = tokenizer.encode([text])[0].tolist()
@@ -169,20 +169,20 @@ def read_tokenizer(folder: Path, changed: Path) -> Any:
 
 
 def make_checkpoint_file(folder: Path) -> None:
-    """A checkpoint in one file."""
+    """Create a checkpoint in one file."""
     folder.mkdir(parents=True)
     torch.save(make_whole(RoPEPP(variant="ec")), folder / "model.ckpt")
 
 
 def read_checkpoint_file(folder: Path, changed: Path) -> Any:
-    """What every subcommand does first with a checkpoint, and a token that it writes."""
+    """Read a checkpoint as every subcommand does, and generate a token."""
     found = _loaded(open_checkpoint(str(folder / "model.ckpt"), checksums=True))
     generate.generate(str(folder / "model.ckpt"), max_new_tokens=1, prompt="word")
     return found
 
 
 def read_entries(folder: Path, changed: Path) -> Any:
-    """The same, or `export`, `upcycle`, `validate`'s and `fit`'s checks, or those of `evaluate`."""
+    """Do the same, or `export`, `upcycle`, the checks of `validate` and `fit`, or those of `evaluate`."""
     way = hash_of(changed) % 4
     path = str(folder / "model.ckpt")
     if way == 0:
@@ -198,7 +198,7 @@ def read_entries(folder: Path, changed: Path) -> Any:
 
 
 def make_sharded(folder: Path) -> None:
-    """A checkpoint in a folder of shards."""
+    """Create a checkpoint in a folder of shards."""
     path, whole = folder / "model.ckpt", make_whole()
     folder.mkdir(parents=True)
     state = {
@@ -212,7 +212,7 @@ def make_sharded(folder: Path) -> None:
 
 
 def read_sharded(folder: Path, changed: Path) -> Any:
-    """What every subcommand does first with a folder of shards, weights and shapes alone."""
+    """Read a folder of shards as every subcommand does: weights and shapes only."""
     found = _loaded(open_checkpoint(str(folder / "model.ckpt"), checksums=True))
     shapes = open_checkpoint(str(folder / "model.ckpt"), shapes_only=True, checksums=True)["state_dict"]
     return {**found, "shapes": {name: (tuple(value.shape), str(value.dtype)) for name, value in shapes.items()}}

@@ -1,7 +1,7 @@
-"""Changes of a file that a disk, a broken tool or an attacker could make, by the file's format.
+"""Modifications of a file that a disk, a broken tool or an attacker could make, by file format.
 
-Each function takes a `random.Random`, the file and :class:`Places`, changes the file, and says in words what it did.
-Everything is drawn from the random numbers, so a case can be repeated.
+Each function takes a `random.Random`, the file and :class:`Places`, modifies the file and returns a description of the
+change. All choices come from the random number generator, so a case can be repeated.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def mutate_yaml(rng: random.Random, path: Path, places: Places) -> str:
 
 
 def mutate_bytes(rng: random.Random, path: Path, places: Places) -> str:
-    """Flip, overwrite, cut, insert, move or repeat bytes."""
+    """Flip, overwrite, truncate, insert, move or repeat bytes."""
     content = bytearray(path.read_bytes())
     said = [_mutate_content(rng, content) for _ in range(rng.choice((1, 1, 1, 2, 5)))]
     path.write_bytes(content)
@@ -124,7 +124,7 @@ def _mutate_content(rng: random.Random, content: bytearray) -> str:
 
 
 def mutate_safetensors(rng: random.Random, path: Path, places: Places) -> str:
-    """Change the header of a file of safetensors, or the number of its bytes."""
+    """Change the header of a safetensors file, or its length."""
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
@@ -218,7 +218,7 @@ def _mutate_object(rng: random.Random, root: Any, places: Places) -> str:
 
 
 def mutate_table(rng: random.Random, path: Path, places: Places) -> str:
-    """Change the table of contents of a folder of shards."""
+    """Change the metadata of a folder of shards."""
     table = _Reader(path.parent).read_metadata()
     said = _mutate_object(rng, table, places)
     path.write_bytes(pickle.dumps(table))
@@ -226,7 +226,7 @@ def mutate_table(rng: random.Random, path: Path, places: Places) -> str:
 
 
 def mutate_entries(rng: random.Random, path: Path, places: Places) -> str:
-    """Change a value that a file of torch stores, tensors' too; the file itself is whole."""
+    """Change a value or tensor in a torch file; the file itself stays valid."""
     content = torch.load(path, weights_only=True, map_location="cpu")
     if rng.random() < 0.2 and content.get("state_dict"):
         weights = content["state_dict"]
@@ -248,7 +248,7 @@ def mutate_entries(rng: random.Random, path: Path, places: Places) -> str:
 
 
 def mutate_file(rng: random.Random, path: Path, places: Places) -> str:
-    """Put something else in the file's place."""
+    """Replace the file by something else."""
     others = sorted(file for file in path.parent.iterdir() if file.is_file() and file != path)
     kinds = ["empty", "missing", "folder", "link", "broken link", "loop", "pipe", "pointer", "unreadable", "zeros"]
     if path.suffix == ".yaml":
@@ -291,4 +291,4 @@ MUTATIONS: dict[str, tuple[Callable[[random.Random, Path, Places], str], ...]] =
     "table": (mutate_table, mutate_bytes, mutate_bytes, mutate_file),
     "entries": (mutate_entries,),
 }
-"""By format, some with more weight."""
+"""Modifications by format, some with more weight."""

@@ -1,7 +1,7 @@
-"""What is fuzzed: a whole, tiny input, the files of it that are changed, the action that reads it, and a judge.
+"""Targets of the fuzzer: a valid, tiny input, the files to modify, the action that reads it, and a judge.
 
-An action is a subcommand or the deepest public function that it calls first. It returns what was read, in plain values:
-where it succeeds although the input was changed, the judge decides from these whether that is right.
+An action is a subcommand or the deepest public function that it calls first. It returns what was read as plain values;
+if it succeeds although the input was modified, the judge decides from these whether that is right.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from ropepp_lit.cli import main
 
 
 def make_recipe(folder: Path) -> None:
-    """A recipe that names most kinds of settings."""
+    """Create a recipe with most kinds of settings."""
     folder.mkdir(parents=True)
     (folder / "text.txt").write_text("\n".join(TEXTS))
     (folder / "recipe.yaml").write_text(RECIPE)
@@ -102,7 +102,7 @@ sample:
 
 
 def read_recipe(folder: Path, changed: Path) -> Any:
-    """`plan`: parses and checks as `fit` does, which would go on to train."""
+    """Run `plan`, which parses and checks as `fit` does, without training."""
     with contextlib.chdir(folder), kept_parsers():
         main(["plan", "--config", "recipe.yaml", "--simulate", "false"])
 
@@ -169,4 +169,4 @@ TARGETS = {
     ),
     "runs": Target(make=make_run, files={"run/checkpoints/*.ckpt": "entries"}, read=read_run, judge=judge_run),
 }  # fmt: skip
-"""By name."""
+"""Targets by name."""

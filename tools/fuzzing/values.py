@@ -1,4 +1,4 @@
-"""Values that are probably wrong where they are put, and changes of a tree of JSON."""
+"""Values that are probably invalid, and modifications of a tree of JSON values."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Places:
-    """Where changed files may point to."""
+    """Paths that modified files can refer to."""
 
     folder: Path
-    """The case's own."""
+    """Folder of the case."""
     outside: Path
-    """A file beside it, which must stay as it is."""
+    """File outside of it, which must not change."""
 
 
 class Raw:
-    """A text that stands in JSON as it is, whether that is JSON or not."""
+    """Text that is inserted into JSON without quotes, valid or not."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -50,7 +50,7 @@ def _nested(rng: random.Random) -> Raw:
 
 
 def make_value(rng: random.Random, places: Places) -> Any:
-    """A value that is probably wrong where it is put."""
+    """Return a value that is probably invalid."""
     return rng.choice(
         (
             lambda: rng.choice(NUMBERS),
@@ -67,7 +67,7 @@ def make_value(rng: random.Random, places: Places) -> Any:
 
 
 def near(rng: random.Random, value: Any, places: Places) -> Any:
-    """A value of the same type that is near to another one."""
+    """Return a value of the same type close to the given one."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -86,7 +86,7 @@ def near(rng: random.Random, value: Any, places: Places) -> Any:
 
 
 def _nodes(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of all values within one; of long lists some."""
+    """Return the paths of all nested values; only some of long lists."""
     found = [at]
     if isinstance(value, dict):
         items: Any = list(value.items())
@@ -98,7 +98,7 @@ def _nodes(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def mutate_tree(rng: random.Random, root: Any, places: Places) -> tuple[Any, str]:
-    """Change one value of a tree of JSON; returns the tree, and what was done."""
+    """Change one value of a tree of JSON values; returns the tree and a description of the change."""
     nodes = _nodes(root)
     # By depth first, so that a vocabulary does not take all cases.
     depth = rng.choice(sorted({len(node) for node in nodes}))
@@ -139,7 +139,7 @@ def mutate_tree(rng: random.Random, root: Any, places: Places) -> tuple[Any, str
 
 
 class Repeated(str):
-    """A key that another one equals, but for the hash."""
+    """Key with the same text as another one, but a different hash, so that a dict has both."""
 
     __slots__ = ()
 
@@ -156,7 +156,7 @@ def shown(value: Any) -> str:
 
 
 def dump_json(value: Any) -> bytes:
-    """JSON with raw parts and repeated keys."""
+    """Return JSON with raw parts and repeated keys."""
     raws: list[str] = []
 
     def plain(value: Any) -> Any:

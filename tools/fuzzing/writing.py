@@ -1,4 +1,4 @@
-"""Prompts with answers that were kept, and evaluations: made, and gone on with."""
+"""Targets of unfinished outputs of `generate` and of evaluations: valid inputs, and the commands that resume them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ropepp_lit.inference.prompts import PromptFile
 
 @cache
 def model_file() -> str:
-    """A checkpoint that stays whole."""
+    """Create a checkpoint that is not modified."""
     import tempfile
 
     path = Path(tempfile.mkdtemp(prefix="ropepp-fuzz-model-")) / "model.ckpt"
@@ -34,7 +34,7 @@ def model_file() -> str:
 
 @cache
 def writer() -> Any:
-    """The model of it."""
+    """Return the model of this checkpoint."""
     return load_model(model_file())
 
 
@@ -42,7 +42,7 @@ WRITING = GenerationSettings(max_new_tokens=2)
 
 
 def make_prompts(folder: Path) -> None:
-    """Prompts, and answers that were kept when half was done."""
+    """Create a file of prompts, and the stored answers to half of them."""
     folder.mkdir(parents=True)
     rows = [{"prompt": f"word{number}", "id": number} for number in range(4)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -58,14 +58,14 @@ def make_prompts(folder: Path) -> None:
 
 
 def read_prompts(folder: Path, changed: Path) -> Any:
-    """`generate --prompts`, which goes on from what was kept."""
+    """Run `generate --prompts`, which resumes from the stored answers."""
     out = folder / "answers.jsonl"
     PromptFile(folder / "prompts.jsonl", writer(), None).answer(out, WRITING, batch_size=2, show_progress=False)
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
 def judge_prompts(whole: Any, found: Any, change: str, path: Path) -> str | None:
-    """What was kept must be what was written; other prompts have other answers."""
+    """Require stored answers to be in the output; modified prompts have other answers."""
     return same(whole, found, change, path) if path.name.endswith(".partial") else None
 
 
@@ -86,7 +86,7 @@ def _work(folder: Path) -> Work:
 
 
 def make_evaluation(folder: Path) -> None:
-    """A finished evaluation."""
+    """Create a finished evaluation."""
     folder.mkdir(parents=True)
     work = _work(folder)
     work.measure()
@@ -100,7 +100,7 @@ def make_evaluation(folder: Path) -> None:
 
 
 def read_evaluation(folder: Path, changed: Path) -> Any:
-    """`evaluate` again, which finds all of it done: what was measured, the rows, the answers, the old report."""
+    """Run `evaluate` again, which reads the stored measurements, rows, answers and the old report."""
     work = _work(folder)
     work.measure()
     measurements, _ = work.results(0)

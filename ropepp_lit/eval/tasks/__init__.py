@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ropepp_lit.checkpoint import import_class
-from ropepp_lit.errors import UsageError
+from ropepp_lit.errors import UsageError, did_you_mean
 from ropepp_lit.eval import probes
 from ropepp_lit.eval.harness import Options, check_harness
 from ropepp_lit.eval.models import Model, load_model
@@ -196,7 +196,8 @@ class EvaluationSettings:
             families = part.split("+") if part else list(suite)
             for family in families:
                 if family not in suite:
-                    raise UsageError(f"tasks: {kind} has no family {family!r}; choose from {', '.join(suite)}")
+                    near = did_you_mean(family, suite)
+                    raise UsageError(f"tasks: {kind} has no family {family!r}; choose from {', '.join(suite)}{near}")
                 if part and kind == "ruler" and family in self._without_essays:
                     raise UsageError(f"tasks: ruler:{family} needs essays; pass files of them by --text")
             return [(suite[family], False) for family in families if family not in self._without_essays]
@@ -214,6 +215,7 @@ class EvaluationSettings:
             return [(_own_task(kind), False)]
         raise UsageError(
             f"tasks: no task {name!r}; choose from {', '.join(TASKS)}, or name your own class as module.Class"
+            f"{did_you_mean(name, TASKS)}"
         )
 
 
