@@ -160,7 +160,7 @@ def test_commands_parse(name, parse_recipe, examples, monkeypatch):
         try:
             if words[0] not in SUBCOMMANDS:
                 raise UsageError("no such subcommand")
-            if "--help" in words:
+            if len(words) == 1 or "--help" in words:
                 continue
             if words[0] in FUNCTIONS:
                 importlib.import_module(SUBCOMMANDS[words[0]][1]).main(list(words))
@@ -199,9 +199,7 @@ def test_links_resolve(name):
             continue
         file, _, anchor = target.partition("#")
         linked = path if not file else (path.parent / file).resolve()
-        if not linked.exists() or not linked.is_relative_to(ROOT):
-            wrong.append(target)
-        elif anchor and anchor not in anchors(linked):
+        if not linked.is_relative_to(ROOT) or not linked.exists() or (anchor and anchor not in anchors(linked)):
             wrong.append(target)
     assert not wrong
 
@@ -215,9 +213,8 @@ def test_named_files_exist(name):
             is_path = re.fullmatch(r"\.?[\w-]+/[\w./-]*", word) and (
                 word.endswith("/") or re.search(r"\.(py|c|md|yaml|yml|in|txt|png|html|jinja|json|jsonl|ckpt)$", word)
             )
-            if is_path and not word.startswith(OUTPUTS):
-                if not (ROOT / word).exists() and not (path.parent / word).exists():
-                    wrong.append(word)
+            if is_path and not word.startswith(OUTPUTS) and not any((at / word).exists() for at in (ROOT, path.parent)):
+                wrong.append(word)
     assert not wrong
 
 
@@ -225,6 +222,24 @@ def test_named_files_exist(name):
 def test_lines_are_short(name):
     lines = prose((ROOT / name).read_text(encoding="utf-8")).split("\n")
     assert not [line for line in lines if len(line) > 120 and not line.startswith(("|", "!["))]
+
+
+def test_names_in_the_code_map_exist():
+    page = (ROOT / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = page.partition("## Where is it decided")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| .*\? \| `ropepp_lit/(.*)\.py` \| (.*) \|$", section, re.MULTILINE)
+    assert len(rows) == 10
+    for module, names in rows:
+        found = importlib.import_module(f"ropepp_lit.{module.replace('/', '.')}")
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert functools.reduce(getattr, name.split("."), found)
+
+
+def test_workflows_pin_their_actions():
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        uses = re.findall(r"uses: (.*)", path.read_text(encoding="utf-8"))
+        assert uses
+        assert all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v[\d.]+", use) for use in uses)
 
 
 def test_every_page_is_linked_from_the_index():
