@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import itertools
 import re
 import shlex
@@ -11,6 +12,7 @@ import pytest
 
 from ropepp_lit.cli import SUBCOMMANDS
 from ropepp_lit.errors import UsageError
+from ropepp_lit.train.plan import _parser as plan_parser
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -165,14 +167,21 @@ def test_commands_parse(name, parse_recipe, examples, monkeypatch):
             if words[0] in FUNCTIONS:
                 importlib.import_module(SUBCOMMANDS[words[0]][1]).main(list(words))
             elif words[0] == "plan":
-                from ropepp_lit.train.plan import _parser
-
-                parse_recipe(["fit", *with_recipes(_parser().parse_known_args(words[1:])[1])])
+                parse_recipe(["fit", *with_recipes(plan_parser().parse_known_args(words[1:])[1])])
             else:
                 parse_recipe([words[0], *with_recipes(words[1:])])
         except UsageError as error:
             wrong.append(f"{shlex.join(words)}: {error}")
     assert not wrong
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fragments_of_recipes_parse(name, parse_recipe, tmp_path):
+    quickstart = ROOT / "recipes" / "quickstart.yaml"
+    for language, block in fences((ROOT / name).read_text(encoding="utf-8")):
+        if language == "yaml":
+            (tmp_path / "fragment.yaml").write_text(block)
+            parse_recipe(["fit", "--config", str(quickstart), "--config", str(tmp_path / "fragment.yaml")])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -246,3 +255,28 @@ def test_every_page_is_linked_from_the_index():
     index = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     for path in (ROOT / "recipes").glob("*.md"):
         assert path.name == "README.md" or f"]({path.name})" in index
+
+
+OTHER_OPTIONS = {"--require-hashes", "--index-url", "--signal", "--max_restarts", "--help", "--model", "--base"}
+"""Options in inline code that belong to other programs or to scripts in tools/."""
+
+
+def test_options_exist(parse_recipe):
+    """Every option in inline code is one of a subcommand; options of `fit` are parsed with their values."""
+    known = set(OTHER_OPTIONS)
+    for module, function in FUNCTIONS.values():
+        known |= {f"--{name}" for name in inspect.signature(getattr(importlib.import_module(module), function)).parameters}
+    known |= {option for action in plan_parser()._actions for option in action.option_strings}
+    spans = {span for path in DOCUMENTS for span in code_spans(path.read_text(encoding="utf-8")) if span.startswith("--")}
+    wrong = []
+    for span in sorted(spans):
+        words = [word for word in shlex.split(span.replace(r"\|", "|")) if word != "…"]
+        options = {word for word in words if word.startswith("--")}
+        if options <= known:
+            continue
+        words += [] if len(words) > 1 else ["null"]
+        try:
+            parse_recipe(["fit", "--config", str(ROOT / "recipes" / "quickstart.yaml"), *words])
+        except UsageError as error:
+            wrong.append(f"{span}: {error}")
+    assert not wrong
