@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ropepp_lit.arguments import call
 from ropepp_lit.cli import SUBCOMMANDS
 from ropepp_lit.errors import UsageError
 from ropepp_lit.train.plan import _parser as plan_parser
@@ -25,18 +26,8 @@ NAMES = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 OUTPUTS = ("runs/", "checkpoints/", "found/", "shards/", "tensorboard/", "DIR/")
 """Prefixes of paths in backticks that a command writes, or that stand for a user's files."""
 
-FUNCTIONS = {
-    "prepare": ("ropepp_lit.commands.prepare", "prepare"),
-    "import": ("ropepp_lit.commands.convert", "import_"),
-    "export": ("ropepp_lit.commands.convert", "export"),
-    "upcycle": ("ropepp_lit.commands.convert", "upcycle"),
-    "generate": ("ropepp_lit.commands.generate", "generate"),
-    "chat": ("ropepp_lit.commands.chat", "chat"),
-    "serve": ("ropepp_lit.commands.serve", "serve"),
-    "evaluate": ("ropepp_lit.commands.evaluate", "evaluate"),
-    "figures": ("ropepp_lit.commands.figures", "figures"),
-}
-"""Module and function of each subcommand whose options are the function's arguments."""
+MODULES = {name: module for name, (_, module) in SUBCOMMANDS.items() if module.startswith("ropepp_lit.commands.")}
+"""Modules of the subcommands whose options are a function's arguments."""
 
 
 def fences(text):
@@ -134,7 +125,12 @@ def parse_recipe():
             pass
 
     cli = ParsingCLI(["fit", "--config", str(ROOT / "recipes" / "quickstart.yaml")])
-    return lambda words: cli.parse_arguments(cli.parser, words)
+
+    def parse(words):
+        cli.parse_arguments(cli.parser, words)
+        return cli.config
+
+    return parse
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +145,17 @@ def examples(tmp_path_factory):
     return folder
 
 
+def doing_nothing(function):
+    """Return a function with the same signature and docstring that does nothing."""
+    return functools.wraps(function)(lambda *words, **options: None)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_parse(name, parse_recipe, examples, monkeypatch):
     monkeypatch.chdir(examples)
     monkeypatch.syspath_prepend(examples)
-    for subcommand, (module, function) in FUNCTIONS.items():
-        original = getattr(importlib.import_module(module), function)
-        monkeypatch.setattr(f"{module}.{function}", functools.wraps(original)(lambda *words, **options: None))
-        assert SUBCOMMANDS[subcommand][1] == module
+    for module in set(MODULES.values()):
+        monkeypatch.setattr(f"{module}.call", lambda function, words: call(doing_nothing(function), words))
     wrong = []
     for words in commands_of(ROOT / name):
         try:
@@ -164,8 +163,8 @@ def test_commands_parse(name, parse_recipe, examples, monkeypatch):
                 raise UsageError("no such subcommand")
             if len(words) == 1 or "--help" in words:
                 continue
-            if words[0] in FUNCTIONS:
-                importlib.import_module(SUBCOMMANDS[words[0]][1]).main(list(words))
+            if words[0] in MODULES:
+                importlib.import_module(MODULES[words[0]]).main(list(words))
             elif words[0] == "plan":
                 parse_recipe(["fit", *with_recipes(plan_parser().parse_known_args(words[1:])[1])])
             else:
@@ -257,26 +256,37 @@ def test_every_page_is_linked_from_the_index():
         assert path.name == "README.md" or f"]({path.name})" in index
 
 
-OTHER_OPTIONS = {"--require-hashes", "--index-url", "--signal", "--max_restarts", "--help", "--model", "--base"}
-"""Options in inline code that belong to other programs or to scripts in tools/."""
+OTHER_OPTIONS = "help require-hashes index-url hypothesis-profile signal max_restarts model base".split()
+OTHER_OPTIONS += "learning_rate seeds schemes megabytes zst".split()
+"""Options in inline code that belong to other programs, or to scripts in tools/ that the sentence names."""
 
 
-def test_options_exist(parse_recipe):
+def test_options_exist(parse_recipe, monkeypatch):
     """Every option in inline code is one of a subcommand; options of `fit` are parsed with their values."""
-    known = set(OTHER_OPTIONS)
-    for module, function in FUNCTIONS.values():
-        known |= {f"--{name}" for name in inspect.signature(getattr(importlib.import_module(module), function)).parameters}
-    known |= {option for action in plan_parser()._actions for option in action.option_strings}
-    spans = {span for path in DOCUMENTS for span in code_spans(path.read_text(encoding="utf-8")) if span.startswith("--")}
+    known = {
+        *OTHER_OPTIONS,
+        *(option.lstrip("-") for action in plan_parser()._actions for option in action.option_strings),
+    }
+    for name, module in MODULES.items():
+        monkeypatch.setattr(
+            f"{module}.call", lambda function, words: known.update(inspect.signature(function).parameters)
+        )
+        importlib.import_module(module).main([name])
+    spans = {span for path in DOCUMENTS for span in code_spans(path.read_text(encoding="utf-8"))}
+    quickstart = str(ROOT / "recipes" / "quickstart.yaml")
+    keys = {
+        key.replace(".init_args", "").replace(".class_path", "")
+        for key in parse_recipe(["fit", "--config", quickstart]).fit.keys()  # noqa: SIM118 - a Namespace does not iterate over nested keys
+    }
     wrong = []
-    for span in sorted(spans):
-        words = [word for word in shlex.split(span.replace(r"\|", "|")) if word != "…"]
-        options = {word for word in words if word.startswith("--")}
-        if options <= known:
+    for span in sorted(span for span in spans if span.startswith("--")):
+        names = {name.partition("=")[0] for name in re.findall(r"(?<!\S)--(\S+)", span)}
+        if names <= known or (" " not in span and names <= keys):
             continue
-        words += [] if len(words) > 1 else ["null"]
+        words = ["1" if word == "N" else word for word in shlex.split(span) if word != "…"]
+        strategy = ["--trainer.strategy", "FSDP2Strategy"] if "trainer.strategy." in span else []
         try:
-            parse_recipe(["fit", "--config", str(ROOT / "recipes" / "quickstart.yaml"), *words])
+            parse_recipe(["fit", *with_recipes(["--config", quickstart, *strategy, *words])])
         except UsageError as error:
             wrong.append(f"{span}: {error}")
     assert not wrong
