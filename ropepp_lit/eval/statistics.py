@@ -17,7 +17,7 @@ Proportions (scores, 0/1 metrics) get pseudo-examples, two successes and two fai
 The American Statistician 52, 1998), a pair of each order for a difference (after Agresti and Min, Statistics in
 Medicine 24, 2005): no hit in 40 examples does not prove a probability of 0. Their intervals stay between 0 and 1.
 
-Simulated share of intervals that hold the true value (`tests/eval/test_statistics.py`): recipes/evaluation.md.
+Simulated share of intervals that hold the true value (`tests/eval/test_statistics.py`): recipes/README.md, Evaluation.
 """
 
 from __future__ import annotations
