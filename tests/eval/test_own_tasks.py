@@ -1,4 +1,4 @@
-"""Tasks in a user's file: the example of CONTRIBUTING.md, and errors."""
+"""Tasks in a user's file: the example of recipes/evaluation.md, and errors."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from ropepp_lit.eval.tasks import Request
 from ropepp_lit.eval.tasks.retrieval import FAMILIES
 from ropepp_lit.text.tokenizer import byte_tokenizer
 
-DOCUMENT = (Path(__file__).parents[2] / ".github" / "CONTRIBUTING.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).parents[2] / "recipes" / "evaluation.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

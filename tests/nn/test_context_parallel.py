@@ -246,7 +246,7 @@ def elements_sent(scheme, ranks, mode):
     return forward.elements / (tokens // ranks)
 
 
-README = Path(__file__).parents[2] / "recipes" / "README.md"
+PAGE = Path(__file__).parents[2] / "recipes" / "devices.md"
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8, 16])
@@ -259,7 +259,7 @@ def test_bytes_moved_are_those_of_the_formula_and_of_the_table(ranks, cluster):
         assert counted == {mode: elements_moved(layout, 128, ranks, mode) for mode in MODES}
         assert choose_mode(layout, 128, ranks) == min(MODES, key=lambda mode: (counted[mode], mode))
         cells += [f"{2 * counted[mode] / 1024:.1f}" for mode in MODES]
-    assert f"| {' | '.join(cells)} |" in README.read_text()
+    assert f"| {' | '.join(cells)} |" in PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["alibi", "fope", "pope"])

@@ -199,7 +199,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_custom_scheme_in_a_user_file(run, tiny, tmp_path):
-    page = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+    page = (ROOT / "recipes" / "positions.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(# schemes\.py.*?)```", page, re.DOTALL)
     (tmp_path / "schemes.py").write_text(example)
     recipe = {"model": {"positions": {"class_path": "schemes.Shifted", "init_args": {"offset": 7}}}}
