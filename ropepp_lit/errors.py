@@ -1,4 +1,4 @@
-"""Errors that are told in one line, and what the system answers when a disk cannot be written."""
+"""Exceptions that the command prints in one line, and the system's error numbers for failed writes."""
 
 import errno
 
@@ -9,18 +9,18 @@ DISK_ERRORS = {
     errno.EROFS: "make the file system writable",
     errno.EIO: "check the disk",
 }
-"""What the system answers when a disk cannot be written, by number, and what to do."""
+"""Remedies by the system's error number for a failed write."""
 
 
 class UsageError(ValueError):
-    """A user's mistake, told in one line that names the key or file and the remedy.
+    """A user error, with a message of one line that names the key or file, the problem and the remedy.
 
-    The command prints the line and exits with code 2. Every other exception is a bug and keeps its traceback.
+    The command prints the line and exits with code 2. Any other exception is a bug and is printed with its traceback.
     """
 
 
 class LostProcessError(UsageError):
-    """Another process of a distributed run cannot be reached any more; every process that notices it prints the line.
+    """Another process of a distributed run cannot be reached; every process that detects this prints the line.
 
-    The command exits with code 1, so that a launcher may start all of them again.
+    The command exits with code 1, so that a launcher can restart all processes.
     """

@@ -25,7 +25,7 @@ def test_bytes_are_exact(whole, decimals, unit, change, space):
     if expected:
         assert parse_bytes("key", text) == expected
     else:
-        with pytest.raises(UsageError, match=r"^key: .* is no size such as"):
+        with pytest.raises(UsageError, match=r"^key: .* is not a size such as"):
             parse_bytes("key", text)
 
 

@@ -231,7 +231,7 @@ def test_a_checkpoint_that_is_replaced_after_the_beginning_is_refused(small_chec
             "tasks: noise is for perplexity and prompts, not attention",
         ),
         (["--tasks", ","], "tasks: name at least one of"),
-        (["--lengths", "long"], "lengths: 'long' is no number of tokens such as 512 or 64k"),
+        (["--lengths", "long"], "lengths: 'long' is not a number of tokens such as 512 or 64k"),
         (["--lengths", "100000000k"], "lengths: 102,400,000,000 tokens need about"),
         (["--tasks", "retrieval:single", "--lengths", "20"], "lengths: 20 tokens are too few for retrieval:single"),
         (["--tasks", "attention", "--lengths", "64k"], "text: attention at 65,536 tokens needs a document as long"),
