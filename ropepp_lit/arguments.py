@@ -1,4 +1,4 @@
-"""Command lines of subcommands that are functions: the signature is the command line, the docstring its help."""
+"""Command lines from functions: the signature defines the arguments, the docstring the help."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _read_yaml = get_loader("yaml")
 
 
 def _read_value(text: str, path: object = None) -> Any:
-    """Read a recipe, or one value of it: a text that YAML reads as null, such as `~` or `# a`, stays a text.
+    """Parse a recipe, or a single value: a value that YAML parses as null, such as `~` or `# a`, is a string.
 
-    The parser handles `null` itself, before. Values of a recipe that YAML reads as null are null.
+    The parser has already handled `null`. In a recipe, values that YAML parses as null are null.
 
     Args:
         text: The recipe or value.
-        path: Of a recipe; the parser leaves it out where it reads a value.
+        path: Path of a recipe; the parser does not pass it for a value.
     """
     value = _read_yaml(text)
     return text if value is None and path is None else value
@@ -46,7 +46,7 @@ class OneLineErrors:
         return f"{super().format_help(*args)}\n{EXIT_CODES}"  # type: ignore[misc]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise what the command prints in one line."""
+        """Raise UsageError with a message of one line."""
         if not self.exit_on_error:  # type: ignore[attr-defined]
             super().error(message, ex)  # type: ignore[misc]
         raise UsageError(_condensed(message) + _suggestion(self, message)) from ex
@@ -60,12 +60,12 @@ _UNION = re.compile(
 
 
 def _condensed(message: str) -> str:
-    """What the parser says of an option that may be empty, without how it found that out."""
-    while found := _UNION.search(message):
-        errors = [" ".join(error.split()) for error in re.split(r"\n\s*- ", found[1])]
+    """Shorten the parser's message about an optional value to the errors that matter."""
+    while match := _UNION.search(message):
+        errors = [" ".join(error.split()) for error in re.split(r"\n\s*- ", match[1])]
         errors = [error for error in errors if not re.fullmatch("Expected (a )?<class 'NoneType'>", error)]
-        message = f"{message[: found.start()]}{'; or: '.join(errors)}"
-        given = found[4] if found[2] is None else f"{found[2]} {found[3]}"
+        message = f"{message[: match.start()]}{'; or: '.join(errors)}"
+        given = match[4] if match[2] is None else f"{match[2]} {match[3]}"
         if given is not None and not re.search("Got value|is not accepted", message):
             message += f". Got value: {given}"
     return message
@@ -119,8 +119,8 @@ def call(
     """Parse a command line by a function's signature, and call the function.
 
     Args:
-        function: Arguments without a default are positional, the others options; `*names` takes any number of words. An
-            argument before `*` that has a default is positional too, and may be left out.
+        function: Arguments without a default are positional, the others are options; `*names` takes any number of
+            words. An argument before `*` that has a default is an optional positional.
         arguments: The subcommand's name and its options.
         flags: Options of :data:`_FLAGS` that the subcommand has too. With `json`, the function returns the result.
 
@@ -164,39 +164,39 @@ def call(
 
 
 def check_given(arguments: list[str], values: Any) -> None:
-    """Refuse a text that the parser reads as null, such as `~` for a number.
+    """Refuse a value that the parser reads as null, such as `~` for a number.
 
     Args:
         arguments: The command line.
-        values: What was parsed, a mapping or namespace.
+        values: The parsed values, a mapping or namespace.
 
     Raises:
-        UsageError: an option is null, and another text than `null` was given for it.
+        UsageError: an option is null, and its value on the command line is not `null`.
     """
     given = list(_given(arguments))
-    for place, (name, text) in enumerate(given):
-        later = {other for other, _ in given[place + 1 :]}
+    for index, (name, text) in enumerate(given):
+        later = {other for other, _ in given[index + 1 :]}
         is_overridden = "config" in later or any(f"{name}.".startswith(f"{other}.") for other in later)
         if text != "null" and not is_overridden and values.get(name, text) is None:
-            raise UsageError(f"{name}: {text!r} is not a value of it; write null for none")
+            raise UsageError(f"{name}: {text!r} is not a valid value; write null for none")
 
 
 def _given(arguments: list[str]) -> Iterator[tuple[str, str]]:
-    """Names and texts of the options of a command line."""
-    for place, word in enumerate(arguments):
+    """Yield names and values of the options of a command line."""
+    for index, word in enumerate(arguments):
         name, equals, text = word.removeprefix("--").partition("=")
         if word.startswith("--") and equals:
             yield name, text
-        elif word.startswith("--") and place + 1 < len(arguments):
-            yield name, arguments[place + 1]
+        elif word.startswith("--") and index + 1 < len(arguments):
+            yield name, arguments[index + 1]
 
 
 def command(*words: object, **options: object) -> str:
-    """A command line that a shell reads as it is meant.
+    """Return a command line, quoted for a shell.
 
     Args:
-        words: Positional ones.
-        options: Written as `--name value`, or `--name=value` where the value would look like an option.
+        words: Positional arguments.
+        options: Written as `--name value`, or as `--name=value` if the value would look like an option.
     """
     parts = []
     for word in map(str, words):

@@ -1,4 +1,4 @@
-"""What the entries of a checkpoint can be: it may be damaged, or come from elsewhere."""
+"""Validation of the values in a checkpoint, which may be damaged or untrusted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ropepp_lit.json_files import fits, parse_json
 from ropepp_lit.nn import DecoderConfig
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-"""Of weights and biases; a position scheme of a user's own may store other numbers too."""
+"""Dtypes of weights and biases; custom position schemes may store other dtypes too."""
 
 _TYPES: dict[str, Any] = {
     "architecture": dict[str, Any],
@@ -34,7 +34,7 @@ _TYPES: dict[str, Any] = {
     "reference": dict[str, Any] | None,
     "card": dict[str, Any] | None,
 }
-"""Of the values of the entry `ropepp_lit`."""
+"""Types of the values of the entry `ropepp_lit`."""
 
 _REQUIRED = (
     "architecture", "context_length", "recipe", "tokens_seen", "tokenizer", "bos_token_id", "eos_token_id"
@@ -44,14 +44,14 @@ _GEOMETRY = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "tie_word_embeddings"
 )  # fmt: skip
-"""Of the decoder's settings those that every checkpoint has had."""
+"""Settings of the decoder that every checkpoint has."""
 
-_MOST = 2**31
-"""Above every token id."""
+_TOKEN_ID_LIMIT = 2**31
+"""Exclusive upper limit of token ids."""
 
 
 def check_entry(ours: dict[str, Any]) -> None:
-    """Raise ValueError where a value of the entry `ropepp_lit` is missing, or is not of its type or range."""
+    """Raise ValueError if a value of the entry `ropepp_lit` is missing, or is not of its type or range."""
     for name in _REQUIRED:
         if name not in ours:
             raise ValueError(f"it has no {name}")
@@ -69,7 +69,7 @@ def check_entry(ours: dict[str, Any]) -> None:
         *(("eos_token_id", 0, token) for token in [ours["eos_token_id"]]),
         *(("opening", 0, token) for token in ours.get("opening") or []),
     ):
-        if value is not None and not least <= value < (2**63 if least or name == "tokens_seen" else _MOST):
+        if value is not None and not least <= value < (2**63 if least or name == "tokens_seen" else _TOKEN_ID_LIMIT):
             raise ValueError(f"its {name} is {_shown(value)}")
     for name, figures in (ours.get("validation") or {}).items():
         if "step" not in figures:
@@ -82,11 +82,11 @@ def check_entry(ours: dict[str, Any]) -> None:
 
 
 def check_weights(weights: Any, *, are_shapes: bool) -> None:
-    """Raise ValueError where a weight is no plain tensor of floating-point numbers, or larger than what is stored.
+    """Raise ValueError if a weight is not a plain tensor of a supported dtype, or is larger than its storage.
 
     Args:
-        weights: By name.
-        are_shapes: They have no content.
+        weights: Tensors by name.
+        are_shapes: Whether the tensors are on the meta device.
     """
     if not isinstance(weights, dict):
         raise ValueError("it has no weights")
@@ -117,7 +117,7 @@ def _check_architecture(architecture: dict[str, Any]) -> None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is made of what JSON has."""
+    """Return whether a value consists of JSON types only."""
     if isinstance(value, dict):
         return all(isinstance(key, str | int) and _is_plain(item) for key, item in value.items())
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Errors that are reported in one line, exit codes, and the errors of a disk that cannot be written."""
+"""Exceptions that the command prints in one line, exit codes, and the system's error numbers for failed writes."""
 
 import difflib
 import errno
@@ -11,18 +11,18 @@ DISK_ERRORS = {
     errno.EROFS: "make the file system writable",
     errno.EIO: "check the disk",
 }
-"""What to do, by error number of the operating system for a failed write."""
+"""Remedies by the system's error number for a failed write."""
 
 
 class UsageError(ValueError):
-    """A user's mistake, reported in one line that names the key or file and the remedy.
+    """A user error, with a message of one line that names the key or file, the problem and the remedy.
 
-    The command prints the line and exits with code 2. Every other exception is a bug and keeps its traceback.
+    The command prints the line and exits with code 2. Any other exception is a bug and is printed with its traceback.
     """
 
 
 class LostProcessError(UsageError):
-    """Loss of another process of a distributed run; every process that notices it prints the line.
+    """Another process of a distributed run cannot be reached; every process that detects this prints the line.
 
     The command exits with code 1, so that a launcher can restart all processes.
     """

@@ -1,4 +1,4 @@
-"""Files and folders that appear under their name only when they are complete, and names that stay in their folder."""
+"""Atomic writes of files and folders, locks, and checks of paths."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from typing import Any
 from ropepp_lit.errors import UsageError, did_you_mean
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
-"""What flock answers on file systems that have no locks."""
+"""Error numbers of flock on file systems without locks."""
 
 _NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EROFS, errno.EBADF}
-"""What fsync answers on file systems or for folders that have no such operation."""
+"""Error numbers of fsync on file systems, or for folders, that do not support it."""
 
 
 def inside(folder: Path, name: Any, *, source: str | Path | None = None, for_writing: bool = False) -> Path:
-    """The path of a file whose name comes from a manifest, an index or a store.
+    """Return the path of a file whose name comes from a manifest, an index or a store.
 
     Args:
-        folder: Folder that the name may not leave.
+        folder: Folder that must contain the file.
         name: Relative path of the file, with forward slashes.
-        source: File that contains the name, for the message; empty means the folder.
-        for_writing: Refuse symbolic links that lead out of the folder too. Files are read through links, since
-            Hugging Face's cache and users keep large files behind them.
+        source: File that contains the name, for the message; None means the folder.
+        for_writing: Refuse symbolic links that lead out of the folder too. Links are followed for reading, since
+            Hugging Face's cache and users store large files behind them.
 
     Raises:
         UsageError: the name is not a relative path, or leads out of the folder.
@@ -44,7 +44,7 @@ def inside(folder: Path, name: Any, *, source: str | Path | None = None, for_wri
 
 
 def _is_relative(name: str) -> bool:
-    """Whether a name is a path below a folder, on every operating system."""
+    """Return whether a name is a path below a folder, on every operating system."""
     if "\0" in name or "\\" in name or re.match("[A-Za-z]:", name):
         return False
     parts = PurePosixPath(name).parts
@@ -52,7 +52,7 @@ def _is_relative(name: str) -> bool:
 
 
 def escaped(text: str) -> str:
-    r"""A text that UTF-8 can encode: a byte of a file name that is not UTF-8 becomes `\xff`, as in messages."""
+    r"""Return a text that UTF-8 can encode: a byte of a file name that is not UTF-8 becomes `\xff`, as in messages."""
     return re.sub(
         "[\ud800-\udfff]",
         lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}" if "\udc80" <= match[0] <= "\udcff" else ascii(match[0])[1:-1],
@@ -61,14 +61,14 @@ def escaped(text: str) -> str:
 
 
 def local_path(key: str, value: str) -> str:
-    """A file or folder on this machine that a user names.
+    """Check the path of a local file or folder passed by the user.
 
     Args:
-        key: What the user calls it, for messages.
-        value: Its path.
+        key: Name of the option, for messages.
+        value: The path.
 
     Returns:
-        The path, absolute where it is given by dots alone, such as `.`.
+        The path; an absolute one for paths of dots only, such as `.`.
 
     Raises:
         UsageError: it is a URL, the root folder or empty.
@@ -92,10 +92,10 @@ def nearest_file(path: Path) -> str:
 
 
 def check_new_folder(path: Path) -> None:
-    """Raise where a folder that is to appear whole cannot take the name.
+    """Check that a new folder can be created at a path.
 
     Raises:
-        UsageError: there is something of that name that is not an empty folder, or it is the current folder.
+        UsageError: the path exists and is not an empty folder, or it is the current folder.
     """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UsageError(f"out: {path}: already exists and is not a folder; name another one")
@@ -109,7 +109,7 @@ def read_text(path: Path) -> str:
     """Read a file of UTF-8 text.
 
     Raises:
-        OSError: it cannot be read, or is no regular file: a named pipe would wait for ever.
+        OSError: it cannot be read, or is not a regular file: reading a named pipe would block.
         UnicodeDecodeError: it is not UTF-8.
     """
     if not path.is_file():
@@ -118,20 +118,21 @@ def read_text(path: Path) -> str:
 
 
 def write_whole(path: Path, contents: str | bytes) -> None:
-    """Write a file, text as UTF-8, that appears under its name only when it is complete."""
+    """Write a file atomically, text as UTF-8."""
     with whole_file(path) as partial:
         partial.write_bytes(contents.encode() if isinstance(contents, str) else contents)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Make a file that appears under its name only when the block ends without an error.
+    """Create a file atomically: it gets its name only if the block ends without an exception.
 
     Args:
-        path: The file; one of that name is replaced.
+        path: The file; an existing one is replaced.
 
     Yields:
-        A file beside it, to be written and closed. It is renamed at the end, or deleted after an error.
+        Path of a temporary file in the same folder, to be written and closed in the block. It is renamed at the end, or
+        deleted after an exception.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -145,13 +146,14 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Make a folder that appears under its name only when the block ends without an error.
+    """Create a folder atomically: it gets its name only if the block ends without an exception.
 
     Args:
-        path: Folder that does not exist, or an empty one.
+        path: Folder that does not exist, or is empty.
 
     Yields:
-        A folder beside it, to be filled. It is renamed at the end, or deleted after an error.
+        A temporary folder in the same parent, to be filled in the block. It is renamed at the end, or deleted after an
+        exception.
 
     Raises:
         UsageError: see :func:`check_new_folder`; or the folder cannot be written.
@@ -167,7 +169,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             yield partial
             for file in partial.rglob("*"):
                 flush(file)
-                if file.is_file():  # safetensors lets nobody else read its files
+                if file.is_file():  # safetensors creates files that only the owner can read
                     with suppress(OSError):  # file systems without permissions
                         file.chmod(partial.stat().st_mode & 0o666)
             os.replace(partial, path)
@@ -179,13 +181,13 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_errors(path: str | Path) -> Iterator[None]:
-    """Report that a file or folder cannot be written, for example because the disk is full, in one line.
+    """Convert an exception raised because a file or folder cannot be written, such as a full disk, to UsageError.
 
     Args:
-        path: What the block writes, for the message.
+        path: File or folder that the block writes, for the message.
 
     Raises:
-        UsageError: instead of an OSError, or of an error of torch or safetensors that one caused.
+        UsageError: for an OSError, or an exception of torch or safetensors that was caused by one.
     """
     try:
         yield
@@ -199,21 +201,21 @@ def write_errors(path: str | Path) -> Iterator[None]:
 
 
 def write_failure(error: BaseException) -> str | None:
-    """Why the operating system refused to write, in a few words; None where an error has another cause."""
-    found = system_error(error)
-    return None if found is None else found.strerror or str(found)
+    """Return the operating system's reason for a failed write; None if the exception has another cause."""
+    cause = system_error(error)
+    return None if cause is None else cause.strerror or str(cause)
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The operating system's error that an error is, or was caused by; None where there is none."""
+    """Return the OSError that an exception is or was caused by, or None."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and "requested and" in str(seen):  # NumPy's, without a number
-            return OSError(errno.ENOSPC, "not all bytes were taken, perhaps because the disk is full")
+        if isinstance(seen, OSError) and "requested and" in str(seen):  # NumPy's, without an error number
+            return OSError(errno.ENOSPC, "not all bytes were written, perhaps because the disk is full")
         if isinstance(seen, OSError):
             return seen
-        # safetensors passes the system's error on as text. torch's archive writer fails again when it closes a file
-        # that it could not write; the cause is the error before, which a thread or another rank does not pass on.
+        # safetensors reports the system's error as text. torch's archive writer fails a second time when it closes a
+        # file that it could not write; the first error is the cause, which threads and other ranks do not pass on.
         if match := re.search(r"\(os error (\d+)\)", str(seen)):
             return OSError(int(match[1]), os.strerror(int(match[1])))
         if "inline_container" in str(seen) and seen.__context__ is None:
@@ -223,7 +225,7 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 def sync(descriptor: int) -> None:
-    """Fsync an open file; goes on where the file system has no such operation.
+    """Fsync an open file, if the file system supports it.
 
     Raises:
         OSError: the file cannot be written to the disk.
@@ -236,10 +238,10 @@ def sync(descriptor: int) -> None:
 
 
 def flush(path: Path) -> None:
-    """Fsync a file or folder by its name, where the file system has such an operation.
+    """Fsync a file or folder by its path, if the file system supports it.
 
     Raises:
-        OSError: what was written cannot be kept.
+        OSError: the data cannot be written to the disk.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -253,13 +255,13 @@ def flush(path: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep other processes that lock the same file waiting until the block ends.
+    """Hold a lock file until the block ends; other processes that lock it wait.
 
-    Where the file system has no locks a file beside it marks that the block runs. Where nothing can be written no lock
-    is taken: what is complete can be read, and whatever would be written fails by itself.
+    On file systems without locks, the existence of a second file is the lock. On read-only file systems no lock is
+    taken: complete files can be read, and writes fail anyway.
 
     Args:
-        path: The lock's file, in an existing folder.
+        path: The lock file, in an existing folder.
     """
     from filelock import FileLock, SoftFileLock
 
@@ -279,19 +281,19 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def held(path: Path, *, busy: str) -> Iterator[bool]:
-    """Keep a lock until the block ends; the system releases it when the process ends, even by a kill.
+    """Hold a lock until the block ends, or fail; the system releases it when the process ends, even if it is killed.
 
-    Where nothing can be written no lock is taken: whatever the block writes fails by itself.
+    On read-only file systems no lock is taken: writes of the block fail anyway.
 
     Args:
-        path: The lock's file, which stays; its folder is created.
-        busy: What to say where another process has the lock.
+        path: The lock file, which is not deleted; its folder is created.
+        busy: Error message if another process holds the lock.
 
     Yields:
-        Whether the file system has locks; without any, nothing is locked.
+        Whether the file system has locks; otherwise nothing is locked.
 
     Raises:
-        UsageError: another process has the lock.
+        UsageError: another process holds the lock.
     """
     from filelock import FileLock, Timeout
 
@@ -312,13 +314,13 @@ def held(path: Path, *, busy: str) -> Iterator[bool]:
 
 
 def has_locks(path: Path) -> bool:
-    """Whether a file can be locked, which is made where it is missing.
+    """Return whether a file can be locked; it is created if it does not exist.
 
-    filelock's own way out of it may delete the mark of another process.
+    filelock's own fallback may delete the lock file of another process.
     """
     try:
         import fcntl
-    except ImportError:  # Windows has locks of another kind
+    except ImportError:  # Windows has other locks
         return True
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
@@ -331,18 +333,18 @@ def has_locks(path: Path) -> bool:
 
 
 LFS_POINTER = b"version https://git-lfs"
-"""How the small file begins that git-lfs leaves in place of a large one."""
+"""First bytes of a git-lfs pointer, a small file in place of a large one."""
 
 
 def refuse_pointer(path: Path, content: bytes | None = None) -> None:
-    """Raise UsageError where a file is git-lfs's pointer to the real one.
+    """Raise UsageError if a file is a git-lfs pointer.
 
     Args:
-        path: Of the file; one that cannot be read is none.
-        content: How it begins, where that is known.
+        path: The file; nothing is raised if it cannot be read.
+        content: First bytes of the file, if known.
     """
     if content is None:
-        if not path.is_file():  # a named pipe would wait for ever
+        if not path.is_file():  # reading a named pipe would block
             return
         try:
             with path.open("rb") as file:
@@ -354,13 +356,13 @@ def refuse_pointer(path: Path, content: bytes | None = None) -> None:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """Return the SHA-256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file's SHA-256, or of those of all files of a folder and their names, in hexadecimal digits."""
+    """Return the SHA-256 of a file's SHA-256, or of the SHA-256 and names of all files in a folder, in hexadecimal."""
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     digest = hashlib.sha256()
     for file in files:

@@ -1,4 +1,4 @@
-"""JSON that may be damaged or come from elsewhere: parsed, checked by types, and with a checksum where it is ours."""
+"""Parsing, type checks and checksums of JSON, which may be damaged or untrusted."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ropepp_lit.files import read_text
 T = TypeVar("T")
 
 CHECKSUM = "checksum"
-"""The key of the checksum of an object's other keys."""
+"""Key of the checksum of an object's other keys."""
 
 
 def parse_json(text: str | bytes) -> Any:
-    """A value of JSON.
+    """Parse JSON.
 
     Raises:
         ValueError: it is not JSON or not UTF-8, has a number of thousands of digits, or is nested too deeply.
@@ -30,7 +30,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a file of JSON.
+    """Read a JSON file.
 
     Raises:
         OSError: see :func:`~ropepp_lit.files.read_text`.
@@ -40,7 +40,7 @@ def read_json(path: Path) -> Any:
 
 
 def json_line(value: Any) -> bytes:
-    """A value as a line of JSON in UTF-8."""
+    """Return a value as a line of JSON in UTF-8."""
     try:
         return (json.dumps(value, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and UTF-8 cannot encode
@@ -48,10 +48,10 @@ def json_line(value: Any) -> bytes:
 
 
 def typed(kind: type[T], values: Any) -> T:
-    """An instance of a dataclass whose fields are plain values.
+    """Return an instance of a dataclass with plain fields.
 
     Raises:
-        ValueError: the values are no object, one is missing or not known, or has another type than the field.
+        ValueError: the values are not an object, or a field is missing, unknown or of the wrong type.
     """
     if not isinstance(values, dict):
         raise ValueError(f"a {kind.__name__} is not an object")
@@ -60,12 +60,12 @@ def typed(kind: type[T], values: Any) -> T:
             raise ValueError(f"{name} is {str(values[name])[:100]!r}")
     try:
         return kind(**values)
-    except TypeError as error:  # one is missing or not known
+    except TypeError as error:  # a field is missing or unknown
         raise ValueError(str(error)) from error
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of a type: a class, a union of types, a literal, or a list or dictionary of a type."""
+    """Return whether a plain value is of a type: a class, a union, a literal, or a list or dictionary of types."""
     kind, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -85,26 +85,26 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """An object of JSON with a checksum of itself, by which :func:`unsealed` finds damage."""
-    return {**values, CHECKSUM: _checksum(json.loads(json.dumps(values)))}  # keys as they will be read, texts
+    """Return a JSON object with a checksum of itself, which :func:`unsealed` verifies."""
+    return {**values, CHECKSUM: _checksum(json.loads(json.dumps(values)))}  # keys are strings when they are read
 
 
 def unsealed(values: Any, *, required: bool = False) -> dict[str, Any]:
-    """The object of :func:`sealed`, without its checksum.
+    """Verify and remove the checksum of an object of :func:`sealed`.
 
     Args:
-        values: The object with it.
-        required: Whether it must have one; otherwise it may have been written before there were any.
+        values: The object with its checksum.
+        required: Whether it must have a checksum; objects of older versions may have none.
 
     Raises:
-        ValueError: it is no object, or is not what was written.
+        ValueError: it is not an object, or its checksum is wrong.
     """
     if not isinstance(values, dict):
         raise ValueError("not a JSON object")
-    found = {key: value for key, value in values.items() if key != CHECKSUM}
-    if (required or CHECKSUM in values) and values.get(CHECKSUM) != _checksum(found):
+    contents = {key: value for key, value in values.items() if key != CHECKSUM}
+    if (required or CHECKSUM in values) and values.get(CHECKSUM) != _checksum(contents):
         raise ValueError("its checksum is wrong")
-    return found
+    return contents
 
 
 def _checksum(values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Releases of dependencies that run an attacker's code when they are imported."""
+"""Check for malicious releases of dependencies, which execute an attacker's code when they are imported."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from importlib import metadata
 from ropepp_lit.errors import UsageError
 
 MALICIOUS = {"lightning": ("2.6.2", "2.6.3"), "pytorch-lightning": ("2.6.2", "2.6.3")}
-"""Versions by package. These two steal credentials: GHSA-w37p-236h-pfx3. The pins of pyproject.toml exclude them, which
-helps nobody who installed them by other means."""
+"""Malicious versions by package. These two steal credentials (GHSA-w37p-236h-pfx3). pyproject.toml excludes them, but
+they may have been installed by other means."""
 
 
 def refuse_malicious() -> None:
-    """Check what is installed, without importing it; packages that import Lightning call this first.
+    """Check the installed versions without importing them; called before Lightning is imported.
 
     Raises:
         UsageError: a malicious version is installed.

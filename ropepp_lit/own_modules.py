@@ -1,4 +1,4 @@
-"""Modules of the user's own, in the current folder."""
+"""Import of the user's modules from the current folder."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from types import FrameType
 from typing import Any
 
 _IMPORTERS = {"__main__", "jsonargparse._util", "ropepp_lit.checkpoint"}
-"""Modules that import the classes that a recipe or an option names."""
+"""Modules that import the classes given in a recipe or an option."""
 
 
 class CurrentFolder:
-    """Finds modules in the current folder, behind all others: those that a recipe names, and what they import.
+    """Finder of modules in the current folder, last on `sys.meta_path`: those given in a recipe, and their imports.
 
-    The folder is not on `sys.path`: libraries look there for others that may be installed, such as `flash_attn`, and
-    would run a file of that name.
+    The folder is not on `sys.path`: libraries search it for optional packages, such as `flash_attn`, and would execute
+    a file of that name.
     """
 
     def __init__(self) -> None:
         self._own: set[str] = set()
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """As importlib asks finders of `sys.meta_path`."""
-        if path is not None or not self._is_asked(sys._getframe(1)):
+        """Return the spec of a module in the current folder (protocol of `sys.meta_path`)."""
+        if path is not None or not self._is_allowed(sys._getframe(1)):
             return None
         spec = PathFinder.find_spec(name, [os.getcwd()])
         if spec is not None:
             self._own.add(name)
         return spec
 
-    def _is_asked(self, frame: FrameType | None) -> bool:
-        """Whether the module that imports, the first below importlib's, is one that may."""
+    def _is_allowed(self, frame: FrameType | None) -> bool:
+        """Return whether the importing module, the first frame outside importlib, may import from the folder."""
         while frame is not None:
             name = frame.f_globals.get("__name__") or ""
             if not name.startswith(("importlib", "_frozen_importlib")):
@@ -42,12 +42,12 @@ class CurrentFolder:
 
 
 def leave_current_folder() -> None:
-    """Take the current folder off `sys.path`, for a process that is the command's."""
+    """Remove the current folder from `sys.path`, in a process of the command."""
     current = os.getcwd()
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != current]
 
 
 def find_in_current_folder() -> None:
-    """Find the user's own modules in the current folder, also where it is not on `sys.path`."""
+    """Enable imports of the user's modules from the current folder, even if it is not on `sys.path`."""
     if not any(isinstance(finder, CurrentFolder) for finder in sys.meta_path):
         sys.meta_path.append(CurrentFolder())

@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 READER_GONE = 141
-"""Exit code of a command that only prints, when nobody reads on: that of a program ended by SIGPIPE."""
+"""Exit code of a command that only prints, if its pipe is closed: that of a program ended by SIGPIPE."""
 
 _PLAIN = str.maketrans("█–—−×→…·≥≤", "#---x>..><")
-"""Near characters of ASCII, each as wide as the original."""
+"""ASCII replacements, each as wide as the original."""
 
 
 def prepare_streams(*, ends_with_reader: bool) -> None:
-    r"""Make stdout and stderr print every text, and keep a closed pipe from ending the process.
+    r"""Configure stdout and stderr to print any text, and not to end the process if a pipe is closed.
 
-    Characters that the encoding does not have are replaced by a near one of ASCII or `?`; bytes of a file name that is
-    not UTF-8 appear as `\xff`. Streams that are closed become the null device.
+    Characters that the encoding does not support are replaced by a similar ASCII character or `?`; bytes of a file name
+    that is not UTF-8 are printed as `\xff`. Closed streams become the null device.
 
     Args:
-        ends_with_reader: Exit with :data:`READER_GONE` once nobody reads stdout. Otherwise the output is dropped and
-            the work goes on.
+        ends_with_reader: Exit with :data:`READER_GONE` if the pipe of stdout is closed. Otherwise the output is dropped
+            and the command continues.
     """
     codecs.register_error("ropepp_lit.near", _near)
     for name in ("stdin", "stdout", "stderr"):
@@ -44,9 +44,9 @@ def prepare_streams(*, ends_with_reader: bool) -> None:
 
 
 def _lasting(stream: io.TextIOWrapper, *, ends: bool) -> io.TextIOWrapper:
-    """The same stream with other answers to errors."""
-    raw = getattr(stream.buffer, "raw", stream.buffer)  # with PYTHONUNBUFFERED there is no buffer between
-    if not isinstance(raw, io.FileIO):  # a test's, or one of a notebook
+    """Return a stream to the same file that handles encoding errors and closed pipes."""
+    raw = getattr(stream.buffer, "raw", stream.buffer)  # with PYTHONUNBUFFERED there is no buffer
+    if not isinstance(raw, io.FileIO):  # of a test or a notebook
         stream.reconfigure(errors="ropepp_lit.near")
         return stream
     stream.flush()
@@ -125,7 +125,7 @@ def progress_bar(
 
 
 def quiet_full_disk_in_threads() -> None:
-    """Leave out the traceback of a thread that cannot write, such as TensorBoard's: its next call raises the error."""
+    """Suppress the traceback of a thread that cannot write, such as TensorBoard's: its next call raises the error."""
     previous = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:
@@ -137,14 +137,14 @@ def quiet_full_disk_in_threads() -> None:
 
 
 class _Descriptor(io.FileIO):
-    """An open file whose reader may go."""
+    """An open file, such as a pipe that may be closed by its reader."""
 
     def __init__(self, number: int, *, ends: bool) -> None:
         super().__init__(number, "w", closefd=False)
         self._ends = ends
 
     def write(self, data: Any) -> int:
-        """Write, or drop the data where nobody reads them."""
+        """Write, or drop the data if the pipe is closed."""
         try:
             return super().write(data)
         except BrokenPipeError:
@@ -157,7 +157,7 @@ class _Descriptor(io.FileIO):
 
 
 def _near(error: UnicodeError) -> tuple[str, int]:
-    """Replace what cannot be encoded."""
+    """Replace characters that cannot be encoded (error handler of codecs)."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
@@ -165,7 +165,7 @@ def _near(error: UnicodeError) -> tuple[str, int]:
 
 
 def _near_character(character: str) -> str:
-    if "\udc80" <= character <= "\udcff":  # a byte that os.fsdecode could not read
+    if "\udc80" <= character <= "\udcff":  # a byte that os.fsdecode could not decode
         return f"\\x{ord(character) - 0xDC00:02x}"
     plain = character.translate(_PLAIN)
     return plain if plain.isascii() else "?"

@@ -1,4 +1,4 @@
-"""Hugging Face folders made by hand, without transformers."""
+"""Hugging Face folders written without transformers."""
 
 import json
 
@@ -27,7 +27,7 @@ CONFIG = {
 
 
 def make_weights(**changes):
-    """Weights of a decoder with the geometry of CONFIG."""
+    """Return weights of a decoder with the geometry of CONFIG."""
     fields = {key: value for key, value in {**CONFIG, **changes}.items() if key in DecoderConfig.__dataclass_fields__}
     torch.manual_seed(0)
     return Decoder(DecoderConfig(**fields), RoPE(), Frequencies()).state_dict()
@@ -38,12 +38,12 @@ def save_single(folder, weights, name="model.safetensors"):
 
 
 def old_format(weights, path):
-    """As torch saved before version 1.6: no zip archive."""
+    """Save in the format of torch before version 1.6, without a zip archive."""
     torch.save(weights, path, _use_new_zipfile_serialization=False)
 
 
 def in_parts(save, stem, ending, *, index=True):
-    """A layout of three files, with or without an index."""
+    """Return a layout of three files, with or without an index."""
 
     def write(folder, weights):
         places = {}
@@ -73,7 +73,7 @@ LAYOUTS = {
 
 
 def make_folder(folder, *, layout="model.safetensors", weights=None, tokenizer=False, **config):
-    """A folder with config.json and weights in a layout."""
+    """Write a folder with config.json and weights in a layout."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
     LAYOUTS[layout](folder, weights or make_weights())
@@ -85,7 +85,7 @@ def make_folder(folder, *, layout="model.safetensors", weights=None, tokenizer=F
 
 
 def put_in_hub_cache(cache, name, folder, *, commit="0" * 40, reference="main"):
-    """Move a folder to where the Hub's library keeps a model, files behind links as there."""
+    """Move a folder into the Hub cache layout, with files behind symbolic links."""
     root = cache / f"models--{name.replace('/', '--')}"
     (root / "refs").mkdir(parents=True, exist_ok=True)
     (root / "refs" / reference).write_text(commit)

@@ -1,4 +1,4 @@
-"""Folders as others make them: tokenizers of five kinds, each with a tiny model, saved by transformers' own classes."""
+"""Hugging Face folders with tokenizers of five kinds and tiny models, saved by transformers' classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXTS = [
     "Naïve café, 漢字 and 🙂: everything that a tokenizer meets.\n",
     "A model that reads 4,096 tokens reads more than one that reads 512.\n",
 ] * 40
-"""What the tokenizers are trained on."""
+"""Training texts of the tokenizers."""
 
 LONG = "".join(f"Line {number}: the fox reads 漢字 and sleeps in café {number % 7} 🙂.\n" for number in range(60))
 """A text of more than 64 tokens in every kind."""
@@ -27,7 +27,7 @@ SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Qwen's tokenizer splits texts; Llama 3's takes up to three digits together."""
+"""Pre-tokenization pattern of Qwen; Llama 3's groups up to three digits."""
 
 
 def _byte_level(special: list[str], *, size: int = 300, normalizer: normalizers.Normalizer | None = None) -> Tokenizer:
@@ -50,7 +50,7 @@ def _splitting(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def make_gpt2() -> tuple[Tokenizer, dict, dict]:
-    """As GPT-2, SmolLM, OLMo, Pythia."""
+    """Return a tokenizer like those of GPT-2, SmolLM, OLMo and Pythia."""
     tokenizer = _byte_level(["<|endoftext|>"])
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
@@ -58,7 +58,7 @@ def make_gpt2() -> tuple[Tokenizer, dict, dict]:
 
 
 def make_llama2() -> tuple[Tokenizer, dict, dict]:
-    """As Llama 2, Mistral, Gemma: characters, and bytes for those that are not in the vocabulary."""
+    """Return a tokenizer like those of Llama 2, Mistral and Gemma: characters with byte fallback."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trainer = trainers.BpeTrainer(
@@ -80,7 +80,7 @@ def make_llama2() -> tuple[Tokenizer, dict, dict]:
 
 
 def make_llama3() -> tuple[Tokenizer, dict, dict]:
-    """As Llama 3: the template opens texts; two tokens end what is generated."""
+    """Return a tokenizer like that of Llama 3: a template adds BOS; two EOS tokens."""
     tokenizer = _byte_level(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
     bos = tokenizer.token_to_id("<|begin_of_text|>")
     tokenizer.pre_tokenizer = _splitting(SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"))
@@ -91,7 +91,7 @@ def make_llama3() -> tuple[Tokenizer, dict, dict]:
 
 
 def make_qwen() -> tuple[Tokenizer, dict, dict]:
-    """As Qwen 2.5: no BOS, though config.json names an id."""
+    """Return a tokenizer like that of Qwen 2.5: no BOS, although config.json has an id."""
     tokenizer = _byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], normalizer=normalizers.NFC())
     tokenizer.pre_tokenizer = _splitting(SPLIT)
     names = {"bos_token": None, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "add_bos_token": False}
@@ -99,7 +99,7 @@ def make_qwen() -> tuple[Tokenizer, dict, dict]:
 
 
 def make_chat() -> tuple[Tokenizer, dict, dict]:
-    """As SmolLM2-Instruct, saved behind a training loop that cut and padded."""
+    """Return a tokenizer like that of SmolLM2-Instruct, saved with truncation and padding enabled."""
     tokenizer = _byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tokenizer.enable_truncation(64)
     tokenizer.enable_padding(pad_id=tokenizer.token_to_id("<|im_end|>"), pad_token="<|im_end|>", length=64)

@@ -1,4 +1,4 @@
-"""Small decoders of any position scheme, and rotations written plainly."""
+"""Small decoders with any position scheme, and plain rotations."""
 
 import torch
 
@@ -41,7 +41,7 @@ def make(scheme, frequencies=None, **changes):
 
 
 def turned(x, pairs):
-    """A head [T, d] with pair n of token t, as x_n + i x_{n+d/2}, multiplied by the complex number pairs[t][n]."""
+    """Multiply pair n of token t of a head [T, d], as x_n + i x_{n+d/2}, by the complex number pairs[t][n]."""
     half = x.shape[1] // 2
     result = x.clone()
     for t in range(len(x)):
@@ -52,7 +52,7 @@ def turned(x, pairs):
 
 
 def assert_cached_and_packed(decoder, ids):
-    """Logits in parts with a cache, and those of documents alone, are those of whole rows [2, 40]; returns these."""
+    """Compare logits with a cache, and of separate documents, with those of full rows [2, 40]; return the latter."""
     whole = decoder(ids)
     cache = decoder.allocate_cache(batch_size=2, max_tokens=40)
     parts = [decoder(part, cache=cache) for part in ids.split([17, 1, 9, 1, 12], dim=1)]

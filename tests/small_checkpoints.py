@@ -1,4 +1,4 @@
-"""Checkpoints of small models with random weights, for exports."""
+"""Checkpoints of small models with random weights."""
 
 import json
 
@@ -19,7 +19,7 @@ BYTES = byte_tokenizer()
 
 
 def make(scheme=None, frequencies=None, tokenizer=BYTES, dtype=torch.float32, entry=None, **changes):
-    """A checkpoint with random weights of std 0.3, around 1 in norms."""
+    """Return a checkpoint with random weights of std 0.3, around 1 in norms."""
     scheme, frequencies = scheme or RoPE(), frequencies or Frequencies()
     geometry = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     geometry |= {"num_key_value_heads": 2, "vocab_size": tokenizer.vocab_size, "rms_norm_eps": 2e-5}
@@ -43,7 +43,7 @@ YARN = {"factor": 8.0, "original_max_position_embeddings": 64}
 
 
 def changed(change, **options):
-    """A trained tokenizer of ours after a change."""
+    """Return a function that builds a checkpoint with a modified BPE tokenizer."""
 
     def tokenizer():
         found = Tokenizer.from_str(train_tokenizer(others.TEXTS, vocab_size=300).json)
@@ -58,7 +58,7 @@ def assign(name, value):
 
 
 def without(characters, **values):
-    """Leaves tokens with some characters of the byte-level alphabet out of the vocabulary; sets values of the model."""
+    """Return a change that removes tokens with some byte-level characters, and sets values of the model."""
 
     def change(tokenizer):
         contents = json.loads(tokenizer.to_str())

@@ -42,7 +42,7 @@ from ropepp_lit.nn import (
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_described_and_made_again(instance, base):
+def test_describe_and_instantiate(instance, base):
     description = checkpoint.describe(instance)
     again = checkpoint.instantiate(description, base)
     assert type(again) is type(instance)
@@ -51,12 +51,12 @@ def test_described_and_made_again(instance, base):
 
 
 @pytest.mark.parametrize("class_path", ["os.system", "ropepp_lit.nn.positions.RoPEPP2", "ropepp_lit.nn.config.SIZES"])
-def test_a_checkpoint_cannot_name_what_it_likes(class_path):
+def test_classes_of_a_checkpoint_are_restricted(class_path):
     with pytest.raises(UsageError):
         checkpoint.instantiate({"class_path": class_path, "init_args": {}}, PositionScheme)
 
 
-def test_trust_is_for_one_class_of_the_right_kind():
+def test_trust_allows_one_class_with_the_required_base():
     description = {"class_path": "os.system", "init_args": {}}
     with pytest.raises(UsageError, match=r"if you trust that code .* --trust os\.system"):
         checkpoint.instantiate(description, PositionScheme, trust="os.path")
@@ -81,8 +81,8 @@ def test_a_pointer_of_git_lfs_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
-def test_what_stops_a_write_is_raised_itself(error):
-    """torch's archive writer fails again in between."""
+def test_cause_of_a_failed_write_is_raised(error):
+    """torch's archive writer raises a second error after it."""
 
     class File(io.BytesIO):
         def write(self, content):

@@ -248,7 +248,7 @@ def test_a_number_that_yaml_reads_as_null():
         raise AssertionError
 
     for text in ("~", "# a", "null "):
-        with pytest.raises(UsageError, match=f"limit: '{text}' is not a value of it"):
+        with pytest.raises(UsageError, match=f"limit: '{text}' is not a valid value"):
             call(subcommand, ["subcommand", "--limit", text])
 
 
@@ -302,7 +302,7 @@ def test_no_option_of_prepare_is_ignored(mistake, mode, option, value):
 def test_numbers_and_choices_that_yaml_reads_as_null(mistake):
     for key in ("data.train_tokenizer", "model.attention", "trainer.gradient_clip_val"):
         for text in ("~", "# a", "null "):
-            assert f"{key}: {text!r} is not a value of it; write null for none" in mistake(f"--{key}", text)
+            assert f"{key}: {text!r} is not a valid value; write null for none" in mistake(f"--{key}", text)
     later = mistake("--data.train_tokenizer", "300", "--data.train_tokenizer", "null", "--data.tokenizer", "none.json")
     assert "train_tokenizer" not in later
 

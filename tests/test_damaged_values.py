@@ -1,4 +1,4 @@
-"""Files that are whole and hold values of other types or ranges, of every kind: one line that names the file."""
+"""Files with values of wrong types or ranges: one line that names the file."""
 
 import json
 import os
@@ -111,7 +111,7 @@ JSON_OF_FOLDERS = ("config.json", "tokenizer.json", "tokenizer_config.json", "ge
 
 @pytest.mark.parametrize("content", [NESTED, "1" * 5_000, "[]", "\xff".encode("latin-1"), "pipe"])
 @pytest.mark.parametrize("name", JSON_OF_FOLDERS)
-def test_json_of_a_folder_of_hugging_face(tmp_path, name, content):
+def test_json_of_a_hugging_face_folder(tmp_path, name, content):
     folder = make_folder(tmp_path / "hf", layout="index of safetensors", tokenizer=True)
     path = folder / name.replace("X", "model.safetensors")
     path.unlink(missing_ok=True)
@@ -226,7 +226,7 @@ PARTIALS = {
 
 
 @pytest.mark.parametrize("kind", PARTIALS)
-def test_kept_answers_that_are_damaged(tmp_path, kind):
+def test_damaged_saved_answers(tmp_path, kind):
     partial, lines = tmp_path / "out.jsonl.partial", [json_line(sealed(IDENTITY)), json_line(sealed(ANSWER))]
     partial.write_bytes(b"".join(lines))
     assert _resume(partial, IDENTITY, [[0]])[0].text == "a"
@@ -238,7 +238,7 @@ def test_kept_answers_that_are_damaged(tmp_path, kind):
 
 
 @pytest.mark.parametrize("content", [b"a: \xff", b"a: [", NESTED.encode(), b"a: " + b"1" * 5_000, b"a: \0"])
-def test_a_recipe_that_is_no_yaml(tmp_path, content):
+def test_recipe_with_invalid_yaml(tmp_path, content):
     (tmp_path / "recipe.yaml").write_bytes(content)
     with pytest.raises(UsageError, match=r"recipe\.yaml: not valid YAML: "):
         check_classes(["fit", "--config", str(tmp_path / "recipe.yaml")])
@@ -262,6 +262,6 @@ def test_sections_of_a_recipe(mistake, tmp_path):
         assert message in mistake("--config", tmp_path / "recipe.yaml", subcommand="plan")
 
 
-def test_no_weights_have_no_dtype():
+def test_dtype_of_a_checkpoint_without_weights():
     with pytest.raises(UsageError, match="no weights of layers"):
         checkpoint.compute_dtype({"state_dict": {}})

@@ -1,4 +1,4 @@
-"""File systems as people have them: without links, locks or fsync, read-only; and paths that are none of theirs."""
+"""File systems without links, locks or fsync, read-only ones, and paths that are not local."""
 
 import errno
 import os
@@ -43,7 +43,7 @@ def test_the_newest_checkpoint_without_links(tmp_path, monkeypatch, capsys, kind
     assert capsys.readouterr().err.count("is a copy of the newest checkpoint") == (kind == "no links")
 
 
-def test_no_room_for_a_copy_of_the_newest_checkpoint(tmp_path, monkeypatch, capsys):
+def test_full_disk_for_a_copy_of_the_newest_checkpoint(tmp_path, monkeypatch, capsys):
     for module, name, number in ((os, "symlink", errno.EPERM), (os, "link", errno.EPERM)):
         refuse(monkeypatch, module, name, number)
     refuse(monkeypatch, checkpoint_writer.shutil, "copyfile", errno.ENOSPC)
@@ -71,7 +71,7 @@ class Poor(Callback):
 
 
 @pytest.mark.end_to_end
-def test_a_run_where_there_are_no_symbolic_links_no_fsync_and_no_locks(run, tiny, tmp_path):
+def test_run_without_symbolic_links_fsync_and_locks(run, tiny, tmp_path):
     (tmp_path / "poor.py").write_text(POOR)
     options = [*tiny, "--trainer.default_root_dir", "run", "--trainer.callbacks+", "poor.Poor"]
     options += ["--checkpoints.every_n_steps", 1, "--checkpoints.keep", 1]
@@ -93,7 +93,7 @@ def test_files_are_written_without_fsync(tmp_path, monkeypatch, number):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "file", "folder"]
 
 
-def test_a_disk_that_fails_is_no_disk_without_fsync(tmp_path, monkeypatch):
+def test_failing_disk_is_not_taken_for_missing_fsync(tmp_path, monkeypatch):
     refuse(monkeypatch, os, "fsync", errno.EIO)
     with pytest.raises(OSError, match="Input/output error"):
         files.write_whole(tmp_path / "file", "text")
@@ -101,7 +101,7 @@ def test_a_disk_that_fails_is_no_disk_without_fsync(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL])
-def test_where_there_is_no_flock_processes_wait_for_each_other_all_the_same(tmp_path, number):
+def test_processes_wait_without_flock(tmp_path, number):
     code = f"""
         import errno, fcntl, os, sys, time
         def flock(descriptor, operation):
@@ -120,7 +120,7 @@ def test_where_there_is_no_flock_processes_wait_for_each_other_all_the_same(tmp_
     assert (tmp_path / "log").read_text() == "xxx"
 
 
-def test_a_complete_cache_that_is_read_only(texts, tmp_path, monkeypatch):
+def test_read_only_complete_cache(texts, tmp_path, monkeypatch):
     from ropepp_lit.data.prepare import PrepareSettings, prepare_cached
 
     settings = PrepareSettings(tokenizer="bytes")
@@ -140,7 +140,7 @@ def test_a_complete_cache_that_is_read_only(texts, tmp_path, monkeypatch):
     "value",
     ["s3://a/run", "gs://a/run", "file:///tmp/run", "hf://a/run", "hf:a/run", "https://a/b", "S3://a", "", "a\0b"],
 )
-def test_paths_that_are_none_of_this_machine(value):
+def test_paths_that_are_not_local(value):
     for root in ("/", "//", "/..", "/a/.."):
         with pytest.raises(UsageError, match=r"^out: .* is the root of all folders"):
             files.local_path("out", root)
@@ -258,7 +258,7 @@ def test_links_that_lead_out_are_not_written_through(tmp_path):
         files.inside(tmp_path / "folder", "train/file", for_writing=True)
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+def test_folders_are_written_atomically(tmp_path):
 
     def fail(error):
         with files.whole_folder(tmp_path / "out") as folder:

@@ -1,4 +1,4 @@
-"""Folders from elsewhere that state sizes of what is not there, or hold pipes for files: one line, at once."""
+"""Untrusted folders that state wrong sizes, or contain pipes instead of files: one line, immediately."""
 
 import json
 import os
@@ -76,7 +76,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("kind", TABLES)
-def test_tables_of_contents_that_lie(shards, kind):
+def test_metadata_with_wrong_sizes(shards, kind):
     table = sharded._Reader(shards).read_metadata()
     TABLES[kind](table)
     (shards / ".metadata").write_bytes(pickle.dumps(table))
@@ -93,7 +93,7 @@ MEMORY = {
 
 
 @pytest.mark.parametrize("kind", MEMORY)
-def test_tables_of_contents_that_would_take_all_memory(shards, kind):
+def test_metadata_that_would_exhaust_memory(shards, kind):
     (shards / ".metadata").write_bytes(MEMORY[kind])
     with pytest.raises(UsageError, match=r"shared\.ckpt: not a readable checkpoint"):
         checkpoint.read_checkpoint(shards)
@@ -137,7 +137,7 @@ def test_layers_that_a_checkpoint_states(tmp_path, shards):
         checkpoint.load_decoder(whole)
 
 
-def test_pipes_in_a_folder_of_hugging_face(tmp_path):
+def test_pipes_in_a_hugging_face_folder(tmp_path):
     folder = make_folder(tmp_path / "hf")
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
@@ -181,7 +181,7 @@ MANIFESTS = {
 
 @pytest.mark.parametrize("url", [None, "s3://bucket/shards"])
 @pytest.mark.parametrize("kind", MANIFESTS)
-def test_manifests_that_lie(tmp_path, kind, url):
+def test_manifests_with_wrong_values(tmp_path, kind, url):
     folder = write_marked(tmp_path / "shards", train=conversations(3), validation=conversations(2))
     values = json.loads((folder / "manifest.json").read_text())
     change, message = MANIFESTS[kind]

@@ -1,4 +1,4 @@
-"""JSON that is damaged or from elsewhere: one kind of error, whatever is wrong with it."""
+"""Damaged or untrusted JSON: one kind of exception for every problem."""
 
 import json
 import os
@@ -20,19 +20,19 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_what_is_no_json_is_a_value_error(kind):
+def test_invalid_json_raises_value_error(kind):
     with pytest.raises(ValueError, match=r"."):
         parse_json(BROKEN[kind])
 
 
-def test_a_pipe_is_no_file(tmp_path):
+def test_pipe_instead_of_a_file(tmp_path):
     os.mkfifo(tmp_path / "values.json")
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "values.json")
 
 
 @pytest.mark.parametrize("changes", [{"a": 2}, {"b": {"c": [1, 3]}}, {"d": None}, {"checksum": 1}, {"checksum": None}])
-def test_a_checksum_tells_of_every_change(changes):
+def test_checksum_detects_every_change(changes):
     values = {"a": 1, "b": {"c": [1, 2]}, "e": "\ud800"}
     kept = sealed(values)
     assert unsealed(json.loads(json.dumps(sealed({"f": {2: (1,), 10: 0.5}})))) == {"f": {"2": [1], "10": 0.5}}
@@ -64,7 +64,7 @@ DOES_NOT_FIT = {
 }
 
 
-def test_types_of_plain_values():
+def test_fits():
     assert [pair for pair in FITS if not fits(*pair)] == []
     assert [pair for pair in DOES_NOT_FIT if fits(*pair)] == []
     assert fits({"a": [1, 2]}, dict[str, list[int]])
@@ -79,7 +79,7 @@ class Row:
     share: float | None = None
 
 
-def test_a_dataclass_of_plain_values():
+def test_typed():
     assert typed(Row, {"name": "a", "counts": [1]}) == Row("a", [1])
     for values in (None, {}, {"name": "a"}, {"name": 1, "counts": []}, {"name": "a", "counts": [], "more": 1}):
         with pytest.raises(ValueError, match=r"."):

@@ -1,4 +1,4 @@
-"""Who imports whom: only downward, as .github/CONTRIBUTING.md says; and how long files are."""
+"""Import layers, as described in .github/CONTRIBUTING.md, and the length of files."""
 
 import ast
 from pathlib import Path
@@ -24,17 +24,17 @@ LAYERS = (
     {"files", "malicious", "sizes", "terminal"},
     {"errors"},
 )
-"""From the top; a module imports what stands below its own layer. Packages of one layer do not import each other."""
+"""Layers from the top; a module imports only from layers below its own, not from other packages of its layer."""
 
 
 def _part(module: str) -> str:
-    """The package or module below `ropepp_lit`."""
+    """Return the package or module below `ropepp_lit`."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ""
 
 
 def _imports(path: Path) -> set[str]:
-    """The parts of ropepp_lit that a file imports, at its head or in a function."""
+    """Return the parts of ropepp_lit that a file imports, at module level or in a function."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -46,7 +46,7 @@ def _imports(path: Path) -> set[str]:
 
 
 def test_files_are_short():
-    """Of the package and of the tests: what is longer is split by what it is about."""
+    """Files of the package and of the tests have at most 400 lines."""
     files = [*ROOT.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]
     assert len(files) > 150
     assert not [str(path) for path in files if len(path.read_text(encoding="utf-8").splitlines()) > 400]

@@ -1,4 +1,4 @@
-"""Installed releases that run an attacker's code are refused before they are imported."""
+"""Malicious releases of dependencies are refused before they are imported."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Sizes that people write: what is printed is read back exactly, and everything else is one line."""
+"""Property tests of sizes: formatted sizes are parsed exactly, and errors have one line."""
 
 from fractions import Fraction
 
@@ -25,12 +25,12 @@ def test_bytes_are_exact(whole, decimals, unit, change, space):
     if expected:
         assert parse_bytes("key", text) == expected
     else:
-        with pytest.raises(UsageError, match=r"^key: .* is no size such as"):
+        with pytest.raises(UsageError, match=r"^key: .* is not a size such as"):
             parse_bytes("key", text)
 
 
 @given(lengths=st.lists(st.integers(1, 2**40), min_size=1, max_size=6), space=SPACE)
-def test_lengths_that_are_printed_are_read_back(lengths, space):
+def test_printed_lengths_are_parsed_exactly(lengths, space):
     lengths = [length if length < 2**20 else length // 1024 * 1024 for length in lengths]
     assert [int(short_length(length).replace(",", "").replace("k", "")) for length in lengths] == [
         length // 1024 if length % 1024 == 0 else length for length in lengths
@@ -49,7 +49,7 @@ ANYTHING = st.one_of(
 
 
 def attempt(parse, text):
-    """What is read, and the message where nothing is."""
+    """Return the parsed value, and the error message if there is none."""
     try:
         return parse("key", text), None
     except UsageError as error:
@@ -57,7 +57,7 @@ def attempt(parse, text):
 
 
 @given(text=ANYTHING)
-def test_anything_else_is_one_line(text):
+def test_errors_have_one_line(text):
     for parse in (parse_bytes, parse_tokens):
         found, message = attempt(parse, text)
         if message is None:

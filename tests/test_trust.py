@@ -1,4 +1,4 @@
-"""Checkpoints, manifests and folders from elsewhere: one line, and nothing is run, written or deleted."""
+"""Untrusted checkpoints, manifests and folders: one line, and nothing is executed, written or deleted."""
 
 import io
 import json
@@ -39,7 +39,7 @@ def contents():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of shards, as FSDP2 saves it: weights, an optimizer's state with plain values, and the rest."""
+    """A sharded checkpoint as saved by FSDP2: weights, an optimizer state with plain values, and the rest."""
     path, whole = tmp_path / "shared.ckpt", contents()
     state = {
         "state_dict": whole.pop("state_dict"),
@@ -57,7 +57,7 @@ def tree(folder):
 
 
 class Named:
-    """A value that is pickled as a name, whatever that is."""
+    """A value that is pickled as an arbitrary name."""
 
     def __init__(self, module, name):
         self.module, self.name = module, name
@@ -76,7 +76,7 @@ def Marker(*_):  # noqa: N802
 
 
 class Pickler(pickle._Pickler):
-    """Python's pickler, that writes names without looking whether there is such a thing."""
+    """Python's pickler without the check that pickled names exist."""
 
     def save(self, value, save_persistent_id=True):
         if isinstance(value, Named):
@@ -149,7 +149,7 @@ ATTACKS = {
 
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("protocol", [4, 5])
-def test_a_table_of_contents_runs_nothing(folder, tmp_path, attack, protocol):
+def test_metadata_executes_no_code(folder, tmp_path, attack, protocol):
     target = tmp_path / "target"
     (folder / ".metadata").write_bytes(pickled(ATTACKS[attack](str(target)), protocol))
     before = tree(tmp_path)
@@ -162,7 +162,7 @@ def test_a_table_of_contents_runs_nothing(folder, tmp_path, attack, protocol):
     assert tree(tmp_path) == before
 
 
-def test_what_torch_writes_is_read(folder):
+def test_checkpoint_written_by_torch(folder):
     whole = checkpoint.read_checkpoint(folder)
     assert whole["state_dict"].keys() == contents()["state_dict"].keys()
     checkpoint.load_decoder(whole)
@@ -181,7 +181,7 @@ def test_what_torch_writes_is_read(folder):
 
 
 @pytest.mark.parametrize("name", ["PosixPath", "WindowsPath"])
-def test_the_folder_it_was_written_to_may_be_of_any_system(folder, name):
+def test_path_types_of_any_system(folder, name):
     table = sharded._Reader(folder).read_metadata()
     table.storage_meta.checkpoint_id = Call(Named("pathlib", name), "C:", "elsewhere")
     (folder / ".metadata").write_bytes(pickled(table))
@@ -210,7 +210,7 @@ def test_members_of_enumerations_by_getattr_and_no_other_attribute():
 
 
 class Touch:
-    """Runs when plain pickle reads it."""
+    """An object that executes code when it is unpickled."""
 
     def __init__(self, target):
         self.target = target
@@ -220,7 +220,7 @@ class Touch:
 
 
 def replace_value(folder, name, value):
-    """Put another value in place of one of the folder's that is no tensor, or of a weight."""
+    """Replace a value of the folder, a weight or one that is not a tensor."""
     table = sharded._Reader(folder).read_metadata()
     file = io.BytesIO()
     torch.save(value, file)
@@ -231,7 +231,7 @@ def replace_value(folder, name, value):
     (folder / ".metadata").write_bytes(pickle.dumps(table))
 
 
-def test_a_weight_that_is_a_pickled_object_is_not_run(folder, tmp_path):
+def test_pickled_object_as_a_weight_is_not_executed(folder, tmp_path):
     weights = {f"decoder.{name}": value for name, value in make_decoder().state_dict().items()}
     replace_value(folder, f"state_dict.{next(iter(weights))}", Touch(tmp_path / "target"))
     before = tree(tmp_path)
@@ -240,7 +240,7 @@ def test_a_weight_that_is_a_pickled_object_is_not_run(folder, tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_a_learning_rate_that_is_a_pickled_object_is_not_run(folder, tmp_path):
+def test_pickled_object_as_a_learning_rate_is_not_executed(folder, tmp_path):
     def state():
         return {"optimizer_0": {"param_groups": [{"lr": 0.0, "betas": (0.0, 0.0)}]}}
 
@@ -256,7 +256,7 @@ def test_a_learning_rate_that_is_a_pickled_object_is_not_run(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../b", "", "a\\b", "C:x", "a\0b", 7])
-def test_a_table_of_contents_names_files_of_its_folder(folder, name):
+def test_metadata_paths_stay_in_the_folder(folder, name):
     table = sharded._Reader(folder).read_metadata()
     next(iter(table.storage_data.values())).relative_path = name
     (folder / ".metadata").write_bytes(pickle.dumps(table))
@@ -303,7 +303,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_what_is_no_checkpoint(tmp_path, kind):
+def test_files_that_are_not_checkpoints(tmp_path, kind):
     path = tmp_path / "shared.ckpt"
     FILES[kind](path)
     before = tree(tmp_path)
@@ -339,7 +339,7 @@ MANIFESTS = {
 
 
 @pytest.mark.parametrize("attack", MANIFESTS)
-def test_a_manifest_names_files_of_its_folder(texts, tmp_path, attack):
+def test_manifest_paths_stay_in_the_folder(texts, tmp_path, attack):
     folder = tmp_path / "shards"
     prepare([str(texts)], PrepareSettings(tokenizer="bytes"), out=folder, show_progress=False)
     values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -356,8 +356,8 @@ def test_a_manifest_names_files_of_its_folder(texts, tmp_path, attack):
 CODE = "open({target!r}, 'w')\n"
 
 
-def test_code_that_a_folder_brings_is_never_run(run, tmp_path):
-    """`auto_map` of config.json and of the tokenizer's settings."""
+def test_code_in_a_folder_is_never_executed(run, tmp_path):
+    """`auto_map` in config.json and tokenizer_config.json."""
     torch.manual_seed(0)
     folder, target = tmp_path / "shared", str(tmp_path / "target")
     model = LlamaForCausalLM(LlamaConfig(**CONFIG, max_position_embeddings=64))

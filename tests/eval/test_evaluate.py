@@ -232,7 +232,7 @@ def test_a_checkpoint_that_changes_during_the_evaluation_is_rejected(small_check
             "tasks: noise is for perplexity and prompts, not attention",
         ),
         (["--tasks", ","], "tasks: name at least one of"),
-        (["--lengths", "long"], "lengths: 'long' is no number of tokens such as 512 or 64k"),
+        (["--lengths", "long"], "lengths: 'long' is not a number of tokens such as 512 or 64k"),
         (["--lengths", "100000000k"], "lengths: 102,400,000,000 tokens need about"),
         (["--tasks", "retrieval:single", "--lengths", "20"], "lengths: 20 tokens are too few for retrieval:single"),
         (

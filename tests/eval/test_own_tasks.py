@@ -137,7 +137,7 @@ class Other:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere.Metric", "nowhere.Metric: cannot be imported (No module named 'nowhere'); run where its file is"),
+        ("nowhere.Metric", "nowhere.Metric: cannot be imported (No module named 'nowhere'); run in the folder of"),
         ("mistakes.Nothing", "mistakes.Nothing: cannot be imported (module 'mistakes' has no attribute 'Nothing')"),
         ("mistakes.Other", "tasks: mistakes.Other is not a Task"),
         ("mistakes.Failing", "tasks: mistakes.Failing: cannot be constructed: ValueError: no data here"),

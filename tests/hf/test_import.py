@@ -201,7 +201,7 @@ def test_the_command(run, mistake, tmp_path):
         (("import", tmp_path, "other.ckpt"), "no config.json there; name a folder in Hugging Face's format"),
         (("export", "model.ckpt", "hf"), "hf is not empty; name an empty or a new folder"),
         (("export", "none.ckpt", "hf2"), "none.ckpt: no such checkpoint"),
-        (("export", "model.ckpt", "hf2", "--max_shard_size", "big"), "max_shard_size: 'big' is no size"),
+        (("export", "model.ckpt", "hf2", "--max_shard_size", "big"), "max_shard_size: 'big' is not a size"),
         (
             ("upcycle", "model.ckpt", "ec.ckpt", "--variant", "ec", "--text", "none.txt"),
             "text: the checkpoint holds no",

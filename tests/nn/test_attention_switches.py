@@ -1,4 +1,4 @@
-"""Gates and scaled scores of attention against their formulas, written plainly in float64, with every scheme."""
+"""Attention gates and score scaling against a plain float64 implementation, with every scheme."""
 
 import math
 
@@ -21,7 +21,7 @@ SWITCHES = {
 
 
 def switched(scheme, **changes):
-    """With gates and scales as after a training."""
+    """Build a decoder with random gates and scales, as after training."""
     decoder = make(scheme, **changes).double()
     with torch.no_grad():
         for block in decoder.blocks:
@@ -40,7 +40,7 @@ def test_the_formula(scheme, switch):
     counts = POSITIONS.double() + 1
     with torch.no_grad():
         behind = (counts.log()[None, :, None, None],) if switch == "log" else ()
-        found = layer(hidden, (*tables, *behind))
+        actual = layer(hidden, (*tables, *behind))
         q, k, v = (part(hidden).unflatten(-1, (-1, 16)) for part in (layer.q_proj, layer.k_proj, layer.v_proj))
         q, k = scheme.rotate(q, k, tables)
         outputs = []
@@ -58,12 +58,12 @@ def test_the_formula(scheme, switch):
                 output = output / (1 + torch.exp(-hidden[0] @ weight.T))
             outputs.append(output)
         expected = torch.cat(outputs, dim=-1) @ layer.o_proj.weight.T
-    torch.testing.assert_close(found[0], expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(actual[0], expected, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
 @pytest.mark.parametrize("scheme", ALL_SCHEMES)
-def test_cached_packed_and_in_groups(scheme, switch):
+def test_cache_packing_and_head_groups(scheme, switch):
     changes = {"num_attention_heads": 8, "num_key_value_heads": 4}
     decoder = switched(ALL_SCHEMES[scheme], **changes, **SWITCHES[switch])
     ids = torch.randint(0, 64, (2, 40))
@@ -80,7 +80,7 @@ def test_cached_packed_and_in_groups(scheme, switch):
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_weights_and_costs(switch):
-    """What is there without the switch begins with the same weights; the matrices are counted."""
+    """Other weights have the same initial values as without the switch; FLOPs include the gate."""
     plain, decoder = make(RoPEPP()), make(RoPEPP(), **SWITCHES[switch])
     known = dict(plain.named_parameters())
     for name, parameter in decoder.named_parameters():
@@ -94,7 +94,7 @@ def test_weights_and_costs(switch):
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_saved_loaded_and_not_exported(switch):
+def test_save_load_and_refused_export(switch):
     decoder = switched(RoPE(), **SWITCHES[switch])
     architecture = describe_architecture(decoder.config, decoder.scheme, decoder.frequencies)
     again = load_decoder(make_checkpoint(decoder.state_dict(), architecture=architecture))

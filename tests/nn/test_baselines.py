@@ -1,4 +1,4 @@
-"""ALiBi, partial RoPE, FoPE, PoPE and NoPE against their formulas, written plainly in float64."""
+"""ALiBi, partial RoPE, FoPE, PoPE and NoPE against plain float64 implementations."""
 
 import math
 from types import SimpleNamespace
@@ -51,14 +51,14 @@ def rotated_scores(q, k, pairs):
 
 
 def assert_attention_is(decoder, score):
-    """The second layer's attention at POSITIONS against `score(q, k, h, group, layer)`, q and k a head [T, d] each."""
+    """Compare the second layer's attention at POSITIONS with `score(q, k, h, group, layer)`, q and k [T, d] each."""
     decoder = decoder.double()
     config, layer = decoder.config, decoder.model.layers[1].self_attn
     d, num_tokens = config.head_dim, len(POSITIONS)
     hidden = torch.randn(num_tokens, config.hidden_size, dtype=torch.float64)
     tables = decoder.scheme.tables(POSITIONS[None], decoder.frequencies, head_dim=d, dtype=torch.float64)
     with torch.no_grad():
-        found = layer(hidden[None], tables)[0]
+        actual = layer(hidden[None], tables)[0]
         q, k, v = (
             (hidden @ part.weight.T).view(num_tokens, -1, d) for part in (layer.q_proj, layer.k_proj, layer.v_proj)
         )
@@ -70,7 +70,7 @@ def assert_attention_is(decoder, score):
         outputs.append(scores.softmax(-1) @ v[:, group])
     expected = torch.cat(outputs, dim=-1) @ layer.o_proj.weight.T
     assert expected.abs().max() > 0.5
-    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +161,8 @@ def test_the_phase_biases_of_pope_are_trained_without_weight_decay():
     assert decoder.num_parameters == make(RoPE()).num_parameters + drawn.numel()
     for optimizer in (AdamW(weight_decay=0.1), Muon(weight_decay=0.1)):
         groups = optimizer.build(decoder).param_groups
-        found = [group for group in groups if biases.keys() & {id(parameter) for parameter in group["params"]}]
-        assert [group["weight_decay"] for group in found] == [0.0]
+        actual = [group for group in groups if biases.keys() & {id(parameter) for parameter in group["params"]}]
+        assert [group["weight_decay"] for group in actual] == [0.0]
 
 
 def test_nope():
@@ -185,16 +185,16 @@ def test_packed_documents_equal_documents_alone(decoder):
     packed = torch.stack([torch.cat(row) for row in rows])
     ids = torch.tensor([[0] * 9 + [1] + [2] * 20, [0] * 30])
     documents = Documents.from_ids(ids)
-    found = decoder(packed, documents=documents)
+    actual = decoder(packed, documents=documents)
     expected = torch.stack([torch.cat([decoder(document[None])[0] for document in row]) for row in rows])
-    torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
-    assert not torch.allclose(found, decoder(packed), atol=1e-3)
+    torch.testing.assert_close(actual, expected, atol=1e-11, rtol=0)
+    assert not torch.allclose(actual, decoder(packed), atol=1e-3)
     made = torch.stack(list(generate(decoder, packed, max_new_tokens=10, documents=documents)), 1)
     for row, tokens in zip(rows, made, strict=True):
         assert tokens.tolist() == [int(token) for token in generate(decoder, row[-1][None], max_new_tokens=10)]
 
 
-def test_attention_in_the_open_is_attention(decoder):
+def test_probed_attention_equals_attention(decoder):
     decoder, input_ids = decoder.double(), torch.randint(0, 64, (2, 40))
     plain = decoder(input_ids)
     with decoder.probed(Probe()):
@@ -219,7 +219,7 @@ def test_a_probe_sees_the_biases_of_alibi():
     torch.testing.assert_close(seen[0], -slopes[:, None, None] * distances, atol=1e-8, rtol=0)
 
 
-def test_a_linear_kernel_takes_every_scheme(decoder):
+def test_memory_efficient_kernel_for_every_scheme(decoder):
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where it is not to be had
         decoder.loss(torch.randint(0, 64, (1, 300)), torch.randint(0, 64, (1, 300))).backward()
 
@@ -231,21 +231,21 @@ def test_alibi_is_the_same_at_position_20_000_as_at_0(dtype, tolerance, heads):
     decoder = make(ALiBi(), num_attention_heads=heads, num_key_value_heads=4).to(dtype)
     input_ids = torch.randint(0, 64, (1, 600))
     expected = decoder(input_ids)
-    found = decoder(input_ids, positions=torch.arange(20_000, 20_600)[None])
-    assert (found - expected).abs().max() < tolerance * expected.abs().max()
+    actual = decoder(input_ids, positions=torch.arange(20_000, 20_600)[None])
+    assert (actual - expected).abs().max() < tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("scheme", [ALiBi(), PoPE(phase_init="uniform")], ids=str)
 @torch.no_grad()
 def test_bfloat16_at_20_000_stays_near_float32(scheme):
-    """Attention alone, as a decoder in bfloat16 has other roundings too."""
+    """Attention only, since other layers of a bfloat16 decoder round too."""
     attention = make(scheme, num_attention_heads=8).model.layers[0].self_attn.bfloat16()
     positions = torch.cat((torch.arange(0, 20_000, 37), torch.arange(20_000, 20_400)))[None]
     hidden = torch.randn(1, positions.shape[1], 64).bfloat16()
     tables = scheme.tables(positions, Frequencies(), head_dim=16, dtype=torch.float32)
-    found = attention(hidden, tables)[:, -400:].float()
+    actual = attention(hidden, tables)[:, -400:].float()
     expected = attention.float()(hidden.float(), tables)[:, -400:]
-    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+    assert (actual - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_bfloat16_at_20_000_stays_near_float32(scheme):
     [(RoPE(), Frequencies()), (RoPEPP(variant="eh"), Frequencies()), (RoPEPP(variant="ec"), Linear(factor=8))],
     ids=["rope", "eh", "ec"],
 )
-def test_rope_and_ropepp_keep_what_they_had(scheme, frequencies):
+def test_rope_and_ropepp_have_no_extra_tensors(scheme, frequencies):
     decoder = make(scheme, frequencies)
     parts = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
     parts += ["input_layernorm", "post_attention_layernorm"]
@@ -315,7 +315,7 @@ def test_fope_matrices_differ_and_are_not_trained():
     [Linear(factor=8), YarnByRotations(factor=8, original_max_position_embeddings=512)],
     ids=["linear", "yarn"],
 )
-def test_fope_keeps_as_many_frequencies_in_a_stretched_context(frequencies):
+def test_fope_keeps_as_many_frequencies_in_a_scaled_context(frequencies):
     changes = {"head_dim": 64, "num_hidden_layers": 1}
     short, long = make(FoPE(context_length=512), **changes), make(FoPE(context_length=4096), frequencies, **changes)
     long.load_state_dict(short.state_dict())
@@ -340,14 +340,14 @@ def test_saved_and_loaded(name, tmp_path):
     ("heads", "parts"),
     [(4, [[0, 1], [2, 3]]), (1, [[0], [0]]), (2, [[0], [0], [1], [1]]), (3, [[0, 0, 1], [1, 2, 2]])],
 )
-def test_constants_are_shared_as_heads_are(heads, parts):
+def test_constants_are_sharded_with_heads(heads, parts):
     """As `tokens_to_heads` repeats key/value heads that ranks cannot share equally."""
     for rank, expected in enumerate(parts):
         group = SimpleNamespace(size=lambda: len(parts), rank=lambda rank=rank: rank)
         assert heads_of_rank(torch.arange(heads), group).tolist() == expected
 
 
-def test_cache_counts_dimensions_that_are_added():
+def test_cache_size_includes_extra_dims():
     cache = make(ALiBi()).allocate_cache(batch_size=3, max_tokens=50)
     assert cache.nbytes == 2 * 2 * 3 * 2 * 50 * (16 + 8) * 4
     assert make(PoPE()).allocate_cache(batch_size=3, max_tokens=50).nbytes == 2 * 2 * 3 * 2 * 50 * 32 * 4
@@ -372,13 +372,13 @@ def test_cache_counts_dimensions_that_are_added():
         (lambda: make(FoPE(), head_dim=2), r"model\.decoder\.head_dim: 2 is too small; FoPE needs 4 or more"),
     ],
 )
-def test_what_cannot_be_built(build, message):
+def test_invalid_arguments(build, message):
     with pytest.raises(UsageError, match=message):
         build()
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_export_names_what_it_cannot_write(name):
+def test_export_error_names_the_scheme(name):
     scheme, config = SCHEMES[name], make(SCHEMES[name]).config
     with pytest.raises(UsageError, match=rf"model\.positions: {type(scheme).__name__} cannot be exported"):
         write_config(Architecture(config, scheme, Frequencies(), 4096))

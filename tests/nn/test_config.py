@@ -50,12 +50,12 @@ def test_parameters_of_the_papers_sizes(size, variant):
     assert decoder.num_parameters == BY_HAND[size, variant]
 
 
-def test_given_fields_win_over_the_size():
+def test_explicit_fields_override_the_size():
     config = DecoderConfig(size="376M", num_hidden_layers=3, vocab_size=300)
     assert (config.num_hidden_layers, config.vocab_size, config.hidden_size) == (3, 300, 1024)
 
 
-def test_free_geometry_fills_what_follows():
+def test_derived_fields():
     config = DecoderConfig(**{**GEOMETRY, "num_key_value_heads": None})
     assert (config.head_dim, config.num_key_value_heads) == (8, 4)
     assert DecoderConfig(**config.to_dict()) == config
@@ -76,7 +76,7 @@ def test_free_geometry_fills_what_follows():
         ({"num_key_value_heads": -2}, r"model\.decoder\.num_key_value_heads: -2 must be above 0"),
     ],
 )
-def test_geometry_that_cannot_be(change, message):
+def test_invalid_geometry(change, message):
     with pytest.raises(UsageError, match=message):
         DecoderConfig(**{**GEOMETRY, **change})
 

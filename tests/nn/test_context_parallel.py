@@ -1,4 +1,4 @@
-"""Context parallelism: two and four gloo processes against one, in float64, and the bytes that they exchange."""
+"""Context parallelism: two and four gloo processes against one in float64, and the number of bytes exchanged."""
 
 import multiprocessing
 from datetime import timedelta
@@ -58,7 +58,7 @@ def batch(*, packed):
 
 
 def run(decoder, input_ids, labels, **arguments):
-    """Logits, loss and gradients."""
+    """Return logits, loss and gradients."""
     decoder.zero_grad()
     logits = decoder(input_ids, **arguments)
     loss = decoder.loss(input_ids, labels, reduction="sum", **arguments)
@@ -76,7 +76,7 @@ CASES = [
 
 
 def compare(rank, ranks, port):
-    """What each process does: every case among all, and alone."""
+    """Compute every case with all ranks and with one (target of each process)."""
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store, timeout=timedelta(seconds=60))
@@ -103,14 +103,14 @@ def compare(rank, ranks, port):
             compared["with a cache"] = decoder(input_ids, documents=documents, cache=cache), expected_logits
             decoder.set_context_group(None)
             compared["undone"] = decoder(input_ids, documents=documents), expected_logits
-        for what, (found, reference) in compared.items():
+        for what, (actual, reference) in compared.items():
             where = f"{name} {changes}, {mode}, packed {packed}, {what}"
-            torch.testing.assert_close(found, reference, atol=1e-9, rtol=0, msg=where)
+            torch.testing.assert_close(actual, reference, atol=1e-9, rtol=0, msg=where)
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_processes_compute_what_one_does(ranks):
+def test_ranks_compute_the_result_of_one_process(ranks):
     multiprocessing.set_forkserver_preload(["ropepp_lit.nn", "pytest"])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     mp.start_processes(compare, args=(ranks, store.port), nprocs=ranks, start_method="forkserver")
@@ -118,7 +118,7 @@ def test_processes_compute_what_one_does(ranks):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 9), (5, 9), (9, 9), (40, 100)])
-def test_queries_are_the_last_of_more_keys(queries, keys, dtype):
+def test_causal_attention_with_more_keys_than_queries(queries, keys, dtype):
     torch.manual_seed(0)
     q = torch.randn(2, queries, 4, 16, dtype=dtype, requires_grad=True)
     k, v = (torch.randn(2, keys, 2, 16, dtype=dtype, requires_grad=True) for _ in range(2))
@@ -130,10 +130,10 @@ def test_queries_are_the_last_of_more_keys(queries, keys, dtype):
     bounds = (torch.arange(3, dtype=torch.int32) * length for length in (queries, keys))
     packed = attend_packed(*(x.flatten(0, 1) for x in (q, k, v)), Segments(*bounds, queries, keys)).view_as(q)
     tolerance = 1e-12 if dtype == torch.float64 else 5e-2
-    for found in (attend(q, k, v), packed):
-        torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
+    for actual in (attend(q, k, v), packed):
+        torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=0)
         pairs = zip(
-            torch.autograd.grad(found, (q, k, v), gradient.to(dtype)),
+            torch.autograd.grad(actual, (q, k, v), gradient.to(dtype)),
             torch.autograd.grad(expected, (q, k, v), gradient, retain_graph=True),
             strict=True,
         )
@@ -142,7 +142,7 @@ def test_queries_are_the_last_of_more_keys(queries, keys, dtype):
 
 
 class Largest(TorchDispatchMode):
-    """The storage of the largest tensor that an operation returns, in bytes."""
+    """Record the storage size of the largest tensor that an operation returns, in bytes."""
 
     nbytes = 0
 
@@ -169,7 +169,7 @@ def test_more_keys_than_queries_need_no_mask_in_memory():
         ("eh", 2, "gather"), ("eh", 4, "gather"), ("eh", 8, "gather"), ("eh", 16, "heads"), ("eh", 32, "gather"),
     ],
 )  # fmt: skip
-def test_the_mode_that_moves_less_is_chosen(scheme, ranks, mode):
+def test_default_mode_has_less_communication(scheme, ranks, mode):
     layout = ALL_SCHEMES[scheme].head_layout(num_attention_heads=32, num_key_value_heads=8, head_dim=128)
     assert choose_mode(layout, 128, ranks) == mode
     assert choose_mode(layout, 128, ranks, "gather") == "gather"
@@ -189,7 +189,7 @@ def test_mistakes_are_one_line():
 
 @pytest.fixture
 def cluster():
-    """Starts torch's fake process group: this process is a rank of a cluster whose others do not exist."""
+    """Function that starts torch's fake process group: this process is the only real rank."""
 
     def start(ranks, rank=0):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
@@ -207,7 +207,7 @@ def test_a_probe_needs_full_rows(cluster):
 
 
 class Sent(TorchDispatchMode):
-    """Counts the elements that this rank sends: (P - 1) / P of what it exchanges, a ring's share of what it gathers."""
+    """Count the elements that this rank sends: (P - 1) / P of an all-to-all, a ring's share of an all-gather."""
 
     def __init__(self):
         super().__init__()
@@ -224,7 +224,7 @@ class Sent(TorchDispatchMode):
 
 
 def elements_sent(scheme, ranks, mode):
-    """In the forward and in the backward pass of an attention layer, per rank and token of a rank."""
+    """Return the elements sent in forward and backward of an attention layer, per rank and token of a rank."""
     config = DecoderConfig(**{**GEOMETRY, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128})
     layer, tokens = Attention(config, scheme, 0), 2 * ranks
     layer.set_scheme_tensors(scheme, Frequencies())
@@ -250,7 +250,7 @@ PAGE = Path(__file__).parents[2] / "recipes" / "devices.md"
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8, 16])
-def test_bytes_moved_are_those_of_the_formula_and_of_the_table(ranks, cluster):
+def test_communication_equals_the_formula_and_the_table(ranks, cluster):
     cluster(ranks)
     cells = [f"{ranks}"]
     for name in ("rope", "eh", "ec"):
@@ -263,7 +263,7 @@ def test_bytes_moved_are_those_of_the_formula_and_of_the_table(ranks, cluster):
 
 
 @pytest.mark.parametrize("name", ["alibi", "fope", "pope"])
-def test_bytes_moved_of_other_schemes(name, cluster):
+def test_communication_of_other_schemes(name, cluster):
     cluster(4)
     layout = ALL_SCHEMES[name].head_layout(num_attention_heads=32, num_key_value_heads=8, head_dim=128)
     for mode in MODES:

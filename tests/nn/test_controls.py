@@ -1,4 +1,4 @@
-"""Controls of RoPE++ against their formulas, written plainly in float64; and in all that a scheme has to do."""
+"""Controls of RoPE++ against plain float64 implementations, and the tests of every scheme."""
 
 import math
 
@@ -35,13 +35,13 @@ THETA = [10_000 ** (-2 * n / 16) for n in range(8)]
 
 
 def rotation(degrees=0.0):
-    """Factors of each rotary pair at POSITIONS, turned by an angle too."""
+    """Return the complex factors of each rotary pair at POSITIONS, rotated by an angle."""
     turn = -math.radians(degrees)
     return [[complex(math.cos(t * x + turn), math.sin(t * x + turn)) for x in THETA] for t in POSITIONS.tolist()]
 
 
 def second(name, q, layer, group):
-    """The query of a second head [T, d], of that of its first head before the rotation."""
+    """Return the query of a second head [T, d], given the unrotated query of its first head."""
     if name == "mapped":
         return turned(q @ layer.query_map[group].T, rotation())
     return q if name == "unrotated" else turned(q, rotation({"copy": 0, "45": 45}[name]))
@@ -60,7 +60,7 @@ def test_the_formula(case):
     hidden = torch.randn(len(POSITIONS), 64, dtype=torch.float64)
     tables = decoder.scheme.tables(POSITIONS[None], Frequencies(), head_dim=16, dtype=torch.float64)
     with torch.no_grad():
-        found = layer(hidden[None], tables)[0]
+        actual = layer(hidden[None], tables)[0]
         q, k, v = (hidden @ part.weight.T for part in (layer.q_proj, layer.k_proj, layer.v_proj))
     q, k, v = (x.unflatten(1, (-1, 16)) for x in (q, k, v))
     assert (q.shape[1], k.shape[1]) == (heads if name == "independent" else heads // 2, groups)
@@ -76,22 +76,22 @@ def test_the_formula(case):
         scores = query @ turned(k[:, group], rotation()).T / 4
         scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf)
         outputs.append(scores.softmax(-1) @ v[:, group])
-    torch.testing.assert_close(found, torch.cat(outputs, dim=-1) @ layer.o_proj.weight.T, atol=1e-9, rtol=0)
+    torch.testing.assert_close(actual, torch.cat(outputs, dim=-1) @ layer.o_proj.weight.T, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_turn_by_90_degrees_is_ropepp(variant):
+def test_rotation_by_90_degrees_is_ropepp(variant):
     ids = torch.randint(0, 64, (2, 40))
     expected = make(RoPEPP(variant=variant)).double()(ids)
-    found = make(TurnedQueries(variant=variant, angle=90.0)).double()(ids)
-    torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
+    actual = make(TurnedQueries(variant=variant, angle=90.0)).double()(ids)
+    torch.testing.assert_close(actual, expected, atol=1e-11, rtol=0)
     copy = make(TurnedQueries(variant=variant)).double()(ids)
     assert not torch.allclose(copy, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_they_share_with_ropepp(variant):
-    """One seed gives all the same weights, heads and cache; independent queries alone have more parameters."""
+def test_controls_share_weights_and_layout_with_ropepp(variant):
+    """One seed gives the same weights, heads and cache; only independent queries have more parameters."""
     ours = make(RoPEPP(variant=variant))
     for case, scheme in SCHEMES.items():
         if not case.endswith(variant):
@@ -108,7 +108,7 @@ def test_what_they_share_with_ropepp(variant):
             assert torch.equal(value, expected), name
 
 
-def test_maps_are_orthogonal_and_of_each_layer_and_group():
+def test_maps_are_orthogonal_and_differ_by_layer_and_group():
     maps = [matrix for block in make(MappedQueries()).blocks for matrix in block.self_attn.query_map]
     assert len(maps) == 4
     for number, matrix in enumerate(maps):
@@ -116,14 +116,14 @@ def test_maps_are_orthogonal_and_of_each_layer_and_group():
         assert not any(torch.allclose(matrix, other, atol=0.1) for other in maps[:number])
 
 
-def test_cached_and_packed_and_open(decoder):
+def test_cache_packing_and_probe(decoder):
     ids = torch.randint(0, 64, (2, 40))
     whole = assert_cached_and_packed(decoder, ids)
     with decoder.probed(Probe()):
         torch.testing.assert_close(decoder(ids), whole, atol=1e-11, rtol=0)
 
 
-def test_saved_loaded_and_not_exported(decoder):
+def test_save_load_and_refused_export(decoder):
     architecture = describe_architecture(decoder.config, decoder.scheme, decoder.frequencies)
     again = load_decoder(make_checkpoint(decoder.state_dict(), architecture=architecture))
     ids = torch.randint(0, 64, (1, 30))
@@ -133,7 +133,7 @@ def test_saved_loaded_and_not_exported(decoder):
         write_config(Architecture(decoder.config, decoder.scheme, decoder.frequencies, 512))
 
 
-def test_settings_that_make_no_sense():
+def test_invalid_settings():
     for scheme in (TurnedQueries, MappedQueries, UnrotatedQueries, IndependentQueries):
         with pytest.raises(UsageError, match=r"model\.positions\.variant: no variant 'ex'; choose ec or eh"):
             scheme(variant="ex")

@@ -1,4 +1,4 @@
-"""Packed documents against each document alone."""
+"""Packed documents against separate documents."""
 
 import pytest
 import torch
@@ -63,27 +63,27 @@ def test_a_row_that_begins_inside_a_document():
 
 
 def test_logits_equal_each_document_alone(decoder, rows, packed):
-    found = decoder(packed, documents=bounds())
+    actual = decoder(packed, documents=bounds())
     expected = torch.stack([torch.cat([decoder(document[None])[0] for document in row]) for row in rows])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert not torch.allclose(found, decoder(packed), atol=1e-3)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(actual, decoder(packed), atol=1e-3)
 
 
 def test_loss_and_gradients_equal_each_document_alone(decoder, rows, packed):
     labels = torch.randint(0, 64, packed.shape)
     decoder.loss(packed, labels, documents=bounds(), reduction="sum").backward()
-    found = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
+    actual = {name: parameter.grad.clone() for name, parameter in decoder.named_parameters()}
     decoder.zero_grad()
     for row, row_labels in zip(rows, labels, strict=True):
         for document, targets in zip(row, row_labels.split([len(d) for d in row]), strict=True):
             decoder.loss(document[None], targets[None], reduction="sum").backward()
     for name, parameter in decoder.named_parameters():
-        torch.testing.assert_close(found[name], parameter.grad, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(actual[name], parameter.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_cached_generation_equals_the_last_document_alone(decoder, rows, packed):
-    found = torch.stack(list(generate(decoder, packed, max_new_tokens=12, documents=bounds())), 1)
-    for row, tokens in zip(rows, found, strict=True):
+    actual = torch.stack(list(generate(decoder, packed, max_new_tokens=12, documents=bounds())), 1)
+    for row, tokens in zip(rows, actual, strict=True):
         alone = [int(token) for token in generate(decoder, row[-1][None], max_new_tokens=12)]
         assert tokens.tolist() == alone
 
@@ -100,12 +100,12 @@ def test_cached_logits_equal_uncached_ones(decoder, packed):
     torch.testing.assert_close(torch.cat(parts, 1), decoder(packed, documents=documents), atol=1e-5, rtol=0)
 
 
-def test_left_padding_is_a_document_of_its_own(decoder):
+def test_left_padding_as_a_separate_document(decoder):
     prompt = torch.randint(2, 64, (10,))
     padded = torch.stack([torch.cat([torch.zeros(4, dtype=torch.int64), prompt[4:]]), prompt])
     ids = torch.tensor([[0] * 4 + [1] * 6, [1] * 10])
-    found = torch.stack(list(generate(decoder, padded, max_new_tokens=8, documents=Documents.from_ids(ids))), 1)
-    for tokens, text in zip(found, (prompt[4:], prompt), strict=True):
+    actual = torch.stack(list(generate(decoder, padded, max_new_tokens=8, documents=Documents.from_ids(ids))), 1)
+    for tokens, text in zip(actual, (prompt[4:], prompt), strict=True):
         assert tokens.tolist() == [int(token) for token in generate(decoder, text[None], max_new_tokens=8)]
 
 
@@ -118,8 +118,8 @@ def test_one_call_per_document_equals_a_mask(packed):
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (queries, keys, values)), mask, enable_gqa=True
     ).transpose(1, 2)
-    found = attend(queries, keys, values, documents=documents)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    actual = attend(queries, keys, values, documents=documents)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -136,15 +136,15 @@ def test_attention_on_a_gpu_equals_that_on_the_cpu(packed, dtype, implementation
     expected.sum().backward()
     on_gpu = Documents(*(part.cuda() if isinstance(part, torch.Tensor) else part for part in documents))
     copies = [x.detach().cuda().requires_grad_() for x in heads]
-    found = attend(*copies, documents=on_gpu, implementation=implementation)
-    found.sum().backward()
+    actual = attend(*copies, documents=on_gpu, implementation=implementation)
+    actual.sum().backward()
     tolerance = {"atol": 1e-5 if dtype == torch.float32 else 2e-2, "rtol": 1e-2}
-    torch.testing.assert_close(found.cpu(), expected, **tolerance)
+    torch.testing.assert_close(actual.cpu(), expected, **tolerance)
     for copy, original in zip(copies, heads, strict=True):
         torch.testing.assert_close(copy.grad.cpu(), original.grad, **tolerance)
 
 
-def test_full_cache_says_so(decoder):
+def test_error_of_a_full_cache(decoder):
     cache = decoder.allocate_cache(batch_size=1, max_tokens=4)
     with pytest.raises(ValueError, match="capacity of 4 tokens, and 5 are needed"):
         decoder(torch.zeros(1, 5, dtype=torch.int64), cache=cache)

@@ -12,7 +12,7 @@ HEAD_DIM = 128
 
 
 def of_transformers(*, rope_theta, **rope_scaling):
-    """By the arguments of transformers 4, which 5 takes too."""
+    """Return the frequencies of transformers, by arguments of version 4 that 5 accepts too."""
     config = LlamaConfig(
         hidden_size=8 * HEAD_DIM,
         num_attention_heads=8,
@@ -65,9 +65,9 @@ def test_equal_to_transformers(ours, theirs):
 
 
 def test_plain_frequencies_are_powers_of_the_base():
-    found = Frequencies(rope_theta=500_000).inverse_frequencies(HEAD_DIM, dtype=torch.float64)
+    actual = Frequencies(rope_theta=500_000).inverse_frequencies(HEAD_DIM, dtype=torch.float64)
     expected = torch.tensor([500_000 ** (-2 * n / HEAD_DIM) for n in range(HEAD_DIM // 2)], dtype=torch.float64)
-    torch.testing.assert_close(found, expected, atol=0, rtol=1e-14)
+    torch.testing.assert_close(actual, expected, atol=0, rtol=1e-14)
 
 
 def test_the_two_yarns_differ():
@@ -76,9 +76,9 @@ def test_the_two_yarns_differ():
     assert (ours / theirs - 1).abs().max() > 0.5
     # Both keep the fastest pair and divide the slowest by the factor.
     plain = Frequencies().inverse_frequencies(HEAD_DIM)
-    for found in (ours, theirs):
-        torch.testing.assert_close(found[0], plain[0])
-        torch.testing.assert_close(found[-1], plain[-1] / 32)
+    for actual in (ours, theirs):
+        torch.testing.assert_close(actual[0], plain[0])
+        torch.testing.assert_close(actual[-1], plain[-1] / 32)
 
 
 @pytest.mark.parametrize("taper", [True, False])
@@ -96,10 +96,10 @@ def test_clipped_frequencies(settings, first, taper):
         if n >= first:
             factor = (1 + math.cos(math.pi * (n - first) / (63 - first))) / 2 if taper else 0.0
         expected.append(x * factor)
-    found = Clipped(**settings, taper=taper).inverse_frequencies(HEAD_DIM, dtype=torch.float64)
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), atol=1e-18, rtol=1e-12)
+    actual = Clipped(**settings, taper=taper).inverse_frequencies(HEAD_DIM, dtype=torch.float64)
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), atol=1e-18, rtol=1e-12)
     if first < 64:
-        assert found[-1] < 1e-18
+        assert actual[-1] < 1e-18
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,12 @@ def test_clipped_frequencies(settings, first, taper):
         (lambda: Llama3(low_freq_factor=4, high_freq_factor=1), "high_freq_factor"),
     ],
 )
-def test_settings_that_cannot_be(make, name):
+def test_invalid_settings(make, name):
     with pytest.raises(UsageError, match=rf"model\.frequencies\.{name}"):
         make()
 
 
-def test_one_of_two_settings():
+def test_exclusive_settings():
     for settings in ({}, {"context_length": 512, "kept": 0.5}):
         with pytest.raises(UsageError, match=r"model\.frequencies: Clipped needs either context_length or kept"):
             Clipped(**settings)

@@ -1,4 +1,4 @@
-"""Rotary frequencies of any base, head size and scaling against their formulas, in plain floats."""
+"""Property tests of rotary frequencies against their formulas in plain floats."""
 
 import math
 from itertools import pairwise
@@ -23,10 +23,10 @@ def plain(base, head_dim):
     return [base ** (-2 * n / head_dim) for n in range(head_dim // 2)]
 
 
-def assert_between(found, low, high):
-    """Frequencies fall from pair to pair, and each lies between two others."""
-    assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(found))
-    for lower, value, upper in zip(low, found, high, strict=True):
+def assert_between(actual, low, high):
+    """Check that frequencies decrease, and that each is between two bounds."""
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in pairwise(actual))
+    for lower, value, upper in zip(low, actual, high, strict=True):
         assert lower * (1 - 1e-12) <= value <= upper * (1 + 1e-12)
 
 
@@ -57,15 +57,15 @@ def test_yarn_by_rotations(base, head_dim, factor, context, betas):
         ramp = (context * value / (2 * math.pi) - slow) / (fast - slow)
         keep = min(max(ramp, 0.0), 1.0)
         expected.append(value / factor * (1 - keep) + value * keep)
-    found = read(frequencies, head_dim)
-    assert found == pytest.approx(expected, rel=1e-9)
-    assert_between(found, [value / factor for value in plain(base, head_dim)], plain(base, head_dim))
+    actual = read(frequencies, head_dim)
+    assert actual == pytest.approx(expected, rel=1e-9)
+    assert_between(actual, [value / factor for value in plain(base, head_dim)], plain(base, head_dim))
     assert frequencies.attention_factor == pytest.approx(0.1 * math.log(factor) + 1)
     assert frequencies.reach == round(factor * context)
 
 
 def of_transformers(head_dim, *, rope_theta, **rope_scaling):
-    """By the arguments of transformers 4, which 5 takes too."""
+    """Return the frequencies of transformers, by arguments of version 4 that 5 accepts too."""
     config = LlamaConfig(
         hidden_size=head_dim, num_attention_heads=1, head_dim=head_dim, rope_theta=rope_theta, rope_scaling=rope_scaling
     )
@@ -91,9 +91,9 @@ def test_llama3(base, head_dim, factor, context, bounds):
     expected, attention_factor = of_transformers(head_dim, rope_type="llama3", **settings)
     torch.testing.assert_close(ours.inverse_frequencies(head_dim), expected, atol=0, rtol=1e-4)
     assert ours.attention_factor == attention_factor == 1
-    found = read(ours, head_dim)
-    assert_between(found, [value / factor for value in plain(base, head_dim)], plain(base, head_dim))
-    for value, stretched in zip(plain(base, head_dim), found, strict=True):
+    actual = read(ours, head_dim)
+    assert_between(actual, [value / factor for value in plain(base, head_dim)], plain(base, head_dim))
+    for value, stretched in zip(plain(base, head_dim), actual, strict=True):
         rotations = context * value / (2 * math.pi)
         if rotations < bounds[0] * (1 - 1e-9):
             assert stretched == pytest.approx(value / factor, rel=1e-9)
@@ -116,6 +116,6 @@ def test_clipped(base, head_dim, by, taper):
         share = 0.0 if n < first else (n - first) / (last - first) if last > first else 0.0
         factor = (1 + math.cos(math.pi * share)) / 2
         expected.append(value * (factor if taper else float(n < first)))
-    found = read(frequencies, head_dim)
-    assert found == pytest.approx(expected, rel=1e-9, abs=1e-15)
-    assert_between(found, [0.0] * len(values), values)
+    actual = read(frequencies, head_dim)
+    assert actual == pytest.approx(expected, rel=1e-9, abs=1e-15)
+    assert_between(actual, [0.0] * len(values), values)

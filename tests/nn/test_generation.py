@@ -1,4 +1,4 @@
-"""Sampling against transformers' processors, and batches against each prompt alone."""
+"""Sampling against transformers' logits processors, and batched against unbatched generation."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def prompts():
 
 
 def finish(batch, counts):
-    """Continue each row by its own number of tokens."""
+    """Generate a different number of tokens for each row."""
     written = {number: [] for number in batch.numbers}
     while batch.numbers:
         for number, token in batch.step().items():
@@ -53,18 +53,18 @@ def finish(batch, counts):
 
 @pytest.mark.parametrize("chunk_tokens", [4096, 9, 30])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_batch_writes_what_each_prompt_writes_alone(scheme, chunk_tokens):
-    """Rows end at different times, the longest prompt's first; chunks split long prompts and pack short ones."""
+def test_batched_generation_equals_unbatched(scheme, chunk_tokens):
+    """Rows end at different steps, the longest prompt's first; chunks split long prompts and pack short ones."""
     decoder, counts = make(scheme), [30, 9, 3, 30, 17]
-    found = finish(Batch(decoder, prompts(), max_new_tokens=30, chunk_tokens=chunk_tokens), counts)
-    for prompt, count, tokens in zip(prompts(), counts, found, strict=True):
+    actual = finish(Batch(decoder, prompts(), max_new_tokens=30, chunk_tokens=chunk_tokens), counts)
+    for prompt, count, tokens in zip(prompts(), counts, actual, strict=True):
         alone = generate(decoder, torch.tensor([prompt]), max_new_tokens=count)
         assert tokens == [int(token) for token in alone]
         assert len(set(tokens)) > 2 or count == 3  # no constant text, which any fault would write too
 
 
 @pytest.mark.parametrize("scheme", ["ec", "alibi"])
-def test_logits_of_a_batch_equal_those_alone(scheme):
+def test_batched_logits_equal_unbatched(scheme):
     decoder, seen = make(scheme), []
     decoder.lm_head.register_forward_hook(lambda module, inputs, logits: seen.append(logits.reshape(-1, 96)))
     batch = Batch(decoder, prompts(), max_new_tokens=4, chunk_tokens=30)
@@ -76,15 +76,15 @@ def test_logits_of_a_batch_equal_those_alone(scheme):
         torch.testing.assert_close(torch.stack([logits[number] for logits in seen[:3]]), expected, atol=1e-12, rtol=0)
 
 
-def test_random_numbers_depend_on_the_seed_of_the_row_alone():
+def test_random_numbers_depend_only_on_the_seed_of_the_row():
     decoder, sampling = make("ec"), Sampling(temperature=1.0, top_k=40, top_p=0.95, repetition_penalty=1.2)
     seeds = [seed_of(3, number) for number in range(5)]
-    found = finish(Batch(decoder, prompts(), max_new_tokens=80, sampling=sampling, seeds=seeds), [80, 70, 3, 66, 80])
+    actual = finish(Batch(decoder, prompts(), max_new_tokens=80, sampling=sampling, seeds=seeds), [80, 70, 3, 66, 80])
     pair = Batch(decoder, prompts()[3:], max_new_tokens=66, sampling=sampling, seeds=seeds[3:])
-    assert finish(pair, [66, 66]) == [found[3], found[4][:66]]
+    assert finish(pair, [66, 66]) == [actual[3], actual[4][:66]]
     for number in (0, 1):
         row = Row(decoder).generate(prompts()[number], max_new_tokens=70, sampling=sampling, seed=seeds[number])
-        assert list(row) == found[number][:70]
+        assert list(row) == actual[number][:70]
     assert len({seed_of(seed, index) for seed in range(30) for index in range(30)}) == 900
     drawn = [
         RandomNumbers([5], torch.device("cpu")).next().item(),
@@ -93,7 +93,7 @@ def test_random_numbers_depend_on_the_seed_of_the_row_alone():
     assert drawn[0] == drawn[1].item()
 
 
-def test_a_row_reads_again_only_what_has_changed():
+def test_row_computes_only_new_tokens():
     decoder, lengths = make("ec"), []
     decoder.model.embed_tokens.register_forward_hook(lambda module, inputs, out: lengths.append(inputs[0].shape[1]))
     row, ids = Row(decoder, chunk_tokens=200), prompts()[2]
@@ -111,7 +111,7 @@ def test_a_row_reads_again_only_what_has_changed():
         assert lengths[: len(read)] == read
 
 
-def test_a_row_is_usable_after_an_interruption():
+def test_row_after_an_interruption():
     decoder, row = make("ec"), Row(make("ec"))
     ids = prompts()[2]
     expected = list(row.generate(ids, max_new_tokens=6))
@@ -165,7 +165,7 @@ def test_scores_equal_those_of_transformers(settings, has_ties):
     assert torch.equal(process(logits, sampling, seen), processors(input_ids, logits.clone()))
 
 
-def test_tokens_are_drawn_by_their_probability():
+def test_frequencies_of_sampled_tokens():
     logits = torch.tensor([0.5, 0.0, 0.3, 0.2]).log()
     random = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     tokens = sample(logits.expand(1000, -1), Sampling(temperature=1.0), random=random)
@@ -186,6 +186,6 @@ def test_tokens_are_drawn_by_their_probability():
         ({"repetition_penalty": 0.0}, "repetition_penalty: 0.0 must be above 0"),
     ],
 )
-def test_impossible_settings(settings, expected):
+def test_invalid_settings(settings, expected):
     with pytest.raises(UsageError, match=rf"^sample\.{expected}"):
         Sampling(**settings).check("sample.")

@@ -1,4 +1,4 @@
-"""Our decoder against logits, losses, gradients and texts of the public RoPE++ code."""
+"""The decoder against logits, losses, gradients and greedy texts of the public RoPE++ code."""
 
 import json
 from pathlib import Path
@@ -56,8 +56,8 @@ def test_loss_and_gradients(golden):
 
 def test_inverse_frequencies(golden):
     decoder, io = golden
-    found = decoder.frequencies.inverse_frequencies(decoder.config.head_dim)
-    torch.testing.assert_close(found, io["inv_freq"], atol=0, rtol=2e-7)
+    actual = decoder.frequencies.inverse_frequencies(decoder.config.head_dim)
+    torch.testing.assert_close(actual, io["inv_freq"], atol=0, rtol=2e-7)
     factor = torch.full_like(io["rope_scaling_vec"], decoder.frequencies.attention_factor)
     torch.testing.assert_close(factor, io["rope_scaling_vec"])
 

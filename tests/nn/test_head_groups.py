@@ -1,4 +1,4 @@
-"""Attention computed a group of heads at a time against all heads at once, in float64."""
+"""Attention computed in groups of heads against all heads at once, in float64."""
 
 import pytest
 import torch
@@ -44,17 +44,17 @@ def run(decoder, documents):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("changes", [{}, BIASES], ids=["plain", "norms and biases"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_groups_compute_what_all_heads_do(scheme, changes, packed):
+def test_head_groups_equal_all_heads(scheme, changes, packed):
     documents = Documents.from_ids((torch.arange(24) // 7).expand(2, -1)) if packed else None
     decoder = make(SCHEMES[scheme], **changes)
     expected = run(decoder, documents)
     for settings in ({"attention_head_groups": 2}, {"attention_head_groups": 4, "checkpoint_every": 1}):
         decoder.save_memory(**settings)
-        for found, reference in zip(run(decoder, documents), expected, strict=True):
-            torch.testing.assert_close(found, reference, atol=1e-12, rtol=0)
+        for actual, reference in zip(run(decoder, documents), expected, strict=True):
+            torch.testing.assert_close(actual, reference, atol=1e-12, rtol=0)
 
 
-def test_a_cache_is_filled_by_all_heads():
+def test_cache_disables_head_groups():
     decoder = make(RoPEPP(variant="ec"))
     input_ids = torch.arange(12).view(1, 12)
     expected = decoder(input_ids)
@@ -70,7 +70,7 @@ def test_groups_must_divide_the_key_value_heads(groups):
 
 
 def kept(decoder):
-    """Bytes that the backward pass of a layer keeps beside its parameters, and bytes of its input."""
+    """Return the bytes that a layer saves for the backward pass without parameters, and the bytes of its input."""
     layer = decoder.model.layers[0].self_attn
     hidden = torch.randn(1, 64, 32, dtype=torch.float64, requires_grad=True)
     tables = decoder.scheme.tables(torch.arange(64)[None], Frequencies(), head_dim=8, dtype=torch.float64)
@@ -86,9 +86,9 @@ def kept(decoder):
     return sum(storages.values()), hidden.nbytes
 
 
-def test_nothing_but_the_input_is_kept():
+def test_only_the_input_is_saved():
     decoder = make(RoPEPP(variant="ec"))
     whole, _ = kept(decoder)
     decoder.save_memory(attention_head_groups=4)
-    found, of_input = kept(decoder)
-    assert found == of_input < whole
+    actual, of_input = kept(decoder)
+    assert actual == of_input < whole

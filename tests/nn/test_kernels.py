@@ -1,4 +1,4 @@
-"""Which implementation of attention is chosen; what each is given is in test_on_fake_cuda.py."""
+"""Choice of the attention implementation; test_on_fake_cuda.py tests the arguments of each."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Pretends that packages and a GPU of a compute capability are there; returns the list of what is activated."""
+    """Function that mocks packages and a GPU of a compute capability; returns the list of activated implementations."""
     activated = []
 
     def machine(*, capability, installed, is_grouped=True):
@@ -45,7 +45,7 @@ FA3, FA4 = "flash_attn_interface", "flash_attn.cute"
         (12, {FA3, FA4, "flash_attn"}, True, "varlen", []),
     ],
 )
-def test_what_is_chosen(machine, capability, installed, is_grouped, chosen, activated):
+def test_default_implementation(machine, capability, installed, is_grouped, chosen, activated):
     seen = machine(capability=capability, installed=installed, is_grouped=is_grouped)
     assert select_implementation(None, CUDA) == chosen
     assert seen == activated
@@ -62,7 +62,7 @@ def test_what_is_chosen(machine, capability, installed, is_grouped, chosen, acti
         ("fa4", CUDA, 8, {FA4}, "model.attention: fa4 does not run on GPU of capability 8"),
     ],
 )
-def test_what_is_refused(machine, name, device, capability, installed, message):
+def test_refused_implementations(machine, name, device, capability, installed, message):
     seen = machine(capability=capability, installed=installed)
     with pytest.raises(UsageError, match=message):
         select_implementation(name, device)
@@ -71,7 +71,7 @@ def test_what_is_refused(machine, name, device, capability, installed, message):
 
 @pytest.mark.parametrize("name", [None, "fa3"])
 @pytest.mark.parametrize("error", [ImportError, RuntimeError])
-def test_a_package_that_does_not_work_is_one_line(machine, monkeypatch, name, error):
+def test_error_of_a_broken_package(machine, monkeypatch, name, error):
     machine(capability=9, installed={FA3})
 
     def fail(implementation):
@@ -83,7 +83,7 @@ def test_a_package_that_does_not_work_is_one_line(machine, monkeypatch, name, er
         select_implementation(name, CUDA)
 
 
-def test_a_name_that_runs_is_taken(machine):
+def test_explicit_implementation(machine):
     seen = machine(capability=9, installed={FA4, "flash_attn"})
     assert [select_implementation(name, CUDA) for name in ("fa4", "flash_attn", "sdpa")] == [
         "fa4",
@@ -103,5 +103,5 @@ def test_a_name_that_runs_is_taken(machine):
         ("sdpa", CPU, torch.bfloat16, "sdpa (scaled_dot_product_attention) in bfloat16"),
     ],
 )
-def test_in_words(name, device, dtype, words):
+def test_description(name, device, dtype, words):
     assert describe(name, device, dtype) == words

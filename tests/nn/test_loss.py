@@ -26,9 +26,9 @@ def test_equal_to_plain_cross_entropy(dtype, tolerance):
     hidden, weight, labels = inputs(dtype)
     expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
     expected_gradients = torch.autograd.grad(expected, (hidden, weight))
-    found = linear_cross_entropy(hidden, weight, labels)
-    torch.testing.assert_close(found, expected, atol=tolerance, rtol=1e-6)
-    gradients = torch.autograd.grad(found * 3, (hidden, weight))
+    actual = linear_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=1e-6)
+    gradients = torch.autograd.grad(actual * 3, (hidden, weight))
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, wanted * 3, atol=10 * tolerance, rtol=1e-5)
 
@@ -41,10 +41,10 @@ def test_weights_of_labels(with_places):
     losses = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
     expected = (losses * label_weights).sum()
     places = (labels != -100).nonzero().flatten() if with_places else None
-    found = linear_cross_entropy(hidden, weight, labels, label_indices=places, label_weights=label_weights)
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    actual = linear_cross_entropy(hidden, weight, labels, label_indices=places, label_weights=label_weights)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
     for one, other in zip(
-        torch.autograd.grad(found, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
+        torch.autograd.grad(actual, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True
     ):
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
@@ -60,10 +60,10 @@ def test_a_function_of_the_losses(with_places):
     places = (labels != -100).nonzero().flatten() if with_places else None
     losses = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
     expected = function(losses if places is None else losses[places])
-    found = function_of_cross_entropy(hidden, weight, labels, function, label_indices=places)
-    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    actual = function_of_cross_entropy(hidden, weight, labels, function, label_indices=places)
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
     for one, other in zip(
-        torch.autograd.grad(3 * found, (hidden, weight)),
+        torch.autograd.grad(3 * actual, (hidden, weight)),
         torch.autograd.grad(3 * expected, (hidden, weight)),
         strict=True,
     ):
@@ -76,11 +76,11 @@ def test_a_function_of_the_losses(with_places):
 @pytest.mark.usefixtures("small_chunks")
 def test_float32_accumulation_under_bfloat16():
     hidden, weight, labels = inputs(torch.bfloat16, tokens=4000)
-    found = linear_cross_entropy(hidden, weight, labels)
-    assert found.dtype == torch.float32
+    actual = linear_cross_entropy(hidden, weight, labels)
+    assert actual.dtype == torch.float32
     expected = F.cross_entropy(hidden.double() @ weight.double().T, labels, reduction="sum")
-    assert abs(found.item() / expected.item() - 1) < 1e-3  # logits are rounded to bfloat16, the sum is not
-    found.backward()
+    assert abs(actual.item() / expected.item() - 1) < 1e-3  # logits are rounded to bfloat16, the sum is not
+    actual.backward()
     exact = torch.autograd.grad(expected, weight)[0].double()
     # 570 chunks summed in bfloat16 would be off by several percent.
     assert ((weight.grad.double() - exact).norm() / exact.norm()) < 0.01
@@ -88,9 +88,9 @@ def test_float32_accumulation_under_bfloat16():
 
 def test_all_labels_ignored():
     hidden, weight, labels = inputs()
-    found = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
-    found.backward()
-    assert found == 0
+    actual = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    actual.backward()
+    assert actual == 0
     assert not hidden.grad.any()
     assert not weight.grad.any()
 
@@ -98,8 +98,8 @@ def test_all_labels_ignored():
 def test_without_gradients():
     hidden, weight, labels = inputs()
     with torch.no_grad():
-        found = linear_cross_entropy(hidden, weight, labels)
-    torch.testing.assert_close(found, F.cross_entropy(hidden @ weight.T, labels, reduction="sum").detach())
+        actual = linear_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(actual, F.cross_entropy(hidden @ weight.T, labels, reduction="sum").detach())
 
 
 def test_frozen_output_layer():
@@ -112,8 +112,8 @@ def test_frozen_output_layer():
 def test_under_autocast():
     hidden, weight, labels = inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = linear_cross_entropy(hidden, weight, labels)
-    found.backward()
-    assert (found.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32,) * 3
+        actual = linear_cross_entropy(hidden, weight, labels)
+    actual.backward()
+    assert (actual.dtype, hidden.grad.dtype, weight.grad.dtype) == (torch.float32,) * 3
     expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
-    assert abs(found.item() / expected.item() - 1) < 0.02
+    assert abs(actual.item() / expected.item() - 1) < 0.02

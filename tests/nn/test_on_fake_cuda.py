@@ -1,7 +1,8 @@
-"""What a GPU would be asked to compute: the whole forward with loss on fake CUDA tensors, under CUDA's autocast rules.
+"""Operations of the forward pass with loss on fake CUDA tensors, under CUDA's autocast rules.
 
 Fake tensors have shapes, dtypes and devices but no memory, so no GPU is needed. Their backward pass needs a driver, so
-only the forward is watched; the loss computes its gradients there. Which kernel SDPA takes on a GPU is not seen.
+only the forward pass is recorded; the loss computes its gradients there. The kernel that SDPA selects on a GPU is not
+visible.
 """
 
 from collections import Counter
@@ -47,7 +48,7 @@ HOST_READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "uniqu
 
 
 class Watch(TorchDispatchMode):
-    """Counts operations; keeps the tensors that attention gets, and every tensor that is quadratic in the context.
+    """Count operations, and record the inputs of attention and all tensors that are quadratic in the context.
 
     SDPA is replaced: what it chooses for fake tensors is not what it chooses on a GPU.
     """
@@ -95,7 +96,7 @@ class Watch(TorchDispatchMode):
 
 @contextmanager
 def fake_cuda(*, autocast):
-    """Fake mode with CUDA as the default device, and autocast to bfloat16 if wanted."""
+    """Fake mode with CUDA as the default device, and optional autocast to bfloat16."""
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.device("cuda:0"):
         torch.set_autocast_enabled("cuda", autocast)
@@ -173,7 +174,7 @@ def test_attention_is_a_flash_kernel_in_bfloat16(scheme, weights, autocast, swit
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize(("base_dtype", "autocast"), [(None, True), ("bfloat16", True), ("bfloat16", False)])
 def test_float32_adapters_leave_attention_in_bfloat16(base_dtype, autocast, dora):
-    """Over a base in either dtype; the frozen output layer gets no gradient, and the host waits for nothing."""
+    """With a base in either dtype; the frozen output layer gets no gradient, and nothing synchronizes."""
     lora = LoRA(rank=8, base_dtype=base_dtype, dora=dora, train_fully=["imaginary", "norms"])
     for packed in (False, True):
         seen = watch(RoPEPP(variant="ec"), packed=packed, autocast=autocast, lora=lora)
@@ -211,7 +212,7 @@ def test_casts_of_a_layer(weights, autocast, qk_norm, per_layer):
 
 
 @pytest.mark.parametrize("places", [False, True])
-def test_loss_computes_only_places_that_count(places):
+def test_loss_computes_only_labels_that_are_not_ignored(places):
     seen = watch(RoPE(), packed=True, places=places)
     assert seen.host_reads == []
     rows = {shape[0] for name, shape in seen.products if name == "mm" and shape[1] == CONFIG["vocab_size"]}
@@ -219,8 +220,8 @@ def test_loss_computes_only_places_that_count(places):
 
 
 @pytest.mark.parametrize("over", ["conversations", "pairs"])
-def test_packed_conversations_wait_for_nothing(over, monkeypatch):
-    """A batch as training makes it, with padding, few trained tokens and weights; the average at the end of a step."""
+def test_packed_conversations_do_not_synchronize(over, monkeypatch):
+    """A batch as in training, with padding, few trained tokens and weights; the average at the end of a step."""
     holds_pairs = over == "pairs"
     # Fake tensors on CUDA have no backward pass; that of a few numbers is part of the loss of pairs.
     monkeypatch.setattr(torch.autograd, "grad", lambda value, losses: (torch.zeros_like(losses),))
@@ -272,7 +273,7 @@ def flash_attn_signature(
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
     block_table=None, *, checked,
 ):  # fmt: skip
-    """`flash_attn.flash_attn_varlen_func` of flash-attn 2.7 and 2.8: its arguments, and what its kernel checks."""
+    """Mock of `flash_attn_varlen_func` of flash-attn 2.7 and 2.8: its arguments and the checks of its kernel."""
     for x in (q, k, v):
         assert x.dim() == 3
         assert x.dtype in (torch.float16, torch.bfloat16)
@@ -301,7 +302,7 @@ def flash_attn_signature(
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("scheme", ["rope", "ec", "alibi"])
-def test_flash_attn_gets_what_it_takes(scheme, deterministic, monkeypatch):
+def test_arguments_of_flash_attn(scheme, deterministic, monkeypatch):
     checked = []
     monkeypatch.setattr(kernels, "flash_attn_varlen_func", partial(flash_attn_signature, checked=checked))
     torch.use_deterministic_algorithms(deterministic)
@@ -313,7 +314,7 @@ def test_flash_attn_gets_what_it_takes(scheme, deterministic, monkeypatch):
 
 
 @torch.no_grad()
-def test_flash_attn_computes_the_same(monkeypatch):
+def test_flash_attn_equals_sdpa(monkeypatch):
     torch.manual_seed(0)
     input_ids = torch.randint(2, 64, (2, TOKENS))
     input_ids[:, ::17] = 1
@@ -324,8 +325,8 @@ def test_flash_attn_computes_the_same(monkeypatch):
     flat = (x.flatten(0, 1) for x in (queries, keys, values))
     bounds, longest = documents.cu_seqlens, documents.longest
     segments = kernels.Segments(bounds, bounds, longest, longest)
-    found = kernels.attend_packed(*flat, segments, scale=0.2, implementation="flash_attn")
-    torch.testing.assert_close(found.view_as(expected), expected, atol=2e-2, rtol=2e-2)
+    actual = kernels.attend_packed(*flat, segments, scale=0.2, implementation="flash_attn")
+    torch.testing.assert_close(actual.view_as(expected), expected, atol=2e-2, rtol=2e-2)
 
 
 def test_older_varlen_attn_gets_repeated_heads(monkeypatch):
@@ -347,7 +348,7 @@ def test_float32_rows_build_no_mask():
     assert seen.quadratic == []
 
 
-def test_generation_waits_for_no_value():
+def test_generation_does_not_synchronize():
     with fake_cuda(autocast=True), torch.no_grad():
         decoder = Decoder(DecoderConfig(**CONFIG), RoPEPP(variant="ec"), Frequencies())
         prompt = torch.zeros(1, 8, dtype=torch.int64)
@@ -359,8 +360,8 @@ def test_generation_waits_for_no_value():
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("scheme", ALL_SCHEMES)
-def test_gathered_keys_and_values_reach_a_kernel_of_linear_memory(scheme, packed):
-    """Context parallelism in the mode `gather`, as a rank of four."""
+def test_gathered_keys_and_values_use_a_memory_efficient_kernel(scheme, packed):
+    """Context parallelism in the mode `gather`, as one of four ranks."""
     dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
     try:
         seen = watch(ALL_SCHEMES[scheme], packed=packed, group=ContextGroup(dist.group.WORLD, "gather"))

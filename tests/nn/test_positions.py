@@ -21,12 +21,12 @@ def test_imaginary_query_equals_the_second_rotation_bit_for_bit(dtype):
     positions = torch.randint(0, 100_000, (2, 50))
     scheme = RoPEPP()
     tables = scheme.tables(positions, Frequencies(), head_dim=16, dtype=dtype)
-    found, _ = scheme.rotate(queries, keys, tables)
+    actual, _ = scheme.rotate(queries, keys, tables)
     # The reference turns the query by -90 degrees first, R_{-π/2} q, and rotates that by the position.
     first, second = queries.chunk(2, dim=-1)
     expected, _ = RoPE().rotate(torch.cat((second, -first), dim=-1), keys, tables)
-    assert torch.equal(found[:, :, 1::2], expected)
-    assert torch.equal(found[:, :, 0::2], RoPE().rotate(queries, keys, tables)[0])
+    assert torch.equal(actual[:, :, 1::2], expected)
+    assert torch.equal(actual[:, :, 0::2], RoPE().rotate(queries, keys, tables)[0])
 
 
 @pytest.mark.parametrize("scheme", [RoPE(), RoPEPP(variant="ec")])
@@ -39,20 +39,20 @@ def test_rotation_in_bfloat16_is_the_exact_one_rounded_once(scheme):
         tables = scheme.tables(positions, Frequencies(), head_dim=64, dtype=tables_dtype)
         return scheme.rotate(queries.to(dtype), keys.to(dtype), tables)[0]
 
-    found = rotated(torch.float32, torch.bfloat16)
-    assert found.dtype == torch.bfloat16
+    actual = rotated(torch.float32, torch.bfloat16)
+    assert actual.dtype == torch.bfloat16
     # Angles of float32 change few roundings; cosines of bfloat16 would change about half of them.
-    assert (found == rotated(torch.float64, torch.float64).bfloat16()).double().mean() > 0.99
+    assert (actual == rotated(torch.float64, torch.float64).bfloat16()).double().mean() > 0.99
 
 
 @pytest.mark.parametrize("scheme", [RoPE(), RoPEPP(variant="ec"), RoPEPP(variant="eh")])
-def test_scores_in_bfloat16_depend_on_the_distance_alone(scheme):
+def test_scores_in_bfloat16_depend_only_on_distance(scheme):
     torch.manual_seed(0)
     distance, tokens, shift = 37, 64, 100_000
     queries, keys = torch.randn(2, 1, 1, 1, 64, dtype=torch.bfloat16).expand(-1, -1, tokens, -1, -1)
 
     def scores(first):
-        """Of query first + distance + i and key first + i."""
+        """Return the score of query first + distance + i and key first + i."""
         rotated = []
         for x, start in ((queries, first + distance), (keys, first)):
             tables = scheme.tables(
@@ -100,7 +100,7 @@ def test_unknown_variant():
 
 
 @pytest.mark.parametrize(("variant", "share"), [("rope", 1.0), ("ec", 1.0), ("eh", 0.5)])
-def test_cache_has_the_size_that_the_variant_promises(variant, share):
+def test_cache_size_of_variants(variant, share):
     scheme = RoPE() if variant == "rope" else RoPEPP(variant=variant)
     cache = Decoder(DecoderConfig(**GEOMETRY), scheme, Frequencies()).allocate_cache(batch_size=3, max_tokens=50)
     layers, key_value_heads, head_dim, float32 = 2, 2, 8, 4
@@ -108,7 +108,7 @@ def test_cache_has_the_size_that_the_variant_promises(variant, share):
 
 
 class Backwards(PositionScheme):
-    """A scheme of a user's own: rotates by negative positions, needs no subclass of RoPE."""
+    """A custom scheme that rotates by negative positions and is not a subclass of RoPE."""
 
     def tables(self, positions, frequencies, *, head_dim, dtype):
         inverse = frequencies.inverse_frequencies(head_dim, dtype=dtype)
@@ -119,7 +119,7 @@ class Backwards(PositionScheme):
         return RoPE().rotate(queries, keys, tables)
 
 
-def test_a_scheme_of_ones_own():
+def test_custom_scheme():
     torch.manual_seed(0)
     own = Decoder(DecoderConfig(**GEOMETRY), Backwards(), Frequencies())
     rope = Decoder(DecoderConfig(**GEOMETRY), RoPE(), Frequencies())

@@ -1,4 +1,4 @@
-"""Head layouts and rotations for any numbers of heads: which key head each head reads, and with what score."""
+"""Property tests of head layouts and rotations: the key head that each head reads, and its score."""
 
 import numpy as np
 import pytest
@@ -30,13 +30,13 @@ def test_layouts(key_heads, group):
         with pytest.raises(UsageError, match=r"model\.decoder\.num_(attention|key_value)_heads"):
             layout_of(equal_heads, heads, key_heads)
     else:
-        found = layout_of(equal_heads, heads, key_heads)
-        assert found == layout_of(RoPEPP(variant="ec"), heads // 2, key_heads // 2)
-        assert (found.num_attention_heads, 2 * found.num_key_value_heads) == (heads, key_heads)
+        actual = layout_of(equal_heads, heads, key_heads)
+        assert actual == layout_of(RoPEPP(variant="ec"), heads // 2, key_heads // 2)
+        assert (actual.num_attention_heads, 2 * actual.num_key_value_heads) == (heads, key_heads)
 
 
 @given(name=st.sampled_from(sorted(ALL_SCHEMES)), key_heads=KEY_HEADS, group=GROUPS, parts=st.integers(1, 6))
-def test_groups_of_heads_are_equal_and_all(name, key_heads, group, parts):
+def test_head_groups_are_equal_and_complete(name, key_heads, group, parts):
     scheme, heads = ALL_SCHEMES[name], group * key_heads
     try:
         layout = layout_of(scheme, heads, key_heads)
@@ -55,7 +55,7 @@ def test_groups_of_heads_are_equal_and_all(name, key_heads, group, parts):
 
 
 @given(name=st.sampled_from(sorted(ALL_SCHEMES)), key_heads=KEY_HEADS, group=GROUPS, data=st.data())
-def test_every_scheme_makes_the_heads_of_its_layout(name, key_heads, group, data):
+def test_every_scheme_returns_the_heads_of_its_layout(name, key_heads, group, data):
     scheme, heads, head_dim = ALL_SCHEMES[name], group * key_heads, 8 * data.draw(st.integers(1, 2))
     try:
         layout = layout_of(scheme, heads, key_heads, head_dim)
@@ -91,7 +91,7 @@ def test_attention_is_over_the_parts_of_the_complex_score(variant, key_heads, gr
     frequencies, positions = Frequencies(rope_theta=base), torch.arange(first, first + tokens)[None]
     tables = scheme.tables(positions, frequencies, head_dim=head_dim, dtype=torch.float64)
     rotated = scheme.rotate(torch.tensor(queries)[None], torch.tensor(keys)[None], tables)
-    found = attend(*rotated, torch.tensor(values)[None])[0].numpy()
+    actual = attend(*rotated, torch.tensor(values)[None])[0].numpy()
 
     theta = base ** (-2 * np.arange(pairs) / head_dim)
     kinds = 1 if variant == "rope" else 2
@@ -106,4 +106,4 @@ def test_attention_is_over_the_parts_of_the_complex_score(variant, key_heads, gr
             part = (score.imag if head % kinds else score.real) / np.sqrt(head_dim)
             weights = np.exp(part - part.max())
             expected = weights @ values[: t + 1, key] / weights.sum()
-            np.testing.assert_allclose(found[t, head], expected, atol=1e-8)
+            np.testing.assert_allclose(actual[t, head], expected, atol=1e-8)

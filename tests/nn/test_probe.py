@@ -1,4 +1,4 @@
-"""Attention in the open: what a probe sees and changes."""
+"""Scores and weights that a probe reads and changes."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def decoder_of(scheme):
 
 @pytest.mark.parametrize("scheme", [RoPE(), RoPEPP(variant="eh"), RoPEPP(variant="ec")])
 @torch.no_grad()
-def test_attention_in_the_open_is_attention(scheme):
+def test_probed_attention_equals_attention(scheme):
     decoder = decoder_of(scheme)
     input_ids = torch.randint(0, 50, (2, 40))
     documents = Documents.from_ids((input_ids == 7).cumsum(1))
@@ -33,7 +33,7 @@ def test_attention_in_the_open_is_attention(scheme):
 
 
 @torch.no_grad()
-def test_a_probe_sees_rows_that_sum_to_one_and_nothing_ahead():
+def test_probed_weights_are_causal_and_sum_to_one():
     seen = {}
 
     class See(Probe):

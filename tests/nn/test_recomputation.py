@@ -1,4 +1,4 @@
-"""What is computed again in the backward pass, counted, and what comes out of it."""
+"""Number of recomputed operations in the backward pass, and the results."""
 
 from collections import Counter
 
@@ -22,7 +22,7 @@ CHUNKED = {"mlp_chunk_tokens": CHUNK}
 
 
 class Count(TorchDispatchMode):
-    """Counts operations by name."""
+    """Count operations by name."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ def make_decoder(dtype=torch.float32, **settings):
 
 
 def step(decoder, *, packed=False, autocast=False):
-    """Loss and gradients of one batch, and the number of operations that they took."""
+    """Return loss and gradients of one batch, and the number of operations."""
     ids = torch.randint(0, 64, (2, TOKENS), generator=torch.Generator().manual_seed(1))
     documents = Documents.from_ids((ids == 3).cumsum(1)) if packed else None
     with Count() as count:
@@ -72,12 +72,12 @@ def step(decoder, *, packed=False, autocast=False):
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])
-def test_what_is_computed_how_often(settings, attention, mlps, packed):
+def test_number_of_operations(settings, attention, mlps, packed):
     expected, plain = step(make_decoder(), packed=packed)
-    found, counts = step(make_decoder(**settings), packed=packed)
+    actual, counts = step(make_decoder(**settings), packed=packed)
     assert counts[ATTENTION] == attention * plain[ATTENTION]
     assert counts["silu"] == mlps * LAYERS
-    for one, other in zip(expected, found, strict=True):
+    for one, other in zip(expected, actual, strict=True):
         if "mlp_chunk_tokens" in settings:  # sums over tokens have another order
             torch.testing.assert_close(other, one, atol=1e-7, rtol=1e-5)
         else:
@@ -88,8 +88,8 @@ def test_what_is_computed_how_often(settings, attention, mlps, packed):
 def test_results_in_float64_and_under_autocast(settings):
     for dtype, autocast, tolerance in ((torch.float64, False, 1e-15), (torch.float32, True, 1e-3)):
         expected, _ = step(make_decoder(dtype), autocast=autocast)
-        found, _ = step(make_decoder(dtype, **settings), autocast=autocast)
-        for one, other in zip(expected, found, strict=True):
+        actual, _ = step(make_decoder(dtype, **settings), autocast=autocast)
+        for one, other in zip(expected, actual, strict=True):
             torch.testing.assert_close(other, one, atol=tolerance, rtol=0)
 
 
@@ -110,7 +110,7 @@ def test_chunks_with_frozen_weights_and_without_gradients():
     torch.testing.assert_close(*logits)
 
 
-def test_a_compiled_block_computes_as_much_and_in_one_graph():
+def test_compiled_block_is_one_graph_without_extra_operations():
     graphs = {"forward": [], "backward": []}
 
     def compiler(name):

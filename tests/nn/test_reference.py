@@ -1,4 +1,4 @@
-"""The decoder in float64 against the paper's complex formula, written plainly, at positions far beyond any training."""
+"""The decoder in float64 against a plain implementation of the paper's complex formula, at large positions."""
 
 import math
 
@@ -23,7 +23,7 @@ SCHEMES = {"rope": RoPE(), "eh": RoPEPP(variant="eh"), "ec": RoPEPP(variant="ec"
 
 
 def reference_logits(decoder, input_ids, positions, variant):
-    """One row [T], token by token and head by head, from z(t, s) = Σ q_n · conj(k_n) · exp(iθ_n(s - t))."""
+    """Compute one row [T] head by head from z(t, s) = Σ q_n · conj(k_n) · exp(iθ_n(s - t))."""
     weights = dict(decoder.state_dict())
     config, d = decoder.config, decoder.config.head_dim
     theta = decoder.frequencies.rope_theta ** (-2 * torch.arange(d // 2, dtype=torch.float64) / d)
@@ -80,10 +80,10 @@ def test_complex_formula_at_positions_up_to_100_000(variant, frequencies):
     decoder = make_decoder(variant, frequencies)
     positions = torch.tensor([0, 1, 2, 3, 500, 4095, 4096, 32_767, 65_536, 99_999, 100_000])
     input_ids = torch.randint(0, CONFIG.vocab_size, (len(positions),))
-    found = decoder(input_ids[None], positions=positions[None])[0]
+    actual = decoder(input_ids[None], positions=positions[None])[0]
     expected = reference_logits(decoder, input_ids, positions, variant)
     assert expected.abs().max() > 0.5
-    torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
+    torch.testing.assert_close(actual, expected, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("variant", SCHEMES)

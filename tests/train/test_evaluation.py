@@ -146,7 +146,7 @@ def test_evaluation_and_samples_compile_nothing(tiny, tmp_path, monkeypatch):
             ["--evaluation.tasks", "attention"],
             "evaluation.tasks: only perplexity, retrieval, recall, induction and noise during training",
         ),
-        (["--evaluation.lengths", "0"], "evaluation.lengths: '0' is no number of tokens"),
+        (["--evaluation.lengths", "0"], "evaluation.lengths: '0' is not a number of tokens"),
         (
             ["--evaluation.every_n_steps", "1", "--evaluation.lengths", "40"],
             "evaluation.lengths: 40 tokens are too few for retrieval:single",

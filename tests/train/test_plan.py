@@ -178,7 +178,7 @@ def test_a_plan_reports_the_initial_checkpoint(texts, tmp_path, capsys, monkeypa
         (["--simulate", "yes"], r"simulate: 'yes' must be true or false"),
         (["--trainer.devices", "2", "--trainer.strategy", "deepspeed"], r"strategy: the memory of deepspeed is"),
         (["--utilization", "2"], r"utilization: 2\.0 must be above 0"),
-        (["--device_memory", "much"], r"device_memory: 'much' is no size"),
+        (["--device_memory", "much"], r"device_memory: 'much' is not a size"),
         (["--trainer.max_steps", "-1"], r"trainer\.max_steps: give the number"),
         (["--model.decoder.hidden_size", "-5"], r"model\.decoder\.hidden_size: -5 must be above 0"),
         (["--trainer.devices", "3", "--trainer.strategy", "FSDP2Strategy",
