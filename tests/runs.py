@@ -48,14 +48,14 @@ def kill(trainer):
 
 def curves(folder):
     """Return logged values by name and step, from the raw records; fails if a name has two values at a step."""
-    found = {}
+    values = {}
     for path in sorted((folder / "tensorboard").glob("*.tfevents.*")):
         for event in LegacyEventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 key = value.tag, event.step
-                assert key not in found, key
-                found[key] = value.simple_value
-    return found
+                assert key not in values, key
+                values[key] = value.simple_value
+    return values
 
 
 def assert_same_run(folder, baseline, *, step=8):

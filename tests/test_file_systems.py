@@ -76,7 +76,7 @@ def test_run_without_symbolic_links_fsync_and_locks(run, tiny, tmp_path):
     options = [*tiny, "--trainer.default_root_dir", "run", "--trainer.callbacks+", "poor.Poor"]
     options += ["--checkpoints.every_n_steps", 1, "--checkpoints.keep", 1]
     finished = run("fit", *options, "--trainer.max_steps", 2, cwd=tmp_path)
-    assert "Notice: run is on a file system without locks; take care" in finished.stderr
+    assert "Notice: run is on a file system without locks; make sure" in finished.stderr
     run("fit", *options, "--trainer.max_steps", 3, "--ckpt_path", "auto", cwd=tmp_path)
     last = tmp_path / "run/checkpoints/last.ckpt"
     assert not last.is_symlink()

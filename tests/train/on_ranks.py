@@ -81,10 +81,10 @@ def first_weights(folder, dims):
         distributed = sharded(dims, partial(make, **change))
         assert torch.equal(before, torch.get_rng_state())
         for decoder in (one, distributed):
-            found = full(decoder)
-            assert found.keys() == expected.keys()
+            actual = full(decoder)
+            assert actual.keys() == expected.keys()
             for name, value in expected.items():
-                assert torch.equal(found[name], value), (change, name)
+                assert torch.equal(actual[name], value), (change, name)
         assert isinstance(distributed.model.embed_tokens, FSDPModule) == ("tie_word_embeddings" not in change)
 
 
@@ -116,8 +116,8 @@ def gradients(folder, dims):
                 options = {"reduce_each_micro_batch": each, "reshard_after_forward": reshards}
                 set_gradient_reduction(decoder, is_last=number == micro_batches - 1, **options)
                 loss.backward()
-            found = {str(kind): count for kind, count in communication.get_comm_counts().items()}
-            counts.append(tuple(sum(n for kind, n in found.items() if word in kind) for word in
+            comm_counts = {str(kind): count for kind, count in communication.get_comm_counts().items()}
+            counts.append(tuple(sum(n for kind, n in comm_counts.items() if word in kind) for word in
                                 ("allgather", "reduce_scatter", "allreduce")))  # fmt: skip
             if number == 0 and reshards:
                 is_kept = [isinstance(parameter.grad, DTensor) for parameter in decoder.parameters()]
@@ -355,30 +355,30 @@ def generation(folder, dims):
 
         decoder.lm_head.register_forward_hook(differ)
         model = Model(name="", path="", decoder=decoder, tokenizer=tokenizer, fingerprint="")
-        found = [write_answers(model, prompts, max_new_tokens=20), len(calls)]
+        results = [write_answers(model, prompts, max_new_tokens=20), len(calls)]
         calls.clear()
         tokens = generate(decoder, torch.tensor(prompts), max_new_tokens=5, sampling=Sampling(temperature=1.0))
-        found.append(torch.stack(list(tokens), dim=1).tolist())
-        expected = [found]
+        results.append(torch.stack(list(tokens), dim=1).tolist())
+        expected = [results]
         dist.broadcast_object_list(expected, src=0)
-        assert found == expected[0]
-        assert found[1:] == [4, [[11, 12, 13, eos, eos]] * 2], found
+        assert results == expected[0]
+        assert results[1:] == [4, [[11, 12, 13, eos, eos]] * 2], results
         decoder.loss(*batch(0)).backward()  # training still works afterwards
 
 
 def main(rank, folder, world_size, names):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    dims, found = ParallelDims.create("cpu"), {}
+    dims, failures = ParallelDims.create("cpu"), {}
     for name in names:
         try:
             globals()[name](folder, dims)
-            found[name] = ""
+            failures[name] = ""
         except Exception:  # report the failure of every check
-            found[name] = traceback.format_exc()
+            failures[name] = traceback.format_exc()
         torch.set_default_dtype(torch.float32)
         dist.barrier()
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(failures))
     dist.destroy_process_group()
 
 

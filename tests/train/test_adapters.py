@@ -102,12 +102,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(folder):
     """Base, adapters, trained decoder and its initial outputs, for each case."""
-    found = {}
+    cases = {}
     for name, (scheme, changes, settings) in CASES.items():
         base, lora = write_base(folder / f"{name}-base.ckpt", scheme, **changes), LoRA(rank=4, **settings)
         decoder, before = train(base, scheme, lora, changes=changes)
-        found[name] = base, write_adapter(folder / f"{name}.ckpt", decoder, lora, base), decoder, before
-    return found
+        cases[name] = base, write_adapter(folder / f"{name}.ckpt", decoder, lora, base), decoder, before
+    return cases
 
 
 @pytest.mark.parametrize("case", list(CASES))
@@ -165,16 +165,17 @@ from transformers import AutoModelForCausalLM
 
 folder, cases = sys.argv[1], json.loads(sys.argv[2])
 ids = torch.tensor(json.loads(sys.argv[3]))
-found = {}
+outputs = {}
 with torch.no_grad():
     for case, has_adapter in cases.items():
         def load(kind):
             path = f"{folder}/{case}-{kind}"
             return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float32).eval()
-        found[f"{case} merged"] = load("merged")(ids).logits
+        outputs[f"{case} merged"] = load("merged")(ids).logits
         if has_adapter:
-            found[f"{case} peft"] = PeftModel.from_pretrained(load("base"), f"{folder}/{case}-peft").eval()(ids).logits
-save_file(found, f"{folder}/answers.safetensors")
+            model = PeftModel.from_pretrained(load("base"), f"{folder}/{case}-peft").eval()
+            outputs[f"{case} peft"] = model(ids).logits
+save_file(outputs, f"{folder}/answers.safetensors")
 """
 
 

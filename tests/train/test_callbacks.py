@@ -19,7 +19,7 @@ def test_precision_on_a_gpu_reports_tf32(precision, device, setting, expected):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(setting)
     try:
-        found = describe_precision(precision, torch.device(device))
+        description = describe_precision(precision, torch.device(device))
     finally:
         torch.set_float32_matmul_precision(before)
-    assert found.partition(" (")[0] == expected
+    assert description.partition(" (")[0] == expected

@@ -93,11 +93,11 @@ def test_the_loss_of_a_step_does_not_depend_on_the_distribution_of_rows(train, a
     mean.backward()
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in keep.decoder.parameters()])
     parts, other = train(batch_size=2, accumulate_grad_batches=4, **settings)
-    for found in (trainer.logged_metrics, other.logged_metrics):
-        assert found["train/loss"].item() == pytest.approx(mean.item(), rel=1e-6)
-        assert found["gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-6)
-        assert found[f"{average}_per_second"] > 0
-        assert "train/bits_per_byte" not in found
+    for metrics in (trainer.logged_metrics, other.logged_metrics):
+        assert metrics["train/loss"].item() == pytest.approx(mean.item(), rel=1e-6)
+        assert metrics["gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-6)
+        assert metrics[f"{average}_per_second"] > 0
+        assert "train/bits_per_byte" not in metrics
     for one, two in zip(full_batch.decoder.parameters(), parts.decoder.parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
 
@@ -153,7 +153,7 @@ def test_packing_does_not_change_loss_and_gradients_of_a_conversation(chats, dty
 
 
 def test_validation_does_not_depend_on_the_batch_size(train):
-    found = []
+    results = []
     for batch_size in (1, 3, 16):
         model, trainer = train(batch_size=4, max_steps=1)
         trainer.limit_val_batches = 1.0
@@ -162,10 +162,10 @@ def test_validation_does_not_depend_on_the_batch_size(train):
         pl.Trainer(accelerator="cpu", logger=False, precision="64-true", enable_progress_bar=False).validate(
             model, data, verbose=False
         )
-        found.append(model.last_validation["chats"])
-    for figures in found[1:]:
-        assert figures["loss"] == pytest.approx(found[0]["loss"], rel=1e-9)
-        assert figures["tokens"] == found[0]["tokens"] == sum(x.sum() for _, x in conversations(31, seed=1))
+        results.append(model.last_validation["chats"])
+    for figures in results[1:]:
+        assert figures["loss"] == pytest.approx(results[0]["loss"], rel=1e-9)
+        assert figures["tokens"] == results[0]["tokens"] == sum(x.sum() for _, x in conversations(31, seed=1))
 
 
 @pytest.mark.end_to_end

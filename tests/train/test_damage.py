@@ -43,7 +43,7 @@ def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path):
     writer = CheckpointWriter(in_background=False, keep=2)
     for step in (4, 8, 10):
         (tmp_path / f"step={step}.ckpt").touch()
-    writer.begin(8)  # as 10 is damaged
+    writer.set_first_step(8)  # as 10 is damaged
     for step, kept in ((12, {8, 10, 12}), (16, {10, 12, 16})):
         (tmp_path / f".step={step}.ckpt.partial").touch()
         writer._publish(tmp_path / f"step={step}.ckpt")

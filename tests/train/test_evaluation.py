@@ -39,10 +39,10 @@ def fit(run, tiny, tmp_path_factory):
 
 def events(folder):
     """Return what TensorBoard shows of validation, evaluation and samples: values by step for each tag."""
-    found = EventAccumulator(str(folder / "tensorboard"))
-    found.Reload()
-    scalars = {tag: [event.value for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
-    text = [event.tensor_proto.string_val for event in found.Tensors("sample/text_summary")]
+    accumulator = EventAccumulator(str(folder / "tensorboard"))
+    accumulator.Reload()
+    scalars = {tag: [event.value for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+    text = [event.tensor_proto.string_val for event in accumulator.Tensors("sample/text_summary")]
     return {tag: values for tag, values in scalars.items() if tag.startswith(("eval/", "val/", "attention/"))}, text
 
 
@@ -57,9 +57,9 @@ def test_logged_results_equal_evaluate_and_training_is_unchanged(fit, run, tmp_p
     assert "eval/perplexity/256/loss/noise_imaginary_0.5" in scalars
     third, last = scalars["eval/perplexity/256/loss"]
     assert third != last
-    options = ["--tasks", "perplexity", "--lengths", 256, "--limit", 4, "--out", "found"]
+    options = ["--tasks", "perplexity", "--lengths", 256, "--limit", 4, "--out", "evaluation"]
     run("evaluate", folder / "checkpoints/last.ckpt", *options, cwd=tmp_path)
-    rows = json.loads((tmp_path / "found" / "results.json").read_text())["scores"]
+    rows = json.loads((tmp_path / "evaluation" / "results.json").read_text())["scores"]
     assert rows[0]["metric"] == "loss"
     assert rows[0]["value"] == pytest.approx(last, abs=1e-4)
 
@@ -100,8 +100,8 @@ def test_diagnostics_equal_reference_formulas(fit):
             assert scalars[f"attention/layer_{layer}/{name}/entropy"][-1] == pytest.approx(entropy[-1], rel=1e-5)
         expected = {"largest_score": max(largest), "entropy": sum(entropy) / 2, "share_beyond_16": sum(beyond) / 2}
         expected["output_norm"] = math.hypot(*columns)
-        found = {figure: scalars[f"attention/{name}/{figure}"][-1] for figure in expected}
-        assert found == pytest.approx(expected, rel=1e-5)
+        actual = {figure: scalars[f"attention/{name}/{figure}"][-1] for figure in expected}
+        assert actual == pytest.approx(expected, rel=1e-5)
         assert 0 < scalars[f"attention/{name}/output_gradient_norm"][-1] <= 1  # clipped to 1
 
 
@@ -171,6 +171,6 @@ def test_a_resumed_run_evaluates_only_at_ends_of_steps(run, tiny, tmp_path):
     options += ["--trainer.default_root_dir", "run"]
     run("fit", *options, "--trainer.max_steps", "2", cwd=tmp_path)
     run("fit", *options, "--trainer.max_steps", "4", "--ckpt_path", "auto", cwd=tmp_path)
-    found = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    found.Reload()
-    assert [event.step for event in found.Scalars("attention/real/entropy")] == [2, 4]
+    accumulator = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    accumulator.Reload()
+    assert [event.step for event in accumulator.Scalars("attention/real/entropy")] == [2, 4]

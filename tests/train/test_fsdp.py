@@ -163,8 +163,8 @@ class Probe(Callback):
         self.batches.append(zlib.crc32(batch.input_ids.numpy().tobytes()))
 
     def on_train_end(self, trainer, module):
-        found = {**counts, "batches": self.batches, "share": self.share}
-        open(f"rank{trainer.global_rank}.json", "w").write(json.dumps(found))
+        record = {**counts, "batches": self.batches, "share": self.share}
+        open(f"rank{trainer.global_rank}.json", "w").write(json.dumps(record))
 """
 
 
@@ -174,11 +174,11 @@ def test_ranks_shard_weights_read_distinct_rows_and_reduce_once_per_step(run, ti
     options += ["--trainer.callbacks+", "probe.Probe"]
     run("fit", *tiny, *COMMON, *options, "--trainer.max_steps", 3, cwd=tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
-    for found in ranks:
+    for record in ranks:
         # Two blocks, embedding, output layer and the root, in each step of two micro-batches.
-        assert found["reductions"] == 3 * (2 + 3)
-        assert found["share"] == pytest.approx(0.5, abs=0.02)
-        assert len(set(found["batches"])) == 6
+        assert record["reductions"] == 3 * (2 + 3)
+        assert record["share"] == pytest.approx(0.5, abs=0.02)
+        assert len(set(record["batches"])) == 6
     assert not set(ranks[0]["batches"]) & set(ranks[1]["batches"])
 
 
@@ -206,12 +206,12 @@ def test_continued_on_other_devices(fit, tmp_path, before, after, optimizer):
     fit(*common, *options, steps=4, devices=devices, rows=rows, folder=tmp_path / "run")
     fit(*common, *other_options, "--ckpt_path", "auto", devices=other_devices, rows=other_rows, folder=tmp_path / "run")
     baseline = fit(*common, *options, devices=devices, rows=rows)
-    found, expected = weights(tmp_path / "run"), weights(baseline)
+    actual, expected = weights(tmp_path / "run"), weights(baseline)
     for name, value in expected.items():
         if before is after:
-            assert torch.equal(found[name], value), name
+            assert torch.equal(actual[name], value), name
         else:
-            torch.testing.assert_close(found[name], value, atol=1e-9, rtol=0, msg=name)
+            torch.testing.assert_close(actual[name], value, atol=1e-9, rtol=0, msg=name)
 
 
 def test_all_commands_accept_a_sharded_checkpoint(fit, run, tmp_path):

@@ -105,17 +105,17 @@ def records(folder):
 
 def rows_by_batch(folder):
     """Return the rows that all ranks read, by the number of the batch."""
-    found = {}
+    rows = {}
     for record in records(folder):
-        found.setdefault(record["batch"], Counter()).update(map(tuple, record["rows"]))
-    return found
+        rows.setdefault(record["batch"], Counter()).update(map(tuple, record["rows"]))
+    return rows
 
 
 def files_of(folder):
     """Return the names of a run's files; the shards of a checkpoint count as one."""
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
-    found = {name.partition(".ckpt/")[0] + ".ckpt" if ".ckpt/" in name else name for name in found}
-    return {"tensorboard" if name.startswith("tensorboard") else name for name in found}
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() or path.is_symlink()}
+    names = {name.partition(".ckpt/")[0] + ".ckpt" if ".ckpt/" in name else name for name in names}
+    return {"tensorboard" if name.startswith("tensorboard") else name for name in names}
 
 
 def assert_same_run(folder, other, *, step):

@@ -77,9 +77,9 @@ def test_a_document_with_a_nan_loss(fit, capsys):
     # The resumed run restores the count.
     fit("poisoned", "--config", "poisoned/recipe.yaml", "--ckpt_path", "auto", "--trainer.max_steps", 56)
     assert "Step 56 (1 of them skipped)" in capsys.readouterr().out
-    found = curves(poisoned)
-    assert [found["skipped_steps", step] for step in (44, 48, 52, 56)] == [0, 0, 1, 1]
-    assert all(value == value for (name, _), value in found.items() if name == "train/loss")
+    logged = curves(poisoned)
+    assert [logged["skipped_steps", step] for step in (44, 48, 52, 56)] == [0, 0, 1, 1]
+    assert all(value == value for (name, _), value in logged.items() if name == "train/loss")
     events = list(read_run_log(poisoned))
     assert [(e["step"], e["skipped_steps"]) for e in events if e["event"] == "skip"] == [(50, 1)]
     ends = [(e["reason"], e["step"], e["skipped_steps"]) for e in events if e["event"] == "end"]

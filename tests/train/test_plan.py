@@ -104,8 +104,8 @@ UNKNOWN = [
 
 
 def test_devices_by_names_that_torch_reports():
-    found = {name: find_device(name) for name in NAMES}
-    assert found == NAMES
+    devices = {name: find_device(name) for name in NAMES}
+    assert devices == NAMES
     assert all(peak_flops(name) is None for name in UNKNOWN)
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert {name: find_device(name) for name in DEVICES} == DEVICES

@@ -132,13 +132,13 @@ def train(pairs, folder, preference, *, batch_size=4, max_steps=2, **settings):
 def answers_of(decoder, batch):
     """Return log-probability and length of each answer, computed separately."""
     ids, labels = batch.input_ids.flatten(), batch.labels.flatten()
-    found = []
+    sums_and_counts = []
     for start, end in itertools.pairwise(batch.documents.cu_seqlens.tolist()):
         targets = labels[start:end]
         if (targets != -100).any():
             logits = decoder(ids[None, start:end])[0]
-            found.append((-F.cross_entropy(logits, targets, reduction="sum"), int((targets != -100).sum())))
-    sums, counts = zip(*found, strict=True)
+            sums_and_counts.append((-F.cross_entropy(logits, targets, reduction="sum"), int((targets != -100).sum())))
+    sums, counts = zip(*sums_and_counts, strict=True)
     return torch.stack(sums).view(-1, 2), torch.tensor(counts).view(-1, 2)
 
 
@@ -163,14 +163,14 @@ def test_the_loss_of_a_step_is_the_mean_over_pairs(name, pairs, tmp_path):
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in decoder.parameters()])
     parts, other, _ = train(pairs, tmp_path, preference, batch_size=2, accumulate_grad_batches=4, gradient_clip_val=0.1)
     chosen, rejected = torch.stack(rewards).T
-    for found in (trainer.logged_metrics, other.logged_metrics):
-        assert found["train/loss"].item() == pytest.approx(mean.item(), rel=1e-9)
-        assert found["gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-6)
-        assert found["train/chosen_reward"].item() == pytest.approx(chosen.mean().item(), rel=1e-9)
-        assert found["train/rejected_reward"].item() == pytest.approx(rejected.mean().item(), rel=1e-9)
-        assert found["train/accuracy"].item() == pytest.approx((chosen > rejected).double().mean().item())
-        assert found["pairs_per_second"] > 0
-        assert "train/perplexity" not in found
+    for metrics in (trainer.logged_metrics, other.logged_metrics):
+        assert metrics["train/loss"].item() == pytest.approx(mean.item(), rel=1e-9)
+        assert metrics["gradient_norm"].item() == pytest.approx(norm.item(), rel=1e-6)
+        assert metrics["train/chosen_reward"].item() == pytest.approx(chosen.mean().item(), rel=1e-9)
+        assert metrics["train/rejected_reward"].item() == pytest.approx(rejected.mean().item(), rel=1e-9)
+        assert metrics["train/accuracy"].item() == pytest.approx((chosen > rejected).double().mean().item())
+        assert metrics["pairs_per_second"] > 0
+        assert "train/perplexity" not in metrics
     for one, two in zip(full_batch.decoder.parameters(), parts.decoder.parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=0)
 
@@ -236,9 +236,9 @@ def test_killed_and_resumed(lora, run, pairs, tmp_path):
     fit("two", *options, *ranks, "--trainer.strategy.context_parallel_size", 2, "--trainer.max_steps", 2)
     fit("two", *options, *ranks, "--data.batch_size", 2, "--ckpt_path", "auto")
     two = read_checkpoint(tmp_path / "two/checkpoints/last.ckpt")
-    for found, expected in ((two["state_dict"], baseline["state_dict"]), (two[KEY][ENTRY], baseline[KEY][ENTRY])):
+    for actual, expected in ((two["state_dict"], baseline["state_dict"]), (two[KEY][ENTRY], baseline[KEY][ENTRY])):
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, atol=1e-8, rtol=0)
+            torch.testing.assert_close(actual[name], value, atol=1e-8, rtol=0)
 
 
 @pytest.mark.end_to_end

@@ -48,7 +48,7 @@ def test_recipes_with_yaml_callbacks_in_a_folder_named_like_an_option(tiny, tmp_
 
 def test_a_recipe_that_does_not_round_trip_is_not_written(tmp_path):
     path = tmp_path / "recipe.yaml"
-    with pytest.raises(UsageError, match=r"read as it was given: sample\.prompt 'a' → 1000\.0"):
+    with pytest.raises(UsageError, match=r"gives another one: sample\.prompt 'a' → 1000\.0"):
         write_recipe(path, {"sample": {"prompt": "a"}}, lambda path: {"sample": {"prompt": 1000.0}})
     assert not path.exists()
 

@@ -166,9 +166,9 @@ def test_torchrun_stopped_by_a_signal(start_training, tiny, run, tmp_path):
     process.wait(timeout=60)
     output, errors = ((tmp_path / name).read_text() for name in ("output", "errors"))
     assert process.returncode != 0
-    found = re.search(r"Stopped by SIGTERM at step ([\d,]+), saved as .*--ckpt_path auto", output)
-    assert found, output + errors
-    step = int(found[1].replace(",", ""))
+    match = re.search(r"Stopped by SIGTERM at step ([\d,]+), saved as .*--ckpt_path auto", output)
+    assert match, output + errors
+    step = int(match[1].replace(",", ""))
     run("fit", *tiny, *options, "--ckpt_path", "auto", "--trainer.max_steps", step + 3,
         "--trainer.default_root_dir", "run", cwd=tmp_path)  # fmt: skip
 

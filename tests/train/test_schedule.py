@@ -13,16 +13,16 @@ def test_constant():
 
 
 def test_cosine():
-    found = factors(Cosine(warmup_steps=2, final_factor=0.1), 13, 12)
-    assert found[:3] == pytest.approx([1 / 3, 2 / 3, 1])
-    assert found[7] == pytest.approx(0.55)  # half-way down
-    assert found[12] == pytest.approx(0.1)
-    assert found[2:] == sorted(found[2:], reverse=True)
+    multipliers = factors(Cosine(warmup_steps=2, final_factor=0.1), 13, 12)
+    assert multipliers[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert multipliers[7] == pytest.approx(0.55)  # half-way down
+    assert multipliers[12] == pytest.approx(0.1)
+    assert multipliers[2:] == sorted(multipliers[2:], reverse=True)
 
 
 def test_warmup_stable_decay():
-    found = factors(WarmupStableDecay(warmup_steps=1, decay_share=0.4), 11, 10)
-    assert found == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
+    multipliers = factors(WarmupStableDecay(warmup_steps=1, decay_share=0.4), 11, 10)
+    assert multipliers == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
 
 
 def test_decay_from_a_step():

@@ -31,9 +31,9 @@ def test_spike_detection():
     quiet = [3 + 0.01 * (step % 5) for step in range(40)]
     high = [None, *[9.0] * 2, quiet[0], *[9.0] * 3]  # two high steps are not a spike
     losses = [9.0, *quiet, float("nan"), *high[1:]]
-    found = [(step, detector.add(step, loss)) for step, loss in enumerate(losses)]
-    assert [(step, spike.step) for step, spike in found if spike is not None] == [(47, 45)]
-    assert found[-1][1].mean == pytest.approx(3.02, abs=0.01)
+    results = [(step, detector.add(step, loss)) for step, loss in enumerate(losses)]
+    assert [(step, spike.step) for step, spike in results if spike is not None] == [(47, 45)]
+    assert results[-1][1].mean == pytest.approx(3.02, abs=0.01)
 
 
 def test_skipped_samples_of_a_folder(tmp_path):

@@ -92,10 +92,10 @@ def test_a_csv_logger_continues_its_file(fit, baseline):
     with path.open() as file:
         rows = list(csv.DictReader(file))
     for name, steps in (("train/loss", [3, 6]), ("val/loss", [2, 4, 6, 8])):
-        found = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
-        assert [step for step, _ in found] == steps
+        logged = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+        assert [step for step, _ in logged] == steps
         theirs = curves(baseline)
-        assert [value for _, value in found] == pytest.approx([theirs[name, step] for step in steps])
+        assert [value for _, value in logged] == pytest.approx([theirs[name, step] for step in steps])
 
 
 def test_a_user_checkpoint_callback(fit, baseline, capsys):

@@ -35,7 +35,7 @@ def test_every_option_of_the_trainer_is_supported_or_refused():
         (["--trainer.limit_test_batches", "1"], "trainer.limit_test_batches: there is no test"),
         (["--trainer.limit_predict_batches", "1"], "trainer.limit_predict_batches: there is nothing to predict"),
         (["--trainer.barebones", "true"], "trainer.barebones: a run always saves and logs"),
-        (["--trainer.use_distributed_sampler", "true"], "trainer.use_distributed_sampler: the order of the data"),
+        (["--trainer.use_distributed_sampler", "true"], "trainer.use_distributed_sampler: the data loader distrib"),
         (["--trainer.sync_batchnorm", "true"], "trainer.sync_batchnorm: the models have no batch norm"),
         (["--trainer.model_registry", "name"], "trainer.model_registry: checkpoints are files"),
         (["--trainer.val_check_interval", "0.5"], "trainer.val_check_interval: 0.5 must be a number of batches"),
@@ -102,7 +102,7 @@ RESTARTS = {**TORCHRUN, "WORLD_SIZE": "2", "TORCHELASTIC_MAX_RESTARTS": "3", "TO
         ([], TORCHRUN, "the cluster's environment variables: WORLD_SIZE is not set"),
         ([], {**TORCHRUN, "WORLD_SIZE": "2"}, "environment variables: You set `devices=1` and `num_nodes=1`"),
         (["--trainer.devices", "2"], {**TORCHRUN, "WORLD_SIZE": "3"}, "environment variables: You set `devices=2`"),
-        (["--trainer.devices", "2"], RESTARTS, "put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"),
+        (["--trainer.devices", "2"], RESTARTS, "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"),
     ],
 )
 def test_refused_by_lightning(mistake, monkeypatch, options, environment, expected):

@@ -142,12 +142,12 @@ def test_a_suspended_rank(start_training, command_path, tiny, tmp_path, strategy
     wait_for_end(other)
     errors = (tmp_path / "errors").read_text()
     (line,) = [line for line in errors.splitlines() if line.startswith("ropepp-lit: error")]
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"ropepp-lit: error: no progress for 8 seconds: rank 1 does not respond, last known at step [\d,]+, [a-z ]+; "
         r"rank 0 at step [\d,]+, [a-z ]+(, (in|after) gloo:\w+.* \(number \d+\)); continue by --ckpt_path auto",
         line,
     )
-    assert found, line
+    assert match, line
     *_, end = read_run_log(tmp_path / "run")
     assert (end["event"], end["reason"]) == ("end", "hang")
     assert end["message"] in line
