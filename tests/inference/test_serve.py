@@ -200,7 +200,7 @@ def test_values_that_ask_for_nothing(ask, expected):
 
 
 BAD = {
-    "a role": ({"messages": [{"role": "robot", "content": "a"}]}, "messages", "messages: a role 'robot', which"),
+    "a role": ({"messages": [{"role": "robot", "content": "a"}]}, "messages", "messages: unknown role 'robot', which"),
     "no role": ({"messages": [{"content": "a"}]}, "messages", "messages: a message without a role"),
     "no messages": ({"messages": []}, "messages", "messages: List should have at least 1 item"),
     "no list": ({"messages": "a"}, "messages", "messages: Input should be a valid list"),
@@ -253,8 +253,8 @@ def test_what_is_not_there(server, client, ask):
         (r'{"messages": [{"role": "user", "content": "\ud83d"}]}', "messages: a text with half of a surrogate pair"),
         (r'{"messages": [{"role": "user", "content": "a"}], "\ud83d": 1}', "the body: "),
         ('{"messages": ' + "[" * 5000 + "]" * 5000 + "}", "the body is not JSON"),
-        ('{"messages": [{"role": "robot", "content": "a", "b": ' + "[" * 400 + "]" * 400 + "}]}", "messages: a role"),
-        (r'{"messages": [{"role": "\ud83d", "content": "a"}]}', r"messages: a role '\ud83d'"),
+        ('{"messages": [{"role": "robot", "content": "a", "b": ' + "[" * 400 + "]" * 400 + "}]}", "messages: unknown"),
+        (r'{"messages": [{"role": "\ud83d", "content": "a"}]}', r"messages: unknown role '\ud83d'"),
     ):
         url, headers = f"http://127.0.0.1:{server.port}/v1/chat/completions", {"x-api-key": KEY}
         with pytest.raises(urllib.error.HTTPError, match="400") as error:
