@@ -178,7 +178,7 @@ BAD_CHATS = {
         "the last message is the assistant's",
     ),
     "neither": ('{"id": 1}', "no key messages or conversations"),
-    "a role": ('{"messages": [{"role": "robot", "content": "a"}]}', "a role 'robot', which the chat template does not"),
+    "a role": ('{"messages": [{"role": "robot", "content": "a"}]}', "unknown role 'robot', which the chat template"),
 }
 
 
