@@ -175,7 +175,7 @@ BAD_CHATS = {
     "no role": ('{"messages": [{"content": "a"}]}', "a message without a role"),
     "answered": (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
-        "the last message is the assistant's",
+        "the last message is from the assistant",
     ),
     "neither": ('{"id": 1}', "neither messages, nor"),
     "a role": ('{"messages": [{"role": "robot", "content": "a"}]}', "a role 'robot', which the chat template does not"),
