@@ -190,14 +190,14 @@ def test_a_damaged_piece_of_an_evaluation_is_measured_again(tmp_path, capsys, ki
     work.pieces = [[piece]]
     for values in (sealed(kept), kept):  # of an earlier version
         piece.path.write_text(json.dumps(values))
-        work._leave_out_damaged()
+        work._delete_damaged()
         assert piece.read() == CachedResult({"a": 1}, 0.5, [measurement], [answer])
     values = json.loads(json.dumps(sealed(kept) if kind in KEPT else kept))
     {**KEPT, **UNSEALED}[kind](values)
     piece.path.write_text(json.dumps(values))
     with pytest.raises(UsageError, match=r"piece\.json: damaged \(.*\); delete it"):
         piece.read()
-    work._leave_out_damaged()
+    work._delete_damaged()
     assert not piece.path.exists()
     assert capsys.readouterr().out == f"{piece.path}: damaged; it is measured again\n"
 

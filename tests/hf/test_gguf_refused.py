@@ -42,11 +42,11 @@ def llama2():
     return make(vocab_size=420, entry={"tokenizer": tokenizer.to_str(), "opening": [1]})
 
 
-KNOWN = r"is none of the ways known here, gpt-2, llama-bpe, qwen2, smaug-bpe, smollm; export a folder"
+KNOWN = r"is not supported; supported are gpt-2, llama-bpe, qwen2, smaug-bpe, smollm; export a folder"
 
 
 REFUSED = {
-    "EC": (lambda: make(RoPEPP(variant="ec")), r"is RoPEPP \(RoPE\+\+ EC\), and llama\.cpp, which runs no code"),
+    "EC": (lambda: make(RoPEPP(variant="ec")), r"is RoPEPP \(RoPE\+\+ EC\), and llama\.cpp supports only plain RoPE"),
     "EH": (lambda: make(RoPEPP(variant="eh")), r"model\.positions is RoPEPP \(RoPE\+\+ EH\), and"),
     "RNoPE": (lambda: make(RNoPE(nope_layers=[1])), r"model\.positions is RNoPE"),
     "NoPE": (lambda: make(baselines.NoPE()), r"model\.positions is NoPE \(NoPE\), and"),
@@ -59,8 +59,14 @@ REFUSED = {
     "float64": (lambda: make(dtype=torch.float64), r"embed_tokens\.weight is float64; give --dtype float32"),
     "no tokenizer": (lambda: make(entry={"tokenizer": None}), r"stores no tokenizer"),
     "no EOS": (lambda: make(entry={"eos_token_id": None}), r"has no EOS token"),
-    "two before": (lambda: make(entry={"opening": [0, 1]}), r"before a text and three that end it; here are 2"),
-    "four ends": (lambda: make(entry={"generation_config": '{"eos_token_id": [1, 2, 3, 4]}'}), r"here are 1 and 4"),
+    "two before": (
+        lambda: make(entry={"opening": [0, 1]}),
+        r"before a text and three stop tokens; the tokenizer has 2",
+    ),
+    "four ends": (
+        lambda: make(entry={"generation_config": '{"eos_token_id": [1, 2, 3, 4]}'}),
+        r"the tokenizer has 1 and 4",
+    ),
     "too many tokens": (lambda: make(vocab_size=200), r"the tokenizer has 258 tokens, and the embedding has 200 rows"),
     "byte fallback": (llama2, r"the tokenizer is a BPE with byte fallback, which is not supported; export a folder"),
     "bytes as unknown": (
@@ -72,7 +78,7 @@ REFUSED = {
     "prefix space": (changed(assign("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True))), KNOWN),
     "other words": (changed(assign("pre_tokenizer", others._splitting(r"\s+"))), KNOWN),
     "more parts": (changed(assign("pre_tokenizer", pre_tokenizers.Sequence([DIGITS, DIGITS, PLAIN]))), KNOWN),
-    "lower case": (changed(assign("normalizer", normalizers.Lowercase())), r"lacks .* normalizer Lowercase"),
+    "lower case": (changed(assign("normalizer", normalizers.Lowercase())), r"llama.cpp has no normalizer Lowercase"),
     "token that strips": (
         changed(lambda tokenizer: tokenizer.add_tokens([AddedToken("<|user|>", rstrip=True)]) and None),
         r"the token '<\|user\|>' depends on adjacent characters",

@@ -86,7 +86,7 @@ def test_official_folders_without_rope_config(tmp_path, official_folder):
         ({"logit_scale": 0.5, "depth": 3, "rope_interleaved": True, "temperature": 0.6},
          r"rope_interleaved True is not supported; unknown fields: logit_scale 0\.5, depth 3$"),
         ({"logit_scale": 0.5, "depth": 3, "attention_dropout": 0.1, "sliding_window": 16},
-         r"for you: ropepp-lit import FOLDER model\.ckpt --ignore \S*attention_dropout\S*,logit_scale,depth$"),
+         r"to you: ropepp-lit import FOLDER model\.ckpt --ignore \S*attention_dropout\S*,logit_scale,depth$"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, r"rope_type 'longrope' is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, r"rope_type 'dynamic' is not supported"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 1.0,
@@ -147,7 +147,7 @@ def test_damaged_folders(tmp_path):
     with pytest.raises(UsageError, match=rf"{shards[1].name}: damaged or not safetensors"):
         read_folder(folder)
     shards[1].unlink()
-    with pytest.raises(UsageError, match=rf"{shards[1].name}: missing, and model\.safetensors\.index\.json names it"):
+    with pytest.raises(UsageError, match=rf"{shards[1].name}: missing, but listed in model\.safetensors\.index\.json"):
         read_folder(folder)
     shutil.copy(shards[0], shards[1])
     with pytest.raises(UsageError, match=r"index\.json: it lists \S+, which none of the files has"):

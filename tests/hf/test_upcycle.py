@@ -82,7 +82,7 @@ def test_unsupported_checkpoints():
     with pytest.raises(UsageError, match=r"source: only a checkpoint with plain RoPE can be upcycled to RoPE\+\+"):
         upcycle(make(RoPEPP(variant="ec")), variant="ec")
     for scheme in (ALiBi(), FoPE(), NoPE(), PartialRoPE()):
-        with pytest.raises(UsageError, match=f"source: only .* and this one has {type(scheme).__name__}"):
+        with pytest.raises(UsageError, match=f"source: only .*; this one has {type(scheme).__name__}"):
             upcycle(make(scheme), variant="ec")
     with pytest.raises(UsageError, match=r"num_attention_heads: RoPE\+\+ EH halves it, so 9 must be even"):
         upcycle(make(num_attention_heads=9, num_key_value_heads=3), variant="eh")

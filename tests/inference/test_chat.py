@@ -225,7 +225,7 @@ def test_the_oldest_turns_are_dropped_from_a_full_context(start_conversation):
 
 def test_messages_and_replies_that_exceed_the_context(start_conversation):
     conversation, notices, _, _ = start_conversation(context_length=60, max_new_tokens=100)
-    with pytest.raises(UsageError, match=r"the message takes [0-9]+ tokens .* the context holds 60; shorten it"):
+    with pytest.raises(UsageError, match=r"the message has [0-9]+ tokens .* the context length is 60; shorten it"):
         next(conversation.ask("fox " * 40))
     assert (conversation.messages, notices) == ([], [])
     "".join(conversation.ask("A fox?"))

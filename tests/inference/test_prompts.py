@@ -175,7 +175,7 @@ BAD_CHATS = {
     "no role": ('{"messages": [{"content": "a"}]}', "a message without a role"),
     "answered": (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
-        "the last message is the assistant's",
+        "the last message is from the assistant",
     ),
     "neither": ('{"id": 1}', "no key messages or conversations"),
     "a role": ('{"messages": [{"role": "robot", "content": "a"}]}', "unknown role 'robot', which the chat template"),

@@ -221,7 +221,7 @@ BAD = {
     "text for a number": ({"temperature": "1"}, "temperature", "temperature: Input should be a valid number"),
     "top_p": ({"top_p": 0}, "top_p", "top_p: 0.0 must be above 0"),
     "max_tokens": ({"max_tokens": 0}, "max_tokens", "max_tokens: Input should be greater than or equal to 1"),
-    "stop": ({"stop": [""]}, "stop", "stop: an empty text"),
+    "stop": ({"stop": [""]}, "stop", "stop: an empty stop text"),
     "n": ({"n": 200}, "n", "n: Input should be less than or equal to 128"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "a"}}]}, "tools", "tools: not supported"),
     "log-probabilities": ({"logprobs": True}, "logprobs", "logprobs: not supported by this server; leave it out"),
