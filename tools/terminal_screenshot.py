@@ -1,6 +1,7 @@
-"""Run a command in a terminal of a given width, and save the screen that it leaves as an SVG picture.
+r"""Run a command in a terminal of a given width, and save the screen that it leaves as an SVG picture.
 
-    python tools/terminal_screenshot.py --out picture.svg -- ropepp-lit fit --config recipes/quickstart.yaml
+    python tools/terminal_screenshot.py --out .github/quickstart.svg --width 112 --without '^data: ' -- \
+        ropepp-lit fit --config recipes/quickstart.yaml
 
 The command runs on a pseudo-terminal, so it draws what it draws for people. Its output goes through a small terminal
 emulator (carriage return, cursor up and down, erasing, colours), so that progress bars appear as they were left. Needs
@@ -138,14 +139,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="SVG file")
     parser.add_argument("--width", type=int, default=100, help="columns of the terminal")
-    parser.add_argument("--skip", type=int, default=0, metavar="ROWS", help="leave out this many rows at the start")
-    parser.add_argument("--rows", type=int, help="leave out rows after this many")
+    parser.add_argument("--without", metavar="REGEX", help="leave out rows that match, such as those with local paths")
     parser.add_argument("command", nargs="+", help="command and its arguments, after --")
     options = parser.parse_args()
     screen, code = run(options.command, width=options.width)
     if code:
         sys.exit(code)
-    lines = screen.lines()[options.skip :][: options.rows]
+    lines = [line for line in screen.lines() if options.without is None or not re.search(options.without, line)]
     prompt = f"\x1b[1m$ {shlex.join(options.command)}\x1b[0m"
     options.out.write_text(picture([prompt, *lines], width=options.width, title="ropepp-lit"), encoding="utf-8")
 
