@@ -12,7 +12,7 @@ from ropepp_lit.errors import UsageError
 TOOLS = Path(__file__).parent.parent / "tools"
 
 
-@pytest.mark.parametrize("cases", [10, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [5, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_few_cases_of_each_target(run_file, tmp_path, cases):
     finished = run_file(
         TOOLS / "fuzz.py", "--cases", cases, "--workers", 2, "--out", tmp_path / "fuzzed",
@@ -20,7 +20,7 @@ def test_a_few_cases_of_each_target(run_file, tmp_path, cases):
     )  # fmt: skip
     *lines, last = finished.stdout.splitlines()
     assert last == "No findings."
-    assert len(lines) == 1 + 17
+    assert len(lines) == 1 + 21
     assert all(int(line[20:28].replace(",", "")) == cases for line in lines[1:])
 
 

@@ -96,12 +96,8 @@ class Recipe:
         self.context_parallel_mode: Mode | None = None
         at_once = self.layout.split(self.model.attention_head_groups)
         if isinstance(strategy, FSDP2Strategy):
-            strategy.check(
-                world_size=self.devices,
-                layout=at_once,
-                head_dim=self.config.head_dim,
-                context_length=self.data.context_length,
-            )
+            heads = {"layout": at_once, "head_dim": self.config.head_dim}
+            strategy.check(world_size=self.devices, context_length=self.data.context_length, **heads)
             names = ("context_parallel_size", "replicate_size", "reduce_each_micro_batch", "reshard_after_forward")
             sharding = {"strategy": "fsdp2", **{name: getattr(strategy, name) for name in names}}
             if strategy.context_parallel_size > 1:
