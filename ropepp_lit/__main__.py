@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":
     if not sys.flags.safe_path:
-        del sys.path[0]  # the current folder; `main` adds it behind the libraries
+        del sys.path[0]  # the current folder; `main` adds it after the libraries
     from ropepp_lit.cli import main
 
     main()
