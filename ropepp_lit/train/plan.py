@@ -378,7 +378,7 @@ class _Parser(OneLineErrors, argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ropepp-lit plan",
-        description="Print FLOPs, memory and duration of a recipe. Takes the options of fit (--config RECIPE …) and these:",
+        description="Print FLOPs, memory and duration of a recipe. Takes the options of fit (--config RECIPE …), and:",
         allow_abbrev=False,
     )
     parser.add_argument("--device", default="H100 SXM", help=f"GPU to plan for: {', '.join(DEVICES)}")
