@@ -253,7 +253,7 @@ def check_launcher() -> Iterator[Line]:
     """Report the environment variables of launchers and schedulers, and what Lightning makes of them."""
     from lightning.fabric.plugins import environments
 
-    from ropepp_lit.train.refusals import check_launcher as check_restarts
+    from ropepp_lit.train.lightning_errors import check_launcher as check_restarts
 
     variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     # In the order of Lightning's trainer.

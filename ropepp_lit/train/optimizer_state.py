@@ -1,4 +1,4 @@
-"""Optimizer state at the start of a run: loading it from `init_from`, and applying the recipe's settings to it."""
+"""Optimizer state at the start of a run: checks, loading from `init_from`, and applying the recipe's settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STATES: dict[str, dict[str, bool]] = {
     "AdamW": {"step": False, "exp_avg": True, "exp_avg_sq": True},
     "Muon": {"momentum_buffer": True},
 }
-"""Tensors that torch's optimizers store for each parameter, and whether these have the parameter's shape."""
+"""States that torch's optimizers store per parameter, and whether they have the parameter's shape."""
 
 
 def build_optimizer(
@@ -28,9 +28,9 @@ def build_optimizer(
     """Build a run's optimizer, which checks each state that it loads.
 
     Args:
-        config: Settings by the recipe.
+        config: Settings of the optimizer.
         decoder: The model.
-        trainer: Of the run; names the checkpoint in errors.
+        trainer: Trainer of the run, which provides the checkpoint's path for errors.
 
     Returns:
         The optimizer, and the settings of its groups.
@@ -71,12 +71,12 @@ def apply_recipe(trainer: pl.Trainer, groups: list[dict[str, Any]], lr_factor: C
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, state: Any, path: str | Path | None) -> None:
-    """Check that a state fits an optimizer's parameters; that of a user's own optimizer may have any tensors.
+    """Check that a state fits an optimizer's parameters; the tensors of a custom optimizer are not checked.
 
     Args:
-        optimizer: The one that is to continue with the state.
-        state: As `Optimizer.state_dict` returns it.
-        path: Of the checkpoint that it comes from.
+        optimizer: Optimizer that loads the state.
+        state: State as returned by `Optimizer.state_dict`.
+        path: Path of the checkpoint.
 
     Raises:
         UsageError: groups, parameters, or shapes of tensors differ.
@@ -127,7 +127,7 @@ def check_groups(state: Any) -> list[list[Any]]:
 
 
 def check_stored(state: dict[Any, dict[str, Any]]) -> None:
-    """Raise ValueError where a tensor of an optimizer's state is larger than what is stored of it."""
+    """Raise ValueError if a tensor of an optimizer state is larger than its storage."""
     for key, values in state.items():
         for name, value in values.items():
             if isinstance(value, Tensor) and (

@@ -374,15 +374,12 @@ class _Parser(OneLineErrors, argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ropepp-lit plan",
-        description="Print the FLOPs, memory and duration of a recipe. Takes the options of fit (--config RECIPE …) "
-        "and these:",
+        description="Print FLOPs, memory and duration of a recipe. Takes the options of fit (--config RECIPE …), and:",
         allow_abbrev=False,
     )
     parser.add_argument("--device", default="H100 SXM", help=f"GPU to plan for: {', '.join(DEVICES)}")
     parser.add_argument("--device_memory", help="memory of each GPU, such as 80GiB; default: that of --device")
-    parser.add_argument(
-        "--utilization", type=float, default=0.4, help="fraction of the peak FLOP/s that training reaches"
-    )
+    parser.add_argument("--utilization", type=float, default=0.4, help="fraction of the peak that training reaches")
     parser.add_argument(
         "--simulate",
         default="false",

@@ -1,4 +1,4 @@
-"""Totals of a planned run, and what `ropepp-lit plan --json` prints."""
+"""Totals of a planned run, and the result that `ropepp-lit plan --json` prints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Totals(NamedTuple):
-    """Tokens, operations and time of a run."""
+    """Tokens, FLOPs and duration of a run."""
 
     tokens: int
     flops_per_token: float
@@ -46,7 +46,7 @@ def plan_result(
     notices: list[str],
     simulation: Simulation | None,
 ) -> dict[str, Any]:
-    """Collect what `plan --json` prints.
+    """Collect the result that `plan --json` prints.
 
     Args:
         recipe: Recipe that was checked.
@@ -54,7 +54,7 @@ def plan_result(
         device: Name of the GPU that the plan is for.
         device_memory: Its memory in bytes.
         notices: Lines of the checks.
-        simulation: Simulated step; None where none was run.
+        simulation: Simulated step; None if it was not run.
 
     Returns:
         An object with `parameters`, `context_length`, `devices`, `device`, `tokens_per_step`, `steps`, `tokens`,

@@ -1,6 +1,6 @@
-"""What a checkpoint stores so that a run continues: progress, schedule and optimizer state, checked before use.
+"""Checks of the run state in a checkpoint that a run continues from: progress, schedule and optimizer state.
 
-A checkpoint may be damaged or written by another tool. Lightning and torch take its values as they are: a wrong shape
+A checkpoint can be damaged or written by another tool. Lightning and torch do not check its values: a wrong shape
 in the state of a fused optimizer ends the process, and a missing count restarts it at 0.
 """
 
@@ -23,11 +23,11 @@ _PROGRESS: dict[str, dict[str, Any]] = {
     "epoch_progress": _COUNTS,
     "epoch_loop.state_dict": {},
 }
-"""Counts that Lightning's fit loop loads, and values of their types."""
+"""Counts that Lightning's fit loop loads, with example values of their types."""
 
 
 def read_run(path: str | Path, *, checksums: bool = False) -> dict[str, Any]:
-    """Read a checkpoint that a run continues from, with weights that may be shapes alone.
+    """Read a checkpoint that a run continues from, with the shapes of its weights, and check its run state.
 
     Args:
         path: A .ckpt file, or a .ckpt folder of shards.
@@ -50,7 +50,7 @@ def read_run(path: str | Path, *, checksums: bool = False) -> dict[str, Any]:
 
 
 def _check_progress(checkpoint: dict[str, Any]) -> None:
-    """Check counts, the position in the data, and the schedule."""
+    """Check counts, data position and schedule."""
     step, loop = checkpoint["global_step"], checkpoint["loops"]["fit_loop"]
     for name, expected in _PROGRESS.items():
         _check_counts(loop[name], expected, name)
@@ -76,7 +76,7 @@ def _check_progress(checkpoint: dict[str, Any]) -> None:
 
 
 def _is_position(state: Any) -> bool:
-    """Whether a value is a position in our data, or the state of a loader of the user."""
+    """Return whether a value is a data position of ours, or the state of a user's data loader."""
     if not isinstance(state, dict) or "identity" not in state:
         return isinstance(state, dict)
     identity = state["identity"]
@@ -93,7 +93,7 @@ def _is_position(state: Any) -> bool:
 
 
 def _check_counts(values: Any, expected: dict[str, Any], name: str) -> None:
-    """Check that counts are there, and none is below 0."""
+    """Check that all counts are present and none is negative."""
     if not isinstance(values, dict):
         raise ValueError(f"{name} is {_shown(values)}")
     for key in expected.keys() | values.keys():

@@ -1,4 +1,4 @@
-"""Values that a run continues with, of a checkpoint that was damaged or written by another tool."""
+"""Run state of checkpoints that are damaged or written by another tool."""
 
 import copy
 
@@ -14,7 +14,7 @@ from ropepp_lit.train.run_state import read_run
 
 @pytest.fixture(scope="module")
 def saved(tiny, tmp_path_factory):
-    """A run's checkpoint after two steps."""
+    """Checkpoint of a run after two steps."""
     folder = tmp_path_factory.mktemp("saved")
     options = [
         "--trainer.max_steps",
@@ -67,7 +67,7 @@ WRONG = {
 
 
 def changed(checkpoint, keys, value):
-    """A copy of a checkpoint with another value at a place."""
+    """Return a copy of a checkpoint with another value at a path."""
     *path, last = keys
     checkpoint = copy.deepcopy(checkpoint)
     inner = checkpoint
