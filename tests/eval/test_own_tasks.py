@@ -147,7 +147,7 @@ class Other:
         ("broken.Metric", "tasks: broken.Metric: cannot be imported: SyntaxError: "),
         ("raising.Metric", "tasks: raising.Metric: cannot be imported: ZeroDivisionError: division by zero"),
         ("retrieval.Metric", "retrieval.Metric: retrieval is a task of ropepp-lit; rename your module"),
-        ("noise:mistakes.Metric", "noise is for perplexity and prompts, not mistakes.Metric; a task of your own"),
+        ("noise:mistakes.Metric", "noise is for perplexity and prompts, not mistakes.Metric; set takes_noise = True"),
         ("mistakes.Metric:2", "tasks: no task 'mistakes.Metric:2'"),
     ],
 )  # fmt: skip

@@ -84,9 +84,8 @@ def test_modeling_files_are_self_contained_and_support_serving_engines():
     (attention,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "RopePPAttention")
     (forward,) = (node for node in attention.body if isinstance(node, ast.FunctionDef) and node.name == "forward")
     assert forward.args.kwarg is not None
-    calls = [
-        node for node in ast.walk(forward) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "attend"
-    ]
+    calls = [node for node in ast.walk(forward) if isinstance(node, ast.Call)]
+    calls = [node for node in calls if getattr(node.func, "id", "") == "attention_interface"]
     assert len(calls) == 1
     assert any(keyword.arg is None for keyword in calls[0].keywords)  # kwargs are passed on
     assert modeling.RopePPModel._supports_attention_backend

@@ -202,7 +202,7 @@ REFUSED = {
     "name of Windows": (write_index(a="C:\\x.safetensors"), r"is not a file name inside its folder"),
     "a number for a name": (write_index(a=3), "index.json: 3 is not a file name inside its folder"),
     "an index of nothing": (write_index(), r"index\.json: it has no weight_map"),
-    "a missing file": (write_index(a="b.safetensors"), r"b\.safetensors: missing, and model\.safetensors\.index\.json"),
+    "a missing file": (write_index(a="b.safetensors"), r"b\.safetensors: missing, but listed in model"),
     "int8": (quantize, r"mlp\.up_proj\.weight is int8; quantized weights are not supported"),
     "a training checkpoint": (nest, r"not a dict of tensors"),
     "no JSON": (add("config.json", b"{"), r"config\.json: not JSON"),
