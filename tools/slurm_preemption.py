@@ -3,7 +3,7 @@
     python tools/slurm_preemption.py --out runs/slurm
 
 Starts a cluster of one node on this machine (munged, slurmctld and slurmd, on Debian by `apt-get install slurmd
-slurmctld munge`; needs root), submits the job script of recipes/README.md with two tasks, and preempts it: by SIGUSR1,
+slurmctld munge`; needs root), submits the job script of recipes/devices.md with two tasks, and preempts it: by SIGUSR1,
 as `--signal` does before the time limit, after which the script requeues the job; and by `scontrol requeue`, as SLURM
 does for a job of higher priority. Weights, optimizer state, position in the data and curves must be bit-identical to
 those of the job that was not preempted.

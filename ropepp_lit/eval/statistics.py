@@ -18,7 +18,7 @@ The American Statistician 52, 1998), one discordant pair in each direction for a
 Statistics in Medicine 24, 2005), because 0 successes in 40 examples do not prove a probability of 0. Their intervals
 are clipped to [0, 1].
 
-Simulated coverage (`tests/eval/test_statistics.py`): see recipes/README.md, section Evaluation.
+Simulated coverage (`tests/eval/test_statistics.py`): see recipes/evaluation.md.
 """
 
 from __future__ import annotations
