@@ -207,7 +207,7 @@ def test_other_tokenizers(tmp_path, kind):
     stops = tokenizer.stop_token_ids - {tokenizer.eos_token_id}
     assert fields.get("tokenizer.ggml.eot_token_id") == (min(stops) if kind == "llama3" else None)
     assert ("tokenizer.chat_template" in fields) == (kind == "chat")
-    assert [notice[:20] for notice in written.notices] == (["llama.cpp leaves out"] if kind == "qwen" else [])
+    assert [notice[:20] for notice in written.notices] == (["llama.cpp does not a"] if kind == "qwen" else [])
 
 
 def test_digit_splitting_of_smollm(tmp_path):
