@@ -96,7 +96,7 @@ def test_a_run_continues_from_the_newest_checkpoint_that_is_right(saved, tiny, t
     torch.save(changed({**saved, "global_step": 4}, ("loops",), GONE), folder / "step=4.ckpt")
     options = ["--trainer.max_steps", "3", "--trainer.default_root_dir", str(tmp_path / "run")]
     main(["fit", *tiny, *options, "--trainer.limit_val_batches", "0", "--ckpt_path", "auto"])
-    assert f"step=4.ckpt is damaged: going on from {folder}/step=2.ckpt" in capsys.readouterr().out
+    assert f"step=4.ckpt is damaged: continuing from {folder}/step=2.ckpt" in capsys.readouterr().out
 
 
 STATES = {
