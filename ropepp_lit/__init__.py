@@ -4,9 +4,7 @@ The names in `__all__` are the Python API; README.md in this folder has an examp
 use, so that `import ropepp_lit` and the command's help need no PyTorch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as in typing, which `python -m ropepp_lit` could import from the current folder here
 if TYPE_CHECKING:
     from ropepp_lit.commands.convert import export, import_, upcycle
     from ropepp_lit.commands.evaluate import evaluate
@@ -68,8 +66,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import a name of the API on first use (PEP 562)."""
+    import importlib
+
     for module, names in _MODULES.items():
         if name in names:
             value = getattr(importlib.import_module(f"ropepp_lit.{module}"), name)

@@ -87,7 +87,7 @@ def test_gpus(monkeypatch):
     assert found["CUDA"] == ("CUDA", "torch is built for 13.0; the driver supports 13.0", found["CUDA"].value, None)
     assert found["GPU 1"].text == f"NVIDIA H100 80GB HBM3, {in_bytes(85_000_000_000)}, compute capability 9.0"
     assert found["attention"].text.startswith("varlen (torch.nn.attention.varlen) in bfloat16; ")
-    assert "fa3 needs the module flash_attn_interface, which is not installed" in found["attention"].text
+    assert "fa3 needs the module flash_attn_interface; it is not installed" in found["attention"].text
     assert found["bfloat16"].value is True
 
 

@@ -156,7 +156,7 @@ def test_mixtures_are_evaluated_by_set_with_notices_for_other_runs(run, tiny, te
     options = [*options[:-1], "text", "--text", "first"]
     run("evaluate", *models, *options, cwd=tmp_path)
     notices = json.loads((tmp_path / "text" / "results.json").read_text())["notices"]
-    assert [line.split(":")[0] for line in notices] == ["mixed was trained on first", "other was trained on first"]
+    assert [line.split(",")[0] for line in notices] == ["mixed was trained on first", "other was trained on first"]
 
 
 def test_text_key_and_split_with_models_without_training_data(run, small_checkpoints, tmp_path):

@@ -123,7 +123,7 @@ def test_round_trips_of_random_models_are_bit_exact(folder, architecture, shard)
     assert all(torch.equal(weights_of(again)[name], value) for name, value in weights_of(checkpoint).items())
     if isinstance(architecture.scheme, RoPEPP):
         assert fields["model_type"] == "ropepp"
-        with pytest.raises(UsageError, match="variant: rope was named"):
+        with pytest.raises(UsageError, match="variant: rope was specified"):
             read_folder(out, variant="rope")
 
 

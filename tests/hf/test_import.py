@@ -204,7 +204,7 @@ def test_the_command(run, mistake, tmp_path):
         (("export", "model.ckpt", "hf2", "--max_shard_size", "big"), "max_shard_size: 'big' is not a size"),
         (
             ("upcycle", "model.ckpt", "ec.ckpt", "--variant", "ec", "--text", "none.txt"),
-            "text: the checkpoint holds no",
+            "text: the checkpoint stores no",
         ),
         (("generate", "model.ckpt"), "model.ckpt: the checkpoint stores no tokenizer"),
         (("validate", "--ckpt_path", "model.ckpt"), "error:"),

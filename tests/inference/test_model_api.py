@@ -46,7 +46,7 @@ def test_a_model_without_a_chat_template(base, capsys):
     with pytest.raises(HTTPException) as error:
         asyncio.run(decode(model, messages=FOX))
     assert error.value.status_code == 400
-    assert error.value.detail["message"].startswith(f"messages: {message}; name a file")
+    assert error.value.detail["message"].startswith(f"messages: {message}; pass a file")
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,7 @@ BAD = {
     "stop": ({"stop": [""]}, "stop", "stop: an empty stop text"),
     "n": ({"n": 200}, "n", "n: Input should be less than or equal to 128"),
     "tools": ({"tools": [{"type": "function", "function": {"name": "a"}}]}, "tools", "tools: not supported"),
-    "log-probabilities": ({"logprobs": True}, "logprobs", "logprobs: not supported by this server; leave it out"),
+    "log-probabilities": ({"logprobs": True}, "logprobs", "logprobs: not supported by this server; omit it"),
     "JSON": ({"response_format": {"type": "json_object"}}, "response_format", "response_format: not supported"),
     "no such key": ({"max_token": 3}, "max_token", "max_token: not supported"),
     "a variable": ({"chat_template_kwargs": 3}, "chat_template_kwargs", "chat_template_kwargs: Input should be a"),
