@@ -116,11 +116,11 @@ def test_the_example_trains_measures_and_goes_on(tiny, texts, tmp_path, monkeypa
     numbers = {name: int(number.replace(",", "")) for name, number in trained.items()}
     assert numbers["LoRA + imaginary"] == numbers["LoRA"] + 2 * 32 * 32
     assert all(json.loads(path.read_text())["seconds"] > 0 for path in tmp_path.glob("out/runs/*/finished.json"))
-    for words, said in (
+    for words, message in (
         (["full", "--steps", "3"], "holds the run of another command"),
         (["full,PPO"], "variants: no variant 'PPO'"),
         (["DPO,full"], "variants: DPO is initialized from full; name that one before it"),
     ):
         failed = subprocess.run([*command, *words], check=False, capture_output=True, text=True)
         assert failed.returncode == 1
-        assert said in failed.stderr
+        assert message in failed.stderr

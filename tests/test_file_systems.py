@@ -190,8 +190,8 @@ def test_no_model_is_read_from_a_url(mistake, command, url):
     "words", [["--verify", "URL"], ["--merge", "a", "URL", "--out", "b"]], ids=lambda words: words[0]
 )
 def test_no_shards_are_verified_or_joined_at_a_url(mistake, words):
-    said = mistake(*(word.replace("URL", URLS[0]) for word in words), subcommand="prepare")
-    assert f"{words[0][2:]}: {URLS[0]} is a URL; name a file or folder on this machine" in said
+    message = mistake(*(word.replace("URL", URLS[0]) for word in words), subcommand="prepare")
+    assert f"{words[0][2:]}: {URLS[0]} is a URL; name a file or folder on this machine" in message
 
 
 @pytest.mark.parametrize("source", ["https://host/a.jsonl", "S3://bucket/texts", "hf://datasets/a/b"])
@@ -200,10 +200,10 @@ def test_no_shards_are_verified_or_joined_at_a_url(mistake, words):
 )
 def test_no_text_is_read_from_a_url(mistake, words, source):
     more = ["--tokenizer", "bytes", "--out", "out"] if words[0] == "prepare" else []
-    said = mistake(*(word.replace("SOURCE", source) for word in words[1:]), *more, subcommand=words[0])
+    message = mistake(*(word.replace("SOURCE", source) for word in words[1:]), *more, subcommand=words[0])
     assert (
         f"{source}: text can only be read from local files; copy it to this machine, or pass a dataset as hf:NAME"
-        in said
+        in message
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ropepp_lit.arguments import call
+from ropepp_lit.arguments import call, command
 from ropepp_lit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def evaluate(
         Result that --json prints: an object with `out` (the folder), `notices` (a list of texts) and `scores` (a list
         of objects as in results.json, one for each model and measurement).
     """
+    given = dict(locals())
     import functools
     from pathlib import Path
 
@@ -162,7 +163,7 @@ def evaluate(
                 write_whole(folder / f"attention-{labels[model.name]}-{unit.length}.png", image)
         work.write_answers()
         print("".join(_replaced(folder, used_settings, descriptions)), end="")
-        _write(folder, scores, descriptions, used_settings, list(notices), about)
+        _write(folder, _command(given), scores, descriptions, used_settings, list(notices), about)
     print(f"\nEverything is in {out}; read {folder / 'index.html'}")
     return {"out": out, "notices": list(notices), "scores": scores}
 
@@ -215,8 +216,19 @@ def _different_runs(descriptions: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{paths} are runs of {name} by their name, but differ in architecture; tell them apart by NAME=PATH."
 
 
+def _command(given: dict[str, Any]) -> str:
+    """Return the command line of a call, without options that have their default."""
+    import inspect
+
+    defaults = {name: parameter.default for name, parameter in inspect.signature(evaluate).parameters.items()}
+    checkpoints = given.pop("checkpoints")
+    options = {name: value for name, value in given.items() if value != defaults[name]}
+    return command("ropepp-lit", "evaluate", *checkpoints, **options)
+
+
 def _write(
     folder: Path,
+    command_line: str,
     scores: list[dict[str, Any]],
     models: list[dict[str, Any]],
     settings: dict[str, Any],
@@ -227,8 +239,6 @@ def _write(
     import datetime
     import os
     import platform
-    import shlex
-    import sys
     from importlib.metadata import version
 
     import torch
@@ -240,7 +250,7 @@ def _write(
     write_report(
         {
             "format_version": 1,
-            "command": shlex.join(["ropepp-lit", *sys.argv[1:]]),
+            "command": command_line,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
             "machine": {"device": device, "cores": os.cpu_count(), "cpu": platform.processor() or platform.machine()},

@@ -124,6 +124,7 @@ class TokenData(LightningDataModule):
             raise UsageError(f"data.validation_fraction: {validation_fraction} must be between 0 and 1")
         self.tokenizer, self.train_tokenizer = tokenizer, train_tokenizer
         self._tokenizer = TokenizerChoice(tokenizer, train_tokenizer)
+        self._has_reported = False
         self._folders = SourceFolders(
             self.weights,
             list(self.validation.values()),
@@ -163,9 +164,10 @@ class TokenData(LightningDataModule):
         """Prepare missing token shards, and print what was skipped (one process per machine)."""
         self.check()
         self._folders.prepare()
-        for source in self._folders.folders:
+        for source in self._folders.folders if not self._has_reported else ():
             for line in skipped_lines(self._folders.read_manifest(source)):
                 print(f"data: {source}: {line}")
+        self._has_reported = True
 
     def setup(self, stage: str) -> None:
         """Open the token shards.

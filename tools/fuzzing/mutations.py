@@ -24,14 +24,14 @@ from ropepp_lit.sharded import _Reader
 
 def mutate_json(rng: random.Random, path: Path, places: Places) -> str:
     """Change one or two values of a file of JSON."""
-    root, said = json.loads(path.read_text(encoding="utf-8")), []
+    root, description = json.loads(path.read_text(encoding="utf-8")), []
     for _ in range(rng.choice((1, 1, 1, 2))):
         root, what = mutate_tree(rng, root, places)
-        said.append(what)
+        description.append(what)
         if not isinstance(root, dict | list):
             break
     path.write_bytes(dump_json(root))
-    return "; ".join(said)
+    return "; ".join(description)
 
 
 def mutate_json_lines(rng: random.Random, path: Path, places: Places) -> str:
@@ -62,23 +62,23 @@ def mutate_yaml(rng: random.Random, path: Path, places: Places) -> str:
         lines[number] = f"{key}: {new}" if colon and rng.random() < 0.8 else new
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         return f"line {number} is {lines[number][:60]!r}"
-    root, said = yaml.safe_load(path.read_text(encoding="utf-8")), []
+    root, description = yaml.safe_load(path.read_text(encoding="utf-8")), []
     for _ in range(rng.choice((1, 1, 1, 2))):
         root, what = mutate_tree(rng, root, places)
-        said.append(what)
+        description.append(what)
         if not isinstance(root, dict | list):
             break
     text = dump_json(root).decode("utf-8", "surrogatepass")  # JSON is YAML, as far as it is JSON
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    return "; ".join(said)
+    return "; ".join(description)
 
 
 def mutate_bytes(rng: random.Random, path: Path, places: Places) -> str:
     """Flip, overwrite, truncate, insert, move or repeat bytes."""
     content = bytearray(path.read_bytes())
-    said = [_mutate_content(rng, content) for _ in range(rng.choice((1, 1, 1, 2, 5)))]
+    description = [_mutate_content(rng, content) for _ in range(rng.choice((1, 1, 1, 2, 5)))]
     path.write_bytes(content)
-    return "; ".join(said)
+    return "; ".join(description)
 
 
 def _mutate_content(rng: random.Random, content: bytearray) -> str:
@@ -131,10 +131,10 @@ def mutate_safetensors(rng: random.Random, path: Path, places: Places) -> str:
     names = [name for name in header if name != "__metadata__"]
     entry = header[name := rng.choice(names)]
     kind = rng.choice(("dtype", "shape", "offsets", "overlap", "any", "any", "length", "data"))
-    said = f"{name}: {kind}"
+    description = f"{name}: {kind}"
     if kind == "dtype":
         entry["dtype"] = rng.choice(("F16", "BF16", "F64", "I64", "I32", "U8", "BOOL", "F8_E4M3", "F4", "", "f32", 1))
-        said += f" {entry['dtype']}"
+        description += f" {entry['dtype']}"
     elif kind == "shape":
         entry["shape"] = rng.choice(
             (
@@ -151,7 +151,7 @@ def mutate_safetensors(rng: random.Random, path: Path, places: Places) -> str:
                 [1] * 5000,
             )
         )
-        said += f" {shown(entry['shape'])}"
+        description += f" {shown(entry['shape'])}"
     elif kind == "offsets":
         entry["data_offsets"] = rng.choice(
             (
@@ -166,22 +166,22 @@ def mutate_safetensors(rng: random.Random, path: Path, places: Places) -> str:
                 [len(data), 2 * len(data)],
             )
         )
-        said += f" {entry['data_offsets']}"
+        description += f" {entry['data_offsets']}"
     elif kind == "overlap":
         entry["data_offsets"] = header[rng.choice(names)]["data_offsets"]
     elif kind == "any":
         header, what = mutate_tree(rng, header, places)
-        said = what
+        description = what
     packed = dump_json(header)
     length = len(packed)
     if kind == "length":
         length = rng.choice((0, 1, length - 1, length + 1, length + 8, 2**31, 2**63, 2**64 - 1, 100_000_001))
-        said = f"the header has {length} bytes"
+        description = f"the header has {length} bytes"
     if kind == "data":
         data = rng.choice((b"", data[:-1], data + b"\0", data * 2))
-        said = f"{len(data)} bytes behind the header"
+        description = f"{len(data)} bytes after the header"
     path.write_bytes(struct.pack("<Q", length) + packed + data)
-    return said
+    return description
 
 
 def _mutate_object(rng: random.Random, root: Any, places: Places) -> str:
@@ -206,7 +206,7 @@ def _mutate_object(rng: random.Random, root: Any, places: Places) -> str:
     else:
         new = near(rng, old, places) if kind == "near" else make_value(rng, places)
     new = rng.choice((0, -1, "nan")) if isinstance(new, Raw) else new
-    said = f"{type(holder).__name__}[{str(key)[:60]}] is {shown(new)}"
+    description = f"{type(holder).__name__}[{str(key)[:60]}] is {shown(new)}"
     if kind == "delete" and isinstance(holder, dict):
         del holder[key]
         return f"{key} is deleted"
@@ -214,15 +214,15 @@ def _mutate_object(rng: random.Random, root: Any, places: Places) -> str:
         holder[key] = new
     else:
         object.__setattr__(holder, key, new)
-    return said
+    return description
 
 
 def mutate_table(rng: random.Random, path: Path, places: Places) -> str:
     """Change the metadata of a folder of shards."""
     table = _Reader(path.parent).read_metadata()
-    said = _mutate_object(rng, table, places)
+    description = _mutate_object(rng, table, places)
     path.write_bytes(pickle.dumps(table))
-    return said
+    return description
 
 
 def mutate_entries(rng: random.Random, path: Path, places: Places) -> str:
@@ -240,11 +240,11 @@ def mutate_entries(rng: random.Random, path: Path, places: Places) -> str:
             "expanded": lambda: value.flatten()[:1].expand(10**12), "float8": lambda: value.to(torch.float8_e4m3fn),
         }  # fmt: skip
         kind = rng.choice(list(changes))
-        weights[name], said = changes[kind](), f"{name} is {kind}"
+        weights[name], description = changes[kind](), f"{name} is {kind}"
     else:
-        said = _mutate_object(rng, content, places)
+        description = _mutate_object(rng, content, places)
     torch.save(content, path)
-    return said
+    return description
 
 
 def mutate_file(rng: random.Random, path: Path, places: Places) -> str:

@@ -106,8 +106,8 @@ def read_evaluation(folder: Path, changed: Path) -> Any:
     measurements, _ = work.results(0)
     rows = summarize([("model", measurements)], seeds=[None])
     work.write_answers()
-    said = {"tasks": ["perplexity"], "lengths": [64]}
-    list(_replaced(folder / "evaluated", said, [{"name": "other", "path": "x", "fingerprint": "sha256:1"}]))
+    settings = {"tasks": ["perplexity"], "lengths": [64]}
+    list(_replaced(folder / "evaluated", settings, [{"name": "other", "path": "x", "fingerprint": "sha256:1"}]))
     choose_examples(folder / "evaluated" / "answers.jsonl")
     answers = (folder / "evaluated" / "answers.jsonl").read_text(encoding="utf-8")
     return {"rows": json.loads(json.dumps(rows)), "answers": answers}
