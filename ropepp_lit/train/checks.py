@@ -58,10 +58,25 @@ def checkpoint_to_continue(options: Any) -> str | None:
     damaged = later_checkpoints(folder, checkpoint)
     if damaged and checkpoint is None:
         names = ", ".join(path.name for path in damaged)
-        raise UsageError(f"ckpt_path: {folder} has only damaged checkpoints ({names}); move them away to start over")
+        raise UsageError(
+            f"ckpt_path: {folder} has only damaged checkpoints ({names}); move them away to start over; "
+            f"{damaged[-1].name}: {_problem(damaged[-1])}"
+        )
     for path in damaged:
-        rank_zero_print(f"{path} is damaged: continuing from {checkpoint}; it is replaced when its step is saved again")
+        rank_zero_print(
+            f"{path} is damaged: continuing from {checkpoint}; it is replaced when its step is saved again "
+            f"({_problem(path)})"
+        )
     return str(checkpoint) if checkpoint else None
+
+
+def _problem(path: Path) -> str:
+    """Return what is wrong with a damaged checkpoint, without the remedy."""
+    try:
+        read_run(path, checksums=True)
+    except UsageError as error:
+        return str(error).removeprefix(f"{path}: ").partition(";")[0]
+    return "it can be read now"
 
 
 class Checks:

@@ -139,4 +139,4 @@ def check_stored(state: dict[Any, dict[str, Any]]) -> None:
 def damaged(path: str | Path | None, error: Exception) -> UsageError:
     """Return the error for a checkpoint whose run state cannot be used."""
     problem = f"it has no {error}" if isinstance(error, KeyError) else f"its {error}"
-    return UsageError(f"{path}: damaged: {problem}; continue from an older checkpoint: name it by --ckpt_path")
+    return UsageError(f"{path}: damaged: {problem}; set --ckpt_path to an older checkpoint")

@@ -80,7 +80,7 @@ def _is_position(state: Any) -> bool:
     if not isinstance(state, dict) or "identity" not in state:
         return isinstance(state, dict)
     identity = state["identity"]
-    if not isinstance(identity, dict):
+    if not isinstance(identity, dict) or not {"contents", "sources"} & identity.keys():
         return False
     rows = identity.get("contents", [])
     return (

@@ -54,6 +54,7 @@ WRONG = {
     "no schedule": (("lr_schedulers",), [], "not enough values to unpack"),
     "callbacks": (("callbacks",), 7, "its state of callbacks is 7"),
     "a place in the data": ((*POSITION, "samples"), -4, "its position in the data is"),
+    "another identity of the data": ((*POSITION, "identity"), {}, "its position in the data is"),
     "contents of the data": ((*POSITION, "identity", "contents"), [["a"]], "its position in the data is"),
     "a position that is none": (POSITION, "", "its position in the data is"),
     "no optimizer": (OPTIMIZER, [], "its optimizer state is not a dictionary"),
@@ -96,7 +97,9 @@ def test_a_run_continues_from_the_newest_checkpoint_that_is_right(saved, tiny, t
     torch.save(changed({**saved, "global_step": 4}, ("loops",), GONE), folder / "step=4.ckpt")
     options = ["--trainer.max_steps", "3", "--trainer.default_root_dir", str(tmp_path / "run")]
     main(["fit", *tiny, *options, "--trainer.limit_val_batches", "0", "--ckpt_path", "auto"])
-    assert f"step=4.ckpt is damaged: continuing from {folder}/step=2.ckpt" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"step=4.ckpt is damaged: continuing from {folder}/step=2.ckpt" in output
+    assert "(damaged: it has no 'loops')" in output
 
 
 STATES = {
